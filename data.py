@@ -1,0 +1,428 @@
+"""From text to tensors: pair files, chat template, change ratio, forks, packs, the batch plan.
+
+Comes in:  a JSONL file of surgical pairs and the checkpoint's tokenizer.
+Goes out:  `Fork`s (one pair: trunk and two branches), a plan of which pair is computed when and where, and
+           `Pack`s, the rows of tokens that model.Qwen3.forward scores.
+
+    prompt  The  train  leaves  at |  3  pm  .  <|im_end|>       rejected branch (the policy's error)
+    `------------- trunk --------' |  4  pm  .  <|im_end|>       chosen branch (its minimal correction)
+
+Under a causal mask the trunk's hidden states are the same for both answers, so they are computed once.
+"""
+
+import gzip
+import json
+import os
+import re
+import zlib
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from model import UserError, read_json
+
+SHOWN_PROBLEMS = 8  # of a file; all are counted
+
+
+# --- reading pair files ---------------------------------------------------------------------------
+
+
+@dataclass
+class Pair:
+    """One line of a pair file as text. `rejected` is None where there is no y- (a positive-only row)."""
+
+    messages: list  # the prompt, [{"role": ..., "content": ...}, ...], ending with a user turn
+    chosen: str
+    rejected: str | None
+    line: int
+
+
+def read_lines(path: str):
+    """Yield (line number, object) of a JSONL file, .gz too; blank lines skipped. A line that is no JSON
+    object yields (number, UserError). Split at newlines alone: U+2028 is legal inside a JSON string."""
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as f:
+            for number, line in enumerate(f, 1):
+                if line.strip():
+                    try:
+                        value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                        if not isinstance(value, dict):
+                            value = UserError(f"a JSON object expected, found {type(value).__name__}")
+                    except (ValueError, RecursionError) as e:
+                        value = UserError(f"not valid JSON in UTF-8 ({e})")
+                    yield number, value
+    except (OSError, EOFError, zlib.error) as e:
+        raise UserError(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from None
+
+
+def read_pairs(path: str, skip_malformed: bool = False) -> tuple[list[Pair], Counter]:
+    """Read a pair file: rows of the official SPoT kind or of TRL's, freely mixed.
+
+    official  question (or prompt), gemini_corrected_answer (y+), original_answer (y-)
+    TRL       prompt, chosen, rejected: strings or lists of messages
+    "" or null as y- makes a positive-only row; rows with "is_correct": false are dropped and counted.
+    Returns the pairs and a count of dropped rows by reason. Raises one UserError with the first malformed
+    rows, or, with skip_malformed, counts them.
+    """
+    pairs, dropped, problems = [], Counter(), []
+    for number, row in read_lines(path):
+        try:
+            if isinstance(row, UserError):
+                raise row
+            if not isinstance(row.get("is_correct", True), bool):
+                raise UserError(f'"is_correct": true or false expected, found {row["is_correct"]!r:.60}')
+            if not row.get("is_correct", True):
+                dropped["correction is wrong (is_correct: false)"] += 1
+            else:
+                pairs.append(parse_row(row, number))
+        except UserError as e:
+            problems.append(f"line {number}: {e}")
+    if skip_malformed:
+        dropped["malformed"] += len(problems)
+    elif problems:
+        more = len(problems) - SHOWN_PROBLEMS
+        shown = problems[:SHOWN_PROBLEMS] + [f"... and {more} more"] * (more > 0)
+        raise UserError(f"{path}: {len(problems)} malformed rows (--skip_malformed drops them):\n  "
+                        + "\n  ".join(shown))
+    if not pairs and not dropped:
+        raise UserError(f"{path}: the file is empty, one JSON object a line expected")
+    return pairs, +dropped
+
+
+def parse_row(row: dict, line: int) -> Pair:
+    """One row of either kind; raises UserError naming the field."""
+    official = "gemini_corrected_answer" in row or "original_answer" in row
+    if official:
+        prompt_key = "question" if "question" in row else "prompt"
+        chosen_key, rejected_key = "gemini_corrected_answer", "original_answer"
+    else:
+        prompt_key, chosen_key, rejected_key = "prompt", "chosen", "rejected"
+    missing = [k for k in (prompt_key, chosen_key, rejected_key) if k not in row]
+    if missing:
+        raise UserError(f"missing {', '.join(map(repr, missing))}; question, gemini_corrected_answer, "
+                        f"original_answer or prompt, chosen, rejected expected, found {sorted(row)!r:.100}")
+    chosen = clean_answer(answer_text(row, chosen_key))
+    if not chosen:
+        raise UserError(f"{chosen_key!r} is empty")
+    rejected = clean_answer(answer_text(row, rejected_key)) if row[rejected_key] is not None else ""
+    return Pair(prompt_messages(row, prompt_key), chosen, rejected or None, line)
+
+
+def check_text(text, where):
+    if not isinstance(text, str):
+        raise UserError(f"{where}: a string expected, found {type(text).__name__}")
+    try:
+        text.encode()  # JSON can smuggle lone surrogates in, which are no Unicode text
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: holds a lone surrogate, not valid Unicode") from None
+    return text
+
+
+def answer_text(row, key):
+    """A string, or a list of one assistant message."""
+    value = row[key]
+    if isinstance(value, list):
+        if len(value) != 1 or not isinstance(value[0], dict) or value[0].get("role") != "assistant":
+            raise UserError(f"{key!r}: a string or a list of one assistant message expected, "
+                            f"found {value!r:.80}")
+        value = value[0].get("content")
+    return check_text(value, repr(key))
+
+
+def prompt_messages(row, key):
+    """A string is one user turn; a list of messages is checked: system, user and assistant turns of text."""
+    value = row[key]
+    messages = value if isinstance(value, list) else [{"role": "user", "content": value}]
+    for i, message in enumerate(messages):
+        role = message.get("role") if isinstance(message, dict) else None
+        if role not in ("system", "user", "assistant") or message.get("tool_calls"):
+            raise UserError(f"{key!r}, message {i}: role system, user or assistant without tool calls "
+                            f"expected, found {message!r:.80}")
+        text = check_text(message.get("content"), f"{key!r}, message {i}")
+        if role == "user" and text.startswith("<tool_response>"):
+            raise UserError(f"{key!r}, message {i}: tool responses are not supported")
+    if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"]:
+        raise UserError(f"{key!r}: a non-empty user turn expected at the end")
+    return [{"role": m["role"], "content": m["content"]} for m in messages]
+
+
+def clean_answer(text: str) -> str:
+    """Strip what real files carry around an answer: a leading blank line and the Oracle's markers."""
+    text = text.removeprefix("\n\n")
+    if "=== CORRECTED STARTED ===" in text or "=== CORRECTED ENDED ===" in text:
+        text = text.split("=== CORRECTED STARTED ===")[-1].split("=== CORRECTED ENDED ===")[0].strip()
+    return text
+
+
+# --- the chat template, without jinja -------------------------------------------------------------
+
+
+@dataclass
+class Chat:
+    """A checkpoint's tokenizer and which of Qwen3's two generation prompts it wants."""
+
+    tokenizer: Tokenizer
+    im_start: int
+    im_end: int
+    think: list  # ids of "<think>\n\n</think>\n\n", or [] for the Instruct-2507 template
+    fingerprint: str  # of tokenizer and template, for the reference cache
+
+    def encode(self, text: str) -> list:
+        """Ids of plain text; special tokens inside it stay text (a question may quote <|im_end|>)."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def prompt(self, messages: list) -> list:
+        """Ids of the whole prompt, ready for the answer: transformers' apply_chat_template(messages,
+        add_generation_prompt=True, enable_thinking=False)."""
+        ids = []
+        newline = self.encode("\n")
+        for message in messages:
+            text = message["content"]
+            if message["role"] == "assistant" and self.think and "</think>" in text:
+                text = text.split("</think>")[-1].lstrip("\n")  # earlier turns keep no thoughts
+            ids += [self.im_start, *self.encode(f"{message['role']}\n{text}"), self.im_end, *newline]
+        return [*ids, self.im_start, *self.encode("assistant\n"), *self.think]
+
+
+def load_chat(folder: str, vocab_size: int) -> Chat:
+    """Read tokenizer.json and the chat template beside it (tokenizer_config.json or chat_template.jinja).
+
+    The template itself is never executed; its text tells which generation prompt it makes. Raises UserError
+    for a template of another family, a thinking-only one, and a vocabulary larger than the model's.
+    """
+    path = os.path.join(folder, "tokenizer.json")
+    raw = json.dumps(read_json(path), ensure_ascii=False)
+    try:
+        tokenizer = Tokenizer.from_str(raw)
+    except Exception as e:  # the library raises bare Exception
+        raise UserError(f"{path}: not a tokenizer the tokenizers package reads: {e}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # text of users and models never becomes a control token
+    template_path = os.path.join(folder, "chat_template.jinja")
+    if os.path.exists(template_path):
+        with open(template_path, encoding="utf-8") as f:
+            template = f.read()
+    else:
+        template_path = os.path.join(folder, "tokenizer_config.json")
+        template = read_json(template_path).get("chat_template")
+    if not isinstance(template, str) or "<|im_start|>" not in template:
+        raise UserError(f"{template_path}: a Qwen3 chat template (with <|im_start|>) expected")
+    ending = template.split("add_generation_prompt")[-1]
+    has_block = re.search(r"<think>(\\n|\n){2}</think>(\\n|\n){2}", ending)
+    if "<think>" in ending and not has_block:
+        raise UserError(f"{template_path}: this template always opens a <think> block; SPoT trains in "
+                        "non-thinking mode, so use a hybrid Qwen3 or an Instruct-2507 checkpoint")
+    names = ["<|im_start|>", "<|im_end|>"] + ["<think>", "</think>"] * bool(has_block)
+    ids = [tokenizer.token_to_id(name) for name in names]
+    if None in ids:
+        raise UserError(f"{path}: lacks the token {names[ids.index(None)]!r} of its own chat template")
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    if largest >= vocab_size:
+        raise UserError(f"{path}: holds token id {largest}, but the model's vocabulary has {vocab_size} "
+                        "rows: tokenizer and weights are of different models")
+    chat = Chat(tokenizer, ids[0], ids[1], [], f"{zlib.crc32(raw.encode()):08x}-{len(raw)}-{bool(has_block)}")
+    if has_block:
+        blank = chat.encode("\n\n")
+        chat.think = [ids[2], *blank, ids[3], *blank]
+    return chat
+
+
+# --- change ratio ---------------------------------------------------------------------------------
+
+
+def lcs_length(a, b) -> int:
+    """Length of the longest common subsequence of two sequences of hashable items.
+
+    Hyyro's bit-parallel recurrence on Python integers: len(b) steps on len(a)-bit numbers, about 10 ms for
+    8k x 8k. (difflib.SequenceMatcher, which the reference code uses, is greedy and no LCS.)
+    """
+    where = {}
+    for i, token in enumerate(a):
+        where[token] = where.get(token, 0) | 1 << i
+    full = (1 << len(a)) - 1
+    row = full  # bit i is 0 where the LCS of a[:i+1] is one longer than that of a[:i]
+    for token in b:
+        hit = row & where.get(token, 0)
+        row = ((row + hit) | (row - hit)) & full
+    return len(a) - row.bit_count()
+
+
+def change_ratio(rejected, chosen) -> float:
+    """R = 1 - |LCS(y-, y+)| / |y+| on token ids without <|im_end|>: the share of y+ that is new."""
+    return 1 - lcs_length(rejected, chosen) / len(chosen)
+
+
+# --- forks ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Fork:
+    """One pair as token ids. `trunk` = prompt + common start of both answers; without y- the trunk is the
+    prompt and `rejected` is empty. Both branches end in <|im_end|>, so neither of a pair is ever empty."""
+
+    prompt_length: int
+    trunk: np.ndarray
+    rejected: np.ndarray
+    chosen: np.ndarray
+    line: int  # in the pair file, to name it in messages
+
+    def __len__(self):
+        return len(self.trunk) + len(self.rejected) + len(self.chosen)
+
+
+def make_fork(prompt: list, chosen: list, rejected: list | None, line: int = 0) -> Fork:
+    """Lay out one pair; both answers are whole id lists that end in <|im_end|> and differ."""
+    common = 0
+    if rejected is not None:
+        while chosen[common] == rejected[common]:
+            common += 1
+    branch = rejected[common:] if rejected is not None else []
+    ids = (np.array(part, dtype=np.int64) for part in (prompt + chosen[:common], branch, chosen[common:]))
+    return Fork(len(prompt), *ids, line)
+
+
+def make_forks(pairs, chat, max_length, max_change_ratio, need_rejected):
+    """Encode, filter and lay out pairs. Returns (forks, dropped Counter, list of change ratios of all
+    encoded pairs). max_length bounds prompt + one answer in tokens; nothing is ever truncated."""
+    forks, dropped, ratios = [], Counter(), []
+    for pair in pairs:
+        prompt = chat.prompt(pair.messages)
+        chosen = chat.encode(pair.chosen)
+        rejected = None if pair.rejected is None else chat.encode(pair.rejected)
+        longest = len(prompt) + max(len(chosen), len(rejected or [])) + 1
+        if rejected is None and need_rejected:
+            dropped["no rejected answer, and the loss needs one"] += 1
+        elif longest > max_length:
+            dropped[f"longer than max_length ({max_length} tokens)"] += 1
+        elif not chosen:
+            dropped["chosen answer has no tokens"] += 1
+        elif chosen == rejected:
+            dropped["both answers identical"] += 1
+        else:
+            if rejected is not None:
+                ratios.append(change_ratio(rejected, chosen))
+                if ratios[-1] > max_change_ratio:
+                    dropped[f"change ratio above {max_change_ratio}"] += 1
+                    continue
+                rejected = rejected + [chat.im_end]
+            forks.append(make_fork(prompt, chosen + [chat.im_end], rejected, pair.line))
+    return forks, dropped, ratios
+
+
+def load_forks(path, chat, max_length, max_change_ratio, need_rejected, skip_malformed=False):
+    """A pair file to forks and a text for the log: what was dropped and why, histogram, shared share.
+
+    Raises UserError where nothing survives the filters.
+    """
+    pairs, dropped = read_pairs(path, skip_malformed)
+    forks, filtered, ratios = make_forks(pairs, chat, max_length, max_change_ratio, need_rejected)
+    dropped += filtered
+    lines = [f"{path}: {len(forks)} of {len(forks) + dropped.total()} rows kept"]
+    lines += [f"  dropped {count:>6}  {reason}" for reason, count in dropped.most_common()]
+    if not forks:
+        raise UserError("\n".join(lines) + "\nNothing is left to train on.")
+    if ratios:
+        lines.append("  change ratio of pairs (1 - LCS / |y+|):")
+        counts = np.histogram(ratios, bins=10, range=(0, 1))[0]
+        lines += [f"    {i / 10:.1f}-{(i + 1) / 10:.1f} {count:>6} {'#' * round(40 * count / max(counts))}"
+                  for i, count in enumerate(counts)]
+    laid = sum(map(len, forks))
+    plain = laid + sum(len(f.trunk) for f in forks if len(f.rejected))
+    lines.append(f"  {laid} tokens a pass; {plain - laid} of {plain} ({1 - laid / plain:.1%}) saved by "
+                 "sharing trunks")
+    return forks, "\n".join(lines)
+
+
+# --- the plan: who computes which pair when -------------------------------------------------------
+
+
+def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> list:
+    """The optimizer steps of one epoch: arrays of pair indices, every pair once, the last one smaller.
+
+    Depends on nothing else: not on ranks, packs or lengths.
+    """
+    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(count)
+    return [order[i:i + batch_size] for i in range(0, count, batch_size)]
+
+
+def split_batch(batch, lengths, ranks: int, tokens_per_pack: int) -> list:
+    """Cut one batch into micro-batches: result[m][rank] is a list of pair indices, perhaps empty.
+
+    Longest first to the least loaded rank, then first fit into packs of at most tokens_per_pack tokens (a
+    longer fork is a pack by itself). A pure function of lengths: every rank computes the whole plan, so all
+    agree on the number of micro-batches without a word, and a rank with nothing left runs a dummy.
+    """
+    load, packs = [0] * ranks, [[] for _ in range(ranks)]
+    for i in sorted(batch, key=lambda i: (-lengths[i], i)):
+        rank = min(range(ranks), key=lambda r: (load[r], r))
+        load[rank] += lengths[i]
+        for pack in packs[rank]:
+            if pack[0] + lengths[i] <= tokens_per_pack:
+                pack[0] += lengths[i]
+                pack[1].append(int(i))
+                break
+        else:
+            packs[rank].append([lengths[i], [int(i)]])
+    return [[p[m][1] if m < len(p) else [] for p in packs] for m in range(max(map(len, packs)))]
+
+
+# --- packs ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Pack:
+    """Several forks in one row of tokens, `trunk | rejected | chosen | trunk | ...`, and its scored rows."""
+
+    tokens: torch.Tensor  # (T,) int64
+    positions: torch.Tensor  # (T,) int64; both branches continue from the trunk
+    forks: list  # (start, trunk end, rejected end, chosen end) of each, in tokens
+    rows: torch.Tensor  # (R,) int64: where in T the token is predicted from
+    targets: torch.Tensor  # (R,) int64: its id
+    lengths: torch.Tensor  # (F, 3) int64: rows of trunk, rejected, chosen; they come in this order
+    pairs: torch.Tensor  # (F,) int64: which pair each fork is
+    size: int  # tokens without filling
+
+    def to(self, device):
+        """Onto the device, without waiting for it."""
+        def move(t):
+            return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
+        return Pack(*(move(v) if torch.is_tensor(v) else v for v in vars(self).values()))
+
+
+def make_pack(forks: list, indices: list, fill: int = 1) -> Pack:
+    """Pack forks[i] for i in indices. No index: one dummy token and no scored row, for a rank without work.
+
+    The first token of *each* branch is predicted from the last trunk token. The row is filled up to a
+    multiple of `fill` (on CUDA, so that few lengths occur and few graphs are compiled).
+    """
+    tokens, positions, spans, rows, targets, lengths = [], [], [], [], [], []
+    at = 0
+    for fork in (forks[i] for i in indices):
+        trunk = len(fork.trunk)
+        rejected, chosen = at + trunk, at + trunk + len(fork.rejected)
+        end = chosen + len(fork.chosen)
+        tokens += [fork.trunk, fork.rejected, fork.chosen]
+        positions += [np.arange(trunk), trunk + np.arange(chosen - rejected), trunk + np.arange(end - chosen)]
+        spans.append((at, rejected, chosen, end))
+        rows.append(np.arange(at + fork.prompt_length - 1, rejected - 1))
+        for start, stop in ((rejected, chosen), (chosen, end)):
+            source = np.arange(start - 1, stop - 1)
+            source[:1] = rejected - 1
+            rows.append(source)
+        targets += [fork.trunk[fork.prompt_length:], fork.rejected, fork.chosen]
+        lengths.append([trunk - fork.prompt_length, len(fork.rejected), len(fork.chosen)])
+        at = end
+    size = at
+    if not indices:
+        spans, at = [(0, 1, 1, 1)], 1
+    extra = -at % fill + (at - size)
+    tokens.append(np.zeros(extra, dtype=np.int64))
+    positions.append(np.zeros(extra, dtype=np.int64))
+    tokens, positions, rows, targets = (torch.from_numpy(np.concatenate(parts or [np.zeros(0)]).astype(np.int64))
+                                        for parts in (tokens, positions, rows, targets))
+    lengths = torch.tensor(lengths, dtype=torch.int64).view(-1, 3)
+    return Pack(tokens, positions, spans, rows, targets, lengths, torch.tensor(indices, dtype=torch.int64), size)

@@ -1,0 +1,307 @@
+"""The mathematics of Surgical Post-Training (SPoT): from log-probabilities to one coefficient per token.
+
+Comes in:  hidden states, log-probabilities, rewards: plain tensors. This file imports torch alone.
+Goes out:  tensors and plain dicts. Import only this file to unit-test the method without a model.
+
+The method in four lines (Lin & Kai, arXiv 2603.01683; sigma is the logistic function):
+    r      = beta * (log pi_theta(y|x) - log pi_ref(y|x))              the implicit reward
+    L      = -log sigma(r_chosen - delta) - log sigma(-(r_rejected - delta))     delta = 0: SPoT-BCE
+    lambda = 1 - sigma(r_chosen - delta)                               the elastic tether
+    dL/d log pi(y_chosen) = -beta * lambda                             it fades as the pair is learned
+
+Shapes: R scored rows (a row is one token whose log-probability counts), F forks (one fork is one pair
+of answers laid out as a shared trunk and two branches), V vocabulary, D hidden width.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+LOGITS_AT_ONCE = 2**25  # elements of the largest temporary of the head: 128 MiB in fp32
+
+
+# --- log-probabilities without logits -------------------------------------------------------------
+
+
+class _LinearLogps(torch.autograd.Function):
+    """See linear_logps. Both passes walk over blocks of the *vocabulary*, not of the rows: each block of
+    the weight is read once, and its gradient is one GEMM over all rows, written once, never accumulated."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        top = torch.full(targets.shape, -math.inf, dtype=wide, device=hidden.device)  # running row maximum
+        total = torch.zeros_like(top)  # running sum of exp(logit - top)
+        picked = torch.zeros_like(top)  # the target's logit, from the same GEMM as the normaliser
+        for start, end in _vocabulary_blocks(weight, targets):
+            logits = (hidden @ weight[start:end].T).to(wide)
+            inside, column = _locate(targets, start, end)
+            picked = torch.where(inside, logits.gather(1, column).squeeze(1), picked)
+            new_top = torch.maximum(top, logits.amax(1))
+            total = total * (top - new_top).exp_() + logits.sub_(new_top[:, None]).exp_().sum(1)
+            top = new_top
+            del logits  # else it lives on while the next block is computed, and doubles the peak
+        logsumexp = top + total.log()
+        ctx.save_for_backward(hidden, weight, targets, logsumexp)
+        return picked - logsumexp
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, targets, logsumexp = ctx.saved_tensors
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        # A row's logits have the gradient g * (onehot(target) - softmax).
+        grad_hidden = torch.zeros_like(hidden, dtype=logsumexp.dtype) if need_hidden else None
+        grad_weight = torch.empty_like(weight) if need_weight else None
+        for start, end in _vocabulary_blocks(weight, targets):
+            logits = (hidden @ weight[start:end].T).to(logsumexp.dtype)
+            grad_logits = logits.sub_(logsumexp[:, None]).exp_().mul_(-grad[:, None])
+            inside, column = _locate(targets, start, end)
+            at_target = grad_logits.gather(1, column) + torch.where(inside, grad, 0.0)[:, None]
+            grad_logits.scatter_(1, column, at_target)  # one entry a row: no atomics, deterministic
+            grad_logits = grad_logits.to(hidden.dtype)
+            if need_weight:
+                torch.mm(grad_logits.T, hidden, out=grad_weight[start:end])
+            if need_hidden:  # summed over blocks in fp32 even where the products are bf16
+                if grad_hidden.dtype == hidden.dtype:
+                    grad_hidden.addmm_(grad_logits, weight[start:end])
+                else:
+                    grad_hidden += grad_logits @ weight[start:end]
+            del logits, grad_logits
+        return (grad_hidden.to(hidden.dtype) if need_hidden else None), grad_weight, None
+
+
+def _vocabulary_blocks(weight, targets):
+    step = max(1, LOGITS_AT_ONCE // max(1, len(targets)))
+    return [(start, min(start + step, len(weight))) for start in range(0, len(weight), step)]
+
+
+def _locate(targets, start, end):
+    """Which targets lie in vocabulary rows start..end (R,) and their column there, clamped (R, 1)."""
+    inside = (targets >= start) & (targets < end)
+    return inside, (targets - start).clamp(0, end - start - 1)[:, None]
+
+
+def linear_logps(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """log softmax(hidden @ weight.T) at `targets`, without ever holding the (R, V) logits.
+
+    hidden  (R, D) final hidden states, fp32, bf16, fp16 or fp64; R = 0 is allowed
+    weight  (V, D) the head's weight, same dtype
+    targets (R,)   int64 token ids in 0..V-1. An id outside is not looked for (on a GPU that would wait
+                   for the device); its value would be minus the logsumexp.
+    returns (R,)   log-probabilities in nats, fp32 (fp64 for fp64 input), differentiable in both factors
+
+    Products are taken in the input's dtype (the tensor cores' fast path), logsumexp and target logit come
+    from the same product in fp32. Only the (R,) logsumexp is kept for backward, which multiplies again.
+    Temporaries: one block of LOGITS_AT_ONCE elements (twice that for 16-bit input).
+    Raises ValueError where the shapes or dtypes do not fit.
+    """
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden (R, D) and weight (V, D) expected, found {tuple(hidden.shape)} "
+                         f"and {tuple(weight.shape)}")
+    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
+        raise ValueError(f"targets: int64 of shape ({len(hidden)},) expected, found {targets.dtype} "
+                         f"of shape {tuple(targets.shape)}")
+    if hidden.dtype != weight.dtype:
+        raise ValueError(f"hidden is {hidden.dtype}, weight is {weight.dtype}: one dtype expected")
+    return _LinearLogps.apply(hidden, weight, targets)
+
+
+# --- from rows to sequences to rewards ------------------------------------------------------------
+
+
+def sequence_logps(row_logps: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """log pi(y|x) of both answers of every fork: trunk + chosen branch, trunk + rejected branch.
+
+    row_logps (R,)   in nats, fork by fork, each fork's rows in the order trunk, rejected, chosen
+    lengths   (F, 3) int64, how many rows each of the three has; lengths.sum() == R
+    returns   (F, 2) fp64, columns chosen and rejected. Where a fork has no rejected branch (no y-), the
+                     second column is the trunk alone and means nothing: see `paired`.
+
+    Summed in fp64 and in a fixed order (no atomics), so that equal inputs give equal sums: at step 0
+    rewards are exactly 0. A sum of thousands of bf16 log-probs would move in steps of 1 or 2 nats.
+    """
+    if lengths.ndim != 2 or lengths.shape[1] != 3:
+        raise ValueError(f"lengths: shape (F, 3) expected, found {tuple(lengths.shape)}")
+    sums = torch.segment_reduce(row_logps.double(), "sum", lengths=lengths.flatten(), axis=0).view(-1, 3)
+    trunk, rejected, chosen = sums.unbind(1)
+    return torch.stack([trunk + chosen, trunk + rejected], 1)
+
+
+def paired(lengths: torch.Tensor) -> torch.Tensor:
+    """(F,) bool: which forks have a rejected answer (both end in <|im_end|>, so it has at least one row)."""
+    return lengths[:, 1] > 0
+
+
+def rewards(policy: torch.Tensor, reference: torch.Tensor, beta: float) -> torch.Tensor:
+    """The implicit reward r = beta * (log pi_theta(y|x) - log pi_ref(y|x)), elementwise, any shape."""
+    return beta * (policy - reference)
+
+
+def tether(rewards: torch.Tensor, delta: float = 0.0) -> torch.Tensor:
+    """The elastic tether lambda = 1 - sigma(r - delta), elementwise: 1/2 where r = delta, to 0 as r grows.
+
+    With a chosen answer's reward this is lambda+. For a rejected answer pass the signs reversed:
+    lambda- = sigma(r - delta) = tether(-r, -delta). Computed as sigma(delta - r): no cancellation at
+    large r (r = 50 gives 1.9e-22, not 0).
+    """
+    return torch.sigmoid(delta - rewards)
+
+
+# --- the objectives: per-example losses, autograd gives their coefficients ------------------------
+# Each takes small tensors and returns losses of the same shape in nats; nothing is averaged here.
+
+
+def spot_bce(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """SPoT-BCE, the default: -log sigma(r+) - log sigma(-r-), from rewards of shape (F,).
+
+    dL/dr+ = -(1 - sigma(r+)), dL/dr- = sigma(r-). At r = 0: 2 ln 2.
+    """
+    return spot_bco(chosen, rejected, delta=0.0)
+
+
+def spot_bco(chosen: torch.Tensor, rejected: torch.Tensor, delta: float) -> torch.Tensor:
+    """SPoT-BCO: -log sigma(r+ - delta) - log sigma(-(r- - delta)), from rewards of shape (F,).
+
+    delta is a running mean of rewards (update_delta), a constant here: never differentiated through.
+    dL/dr+ = -(1 - sigma(r+ - delta)), dL/dr- = sigma(r- - delta).
+    """
+    return -F.logsigmoid(chosen - delta) - F.logsigmoid(delta - rejected)
+
+
+def dpo(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """DPO (arXiv 2305.18290, eq. 7): -log sigma(r+ - r-), from rewards of shape (F,).
+
+    dL/dr+ = -(1 - sigma(r+ - r-)) = -dL/dr-: on the shared trunk the two cancel always.
+    """
+    return -F.logsigmoid(chosen - rejected)
+
+
+def reward_sft(chosen: torch.Tensor) -> torch.Tensor:
+    """Reward-SFT: -log sigma(r+), from rewards of shape (F,). dL/dr+ = -(1 - sigma(r+))."""
+    return -F.logsigmoid(chosen)
+
+
+def sft(logps: torch.Tensor) -> torch.Tensor:
+    """SFT on y+ ("SFT+" on rectified answers): -log pi of each token, (R,). dL/dlog pi = -1, for ever."""
+    return -logps
+
+
+def dft(logps: torch.Tensor) -> torch.Tensor:
+    """DFT (arXiv 2508.05629): -sg[pi] log pi of each token, (R,). dL/dlog pi = -pi; sg = stop-gradient."""
+    return -logps.detach().exp() * logps
+
+
+OBJECTIVES = ("spot-bce", "spot-bco", "dpo", "reward-sft", "sft", "dft")
+PAIR_OBJECTIVES = ("spot-bce", "spot-bco", "dpo")  # these need a rejected answer
+TOKEN_OBJECTIVES = ("sft", "dft")  # these divide by tokens of y+, the others by examples
+
+
+def row_coefficients(objective: str, row_logps: torch.Tensor, lengths: torch.Tensor,
+                     reference: torch.Tensor, beta: float, delta: float = 0.0):
+    """One coefficient a scored row, dL/d row_logps: all in which the six objectives differ.
+
+    objective        one of OBJECTIVES
+    row_logps (R,)   the policy's log-probs in nats; its graph, if any, is not touched
+    lengths   (F, 3) rows of trunk, rejected, chosen (see sequence_logps)
+    reference (F, 2) fp64, sequence_logps of the policy before training
+    beta, delta      reward scale; the running mean (used by spot-bco alone)
+    returns   (R,)   coefficients of the *summed* loss, dtype of row_logps, and the diagnostics of
+                     `diagnose`. Divide by the global number of pairs (or y+ tokens) of the step, then
+                     `row_logps.backward(coefficients)` is the whole backward pass.
+
+    The objective is differentiated on detached (F, 2) rewards or (R,) log-probs, so the model's graph
+    sees nothing but this vector. Closed forms (c is a sequence's coefficient, on every one of its rows;
+    trunk rows belong to both sequences and get the sum, exactly 0 under BCE while r+ = r- = 0):
+        spot-bce, spot-bco   c+ = -beta (1 - sigma(r+ - delta))      c- = beta sigma(r- - delta)
+        dpo                  c+ = -beta (1 - sigma(r+ - r-))         c- = -c+
+        reward-sft           c+ = -beta (1 - sigma(r+))              c- = 0
+        sft, dft             c+ = -1, -pi(token)                     c- = 0
+    Raises ValueError for an unknown objective, or for forks without y- under a pair objective.
+    """
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective: one of {', '.join(OBJECTIVES)} expected, found {objective!r}")
+    leaf = row_logps.detach().requires_grad_()
+    with torch.enable_grad():
+        r = rewards(sequence_logps(leaf, lengths), reference, beta)
+        chosen, rejected = r.unbind(1)
+        if objective in TOKEN_OBJECTIVES:
+            losses = {"sft": sft, "dft": dft}[objective](leaf.double()[rows_of_chosen(lengths)])
+        elif objective == "reward-sft":
+            losses = reward_sft(chosen)
+        elif objective == "dpo":
+            losses = dpo(chosen, rejected)
+        else:
+            losses = spot_bco(chosen, rejected, delta if objective == "spot-bco" else 0.0)
+        loss = losses.sum()
+        (coefficients,) = torch.autograd.grad(loss, leaf)
+    tether_at = delta if objective == "spot-bco" else 0.0
+    return coefficients, diagnose(loss.detach(), r.detach(), tether_at, coefficients, lengths)
+
+
+def rows_of_chosen(lengths: torch.Tensor) -> torch.Tensor:
+    """(R,) bool: the rows that belong to y+, that is trunk and chosen branch, not the rejected one."""
+    is_chosen = torch.tensor([True, False, True], device=lengths.device).repeat(len(lengths))
+    return is_chosen.repeat_interleave(lengths.flatten())
+
+
+# --- the running mean delta -----------------------------------------------------------------------
+
+
+def update_delta(delta: float, batch_mean: float, batch_pairs: int, seen_pairs: int,
+                 kind: str = "ema") -> float:
+    """delta for the *next* optimizer step, from this step's global batch: delta lags by one step.
+
+    batch_mean   mean of (r+ + r-)/2 over the global batch, in units of reward
+    batch_pairs  pairs of this batch; seen_pairs: pairs of all the steps before it
+    kind         "ema": 0.9 delta + 0.1 batch_mean (the paper's exponential moving average);
+                 "cumulative": the mean over all pairs so far (TRL 0.20's running moments)
+
+    Step 0 trains with delta = 0, the true mean there. The lag makes delta independent of how the batch
+    is cut into micro-batches and ranks. Raises ValueError for another kind.
+    """
+    if kind == "ema":
+        return 0.9 * delta + 0.1 * batch_mean
+    if kind == "cumulative":
+        return (delta * seen_pairs + batch_mean * batch_pairs) / (seen_pairs + batch_pairs)
+    raise ValueError(f'kind: "ema" or "cumulative" expected, found {kind!r}')
+
+
+# --- diagnostics ----------------------------------------------------------------------------------
+
+SUMS = ("loss", "reward_chosen", "reward_rejected", "margin", "accuracy", "tether_chosen",
+        "tether_rejected", "trunk_coef", "max_abs_reward", "examples", "pairs", "chosen_tokens", "trunk_rows")
+
+
+def diagnose(loss, r, delta, coefficients, lengths) -> dict:
+    """Sums over forks, to be added up over packs and ranks and divided once by the global counts.
+
+    r (F, 2) rewards; returns a dict of 0-d fp64 tensors keyed by SUMS. `max_abs_reward` alone is a
+    maximum. Quantities of y- (margin and accuracy too) are summed over forks that have one.
+    """
+    pair = paired(lengths)
+    chosen, rejected = r.unbind(1)
+    has = pair.double()
+    rejected = torch.where(pair, rejected, 0.0)
+    trunk = torch.tensor([1.0, 0.0, 0.0], device=r.device, dtype=torch.float64).repeat(len(lengths))
+    on_trunk = trunk.repeat_interleave(lengths.flatten())
+    values = (loss, chosen.sum(), rejected.sum(), ((chosen - rejected) * has).sum(),
+              ((chosen > rejected) * has).sum(), tether(chosen, delta).sum(),
+              (tether(-rejected, -delta) * has).sum(), (coefficients.double().abs() * on_trunk).sum(),
+              torch.maximum(chosen.abs(), rejected.abs()).amax() if len(r) else r.new_zeros(()),
+              r.new_tensor(len(r)), has.sum(), lengths[:, [0, 2]].sum(), on_trunk.sum())
+    return {name: torch.as_tensor(value, dtype=torch.float64) for name, value in zip(SUMS, values)}
+
+
+def average(sums: dict, objective: str) -> dict:
+    """The step's metrics from its global sums (floats keyed by SUMS): each sum over its own count.
+
+    loss is per example, or per token of y+ for sft and dft. trunk_coef is the mean |coefficient| of a
+    shared-prefix row before that division: exactly 0 at step 0 under BCE and always under DPO.
+    Quantities of y- are None where no example has one.
+    """
+    per = {name: sums["examples"] for name in ("reward_chosen", "tether_chosen")}
+    per |= {name: sums["pairs"] for name in ("reward_rejected", "margin", "accuracy", "tether_rejected")}
+    per |= {"loss": sums["chosen_tokens" if objective in TOKEN_OBJECTIVES else "examples"],
+            "trunk_coef": sums["trunk_rows"]}
+    return {name: sums[name] / per[name] if per[name] else None for name in SUMS if name in per}
