@@ -422,7 +422,9 @@ def make_pack(forks: list, indices: list, fill: int = 1) -> Pack:
     extra = -at % fill + (at - size)
     tokens.append(np.zeros(extra, dtype=np.int64))
     positions.append(np.zeros(extra, dtype=np.int64))
-    tokens, positions, rows, targets = (torch.from_numpy(np.concatenate(parts or [np.zeros(0)]).astype(np.int64))
-                                        for parts in (tokens, positions, rows, targets))
+    tokens, positions, rows, targets = (
+        torch.from_numpy(np.concatenate(parts or [np.zeros(0)]).astype(np.int64))
+        for parts in (tokens, positions, rows, targets))
     lengths = torch.tensor(lengths, dtype=torch.int64).view(-1, 3)
-    return Pack(tokens, positions, spans, rows, targets, lengths, torch.tensor(indices, dtype=torch.int64), size)
+    pairs = torch.tensor(indices, dtype=torch.int64)
+    return Pack(tokens, positions, spans, rows, targets, lengths, pairs, size)

@@ -123,7 +123,11 @@ def sequence_logps(row_logps: torch.Tensor, lengths: torch.Tensor) -> torch.Tens
     """
     if lengths.ndim != 2 or lengths.shape[1] != 3:
         raise ValueError(f"lengths: shape (F, 3) expected, found {tuple(lengths.shape)}")
-    sums = torch.segment_reduce(row_logps.double(), "sum", lengths=lengths.flatten(), axis=0).view(-1, 3)
+    if not lengths.is_cuda and int(lengths.sum()) != len(row_logps):  # on a GPU the look would cost a wait
+        raise ValueError(f"lengths add up to {int(lengths.sum())}, found {len(row_logps)} rows")
+    flat = row_logps.double()
+    sums = (torch.segment_reduce(flat, "sum", lengths=lengths.flatten(), axis=0, unsafe=True)
+            if len(lengths) else flat).view(-1, 3)  # unsafe: no check of lengths, which has been made
     trunk, rejected, chosen = sums.unbind(1)
     return torch.stack([trunk + chosen, trunk + rejected], 1)
 
@@ -221,6 +225,8 @@ def row_coefficients(objective: str, row_logps: torch.Tensor, lengths: torch.Ten
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"objective: one of {', '.join(OBJECTIVES)} expected, found {objective!r}")
+    if objective in PAIR_OBJECTIVES and not lengths.is_cuda and not paired(lengths).all():
+        raise ValueError(f"{objective} needs a rejected answer in every fork")
     leaf = row_logps.detach().requires_grad_()
     with torch.enable_grad():
         r = rewards(sequence_logps(leaf, lengths), reference, beta)

@@ -1,0 +1,695 @@
+"""The explicit training loop of Surgical Post-Training, from one CPU core to several nodes of GPUs.
+
+Comes in:  --model, a Qwen3 checkpoint folder, and --pairs, a JSONL file of surgical pairs.
+Goes out:  a run folder: config.json, metrics.jsonl, reference.safetensors, checkpoints/, and model/, the
+           trained checkpoint in the layout it came in.
+
+    torchrun --nproc_per_node=8 train.py --model Qwen3-8B --pairs pairs.jsonl --out runs/first
+
+One optimizer step is `train_step`: for each pack the policy gives one log-prob a scored row, loss.py gives
+one coefficient a row, and `row_logps.backward(coefficients)` is the backward pass. Which pairs form a step
+does not depend on the number of ranks; each rank computes its share of the tokens, gradients are summed.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from tqdm import tqdm
+
+import data
+import loss
+import model as qwen
+from model import UserError
+
+# Dense bf16 peaks in FLOP/s, for mfu. Any other device: the rate of a square GEMM measured at the start.
+PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "B200": 2250e12}
+
+
+def option(default, text, choices=None):
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass
+class Options:
+    """Everything that can be chosen. Defaults are the paper's (Qwen3-8B)."""
+
+    model: str = option("", "checkpoint folder in Hugging Face layout, or a hub id (required)")
+    pairs: str = option("", "pair file, .jsonl or .jsonl.gz (required)")
+    out: str = option("", "run folder to write (required)")
+    loss: str = option("spot-bce", "objective", loss.OBJECTIVES)
+    beta: float = option(0.1, "reward scale: r = beta * (log pi - log pi_ref)")
+    delta: str = option("ema", "spot-bco's running mean: 0.9/0.1 average or mean of all", ("ema", "cumulative"))
+    lr: float = option(1e-6, "peak learning rate (SFT in the paper: 5e-6)")
+    epochs: int = option(2, "passes over the pairs")
+    max_steps: int = option(0, "optimizer steps at most, schedule included; 0: as many as the epochs have")
+    batch_size: int = option(32, "pairs per optimizer step, over all ranks")
+    warmup: float = option(0.05, "share of the steps with rising learning rate; a cosine to 0 follows")
+    weight_decay: float = option(0.01, "AdamW's, on all weights but norms")
+    clip: float = option(1.0, "largest norm of the gradient")
+    max_length: int = option(8192, "tokens of prompt + one answer; longer pairs are dropped, never cut")
+    max_change_ratio: float = option(0.6, "drop pairs with 1 - LCS(y-, y+)/|y+| above this (gamma)")
+    skip_malformed: bool = option(False, "drop and count malformed rows instead of stopping")
+    eval_pairs: str = option("", "held-out pair file, scored before training and after each epoch")
+    seed: int = option(0, "order of the pairs")
+    dtype: str = option("bfloat16", "of the computation; weights, moments and sums stay float32",
+                        ("float32", "bfloat16"))
+    checkpointing: str = option("full", "recompute each block in backward (less memory), or not",
+                                ("none", "full"))
+    tokens_per_pack: int = option(16384, "tokens of one micro-batch; memory grows with it, results do not")
+    shard_size: int = option(0, "ranks that share one copy of the model, the others replicate; 0: all ranks")
+    save_every: int = option(50, "optimizer steps between checkpoints; 0: only at the end and on SIGTERM")
+    keep: int = option(1, "checkpoints to keep")
+    timeout: int = option(1800, "seconds after which a stalled rank ends the run")
+    resume: bool = option(False, "go on with the run in --out from its last checkpoint")
+
+
+# Options that may differ when a run is resumed: none of them changes the curve beyond floating-point noise.
+FREE = ("resume", "keep", "save_every", "timeout", "tokens_per_pack", "checkpointing", "shard_size")
+
+
+def parse_options(argv=None) -> Options:
+    """Command line to Options. With --resume what is not given comes from OUT/config.json, and what is given
+    must agree with it. Raises UserError listing every problem at once."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(Options):
+        kind = {"action": "store_true"}
+        if f.type is not bool:
+            kind = {"type": f.type, "choices": f.metadata["choices"]}
+            kind |= {} if kind["choices"] else {"metavar": f.type.__name__.upper()}
+        text = f.metadata["help"] + ("" if f.default == "" or f.type is bool else f" [{f.default}]")
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **kind)
+    given = vars(parser.parse_args(argv))
+    problems = []
+    if given.get("resume") and given.get("out"):
+        stored = qwen.read_json(os.path.join(given["out"], "config.json")).get("options", {})
+        problems += [f"--{k} is {v!r}, the run in {given['out']} has {stored[k]!r}" for k, v in given.items()
+                     if k in stored and k not in FREE and k != "out" and stored[k] != v]
+        given = {**{f.name: stored[f.name] for f in fields(Options) if f.name in stored}, **given}
+    o = Options(**given)
+    problems += [f"--{name} is required" for name in ("model", "pairs", "out") if not getattr(o, name)]
+    for name in ("beta", "lr", "epochs", "batch_size", "clip", "max_length", "tokens_per_pack", "keep",
+                 "timeout"):
+        if not 0 < getattr(o, name) < math.inf:
+            problems.append(f"--{name} is {getattr(o, name)}, a number above 0 expected")
+    for name in ("max_steps", "save_every", "shard_size", "weight_decay", "seed", "max_change_ratio"):
+        if not 0 <= getattr(o, name) < math.inf:
+            problems.append(f"--{name} is {getattr(o, name)}, a number of 0 or more expected")
+    if not 0 <= o.warmup <= 1:
+        problems.append(f"--warmup is {o.warmup}, a share between 0 and 1 expected")
+    if problems:
+        raise UserError("\n  ".join(["these options do not work:"] + problems))
+    return o
+
+
+# --- ranks ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Ranks:
+    """Where this process stands. "Main" is global rank 0: on two nodes there are two local zeros."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def main(self):
+        return self.rank == 0
+
+    def say(self, text):
+        if self.main:
+            tqdm.write(text, file=sys.stderr)
+
+    def reduce(self, tensor, op=dist.ReduceOp.SUM):
+        """All-reduced copy, on the CPU."""
+        tensor = tensor.to(self.device, copy=True)
+        dist.all_reduce(tensor, op)
+        return tensor.cpu()
+
+    @contextlib.contextmanager
+    def together(self):
+        """What fails inside on any rank ends all ranks, with one message and a non-zero code, no hang."""
+        error = None
+        try:
+            yield
+        except (UserError, OSError, SafetensorError) as e:
+            error = e
+        first = int(self.reduce(torch.tensor(self.rank if error else self.world), dist.ReduceOp.MIN))
+        if first < self.world:
+            if self.rank == first:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            dist.barrier()  # nobody leaves, and makes torchrun kill the others, before it is printed
+            close_ranks()
+            sys.exit(1)
+
+
+def open_ranks(timeout: int) -> Ranks:
+    """Join the process group that torchrun describes; without torchrun a group of one."""
+    local, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    if cuda and local_world > torch.cuda.device_count():
+        raise UserError(f"{local_world} ranks on this machine, but {torch.cuda.device_count()} GPUs: start "
+                        f"with --nproc_per_node={torch.cuda.device_count()}, or train on the CPU with "
+                        "CUDA_VISIBLE_DEVICES= (empty)")
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:  # torchrun sets OMP_NUM_THREADS=1, which wastes cores where there are fewer ranks
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+    backend = "nccl" if cuda else "gloo"
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **alone)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def close_ranks():
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+# --- the sharded policy ---------------------------------------------------------------------------
+
+
+def build_policy(folder, config, o: Options, ranks: Ranks):
+    """Meta device -> shard each block -> root -> memory -> each rank reads its own rows. fp32 shards."""
+    with torch.device("meta"):
+        policy = qwen.Qwen3(config, checkpointing=o.checkpointing == "full")
+    shape, names = (ranks.world,), ("shard",)
+    if o.shard_size and o.shard_size != ranks.world:
+        if ranks.world % o.shard_size:
+            raise UserError(f"--shard_size {o.shard_size} does not divide the {ranks.world} ranks")
+        shape, names = (ranks.world // o.shard_size, o.shard_size), ("replicate", "shard")
+    mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
+    precision = MixedPrecisionPolicy(param_dtype=getattr(torch, o.dtype), reduce_dtype=torch.float32)
+    how = {"mesh": mesh, "mp_policy": precision}
+    for block in policy.layers:
+        fully_shard(block, **how)
+    if not config.tie_word_embeddings:  # big tables in units of their own, else one buffer holds both
+        fully_shard(policy.embed_tokens, **how)
+        fully_shard(policy.lm_head, **how)
+    fully_shard(policy, reshard_after_forward=False, **how)
+    for unit in policy.modules():
+        if isinstance(unit, FSDPModule):  # sum gradients: we divide by our own global counts
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)  # without it gloo dies on the factor
+    policy.to_empty(device=ranks.device)
+    qwen.load_weights(policy, folder)
+    return policy, mesh
+
+
+def make_optimizer(policy, o: Options):
+    """AdamW as in the paper (betas 0.9, 0.95), no decay on norms (the only 1-D weights)."""
+    weights = [p for p in policy.parameters() if p.ndim > 1]
+    norms = [p for p in policy.parameters() if p.ndim == 1]
+    groups = [{"params": weights, "weight_decay": o.weight_decay}, {"params": norms, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=(0.9, 0.95), fused=True)
+    for p in policy.parameters():  # made now, not in the first step, so that resume has a place to load into
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                              "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
+
+
+def learning_rate(step: int, total: int, o: Options) -> float:
+    """(k+1)/W of the peak in step k of W warm-up steps (HF starts at 0, a wasted step), then a cosine."""
+    warm = math.ceil(o.warmup * total)
+    if step < warm:
+        return o.lr * (step + 1) / warm
+    return o.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+
+
+def count_flops(config, pack) -> float:
+    """FLOPs of forward + backward of one pack: products only, recomputation and filling left out."""
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    layer = config.hidden_size * (config.head_dim * 2 * (heads + groups) + 3 * config.intermediate_size)
+    seen = 0  # pairs of query and key
+    for start, trunk, rejected, chosen in pack.forks:
+        seen += sum(n * (n + 1) // 2 for n in (trunk - start, rejected - trunk, chosen - rejected))
+        seen += (chosen - trunk) * (trunk - start)
+    attention = 2 * heads * config.head_dim * seen
+    head = config.vocab_size * config.hidden_size * len(pack.rows)
+    return 6.0 * (config.num_hidden_layers * (layer * pack.size + attention) + head)
+
+
+def peak_flops(device, dtype) -> float:
+    """Published peak of a known GPU, else a 512^3 product's measured rate, in FLOP/s of this rank."""
+    if device.type == "cuda":
+        for name, peak in PEAKS.items():
+            if name in torch.cuda.get_device_name(device):
+                return peak
+    a = torch.ones(512, 512, dtype=dtype, device=device)
+    best = math.inf
+    for _ in range(3):
+        start = time.perf_counter()
+        (a @ a).sum().item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * 512**3 / best
+
+
+# --- the run --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What the functions below share: a record, no behaviour."""
+
+    o: Options
+    ranks: Ranks
+    config: qwen.Config
+    folder: str  # of the checkpoint we start from
+    forks: list
+    policy: torch.nn.Module
+    mesh: object
+    optimizer: torch.optim.Optimizer
+    hashes: dict  # of weights and pairs
+    step: int = 0
+    delta: float = 0.0
+    seen: int = 0  # pairs that went into delta
+    reference: torch.Tensor = None  # (N, 2) fp64, sequence_logps before training
+    eval_forks: list = None
+    eval_reference: torch.Tensor = None
+
+    def packs(self, batch, forks):
+        """This rank's micro-batches of one global batch."""
+        plan = data.split_batch(batch, list(map(len, forks)), self.ranks.world, self.o.tokens_per_pack)
+        # On CUDA eight lengths at most up to tokens_per_pack: one compiled attention each.
+        fill = max(128, self.o.tokens_per_pack // 8) if self.ranks.device.type == "cuda" else 1
+        for micro in plan:
+            yield data.make_pack(forks, micro[self.ranks.rank], fill)
+
+    def score(self, pack):
+        """Row log-probs (R,) of a pack on the device, graph attached."""
+        return self.policy(pack.tokens, pack.positions, pack.forks, pack.rows, pack.targets)
+
+
+def score_all(run: Run, forks, batches, title) -> torch.Tensor:
+    """(N, 2) fp64 sequence log-probs of all forks under the policy as it is, on every rank."""
+    device, scores = run.ranks.device, torch.zeros(len(forks), 2, dtype=torch.float64)
+    with torch.no_grad():
+        for batch in tqdm(batches, desc=title, disable=not run.ranks.main, unit="batch"):
+            for pack in run.packs(batch, forks):
+                pack = pack.to(device)
+                sums = loss.sequence_logps(run.score(pack), pack.lengths)
+                scores[pack.pairs.cpu()] = sums.cpu()
+    run.policy.reshard()  # a forward without backward leaves the root's weights gathered
+    return run.ranks.reduce(scores).cpu()  # each pair was scored by one rank, the others add zeros
+
+
+def train_step(run: Run, batch, lr: float) -> dict:
+    """One optimizer step on one global batch of pair indices; returns its metrics. Raises UserError on
+    NaN or infinity, on all ranks alike and before the weights are touched."""
+    o, ranks, started = run.o, run.ranks, time.perf_counter()
+    forks = [run.forks[i] for i in batch]
+    # The global count is known to every rank from the plan: no communication.
+    if o.loss in loss.TOKEN_OBJECTIVES:
+        count = sum(len(f.trunk) - f.prompt_length + len(f.chosen) for f in forks)
+    else:
+        count = len(forks)
+    sums, largest, flops = 0.0, torch.zeros((), dtype=torch.float64, device=ranks.device), 0.0
+    for pack in run.packs(batch, run.forks):
+        pack_ = pack.to(ranks.device)
+        row_logps = run.score(pack_)
+        coefficients, stats = loss.row_coefficients(
+            o.loss, row_logps, pack_.lengths, run.reference[pack.pairs].to(ranks.device), o.beta, run.delta)
+        row_logps.backward(coefficients / count)
+        largest = torch.maximum(largest, stats.pop("max_abs_reward"))
+        sums = sums + torch.stack(list(stats.values()))
+        flops += count_flops(run.config, pack)
+    grad_norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), o.clip).full_tensor().item()
+    extra = torch.tensor([flops, float(STOP["asked"])], dtype=torch.float64, device=ranks.device)
+    total = ranks.reduce(torch.cat([sums, extra])).tolist()  # the step's only look at other ranks' numbers
+    stats = dict(zip(stats, total))
+    stop = total[-1] > 0
+    if run.step == 0:
+        canary(run, float(ranks.reduce(largest, dist.ReduceOp.MAX)), stats["loss"] / count)
+    if not math.isfinite(stats["loss"]) or not math.isfinite(grad_norm):
+        lines = ", ".join(str(f.line) for f in forks)
+        raise UserError(f"step {run.step}: loss {stats['loss'] / count}, gradient norm {grad_norm}: not "
+                        f"finite, weights left as they were. The step's pairs: lines {lines} of {o.pairs}")
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    metrics = {"step": run.step, "epoch": run.step // steps_per_epoch(run), **loss.average(stats, o.loss),
+               "delta": run.delta, "grad_norm": grad_norm, "lr": lr}
+    if o.loss == "spot-bco":
+        mean = (stats["reward_chosen"] + stats["reward_rejected"]) / (2 * stats["pairs"])
+        run.delta = loss.update_delta(run.delta, mean, len(forks), run.seen, o.delta)
+        run.seen += len(forks)
+    run.step += 1
+    seconds, tokens = time.perf_counter() - started, sum(map(len, forks))
+    metrics |= {"tokens": tokens, "tokens_per_s": tokens / seconds,
+                "mfu": total[-2] / seconds / (PEAK["flops"] * ranks.world), "memory_gb": memory_gb(ranks)}
+    return metrics, stop
+
+
+STOP = {"asked": False}  # set by SIGTERM, looked at in the step's all-reduce so that all ranks stop together
+PEAK = {"flops": math.nan}
+
+
+def memory_gb(ranks) -> float:
+    """Peak so far: of this rank's GPU, or resident of this process."""
+    if ranks.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def canary(run, largest_reward, mean_loss):
+    """Step 0: the policy is its own reference, so every reward is exactly 0 and the tether exactly 1/2."""
+    expected = {"spot-bce": 2 * math.log(2), "spot-bco": 2 * math.log(2), "dpo": math.log(2),
+                "reward-sft": math.log(2)}.get(run.o.loss)
+    same = expected is None or torch.tensor(mean_loss).float() == torch.tensor(expected).float()
+    run.ranks.say(f"step 0: largest |reward| {largest_reward}, loss {mean_loss:.9f}"
+                  + (f", expected {expected:.9f}" if expected else ""))
+    if largest_reward != 0 or not same:
+        raise UserError("step 0 must give rewards of exactly 0: the forward pass is not deterministic here, "
+                        f"or reference.safetensors is of another model. Delete it in {run.o.out}, try again")
+
+
+def evaluate(run: Run) -> dict:
+    """The diagnostics of the held-out pairs under the policy as it is, delta frozen."""
+    sums = torch.zeros(len(loss.SUMS), dtype=torch.float64, device=run.ranks.device)
+    with torch.no_grad():
+        for batch in fixed_batches(run.eval_forks, run.o):
+            for pack in run.packs(batch, run.eval_forks):
+                pack = pack.to(run.ranks.device)
+                reference = run.eval_reference[pack.pairs.cpu()].to(run.ranks.device)
+                _, stats = loss.row_coefficients(run.o.loss, run.score(pack), pack.lengths, reference,
+                                                 run.o.beta, run.delta)
+                sums += torch.stack(list(stats.values()))
+    run.policy.reshard()
+    return loss.average(dict(zip(loss.SUMS, run.ranks.reduce(sums).tolist())), run.o.loss)
+
+
+def fixed_batches(forks, o):
+    return [range(i, min(i + o.batch_size, len(forks))) for i in range(0, len(forks), o.batch_size)]
+
+
+def steps_per_epoch(run) -> int:
+    return -(-len(run.forks) // run.o.batch_size)
+
+
+# --- the reference cache --------------------------------------------------------------------------
+
+
+def sha256(*parts) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part if isinstance(part, (bytes, memoryview)) else str(part).encode())
+    return digest.hexdigest()
+
+
+def file_sha256(path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def hash_inputs(folder, forks, eval_forks) -> dict:
+    """Content hashes of the weights and of the encoded pairs (which hold tokenizer and template too)."""
+    files = sorted({path for path, _ in qwen.open_tensors(folder).values()})
+
+    def tokens(forks):
+        return sha256(*(memoryview(part) for f in forks or [] for part in (f.trunk, f.rejected, f.chosen)),
+                      *(len(f.trunk) for f in forks or []))
+
+    weights = sha256(*map(file_sha256, files))
+    return {"weights": weights, "pairs": tokens(forks), "eval_pairs": tokens(eval_forks)}
+
+
+def reference_pass(run: Run):
+    """Score every pair with the policy as it is, in the packs of epoch 0, or take the cached scores.
+
+    The same code path, packs and dtype as in training make step-0 rewards exactly 0. The cache's key holds
+    all that can change a bit of them, the plan included (bf16 log-probs depend on the pack).
+    """
+    o, ranks = run.o, run.ranks
+    path = os.path.join(o.out, "reference.safetensors")
+    key = sha256(json.dumps([run.hashes, o.dtype, o.seed, o.batch_size, o.tokens_per_pack, o.shard_size,
+                             ranks.world, ranks.device.type, torch.get_num_threads(), torch.__version__]))
+    started = run.step > 0  # resumed: the scores the run began with, whatever the plan is now
+    usable = torch.zeros(1)
+    with ranks.together():
+        if ranks.main and os.path.exists(path):
+            with safe_open(path, framework="pt") as f:
+                kept = f.metadata() or {}
+            tensors = load_file(path)
+            if kept.get("content") != sha256(*(memoryview(tensors[k].numpy()) for k in sorted(tensors))):
+                raise UserError(f"{path} is corrupt (its content does not have the hash it names): delete it")
+            same = kept.get("hashes") == json.dumps(run.hashes) if started else kept.get("key") == key
+            usable[0] = float(same)
+        if ranks.main and started and not usable[0]:
+            raise UserError(f"{path} is missing or of other weights or pairs than this run's checkpoint")
+    if ranks.reduce(usable)[0]:
+        ranks.say(f"reference log-probs taken from {path}")
+        size = [(len(run.forks), 2), (len(run.eval_forks or []), 2)]
+        parts = [tensors[k] if ranks.main else torch.zeros(s, dtype=torch.float64)
+                 for k, s in zip(("pairs", "eval_pairs"), size)]
+        run.reference, run.eval_reference = map(ranks.reduce, parts)  # zeros elsewhere: a broadcast
+        return
+    batches = data.epoch_batches(len(run.forks), o.batch_size, o.seed, 0)
+    run.reference = score_all(run, run.forks, batches, "reference")
+    run.eval_reference = torch.zeros(0, 2, dtype=torch.float64)
+    if run.eval_forks:
+        batches = fixed_batches(run.eval_forks, o)
+        run.eval_reference = score_all(run, run.eval_forks, batches, "reference, held out")
+    with ranks.together():
+        bad = (~run.reference.isfinite()).any(1).nonzero().flatten().tolist()
+        if bad:
+            raise UserError(f"the model gives log-probs that are not finite, first at line "
+                            f"{run.forks[bad[0]].line} of {o.pairs}: are its weights sound?")
+        if ranks.main:
+            tensors = {"pairs": run.reference, "eval_pairs": run.eval_reference}
+            content = sha256(*(memoryview(tensors[k].numpy()) for k in sorted(tensors)))
+            metadata = {"key": key, "hashes": json.dumps(run.hashes), "content": content}
+            save_file(tensors, path + ".tmp", metadata)
+            fsync(path + ".tmp")
+            os.replace(path + ".tmp", path)
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+def checkpoint_tensors(run: Run):
+    """{name: (local tensor, first row, end row, rows in all)} of fp32 weights and both Adam moments."""
+    tensors = {}
+    for name, p in run.policy.named_parameters():
+        state = run.optimizer.state[p]
+        for suffix, t in (("", p), (".exp_avg", state["exp_avg"]), (".exp_avg_sq", state["exp_avg_sq"])):
+            tensors[name + suffix] = (*qwen.rows_here(t), t.shape[0])
+    return tensors
+
+
+def save_checkpoint(run: Run):
+    """checkpoints/step_N: one shard a rank and state.json, written beside, made durable, then renamed. The
+    last whole checkpoint is deleted only after that."""
+    o, ranks = run.o, run.ranks
+    root = os.path.join(o.out, "checkpoints")
+    final, beside = os.path.join(root, f"step_{run.step:06d}"), os.path.join(root, f"tmp_{run.step:06d}")
+    shard, shards = run.mesh.get_local_rank("shard"), run.mesh.size(run.mesh.mesh_dim_names.index("shard"))
+    digests = torch.zeros(shards, 32, dtype=torch.int64)
+    with ranks.together():
+        if ranks.main:
+            shutil.rmtree(beside, ignore_errors=True)
+            os.makedirs(beside)
+    with ranks.together():
+        if ranks.rank < shards:  # the first replica writes
+            path = os.path.join(beside, f"shard_{shard}.safetensors")
+            save_file({k: t.cpu().contiguous() for k, (t, *_) in checkpoint_tensors(run).items()}, path)
+            fsync(path)
+            digests[shard] = torch.tensor(list(bytes.fromhex(file_sha256(path))))
+    digests = ranks.reduce(digests)
+    with ranks.together():
+        if ranks.main:
+            qwen.write_json(os.path.join(beside, "state.json"), {
+                "step": run.step, "delta": run.delta, "seen": run.seen, "shards": shards,
+                "world": ranks.world, "threads": torch.get_num_threads(), "hashes": run.hashes,
+                "sha256": [bytes(row).hex() for row in digests.tolist()]})
+            fsync(beside)
+            shutil.rmtree(final, ignore_errors=True)  # only ever one from before a resume that repeats it
+            os.rename(beside, final)
+            fsync(root)
+            for old in whole_checkpoints(o.out)[:-o.keep]:
+                shutil.rmtree(old)
+
+
+def fsync(path):
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def whole_checkpoints(out) -> list:
+    """Paths of the whole checkpoints of a run, oldest first; a name is given only to whole ones."""
+    root = os.path.join(out, "checkpoints")
+    names = os.listdir(root) if os.path.isdir(root) else []
+    return [os.path.join(root, n) for n in sorted(n for n in names if re.fullmatch(r"step_\d{6,}", n))]
+
+
+def load_checkpoint(run: Run, path: str):
+    """Restore weights, moments, step and delta; each rank copies the rows it needs, so that another number
+    of ranks works. Raises UserError where a hash or a shape does not agree."""
+    ranks = run.ranks
+    state = qwen.read_json(os.path.join(path, "state.json"))
+    if state["hashes"] != run.hashes:
+        differ = [k for k in run.hashes if state["hashes"].get(k) != run.hashes[k]]
+        raise UserError(f"{path} belongs to other {' and '.join(differ)} than given now")
+    files = [os.path.join(path, f"shard_{i}.safetensors") for i in range(state["shards"])]
+    for i, (file, digest) in enumerate(zip(files, state["sha256"])):  # each rank checks its part
+        if i % ranks.world == ranks.rank and file_sha256(file) != digest:
+            raise UserError(f"{file} is corrupt: its hash is not the one in state.json")
+    shards = [safe_open(file, framework="pt") for file in files]
+    for name, (local, start, end, rows) in checkpoint_tensors(run).items():
+        chunk = -(-rows // len(shards))
+        for i, f in enumerate(shards):
+            first, last = min(i * chunk, rows), min((i + 1) * chunk, rows)
+            a, b = max(first, start), min(last, end)
+            if a < b:
+                local[a - start:b - start].copy_(f.get_slice(name)[a - first:b - first])
+    for s in run.optimizer.state.values():
+        s["step"].fill_(state["step"])
+    run.step, run.delta, run.seen = state["step"], state["delta"], state["seen"]
+    if (state["world"], state["threads"]) != (ranks.world, torch.get_num_threads()):
+        ranks.say(f"saved by {state['world']} ranks x {state['threads']} threads, resumed by {ranks.world} x "
+                  f"{torch.get_num_threads()}: the curve goes on, but no longer to the bit")
+
+
+# --- from start to end ----------------------------------------------------------------------------
+
+
+def prepare(o: Options, ranks: Ranks) -> Run:
+    """Read and check everything before anything is written: model, tokenizer, pairs, output folder."""
+    with ranks.together():
+        taken = [n for n in ("config.json", "metrics.jsonl", "checkpoints", "model") if
+                 os.path.exists(os.path.join(o.out, n))]
+        if taken and not o.resume:
+            raise UserError(f"{o.out} holds a run already ({', '.join(taken)}): add --resume to go on with "
+                            "it, or choose another --out")
+        folder = qwen.checkpoint_folder(o.model)
+        config = qwen.read_config(folder)
+        chat = data.load_chat(folder, config.vocab_size)
+        limits = (chat, o.max_length, o.max_change_ratio, o.loss in loss.PAIR_OBJECTIVES, o.skip_malformed)
+        forks, log = data.load_forks(o.pairs, *limits)
+        ranks.say(log)
+        eval_forks = None
+        if o.eval_pairs:
+            eval_forks, log = data.load_forks(o.eval_pairs, *limits)
+            ranks.say(log)
+    with ranks.together():
+        policy, mesh = build_policy(folder, config, o, ranks)
+        count = sum(p.numel() for p in policy.parameters())
+        ranks.say(f"{count / 1e6:.1f}M parameters, {ranks.world} rank(s) on {ranks.device.type}, {o.dtype}"
+                  + (f", {torch.get_num_threads()} thread(s) each" if ranks.device.type == "cpu" else ""))
+        hashes = hash_inputs(folder, forks, eval_forks)
+    return Run(o, ranks, config, folder, forks, policy, mesh, make_optimizer(policy, o), hashes,
+               eval_forks=eval_forks)
+
+
+def train(o: Options, ranks: Ranks) -> int:
+    """The whole run; returns the exit code."""
+    run = prepare(o, ranks)
+    PEAK["flops"] = peak_flops(ranks.device, getattr(torch, o.dtype))
+    total = steps_per_epoch(run) * o.epochs
+    total = min(total, o.max_steps) if o.max_steps else total
+    with ranks.together():
+        if ranks.main:
+            os.makedirs(o.out, exist_ok=True)
+            if not o.resume:
+                qwen.write_json(os.path.join(o.out, "config.json"),
+                                {"options": asdict(o), "hashes": run.hashes, "model": asdict(run.config)})
+    with ranks.together():
+        saved = whole_checkpoints(o.out) if o.resume else []
+        if saved:
+            load_checkpoint(run, saved[-1])
+            ranks.say(f"resumed from {saved[-1]}: step {run.step} of {total}")
+        elif o.resume:
+            ranks.say("no whole checkpoint yet: starting from step 0")
+    reference_pass(run)
+    metrics_path, eval_path = (os.path.join(o.out, n) for n in ("metrics.jsonl", "eval.jsonl"))
+    with ranks.together():
+        if ranks.main:
+            keep_steps_before(metrics_path, run.step)
+            keep_steps_before(eval_path, run.step + 1)
+    bar = tqdm(total=total, initial=run.step, disable=not ranks.main, unit="step", desc=o.loss)
+    while run.step < total:
+        epoch, index = divmod(run.step, steps_per_epoch(run))
+        batch = data.epoch_batches(len(run.forks), o.batch_size, o.seed, epoch)[index]
+        with ranks.together():
+            metrics, stop = train_step(run, batch, learning_rate(run.step, total, o))
+            if ranks.main:
+                append_line(metrics_path, metrics)
+        bar.update()
+        bar.set_postfix(loss=f"{metrics['loss']:.4f}", r_chosen=f"{metrics['reward_chosen']:.3f}",
+                        tether=f"{metrics['tether_chosen']:.3f}", refresh=False)
+        if run.eval_forks and (run.step % steps_per_epoch(run) == 0 or run.step == total):
+            held_out = {"step": run.step, **evaluate(run)}
+            ranks.say("held out: " + ", ".join(f"{k} {v:.4g}" for k, v in held_out.items() if v is not None))
+            if ranks.main:
+                append_line(eval_path, held_out)
+        if stop or run.step == total or (o.save_every and run.step % o.save_every == 0):
+            save_checkpoint(run)
+        if stop and run.step < total:
+            ranks.say(f"SIGTERM: saved at step {run.step} of {total}; go on with --resume --out {o.out}")
+            return 143  # 128 + SIGTERM, as the shell has it
+    bar.close()
+    final = os.path.join(o.out, "model")
+    with ranks.together():
+        if ranks.main:
+            shutil.rmtree(final + ".tmp", ignore_errors=True)
+        dist.barrier()
+        qwen.export(run.policy, final + ".tmp", run.folder, main=ranks.main)
+        if ranks.main:
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(final + ".tmp", final)
+    ranks.say(f"done: {final}")
+    return 0
+
+
+def keep_steps_before(path, step):
+    """Drop the lines of a log that a resumed run will write again."""
+    if os.path.exists(path):
+        kept = [row for _, row in data.read_lines(path) if isinstance(row, dict) and row["step"] < step]
+        with open(path + ".tmp", "w") as f:
+            f.writelines(json.dumps(row) + "\n" for row in kept)
+        os.replace(path + ".tmp", path)
+
+
+def append_line(path, row):
+    with open(path, "a") as f:
+        f.write(json.dumps(row) + "\n")
+
+
+def main() -> int:
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        o = parse_options()
+        ranks = open_ranks(o.timeout)
+    except UserError as e:
+        if first:
+            print(f"error: {e}", file=sys.stderr, flush=True)
+        return 2
+    signal.signal(signal.SIGTERM, lambda *_: STOP.update(asked=True))
+    code = train(o, ranks)
+    close_ranks()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
