@@ -1,0 +1,372 @@
+"""The sharded loop as a user starts it: real processes, real files, curves and bits compared."""
+
+import glob
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import data
+import loss
+import model as qwen
+import tiny
+import train
+from model import UserError
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    return {"model": tiny.write_checkpoint(folder / "model"), "pairs": tiny.write_pairs(folder / "pairs.jsonl"),
+            "untied": tiny.write_checkpoint(folder / "untied", tied=False)}
+
+
+def command(world, out, *extra, ranks=1):
+    start = [sys.executable, "train.py"]
+    if ranks > 1:
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
+                 "train.py"]
+    options = {"--model": world["model"], "--pairs": world["pairs"], "--out": str(out), "--dtype": "float32",
+               "--lr": "1e-4", "--batch_size": "8", "--max_change_ratio": "1", "--checkpointing": "none"}
+    options.update(zip(extra[::2], extra[1::2]))
+    return start + [part for pair in options.items() for part in pair]
+
+
+def run(*args, code=0, **kwargs):
+    done = subprocess.run(command(*args, **kwargs), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stderr[-3000:]
+    return done.stderr
+
+
+def run_here(world, out, *extra):
+    """One rank in this process: the same code without the seconds that a new interpreter costs."""
+    ranks = train.open_ranks(60)
+    assert train.train(train.parse_options(command(world, out, *extra)[2:]), ranks) == 0
+    train.close_ranks()
+
+
+def metrics(out):
+    return [row for _, row in data.read_lines(os.path.join(out, "metrics.jsonl"))]
+
+
+def merged(out):
+    """{name: whole tensor} of a run's last checkpoint, weights and moments."""
+    folder = train.whole_checkpoints(out)[-1]
+    shards = [load_file(f) for f in sorted(glob.glob(os.path.join(folder, "shard_*.safetensors")))]
+    return {k: torch.cat([s[k] for s in shards]) for k in shards[0]}
+
+
+LAYOUTS = [dict(ranks=1), dict(ranks=1, pack="1"), dict(ranks=2, pack="300"), dict(ranks=3),
+           dict(ranks=4, pack="500", shard="2")]
+
+
+def start(world, layout, out, *extra):
+    extra += ("--tokens_per_pack", layout.get("pack", "16384"), "--shard_size", layout.get("shard", "0"))
+    if layout["ranks"] == 1:
+        run_here(world, out, *extra)
+    else:
+        run(world, out, *extra, ranks=layout["ranks"])
+
+
+def test_curve_is_independent_of_ranks_packs_and_micro_batches(world, tmp_path):
+    curves = []
+    for i, layout in enumerate(LAYOUTS):
+        start(world, layout, tmp_path / str(i), "--max_steps", "20", "--epochs", "9")
+        curves.append([(m["loss"], m["grad_norm"], m["reward_rejected"]) for m in metrics(tmp_path / str(i))])
+    curves = torch.tensor(curves, dtype=torch.float64)
+    assert curves.shape[1] == 20
+    assert curves[0, 0, 0] - curves[0, -1, 0] > 0.01  # it learns, so equality says something
+    worst = ((curves - curves[0]).abs() / curves[0].abs().clamp_min(1e-2)).amax((1, 2))
+    print("largest relative difference of loss, gradient norm, reward by layout:", worst.tolist())
+    assert worst.max() <= 1e-4
+
+
+@pytest.mark.parametrize("kind", ["model", "untied"])
+def test_one_step_gradient_equals_transformers_on_every_layout(world, tmp_path, kind):
+    """After one step Adam's first moment is 0.1 g; g at r = 0 is known: beta/2 (grad y- - grad y+) / N."""
+    from transformers import AutoModelForCausalLM
+
+    hf = AutoModelForCausalLM.from_pretrained(world[kind], dtype=torch.float32)
+    chat = data.load_chat(world[kind], 265)
+    pairs, _ = data.read_pairs(world["pairs"])
+    for i in data.epoch_batches(24, 8, 0, 0)[0]:
+        prompt = chat.prompt(pairs[i].messages)
+        for text, sign in ((pairs[i].chosen, -1), (pairs[i].rejected, 1)):
+            answer = chat.encode(text) + [chat.im_end]
+            ids = torch.tensor([prompt + answer])
+            logps = hf(ids).logits[0, len(prompt) - 1:-1].log_softmax(-1)
+            (sign * 0.05 / 8 * logps.gather(1, torch.tensor(answer)[:, None]).sum()).backward()
+    expected = {n.removeprefix("model."): p.grad for n, p in hf.named_parameters()}
+    for i, layout in enumerate(LAYOUTS if kind == "model" else LAYOUTS[3:]):
+        out = tmp_path / str(i)
+        start({**world, "model": world[kind]}, layout, out, "--max_steps", "1", "--clip", "1e9")
+        found = {k.removesuffix(".exp_avg"): v / 0.1 for k, v in merged(out).items() if k.endswith(".exp_avg")}
+        assert found.keys() == expected.keys()
+        scale = max(g.abs().max() for g in expected.values())
+        worst = max(float((found[k] - expected[k]).abs().max() / scale) for k in expected)
+        print(kind, layout, "largest gradient difference relative to the largest entry:", worst)
+        assert worst <= 1e-5
+
+
+@pytest.mark.parametrize("dtype,checkpointing", [("float32", "none"), ("float32", "full"),
+                                                 ("bfloat16", "none"), ("bfloat16", "full")])
+def test_step_0_is_exact(world, tmp_path, capsys, dtype, checkpointing):
+    run_here(world, tmp_path / "run", "--max_steps", "1", "--dtype", dtype, "--checkpointing", checkpointing)
+    first = metrics(tmp_path / "run")[0]
+    assert "largest |reward| 0.0, loss 1.386294361, expected 1.386294361" in capsys.readouterr().err
+    assert torch.tensor(first["loss"]).float() == torch.tensor(2 * math.log(2)).float()
+    assert first["reward_chosen"] == first["reward_rejected"] == first["trunk_coef"] == 0.0
+    assert first["tether_chosen"] == first["tether_rejected"] == 0.5
+
+
+@pytest.mark.parametrize("objective", ["spot-bce", "spot-bco"])
+def test_killed_and_resumed_equals_undisturbed_to_the_bit(world, tmp_path, objective):
+    """SIGKILL in the first epoch and again in the second (3 steps an epoch, 6 epochs)."""
+    extra = ("--loss", objective, "--epochs", "6", "--save_every", "2")
+    run(world, tmp_path / "whole", *extra, ranks=2)
+    out = tmp_path / "killed"
+    for at in (3, 9):
+        resume = ["--resume"] if at > 3 else []
+        process = subprocess.Popen(command(world, out, *extra, ranks=2) + resume, cwd=ROOT,
+                                   stderr=subprocess.DEVNULL, start_new_session=True)
+        while not os.path.exists(out / "metrics.jsonl") or len(metrics_so_far(out)) < at:
+            assert process.poll() is None, "ended before it could be killed"
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        kill_workers(out)
+    assert 2 <= train_step_of(out) < 18
+    done = subprocess.run(command(world, out, *extra, ranks=2) + ["--resume"], cwd=ROOT, capture_output=True,
+                          text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resumed from" in done.stderr
+    a, b = merged(tmp_path / "whole"), merged(out)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    a, b = (load_file(p / "model" / "model.safetensors") for p in (tmp_path / "whole", out))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    timing = ("tokens_per_s", "mfu", "memory_gb")
+    strip = [[{k: v for k, v in m.items() if k not in timing} for m in metrics(p)]
+             for p in (tmp_path / "whole", out)]
+    assert strip[0] == strip[1] and len(strip[0]) == 18
+    if objective == "spot-bco":
+        assert strip[0][5]["delta"] != 0
+
+
+def metrics_so_far(out):
+    return [row for _, row in data.read_lines(str(out / "metrics.jsonl")) if isinstance(row, dict)]
+
+
+def train_step_of(out):
+    return int(os.path.basename(train.whole_checkpoints(out)[-1]).split("_")[1])
+
+
+def kill_workers(out):
+    """torchrun gives its workers sessions of their own: find what still names this run folder."""
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/cmdline", "rb") as f:
+                if str(out).encode() in f.read():
+                    os.kill(int(pid), signal.SIGKILL)
+        except OSError:
+            pass
+    time.sleep(0.2)
+
+
+def test_sigterm_saves_and_resume_ends_as_if_nothing_had_been(world, tmp_path):
+    extra = ("--epochs", "6", "--save_every", "0")
+    run_here(world, tmp_path / "whole", *extra)
+    out = tmp_path / "stopped"
+    process = subprocess.Popen(command(world, out, *extra), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not os.path.exists(out / "metrics.jsonl") or len(metrics_so_far(out)) < 3:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 143 and "go on with --resume" in said
+    done = subprocess.run([sys.executable, "train.py", "--resume", "--out", str(out)], cwd=ROOT,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    a, b = merged(tmp_path / "whole"), merged(out)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_checkpoint_of_two_ranks_resumes_on_three_and_says_so(world, tmp_path):
+    extra = ("--epochs", "2", "--max_steps", "6")
+    run_here(world, tmp_path / "whole", *extra)
+    out = tmp_path / "moved"
+    process = subprocess.Popen(command(world, out, *extra, "--save_every", "2", ranks=2), cwd=ROOT,
+                               stderr=subprocess.DEVNULL, start_new_session=True)
+    while not train.whole_checkpoints(out):
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kill_workers(out)
+    done = subprocess.run(command(world, out, *extra, ranks=3) + ["--resume"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "no longer to the bit" in done.stderr, done.stderr[-2000:]
+    for a, b in zip(metrics(tmp_path / "whole"), metrics(out), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def test_export_opens_in_transformers_and_here_with_equal_logits(world, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for kind in ("model", "untied"):
+        out = tmp_path / kind
+        run({**world, "model": world[kind]}, out, "--max_steps", "2", "--lr", "1e-3", ranks=2)
+        folder = str(out / "model")
+        hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        ours = qwen.load_model(folder)
+        tokens = torch.randint(0, 261, (50,))
+        with torch.no_grad():
+            a, b = ours.logits(tokens), hf(tokens[None]).logits[0]
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+        # what was trained is what was written: the fp32 weights of the checkpoint, rounded once
+        for name, p in ours.named_parameters():
+            assert torch.equal(p, merged(out)[name].bfloat16().float())
+        assert AutoTokenizer.from_pretrained(folder).encode("abc") == data.load_chat(folder, 265).encode("abc")
+        raw = json.load(open(os.path.join(folder, "config.json")))
+        assert raw.get("dtype", raw.get("torch_dtype")) == "bfloat16"
+
+
+@pytest.mark.parametrize("objective", loss.OBJECTIVES)
+def test_every_objective_trains_and_evaluates(world, tmp_path, objective):
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [json.loads(line) for line in open(world["pairs"])]
+    if objective not in loss.PAIR_OBJECTIVES:
+        rows[3]["original_answer"] = ""  # a positive-only row goes along
+    pairs.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    run_here({**world, "pairs": str(pairs)}, tmp_path / "run", "--loss", objective, "--eval_pairs",
+             world["pairs"], "--lr", "1e-3", "--epochs", "3")
+    rows = metrics(tmp_path / "run")
+    assert rows[-1]["reward_chosen"] > 0.1  # of dft the loss itself, -pi log pi, can rise while pi rises
+    held_out = [row for _, row in data.read_lines(str(tmp_path / "run" / "eval.jsonl"))]
+    assert [row["step"] for row in held_out] == [3, 6, 9] and held_out[-1]["reward_chosen"] > 0
+
+
+def test_learning_rate_by_hand():
+    o = train.Options(lr=1.0, warmup=0.2)
+    rates = [train.learning_rate(k, 10, o) for k in range(10)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[6] == pytest.approx(0.5) and 0 < rates[9] < 0.04
+
+
+def test_counted_flops_equal_torchs_own_counter(world):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = qwen.load_model(world["model"])
+    chat = data.load_chat(world["model"], 265)
+    forks, _ = data.load_forks(world["pairs"], chat, 512, 1.0, True)
+    pack = data.make_pack(forks, [0, 1])
+    with FlopCounterMode(display=False) as counter:
+        model(pack.tokens, pack.positions, pack.forks, pack.rows, pack.targets).sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(v for k, v in counts.items() if "mm" in str(k))
+    head = 2 * len(pack.rows) * 265 * 32  # recomputed in backward, which we do not count
+    config = qwen.read_config(world["model"])
+    pack.forks = []  # leaves attention out: torch counts masked-out work too
+    assert train.count_flops(config, pack) == products - head
+
+
+# --- bad input: one message, nothing written ------------------------------------------------------
+
+BAD = [
+    (["--pairs", "missing.jsonl"], "missing.jsonl: cannot be read"),
+    (["--pairs", "EMPTY"], "the file is empty"),
+    (["--pairs", "BROKEN"], "line 2: not valid JSON"),
+    (["--pairs", "FIELDS"], "line 1: missing 'original_answer'"),
+    (["--max_length", "5"], "Nothing is left to train on"),
+    (["--max_change_ratio", "0"], "change ratio above 0.0"),
+    (["--model", "nowhere"], "nowhere is no folder"),
+    (["--model", "TRUNCATED"], "missing, truncated or corrupt"),
+    (["--model", "SMALL"], "tokenizer and weights are of different models"),
+    (["--out", "TAKEN"], "holds a run already"),
+    (["--shard_size", "3"], "does not divide"),
+]
+
+
+@pytest.mark.parametrize("extra,message", BAD, ids=[" ".join(b[0]) for b in BAD])
+def test_bad_input_is_named_and_touches_nothing(world, tmp_path, capsys, extra, message):
+    (tmp_path / "EMPTY").write_text("")
+    good = open(world["pairs"]).readline()
+    (tmp_path / "BROKEN").write_text(good + '{"question": \n')
+    (tmp_path / "FIELDS").write_text('{"question": "a", "gemini_corrected_answer": "b"}\n')
+    (tmp_path / "TAKEN").mkdir()
+    (tmp_path / "TAKEN" / "config.json").write_text("{}")
+    if "TRUNCATED" in extra or "SMALL" in extra:
+        tiny.write_checkpoint(tmp_path / extra[1], vocab=100 if "SMALL" in extra else 265, pad_token_id=0,
+                              eos_token_id=1)
+    if "TRUNCATED" in extra:
+        os.truncate(tmp_path / "TRUNCATED" / "model.safetensors", 5000)
+    extra = [str(tmp_path / e) if os.path.exists(tmp_path / e) else e for e in extra]
+    argv = command(world, tmp_path / "out", *extra)[2:]
+    before = sorted(os.listdir(tmp_path))
+    o = train.parse_options(argv)
+    ranks = train.open_ranks(60)
+    with pytest.raises(SystemExit) as stop:
+        train.train(o, ranks)
+    assert stop.value.code == 1
+    assert message in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_options_are_checked_all_at_once(tmp_path):
+    with pytest.raises(UserError) as e:
+        train.parse_options(["--lr", "-1", "--epochs", "0", "--pairs", "p", "--warmup", "2"])
+    for part in ("--model is required", "--out is required", "--lr is -1.0", "--epochs is 0", "--warmup"):
+        assert part in str(e.value)
+
+
+def test_resume_refuses_options_that_change_the_curve(world, tmp_path):
+    run_here(world, tmp_path / "run", "--max_steps", "1")
+    with pytest.raises(UserError, match="--beta is 0.5, the run in .* has 0.1"):
+        train.parse_options(["--resume", "--out", str(tmp_path / "run"), "--beta", "0.5"])
+    assert train.parse_options(["--resume", "--out", str(tmp_path / "run")]).batch_size == 8
+
+
+def test_corrupt_checkpoint_and_cache_are_not_trusted(world, tmp_path, capsys):
+    out = tmp_path / "run"
+    run_here(world, out, "--max_steps", "2")
+    shard = os.path.join(train.whole_checkpoints(out)[-1], "shard_0.safetensors")
+    for path, message in ((shard, "is corrupt: its hash"), (str(out / "reference.safetensors"), "is corrupt")):
+        raw = open(path, "rb").read()
+        open(path, "wb").write(raw[:-1] + bytes([raw[-1] ^ 1]))
+        ranks = train.open_ranks(60)
+        with pytest.raises(SystemExit):
+            train.train(train.parse_options(["--resume", "--out", str(out)]), ranks)
+        assert message in capsys.readouterr().err
+        open(path, "wb").write(raw)
+
+
+def test_two_ranks_name_an_error_once_and_end(world, tmp_path):
+    said = run(world, tmp_path / "out", "--pairs", "missing.jsonl", ranks=2, code=1)
+    assert said.count("missing.jsonl: cannot be read") == 1
+    assert not os.path.exists(tmp_path / "out")
+
+
+def test_more_ranks_than_gpus_names_both_ways_out(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(UserError, match=r"--nproc_per_node=2.*CUDA_VISIBLE_DEVICES="):
+        train.open_ranks(60)
+
+
+def test_weights_that_overflow_stop_all_ranks_before_the_first_step(world, tmp_path):
+    folder = tmp_path / "inf"
+    shutil.copytree(world["model"], folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] = math.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    said = run({**world, "model": str(folder)}, tmp_path / "out", ranks=2, code=1)
+    assert said.count("not finite, first at line") == 1
+

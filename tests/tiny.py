@@ -1,0 +1,59 @@
+"""A tiny Qwen3 checkpoint in HF layout with a tokenizer of its own, and surgical pairs for it."""
+
+import json
+import os
+import random
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+TEMPLATE = ("{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
+            "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
+            "{%- if enable_thinking is defined and enable_thinking is false %}"
+            "{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}")
+
+
+def write_tokenizer(folder):
+    """Byte-level, no merges: 256 bytes and the special tokens, 261 ids."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.save(os.path.join(folder, "tokenizer.json"))
+    with open(os.path.join(folder, "tokenizer_config.json"), "w") as f:
+        json.dump({"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE,
+                   "eos_token": "<|im_end|>"}, f)
+
+
+def write_checkpoint(folder, tied=True, vocab=265, seed=0, **changes):
+    """A random checkpoint saved by transformers itself, norm weights random too. 265 does not divide by 3."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(seed)
+    shape = dict(vocab_size=vocab, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=16, intermediate_size=64, tie_word_embeddings=tied,
+                 rope_theta=1e6, eos_token_id=258, pad_token_id=256, bos_token_id=None)
+    hf = Qwen3ForCausalLM(Qwen3Config(**{**shape, **changes}))
+    with torch.no_grad():
+        for p in hf.parameters():
+            p.copy_(1 + 0.3 * torch.randn_like(p) if p.ndim == 1 else 0.2 * torch.randn_like(p))
+    hf.save_pretrained(folder)
+    write_tokenizer(folder)
+    return str(folder)
+
+
+def write_pairs(path, count=24, seed=0):
+    """Rows of the official kind; every answer shares a start with its correction."""
+    rng = random.Random(seed)
+
+    def words(n):
+        return " ".join("".join(rng.choices("abcdefgh", k=rng.randint(1, 5))) for _ in range(n))
+    with open(path, "w") as f:
+        for _ in range(count):
+            shared, tail = words(rng.randint(0, 12)), words(3)
+            row = {"question": words(5), "original_answer": f"x {shared} {words(rng.randint(1, 3))} {tail}",
+                   "gemini_corrected_answer": f"x {shared} {words(rng.randint(1, 3))} {tail}"}
+            f.write(json.dumps(row) + "\n")
+    return str(path)
