@@ -3,7 +3,7 @@
 Comes in:  hidden states, log-probabilities, rewards: plain tensors. This file imports torch alone.
 Goes out:  tensors and plain dicts. Import only this file to unit-test the method without a model.
 
-The method in four lines (Lin & Kai, arXiv 2603.01683; sigma is the logistic function):
+The method in four lines (Lin & Han, arXiv 2603.01683; sigma is the logistic function):
     r      = beta * (log pi_theta(y|x) - log pi_ref(y|x))              the implicit reward
     L      = -log sigma(r_chosen - delta) - log sigma(-(r_rejected - delta))     delta = 0: SPoT-BCE
     lambda = 1 - sigma(r_chosen - delta)                               the elastic tether

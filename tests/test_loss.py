@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,8 +25,8 @@ def random_rows(forks=5, seed=0, one_branch=False):
     if one_branch:
         lengths[1, :2] = 0
     rows = -2 * torch.rand(int(lengths.sum()), generator=g, dtype=torch.float64)
-    reference = loss.sequence_logps(rows, lengths) + 20 * torch.randn(forks, 2, generator=g, dtype=torch.float64)
-    return rows, lengths, reference
+    noise = torch.randn(forks, 2, generator=g, dtype=torch.float64)
+    return rows, lengths, loss.sequence_logps(rows, lengths) + 20 * noise
 
 
 def summed_loss(objective, rows, lengths, reference):
@@ -39,7 +40,8 @@ def summed_loss(objective, rows, lengths, reference):
 
         def nls(x):
             return math.log1p(math.exp(-x))
-        total += {"spot-bce": lambda: nls(up) + nls(-down), "spot-bco": lambda: nls(up - DELTA) + nls(DELTA - down),
+        total += {"spot-bce": lambda: nls(up) + nls(-down),
+                  "spot-bco": lambda: nls(up - DELTA) + nls(DELTA - down),
                   "dpo": lambda: nls(up - down), "reward-sft": lambda: nls(up),
                   "sft": lambda: -sum(trunk) - sum(good), "dft": lambda: -sum(
                       math.exp(x) * x for x in trunk + good)}[objective]()
@@ -82,7 +84,7 @@ def test_linear_logps_corners():
     h, w = torch.zeros(0, 8, requires_grad=True), torch.randn(9, 8, requires_grad=True)
     out = loss.linear_logps(h, w, torch.zeros(0, dtype=torch.int64))
     out.backward(torch.zeros(0))
-    assert out.shape == (0,) and not w.grad.any()
+    assert out.shape == (0,) and h.grad.shape == (0, 8) and w.grad.shape == (9, 8) and not w.grad.any()
     sure = loss.linear_logps(1e4 * torch.eye(8), torch.eye(8), torch.arange(8))  # a perfect predictor
     assert torch.equal(sure, torch.zeros(8))
     assert loss.linear_logps(1e4 * torch.eye(8), torch.eye(8), torch.arange(8).flip(0)).tolist() == [-1e4] * 8
@@ -92,17 +94,44 @@ def test_linear_logps_corners():
             loss.linear_logps(bad[0], w, bad[1])
 
 
+def test_linear_logps_bf16_is_as_exact_as_rounded_logits_allow():
+    torch.manual_seed(2)
+    h, w, t = torch.randn(9, 16).bfloat16(), torch.randn(23, 16).bfloat16(), torch.randint(0, 23, (9,))
+    logits = h.double() @ w.double().T
+    exact = logits.log_softmax(-1).gather(1, t[:, None])[:, 0]
+    # rounding moves a logit by at most 2^-8 of itself; the logp by at most twice the largest such move
+    assert ((loss.linear_logps(h, w, t) - exact).abs() <= 2 * 2**-8 * logits.abs().amax(1)).all()
+
+
+def test_linear_logps_extremes_are_finite_with_finite_gradients(monkeypatch):
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 12)  # so that the running maximum has to move by 1e4
+    w = torch.eye(8).requires_grad_()
+    for scale in (1e4, -1e4):
+        h = (scale * torch.eye(4, 8)).requires_grad_()
+        out = loss.linear_logps(h, w, torch.tensor([0, 7, 2, 5]))
+        expected = (h.double() @ w.double().T).log_softmax(-1).gather(1, torch.tensor([[0], [7], [2], [5]]))
+        assert torch.allclose(out.double(), expected[:, 0], rtol=1e-6, atol=1e-6)
+        for found, wanted in zip(*(torch.autograd.grad(x.sum(), (h, w)) for x in (out, expected))):
+            assert found.isfinite().all() and torch.allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_linear_logps_where_every_logit_is_far_below_0():
+    out = loss.linear_logps(torch.full((2, 1), -1e4), torch.ones(8, 1), torch.tensor([0, 7]))
+    assert out.tolist() == pytest.approx([-math.log(8)] * 2, abs=2e-3)  # fp32's grid at 1e4 is 1e-3
+
+
+# The warm-up is tiny, so that the peak before is what is held before; a warm-up on the full weight would
+# raise that baseline by weights which are freed again, and hide as much of the head's own temporaries.
 MEMORY = """
 import resource, sys, torch, loss
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 R, V, D = map(int, sys.argv[1:])
-h, w, t = torch.randn(R, D), torch.randn(V, D), torch.randint(0, V, (R,))
-warm = torch.randn(8, D, requires_grad=True)
-loss.linear_logps(warm, w.clone().requires_grad_(), t[:8]).sum().backward()
-h.requires_grad_(), w.requires_grad_()
+a, b = torch.randn(64, D, requires_grad=True), torch.randn(64, D, requires_grad=True)
+loss.linear_logps(a, b, torch.arange(64)).sum().backward()
+h, w, t = torch.randn(R, D).requires_grad_(), torch.randn(V, D).requires_grad_(), torch.randint(0, V, (R,))
 start = peak()
 loss.linear_logps(h, w, t).sum().backward()
-print(peak() - start)
+print(peak() - start - 4 * (h.numel() + w.numel()))  # the two gradients are results, not temporaries
 """
 
 
@@ -110,12 +139,10 @@ print(peak() - start)
 def test_head_memory_is_ten_times_below_full_logits():
     rows, vocab, width = 8192, 151936, 512
     done = subprocess.run([sys.executable, "-c", MEMORY, str(rows), str(vocab), str(width)],
-                          capture_output=True, text=True, check=True)
-    # The warm-up already peaked at one more copy of the weight and its gradient, in whose place the head's
-    # own gradient now fits: what is counted here is all beyond them.
+                          capture_output=True, text=True, check=True, cwd=Path(loss.__file__).parent)
     extra, full = int(done.stdout), rows * vocab * 4
-    print(f"peak beyond weights: {extra / 1e6:.0f} MB, full fp32 logits: {full / 1e6:.0f} MB")
-    assert extra * 10 <= full
+    print(f"peak beyond gradients: {extra / 1e6:.0f} MB, full fp32 logits: {full / 1e6:.0f} MB")
+    assert 0 < extra and extra * 10 <= full  # below 0 the measure itself would be broken
 
 
 # --- sequences and rewards ------------------------------------------------------------------------
@@ -146,7 +173,8 @@ def test_tether():
     assert loss.tether(r).tolist() == pytest.approx([1 / (1 + math.exp(x)) for x in r.tolist()])
     assert loss.tether(r)[1] == 0.5
     assert loss.tether(r)[2] == pytest.approx(4.54e-5, rel=1e-2)
-    assert loss.tether(r)[3] == pytest.approx(math.exp(-50))  # 1 - sigmoid would give 0
+    # 1 - sigmoid would give 0; abs=0, since approx's own 1e-12 would let 0 pass
+    assert loss.tether(r)[3].item() == pytest.approx(math.exp(-50), rel=1e-12, abs=0)
     assert torch.equal(loss.tether(-r, -DELTA), torch.sigmoid(r - DELTA))
 
 
@@ -195,12 +223,66 @@ def test_loss_and_coefficients_equal_trls_own_code(ours, trls):
     assert (coefficients / len(lengths) - expected).abs().max() <= 1e-7 * expected.abs().max()
 
 
+@pytest.mark.parametrize("ours,trls", [("spot-bce", "bco_pair"), ("dpo", "sigmoid")])
+def test_each_examples_loss_equals_trls_own_code(ours, trls):
+    rows, lengths, reference = random_rows()
+    up, down = loss.rewards(loss.sequence_logps(rows, lengths), reference, BETA).unbind(1)
+    found = {"spot-bce": loss.spot_bce, "dpo": loss.dpo}[ours](up, down)
+    ends = lengths.sum(1).cumsum(0).tolist()
+    for i, (start, end) in enumerate(zip([0, *ends], ends)):  # one fork a call: TRL's mean is its loss
+        value, _ = trl_loss_and_gradients(trls, rows[start:end], lengths[i:i + 1], reference[i:i + 1])
+        assert found[i].item() == pytest.approx(value, rel=1e-6)
+
+
+def test_dft_equals_trls_own_code():
+    """TRL's own SFTTrainer.compute_loss on a fake model; its outputs are zero on ignored positions."""
+    trainer = pytest.importorskip("trl").SFTTrainer
+    rows = (-2 * torch.rand(6, dtype=torch.float64)).requires_grad_()
+    nothing = torch.zeros(6)
+    outputs = SimpleNamespace(log_probs=rows, entropy=nothing, is_top1=nothing.bool(), aux_loss=None,
+                              label_mask=torch.ones(6, dtype=torch.int64))
+    same = SimpleNamespace(device=torch.device("cpu"), num_processes=1, parallelism_config=None,
+                           gather_for_metrics=lambda x: x)
+    fake = SimpleNamespace(
+        model=SimpleNamespace(training=True), accelerator=same, aux_loss_enabled=False, label_smoother=None,
+        compute_loss_func=None, args=SimpleNamespace(loss_type="dft", average_tokens_across_devices=False),
+        _total_train_tokens=0, _tp_size=1, get_tp_size=lambda: 1, _metrics=defaultdict(
+            lambda: defaultdict(list)))
+    ids = torch.ones(1, 6, dtype=torch.int64)
+    inputs = {"input_ids": ids, "labels": ids, "attention_mask": ids}
+    value = trainer.compute_loss(fake, lambda **_: outputs, inputs)
+    (expected,) = torch.autograd.grad(value, rows)
+    mine = loss.dft(rows)
+    assert mine.mean().item() == pytest.approx(value.item(), rel=1e-12)
+    assert torch.allclose(torch.autograd.grad(mine.mean(), rows)[0], expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("objective", ["reward-sft", "sft", "dft"])
+def test_chosen_only_forks_equal_closed_forms(objective):
+    lengths = torch.tensor([[2, 0, 1], [0, 0, 3]])
+    rows = torch.tensor([-0.1, -0.5, -2.0, -0.3, -1.0, -0.2], dtype=torch.float64)
+    reference = torch.tensor([[-4.6, -1.0], [-0.5, 0.0]], dtype=torch.float64)
+    found, sums = loss.row_coefficients(objective, rows, lengths, reference, BETA)
+    up = [0.1 * (-2.6 + 4.6), 0.1 * (-1.5 + 0.5)]
+    tied = [-BETA / (1 + math.exp(r)) for r in up]
+    expected = {"reward-sft": [tied[0]] * 3 + [tied[1]] * 3, "sft": [-1.0] * 6,
+                "dft": [-math.exp(x) for x in rows.tolist()]}[objective]
+    assert found.tolist() == pytest.approx(expected, rel=1e-12)
+    mean = loss.average({k: v.item() for k, v in sums.items()}, objective)
+    by_hand = {"reward-sft": sum(math.log1p(math.exp(-r)) for r in up) / 2, "sft": 4.1 / 6,
+               "dft": sum(-math.exp(x) * x for x in rows.tolist()) / 6}[objective]
+    assert mean["loss"] == pytest.approx(by_hand, rel=1e-12)
+    assert all(mean[k] is None for k in ("reward_rejected", "margin", "accuracy", "tether_rejected"))
+    assert sums["pairs"] == 0 and sums["max_abs_reward"].item() == pytest.approx(0.2, rel=1e-12)
+
+
 @pytest.mark.parametrize("objective", loss.OBJECTIVES)
 def test_coefficients_equal_closed_forms_and_finite_differences(objective):
     one_branch = objective not in loss.PAIR_OBJECTIVES
     rows, lengths, reference = random_rows(one_branch=one_branch)
     found, sums = loss.row_coefficients(objective, rows, lengths, reference, BETA, DELTA)
-    assert sums["loss"].item() == pytest.approx(summed_loss(objective, rows.tolist(), lengths, reference), rel=1e-12)
+    expected = summed_loss(objective, rows.tolist(), lengths, reference)
+    assert sums["loss"].item() == pytest.approx(expected, rel=1e-12)
     up, down = (BETA * (loss.sequence_logps(rows, lengths) - reference)).unbind(1)
     sigma = torch.sigmoid
     plus, minus = {
@@ -212,8 +294,8 @@ def test_coefficients_equal_closed_forms_and_finite_differences(objective):
     if objective == "dft":
         closed = closed * rows.exp()
     assert (found - closed).abs().max() <= 1e-12
-    if objective == "dft":
-        return  # its weight is a stop-gradient: the loss's slope is another
+    if objective == "dft":  # its weight is a stop-gradient: by differences of SFT, weighted at the centre
+        objective, found = "sft", found / rows.exp()
     for i in range(len(rows)):
         two = []
         for step in (1e-4, -1e-4):
@@ -265,6 +347,26 @@ def test_delta_by_hand():
     assert delta == pytest.approx(sum(sum(values, [])) / 6)
     with pytest.raises(ValueError, match="cumulative"):
         loss.update_delta(0.0, 0.0, 1, 0, "mean")
+
+
+def test_diagnose_and_average_by_hand():
+    lengths = torch.tensor([[1, 1, 2], [2, 0, 1]])  # the second fork has no y-: its 9.0 must not count
+    r = torch.tensor([[1.0, -3.0], [-2.0, 9.0]], dtype=torch.float64)
+    coefficients = torch.tensor([-0.5, 7.0, 7.0, 7.0, 0.25, 0.75, 7.0])
+    sums = {k: v.item() for k, v in loss.diagnose(3.0, r, 0.0, coefficients, lengths).items()}
+
+    def sigma(x):
+        return 1 / (1 + math.exp(-x))
+    expected = dict(
+        loss=3.0, reward_chosen=-1.0, reward_rejected=-3.0, margin=4.0, accuracy=1.0,
+        tether_chosen=sigma(-1) + sigma(2), tether_rejected=sigma(-3), trunk_coef=1.5, max_abs_reward=3.0,
+        examples=2.0, pairs=1.0, chosen_tokens=6.0, trunk_rows=3.0)
+    assert sums == pytest.approx(expected, rel=1e-12)
+    mean = loss.average(sums, "reward-sft")
+    assert mean == pytest.approx(dict(
+        loss=1.5, reward_chosen=-0.5, reward_rejected=-3.0, margin=4.0, accuracy=1.0,
+        tether_chosen=(sigma(-1) + sigma(2)) / 2, tether_rejected=sigma(-3), trunk_coef=0.5), rel=1e-12)
+    assert loss.average(sums, "sft")["loss"] == 0.5  # over tokens of y+
 
 
 def test_diagnostics_by_brute_force_and_additive():

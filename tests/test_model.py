@@ -1,0 +1,277 @@
+"""model.py against transformers' Qwen3, and against brute-force masks."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import model as qwen
+import tiny
+from model import UserError
+
+# heads, key heads, head_dim, hidden, tied, layout of config.json, largest shard
+SHAPES = [
+    (4, 4, 16, 64, True, "new", "5GB"), (4, 2, 16, 32, False, "new", "5GB"), (8, 1, 8, 32, True, "old", "5GB"),
+    (2, 1, 64, 48, False, "old", "20KB"), (6, 2, 32, 40, True, "new", "20KB"),
+    (8, 4, 16, 128, False, "old", "5GB"), (3, 3, 24, 56, True, "old", "30KB"),
+    (8, 2, 32, 64, False, "new", "40KB"),
+]
+
+
+def hf_pair(folder, shape, dtype=torch.float32, **more):
+    """The same random checkpoint opened by transformers and by us."""
+    from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    heads, groups, head_dim, hidden, tied, kind, shard = shape
+    torch.manual_seed(SHAPES.index(shape))
+    config = Qwen3Config(vocab_size=131, hidden_size=hidden, num_hidden_layers=3, num_attention_heads=heads,
+                         num_key_value_heads=groups, head_dim=head_dim, intermediate_size=2 * hidden + 8,
+                         tie_word_embeddings=tied, rope_theta=1e6, rms_norm_eps=1e-6, **more)
+    hf = Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        for p in hf.parameters():
+            p.copy_(1 + 0.3 * torch.randn_like(p) if p.ndim == 1 else torch.randn_like(p) * 1.5 / hidden**0.5)
+    hf.save_pretrained(folder, max_shard_size=shard)
+    if kind == "old":  # as published checkpoints have it
+        raw = json.load(open(folder / "config.json"))
+        raw.pop("rope_parameters"), raw.pop("layer_types", None)
+        raw |= {"rope_theta": 1000000, "rope_scaling": None, "torch_dtype": raw.pop("dtype")}
+        json.dump(raw, open(folder / "config.json", "w"))
+    assert (folder / "model.safetensors.index.json").exists() == (shard != "5GB")
+    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    return hf, qwen.load_model(str(folder), dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@torch.no_grad()
+def test_logits_and_hidden_states_equal_transformers(tmp_path, shape):
+    hf, ours = hf_pair(tmp_path, shape)
+    tokens = torch.randint(0, 131, (200,))
+    wanted = hf(tokens[None], output_hidden_states=True)
+    scale = wanted.logits.abs().max()
+    worst = float((ours.logits(tokens) - wanted.logits[0]).abs().max() / scale)
+    x = ours.embed_tokens(tokens)
+    cos, sin = qwen.rope_table(torch.arange(200), ours.config, x.dtype)
+    where = qwen.layout([(0, 200, 200, 200)], x)
+    for i, block in enumerate(ours.layers):
+        x = block(x, cos, sin, where)
+        found = ours.norm(x) if i == 2 else x  # transformers gives the last state normed
+        state = wanted.hidden_states[i + 1][0]
+        worst = max(worst, float((found - state).abs().max() / state.abs().max()))
+    print(shape, f"largest difference over scale {worst:.1e}")
+    assert worst <= 1e-5
+
+
+@torch.no_grad()
+def test_positions_beyond_4096(tmp_path):
+    hf, ours = hf_pair(tmp_path, SHAPES[1])
+    tokens = torch.randint(0, 131, (4300,))
+    wanted = hf(tokens[None]).logits[0]
+    assert (ours.logits(tokens) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+@torch.no_grad()
+def test_bf16_is_within_bf16_rounding(tmp_path):
+    exact, _ = hf_pair(tmp_path / "a", SHAPES[1])
+    hf, ours = hf_pair(tmp_path / "b", SHAPES[1], torch.bfloat16)
+    tokens = torch.randint(0, 131, (40,))
+    truth = exact.to(torch.bfloat16).float()(tokens[None]).logits[0]
+    theirs, found = (f.float() - truth for f in (hf(tokens[None]).logits[0], ours.logits(tokens)))
+    assert theirs.square().mean() > 0
+    assert found.square().mean() <= 1.2 * theirs.square().mean()
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+def test_gradients_of_a_plain_sequence_equal_transformers(tmp_path, shape):
+    hf, ours = hf_pair(tmp_path, shape)
+    tokens = torch.randint(0, 131, (60,))
+    for m, logits in ((hf, hf(tokens[None]).logits[0]), (ours, ours.logits(tokens))):
+        torch.nn.functional.cross_entropy(logits[:-1], tokens[1:]).backward()
+    wanted = {n.removeprefix("model."): p.grad for n, p in hf.named_parameters()}
+    for name, p in ours.named_parameters():
+        assert (p.grad - wanted[name]).abs().max() <= 1e-5 * wanted[name].abs().max(), name
+
+
+def test_half_precision_files_load_exactly(tmp_path):
+    hf_pair(tmp_path, SHAPES[0])
+    weights = load_file(tmp_path / "model.safetensors")
+    for dtype in (torch.bfloat16, torch.float16):
+        save_file({k: v.to(dtype) for k, v in weights.items()}, tmp_path / "model.safetensors")
+        for name, p in qwen.load_model(str(tmp_path)).named_parameters():
+            assert torch.equal(p, weights[qwen.hf_name(name)].to(dtype).float())
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+
+FORKS = [(0, 5, 9, 12), (12, 13, 14, 15), (15, 40, 40, 47), (47, 130, 131, 200)]
+
+
+def dense_mask(forks, length):
+    """The rule of `layout`, token by token."""
+    fork, branch = list(range(-1, -1 - length, -1)), [0] * length
+    for n, (start, trunk, rejected, chosen) in enumerate(forks):
+        for i in range(start, chosen):
+            fork[i], branch[i] = n, (i >= trunk) + (i >= rejected)
+    return torch.tensor([[fork[q] == fork[k] and k <= q and branch[k] in (0, branch[q])
+                          for k in range(length)] for q in range(length)])
+
+
+def test_both_attention_bodies_equal_a_dense_mask():
+    torch.manual_seed(0)
+    length, filled = 200, 256
+    q, k, v = (torch.randn(h, filled, 16, requires_grad=True) for h in (4, 2, 2))
+    g = torch.randn(4, filled, 16)
+    g[:, length:] = 0  # filling is never scored
+    mask = dense_mask(FORKS, filled)
+    results = []
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        q[None], k[None], v[None], mask, enable_gqa=True)[0]
+    for out in (wanted, qwen.attend(q, k, v, qwen.layout(FORKS, torch.zeros(filled, 1)))):
+        results.append((out[:, :length], *torch.autograd.grad(out, (q, k, v), g)))
+    for a, b in zip(*results):
+        assert (a - b).abs().max() <= 1e-5
+    with torch.no_grad():  # FlexAttention has no backward on the CPU
+        out = qwen.attend(q.detach(), k.detach(), v.detach(), qwen.block_mask(FORKS, filled, "cpu"))
+    assert (out[:, :length] - results[0][0]).abs().max() <= 1e-5
+
+
+def test_checkpointing_changes_no_bit(tmp_path):
+    _, plain = hf_pair(tmp_path, SHAPES[1])
+    saving = qwen.load_model(str(tmp_path), checkpointing=True)
+    tokens = torch.randint(0, 131, (30,))
+    outs = []
+    for m in (plain, saving):
+        out = m(tokens, torch.arange(30), [(0, 30, 30, 30)], torch.arange(10, 29), tokens[11:])
+        out.sum().backward()
+        outs.append(out)
+    assert torch.equal(*outs)
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters(), saving.parameters()))
+
+
+def test_a_dummy_token_without_rows_gives_zero_gradients(tmp_path):
+    _, ours = hf_pair(tmp_path, SHAPES[1])
+    none = torch.zeros(0, dtype=torch.int64)
+    one = torch.zeros(1, dtype=torch.int64)
+    out = ours(one, one, [(0, 1, 1, 1)], none, none)
+    out.backward(torch.zeros(0))
+    assert out.shape == (0,) and all(p.grad is not None and not p.grad.any() for p in ours.parameters())
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+REFUSED = [
+    {"model_type": "llama"}, {"model_type": "qwen3_moe"}, {"rope_scaling": {"type": "yarn", "factor": 4}},
+    {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, {"use_sliding_window": True},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "factor": 2}},
+    {"layer_types": ["full_attention", "sliding_attention"]}, {"attention_bias": True},
+    {"hidden_act": "gelu"},
+    {"quantization_config": {"bits": 4}}, {"num_experts": 8}, {"auto_map": {"AutoModel": "x.py"}},
+    {"hidden_size": "32"}, {"hidden_size": -1}, {"hidden_size": True}, {"rms_norm_eps": float("nan")},
+    {"tie_word_embeddings": 1}, {"vocab_size": None}, {"num_key_value_heads": 3}, {"head_dim": 15},
+    {"rope_theta": None, "rope_parameters": None}, {"rope_parameters": "x"}, {"layer_types": "full"},
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.mark.parametrize("change", REFUSED, ids=str)
+def test_configs_that_change_the_computation_are_refused_by_name(checkpoint, tmp_path, change):
+    raw = json.load(open(os.path.join(checkpoint, "config.json"))) | change
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError) as e:
+        qwen.read_config(str(tmp_path))
+    words = {"num_key_value_heads": "key heads", "head_dim": "width"}
+    assert str(tmp_path) in str(e.value) and any(words.get(k, k) in str(e.value) for k in change)
+
+
+def test_all_problems_of_a_config_are_listed_at_once(tmp_path):
+    (tmp_path / "config.json").write_text('{"attention_bias": true, "num_experts": 4}')
+    with pytest.raises(UserError) as e:
+        qwen.read_config(str(tmp_path))
+    for name in ("attention_bias", "num_experts", "vocab_size", "hidden_size", "model_type", "rope_theta"):
+        assert f'"{name}"' in str(e.value)
+    for text in ("[]", "{", "", '{"a": ' * 100000):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match="config.json"):
+            qwen.read_config(str(tmp_path))
+
+
+def test_weights_that_do_not_fit_are_listed_all_at_once(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.norm.weight"]
+    weights["model.extra.weight"] = torch.zeros(2)
+    weights["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 3)
+    weights["model.layers.1.self_attn.q_norm.weight"] = torch.zeros(16, dtype=torch.int64)
+    save_file(weights, path)
+    with pytest.raises(UserError) as e:
+        qwen.load_model(str(tmp_path))
+    for part in ("missing: model.norm.weight", "unexpected: model.extra",
+                 "wrong shape: model.layers.0.mlp.up_proj", "wrong type: model.layers.1.self_attn.q_norm"):
+        assert part in str(e.value)
+    for size in (0, 4, 100, os.path.getsize(path) - 1):
+        os.truncate(path, size)
+        with pytest.raises(UserError, match="truncated or corrupt"):
+            qwen.load_model(str(tmp_path))
+        save_file(weights, path)
+    os.remove(path)
+    with pytest.raises(UserError, match="neither model.safetensors nor"):
+        qwen.load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "sub/x.safetensors", "pickle.bin", 3])
+def test_index_files_that_point_elsewhere_are_refused(checkpoint, tmp_path, name):
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(UserError, match="index.json"):
+        qwen.load_model(str(tmp_path))
+
+
+def test_an_index_that_lies_is_refused(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"not.there": "model.safetensors"}}))
+    with pytest.raises(UserError, match="not in the file it names: not.there"):
+        qwen.load_model(str(tmp_path))
+
+
+def test_tied_checkpoints_may_carry_a_head(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, tmp_path / "model.safetensors")
+    assert "lm_head.weight" not in dict(qwen.load_model(str(tmp_path)).named_parameters())
+
+
+def test_a_hub_id_without_network_names_the_download_command(monkeypatch):
+    def offline(_):
+        raise ImportError
+    monkeypatch.setattr(qwen.importlib, "import_module", offline)
+    with pytest.raises(UserError, match="hf download Qwen/Qwen3-8B --local-dir Qwen3-8B"):
+        qwen.checkpoint_folder("Qwen/Qwen3-8B")
+
+
+@torch.no_grad()
+def test_export_in_shards_opens_everywhere(checkpoint, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(checkpoint, tmp_path / "source")
+    (tmp_path / "source" / "generation_config.json").write_text('{"eos_token_id": [258]}')
+    ours = qwen.load_model(checkpoint)
+    qwen.export(ours, str(tmp_path / "out"), str(tmp_path / "source"), torch.float32, shard_bytes=40_000)
+    files = sorted(f for f in os.listdir(tmp_path / "out") if f.endswith(".safetensors"))
+    assert len(files) > 2 and all(os.path.getsize(tmp_path / "out" / f) < 42_000 for f in files)
+    again = qwen.load_model(str(tmp_path / "out"))
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters()))
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    tokens = torch.randint(0, 131, (20,))
+    assert (hf(tokens[None]).logits[0] - ours.logits(tokens)).abs().max() <= 1e-4
+    assert (tmp_path / "out" / "generation_config.json").read_text() == '{"eos_token_id": [258]}'
