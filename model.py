@@ -318,12 +318,13 @@ def block_mask(forks, length, device):
     """FlexAttention's mask of the rule in `layout`; filling tokens see themselves alone."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    fork = torch.arange(length, device=device).neg_().sub_(1)  # filling: a fork of its own each
-    branch = torch.zeros(length, dtype=torch.int64, device=device)
+    fork = -1 - torch.arange(length)  # filling: a fork of its own each
+    branch = torch.zeros(length, dtype=torch.int64)
     for number, (start, trunk, rejected, chosen) in enumerate(forks):
         fork[start:chosen] = number
         branch[trunk:rejected] = 1
         branch[rejected:chosen] = 2
+    fork, branch = fork.to(device), branch.to(device)
 
     def sees(_batch, _head, query, key):
         same = (fork[query] == fork[key]) & (key <= query)
@@ -336,8 +337,12 @@ def block_mask(forks, length, device):
 def _compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
 
-    # Uncompiled it would hold [T, T]. Packs come in a few lengths only (data.make_pack), one graph each.
-    return torch.compile(flex_attention, dynamic=False) if torch.cuda.is_available() else flex_attention
+    if not torch.cuda.is_available():
+        return flex_attention
+    # Uncompiled it would hold [T, T]. Packs come in a few lengths only (data.make_pack), one graph each, with
+    # and without gradient: more than the 8 after which the compiler gives up, silently unless fullgraph.
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 # --- checkpoints in Hugging Face layout -----------------------------------------------------------

@@ -115,6 +115,8 @@ def parse_options(argv=None) -> Options:
             problems.append(f"--{name} is {getattr(o, name)}, a number of 0 or more expected")
     if not 0 <= o.warmup <= 1:
         problems.append(f"--warmup is {o.warmup}, a share between 0 and 1 expected")
+    if o.delta != "ema" and o.loss != "spot-bco":
+        problems.append(f"--delta {o.delta} goes with --loss spot-bco, found --loss {o.loss}")
     if problems:
         raise UserError("\n  ".join(["these options do not work:"] + problems))
     return o
@@ -313,9 +315,9 @@ def score_all(run: Run, forks, batches, title) -> torch.Tensor:
     return run.ranks.reduce(scores).cpu()  # each pair was scored by one rank, the others add zeros
 
 
-def train_step(run: Run, batch, lr: float) -> dict:
-    """One optimizer step on one global batch of pair indices; returns its metrics. Raises UserError on
-    NaN or infinity, on all ranks alike and before the weights are touched."""
+def train_step(run: Run, batch, lr: float) -> tuple[dict, bool]:
+    """One optimizer step on one global batch of pair indices; returns its metrics and whether SIGTERM asks
+    to stop. Raises UserError on NaN or infinity, on all ranks alike and before the weights are touched."""
     o, ranks, started = run.o, run.ranks, time.perf_counter()
     forks = [run.forks[i] for i in batch]
     # The global count is known to every rank from the plan: no communication.
@@ -325,14 +327,15 @@ def train_step(run: Run, batch, lr: float) -> dict:
         count = len(forks)
     sums, largest, flops = 0.0, torch.zeros((), dtype=torch.float64, device=ranks.device), 0.0
     for pack in run.packs(batch, run.forks):
-        pack_ = pack.to(ranks.device)
-        row_logps = run.score(pack_)
-        coefficients, stats = loss.row_coefficients(
-            o.loss, row_logps, pack_.lengths, run.reference[pack.pairs].to(ranks.device), o.beta, run.delta)
+        reference = run.reference[pack.pairs].to(ranks.device)
+        flops += count_flops(run.config, pack)
+        pack = pack.to(ranks.device)
+        row_logps = run.score(pack)
+        coefficients, stats = loss.row_coefficients(o.loss, row_logps, pack.lengths, reference, o.beta,
+                                                    run.delta)
         row_logps.backward(coefficients / count)
         largest = torch.maximum(largest, stats.pop("max_abs_reward"))
         sums = sums + torch.stack(list(stats.values()))
-        flops += count_flops(run.config, pack)
     grad_norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), o.clip).full_tensor().item()
     extra = torch.tensor([flops, float(STOP["asked"])], dtype=torch.float64, device=ranks.device)
     total = ranks.reduce(torch.cat([sums, extra])).tolist()  # the step's only look at other ranks' numbers
@@ -422,15 +425,26 @@ def file_sha256(path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def hash_inputs(folder, forks, eval_forks) -> dict:
+def share_digests(ranks: Ranks, mine: dict, count: int) -> list:
+    """[hex digest of item 0, ...] on every rank, where each rank brings {item: hex digest} of some."""
+    digests = torch.zeros(count, 32, dtype=torch.int64)
+    for i, digest in mine.items():
+        digests[i] = torch.tensor(list(bytes.fromhex(digest)))
+    return [bytes(row).hex() for row in ranks.reduce(digests).tolist()]
+
+
+def hash_inputs(folder, forks, eval_forks, ranks) -> dict:
     """Content hashes of the weights and of the encoded pairs (which hold tokenizer and template too)."""
     files = sorted({path for path, _ in qwen.open_tensors(folder).values()})
+    mine = {}
+    with ranks.together():  # each rank reads some of the files
+        mine = {i: file_sha256(f) for i, f in enumerate(files) if i % ranks.world == ranks.rank}
+    weights = sha256(*share_digests(ranks, mine, len(files)))
 
     def tokens(forks):
         return sha256(*(memoryview(part) for f in forks or [] for part in (f.trunk, f.rejected, f.chosen)),
                       *(len(f.trunk) for f in forks or []))
 
-    weights = sha256(*map(file_sha256, files))
     return {"weights": weights, "pairs": tokens(forks), "eval_pairs": tokens(eval_forks)}
 
 
@@ -504,7 +518,7 @@ def save_checkpoint(run: Run):
     root = os.path.join(o.out, "checkpoints")
     final, beside = os.path.join(root, f"step_{run.step:06d}"), os.path.join(root, f"tmp_{run.step:06d}")
     shard, shards = run.mesh.get_local_rank("shard"), run.mesh.size(run.mesh.mesh_dim_names.index("shard"))
-    digests = torch.zeros(shards, 32, dtype=torch.int64)
+    mine = {}
     with ranks.together():
         if ranks.main:
             shutil.rmtree(beside, ignore_errors=True)
@@ -514,14 +528,14 @@ def save_checkpoint(run: Run):
             path = os.path.join(beside, f"shard_{shard}.safetensors")
             save_file({k: t.cpu().contiguous() for k, (t, *_) in checkpoint_tensors(run).items()}, path)
             fsync(path)
-            digests[shard] = torch.tensor(list(bytes.fromhex(file_sha256(path))))
-    digests = ranks.reduce(digests)
+            mine[shard] = file_sha256(path)
+    digests = share_digests(ranks, mine, shards)
     with ranks.together():
         if ranks.main:
             qwen.write_json(os.path.join(beside, "state.json"), {
                 "step": run.step, "delta": run.delta, "seen": run.seen, "shards": shards,
                 "world": ranks.world, "threads": torch.get_num_threads(), "hashes": run.hashes,
-                "sha256": [bytes(row).hex() for row in digests.tolist()]})
+                "sha256": digests})
             fsync(beside)
             shutil.rmtree(final, ignore_errors=True)  # only ever one from before a resume that repeats it
             os.rename(beside, final)
@@ -597,7 +611,7 @@ def prepare(o: Options, ranks: Ranks) -> Run:
         count = sum(p.numel() for p in policy.parameters())
         ranks.say(f"{count / 1e6:.1f}M parameters, {ranks.world} rank(s) on {ranks.device.type}, {o.dtype}"
                   + (f", {torch.get_num_threads()} thread(s) each" if ranks.device.type == "cpu" else ""))
-        hashes = hash_inputs(folder, forks, eval_forks)
+    hashes = hash_inputs(folder, forks, eval_forks, ranks)
     return Run(o, ranks, config, folder, forks, policy, mesh, make_optimizer(policy, o), hashes,
                eval_forks=eval_forks)
 

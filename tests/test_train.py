@@ -144,13 +144,18 @@ def test_one_step_gradient_equals_transformers_on_every_layout(world, layouts):
     assert max(worst) <= 1e-5
 
 
-def test_one_step_gradient_of_an_untied_model_equals_transformers(world, tmp_path):
-    expected = transformers_gradients(world["untied"], world["pairs"])
-    for i in (3, 4):
-        start({**world, "model": world["untied"]}, LAYOUTS[i], tmp_path / str(i), "--max_steps", "1")
-        worst = largest_difference(expected, tmp_path / str(i))
-        print("untied", LAYOUTS[i], "largest gradient difference relative to the largest entry:", worst)
-        assert worst <= 1e-5
+@pytest.fixture(scope="module")
+def untied_run(world, tmp_path_factory):
+    """One step of the untied model on 3 ranks: 265 rows of embedding and head in uneven shards."""
+    out = tmp_path_factory.mktemp("untied") / "run"
+    start({**world, "model": world["untied"]}, LAYOUTS[3], out, "--max_steps", "1")
+    return out
+
+
+def test_one_step_gradient_of_an_untied_model_equals_transformers(world, untied_run):
+    worst = largest_difference(transformers_gradients(world["untied"], world["pairs"]), untied_run)
+    print("untied, 3 ranks: largest gradient difference relative to the largest entry:", worst)
+    assert worst <= 1e-5
 
 
 @pytest.mark.parametrize("dtype,checkpointing", [("float32", "none"), ("float32", "full"),
@@ -164,7 +169,8 @@ def test_step_0_is_exact(world, tmp_path, capsys, dtype, checkpointing):
     assert first["tether_chosen"] == first["tether_rejected"] == 0.5
 
 
-@pytest.mark.parametrize("objective", ["spot-bce", "spot-bco"])
+# spot-bco has all of spot-bce's state and delta: it stands for both where time is short.
+@pytest.mark.parametrize("objective", [pytest.param("spot-bce", marks=pytest.mark.slow), "spot-bco"])
 def test_killed_and_resumed_equals_undisturbed_to_the_bit(world, tmp_path, objective):
     """SIGKILL in the first epoch and again in the second (3 steps an epoch, 6 epochs)."""
     extra = ("--loss", objective, "--epochs", "6", "--save_every", "2")
@@ -253,12 +259,10 @@ def test_checkpoint_of_two_ranks_resumes_on_three_and_says_so(world, tmp_path):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
-def test_export_opens_in_transformers_and_here_with_equal_logits(world, tmp_path):
+def test_export_opens_in_transformers_and_here_with_equal_logits(layouts, untied_run):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    for kind in ("model", "untied"):
-        out = tmp_path / kind
-        run({**world, "model": world[kind]}, out, "--max_steps", "2", "--lr", "1e-3", ranks=2)
+    for out in (layouts[2], untied_run):
         folder = str(out / "model")
         hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         ours = qwen.load_model(folder)
