@@ -168,7 +168,6 @@ class Chat:
     im_start: int
     im_end: int
     think: list  # ids of "<think>\n\n</think>\n\n", or [] for the Instruct-2507 template
-    fingerprint: str  # of tokenizer and template, for the reference cache
 
     def encode(self, text: str) -> list:
         """Ids of plain text; special tokens inside it stay text (a question may quote <|im_end|>)."""
@@ -224,7 +223,7 @@ def load_chat(folder: str, vocab_size: int) -> Chat:
     if largest >= vocab_size:
         raise UserError(f"{path}: holds token id {largest}, but the model's vocabulary has {vocab_size} "
                         "rows: tokenizer and weights are of different models")
-    chat = Chat(tokenizer, ids[0], ids[1], [], f"{zlib.crc32(raw.encode()):08x}-{len(raw)}-{bool(has_block)}")
+    chat = Chat(tokenizer, ids[0], ids[1], [])
     if has_block:
         blank = chat.encode("\n\n")
         chat.think = [ids[2], *blank, ids[3], *blank]

@@ -410,6 +410,11 @@ def steps_per_epoch(run) -> int:
     return -(-len(run.forks) // run.o.batch_size)
 
 
+def total_steps(run) -> int:
+    steps = steps_per_epoch(run) * run.o.epochs
+    return min(steps, run.o.max_steps) if run.o.max_steps else steps
+
+
 # --- the reference cache --------------------------------------------------------------------------
 
 
@@ -442,22 +447,26 @@ def hash_inputs(folder, forks, eval_forks, ranks) -> dict:
     weights = sha256(*share_digests(ranks, mine, len(files)))
 
     def tokens(forks):
-        return sha256(*(memoryview(part) for f in forks or [] for part in (f.trunk, f.rejected, f.chosen)),
-                      *(len(f.trunk) for f in forks or []))
+        parts = [part for f in forks or [] for part in (f.trunk, f.rejected, f.chosen)]
+        bounds = [(f.prompt_length, len(f.trunk), len(f.rejected)) for f in forks or []]
+        return sha256(bounds, *map(memoryview, parts))
 
     return {"weights": weights, "pairs": tokens(forks), "eval_pairs": tokens(eval_forks)}
 
 
 def reference_pass(run: Run):
-    """Score every pair with the policy as it is, in the packs of epoch 0, or take the cached scores.
+    """Score the pairs with the policy as it is, in the packs of epoch 0, or take the cached scores.
 
     The same code path, packs and dtype as in training make step-0 rewards exactly 0. The cache's key holds
     all that can change a bit of them, the plan included (bf16 log-probs depend on the pack).
     """
     o, ranks = run.o, run.ranks
     path = os.path.join(o.out, "reference.safetensors")
-    key = sha256(json.dumps([run.hashes, o.dtype, o.seed, o.batch_size, o.tokens_per_pack, o.shard_size,
-                             ranks.world, ranks.device.type, torch.get_num_threads(), torch.__version__]))
+    batches = data.epoch_batches(len(run.forks), o.batch_size, o.seed, 0)
+    batches = batches[:total_steps(run)]  # --max_steps may end the run before every pair was seen
+    key = sha256(json.dumps([run.hashes, o.dtype, o.seed, o.batch_size, len(batches), o.tokens_per_pack,
+                             o.shard_size, ranks.world, ranks.device.type, torch.get_num_threads(),
+                             torch.__version__]))
     started = run.step > 0  # resumed: the scores the run began with, whatever the plan is now
     usable = torch.zeros(1)
     with ranks.together():
@@ -478,7 +487,6 @@ def reference_pass(run: Run):
                  for k, s in zip(("pairs", "eval_pairs"), size)]
         run.reference, run.eval_reference = map(ranks.reduce, parts)  # zeros elsewhere: a broadcast
         return
-    batches = data.epoch_batches(len(run.forks), o.batch_size, o.seed, 0)
     run.reference = score_all(run, run.forks, batches, "reference")
     run.eval_reference = torch.zeros(0, 2, dtype=torch.float64)
     if run.eval_forks:
@@ -620,8 +628,7 @@ def train(o: Options, ranks: Ranks) -> int:
     """The whole run; returns the exit code."""
     run = prepare(o, ranks)
     PEAK["flops"] = peak_flops(ranks.device, getattr(torch, o.dtype))
-    total = steps_per_epoch(run) * o.epochs
-    total = min(total, o.max_steps) if o.max_steps else total
+    total = total_steps(run)
     with ranks.together():
         if ranks.main:
             os.makedirs(o.out, exist_ok=True)
