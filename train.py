@@ -56,7 +56,7 @@ class Options:
     out: str = option("", "run folder to write (required)")
     loss: str = option("spot-bce", "objective", loss.OBJECTIVES)
     beta: float = option(0.1, "reward scale: r = beta * (log pi - log pi_ref)")
-    delta: str = option("ema", "spot-bco's running mean: 0.9/0.1 average or mean of all", ("ema", "cumulative"))
+    delta: str = option("ema", "running mean of spot-bco: moving (0.9) or of all", ("ema", "cumulative"))
     lr: float = option(1e-6, "peak learning rate (SFT in the paper: 5e-6)")
     epochs: int = option(2, "passes over the pairs")
     max_steps: int = option(0, "optimizer steps at most, schedule included; 0: as many as the epochs have")

@@ -72,7 +72,8 @@ BAD = [
     ({**TRL, "prompt": 3}, "'prompt', message 0: a string expected, found int"),
     ({**TRL, "chosen": ["x"]}, "'chosen'"), ({**TRL, "chosen": ""}, "'chosen' is empty"),
     ({**OFFICIAL, "gemini_corrected_answer": "\n\n"}, "'gemini_corrected_answer' is empty"),
-    ({**TRL, "rejected": {}}, "'rejected': a string expected"), ({"prompt": "q", "chosen": "a"}, "'rejected'"),
+    ({**TRL, "rejected": {}}, "'rejected': a string expected"),
+    ({"prompt": "q", "chosen": "a"}, "'rejected'"),
     ({"prompt": "q"}, "missing 'chosen', 'rejected'"), ({**TRL, "prompt": []}, "user turn expected"),
     ({**TRL, "prompt": TURNS[:3]}, "user turn expected"), ({**TRL, "prompt": ""}, "user turn expected"),
     ({**TRL, "prompt": [{"role": "tool", "content": "x"}]}, "role system, user or assistant"),
@@ -175,7 +176,8 @@ def test_hybrid_template_of_the_tiny_tokenizer(folder):
 
 
 @pytest.mark.parametrize("template,message", [
-    (tiny.TEMPLATE.split("{%- if enable_thinking")[0] + "{{- '<think>\\n' }}{%- endif %}", "always opens a <think>"),
+    (tiny.TEMPLATE.split("{%- if enable_thinking")[0] + "{{- '<think>\\n' }}{%- endif %}",
+     "always opens a <think>"),
     ("[INST] {{ messages }} [/INST]", "a Qwen3 chat template")])
 def test_foreign_templates_are_refused(folder, template, message):
     (folder / "chat_template.jinja").write_text(template)

@@ -22,7 +22,8 @@ rng = random.Random(0)
 for n in range(4):
     shared = [[rng.randrange(90) for _ in range(rng.randint(0, 30))] for _ in range(5)]
     CASES[f"random {n}"] = [
-        ([rng.randrange(90) for _ in range(rng.randint(1, 9))], s + [91] + [rng.randrange(90) for _ in range(4)],
+        ([rng.randrange(90) for _ in range(rng.randint(1, 9))],
+         s + [91] + [rng.randrange(90) for _ in range(4)],
          s + [92] + [rng.randrange(90) for _ in range(rng.randint(1, 12))]) for s in shared]
 
 
@@ -66,12 +67,13 @@ def test_fork_equals_two_sequences(case, tied):
 
         model.zero_grad()
         total = 0.0
-        for (good, bad), ref in zip([(separate(model, p, a), b and separate(model, p, b)) for p, a, b in pairs],
-                                    reference):
+        for (p, a, b), ref in zip(pairs, reference):
+            good, bad = separate(model, p, a), b and separate(model, p, b)
             up = 0.1 * (good.double().sum() - ref[0])
             down = None if bad is None else 0.1 * (bad.double().sum() - ref[1])
             total = total + {
-                "spot-bce": lambda: loss.spot_bce(up, down), "spot-bco": lambda: loss.spot_bco(up, down, delta),
+                "spot-bce": lambda: loss.spot_bce(up, down),
+                "spot-bco": lambda: loss.spot_bco(up, down, delta),
                 "dpo": lambda: loss.dpo(up, down), "reward-sft": lambda: loss.reward_sft(up),
                 "sft": lambda: loss.sft(good).sum(), "dft": lambda: loss.dft(good).sum()}[objective]()
         (total / count).backward()

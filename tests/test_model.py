@@ -14,7 +14,8 @@ from model import UserError
 
 # heads, key heads, head_dim, hidden, tied, layout of config.json, largest shard
 SHAPES = [
-    (4, 4, 16, 64, True, "new", "5GB"), (4, 2, 16, 32, False, "new", "5GB"), (8, 1, 8, 32, True, "old", "5GB"),
+    (4, 4, 16, 64, True, "new", "5GB"), (4, 2, 16, 32, False, "new", "5GB"),
+    (8, 1, 8, 32, True, "old", "5GB"),
     (2, 1, 64, 48, False, "old", "20KB"), (6, 2, 32, 40, True, "new", "20KB"),
     (8, 4, 16, 128, False, "old", "5GB"), (3, 3, 24, 56, True, "old", "30KB"),
     (8, 2, 32, 64, False, "new", "40KB"),
@@ -227,7 +228,8 @@ def test_weights_that_do_not_fit_are_listed_all_at_once(checkpoint, tmp_path):
         qwen.load_model(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "sub/x.safetensors", "pickle.bin", 3])
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "sub/x.safetensors", "pickle.bin",
+                                  3])
 def test_index_files_that_point_elsewhere_are_refused(checkpoint, tmp_path, name):
     shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))

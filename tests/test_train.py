@@ -75,8 +75,8 @@ def merged(out, which=-1):
     return {k: torch.cat([s[k] for s in shards]) for k in shards[0]}
 
 
-# The default, then 1 x N against N x 1 (packs of one fork), two pack sizes, uneven shards (265 rows on 3 ranks),
-# and a 2-D mesh.
+# The default, then 1 x N against N x 1 (packs of one fork), two pack sizes, uneven shards (265 rows on 3
+# ranks), and a 2-D mesh.
 LAYOUTS = [dict(ranks=1), dict(ranks=1, pack="1"), dict(ranks=2, pack="300"), dict(ranks=3),
            dict(ranks=4, pack="500", shard="2")]
 

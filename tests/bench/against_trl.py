@@ -62,7 +62,8 @@ def run_trl(a, checkpointing, our_tokens):
             r"{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
             r"{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m.content + '<|im_end|>' }}"
             r"{% if m.role != 'assistant' %}{{ '\n' }}{% endif %}{% endfor %}"
-            r"{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}{% endif %}")
+            r"{% if add_generation_prompt %}"
+            r"{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}{% endif %}")
     dtype = getattr(torch, a.dtype)
     model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32, attn_implementation="sdpa")
     rows = [json.loads(line) for line in open(a.pairs)]
@@ -128,10 +129,12 @@ def main():
     if a.repeats:
         rate = {k: statistics.median(count * a.epochs / r["seconds"] for r in v) for k, v in results.items()}
         best = max(rate["trl", c] for c in ("none", "full"))
-        print("| | activation checkpointing | pairs/s | to TRL's best | peak memory GB |\n|---|---|---|---|---|")
+        print("| | activation checkpointing | pairs/s | to TRL's best | peak memory GB |")
+        print("|---|---|---|---|---|")
         for (who, checkpointing), r in results.items():
             speed = rate[who, checkpointing]
-            print(f"| {who} | {checkpointing} | {speed:.3f} | {speed / best:.2f} | {max(x['gb'] for x in r):.2f} |")
+            memory = max(x["gb"] for x in r)
+            print(f"| {who} | {checkpointing} | {speed:.3f} | {speed / best:.2f} | {memory:.2f} |")
     # Whole-file batches, so that the order of the pairs does not matter.
     equal = {"batch_size": count, "epochs": 4, "lr": 1e-4}
     losses = [child(a, who, "none", **equal)["losses"] for who in ("ours", "trl-our-tokens", "trl")]
