@@ -112,6 +112,7 @@ def parse_row(row: dict, line: int) -> Pair:
 
 
 def check_text(text, where):
+    """A string that is valid Unicode, as it is; else a UserError that names `where` it stands."""
     if not isinstance(text, str):
         raise UserError(f"{where}: a string expected, found {type(text).__name__}")
     try:

@@ -368,6 +368,7 @@ def checkpoint_folder(name: str) -> str:
 
 
 def hf_name(name: str) -> str:
+    """Our parameter name to the one in HF checkpoints."""
     return name if name.startswith("lm_head.") else "model." + name
 
 

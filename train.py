@@ -44,6 +44,7 @@ PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800":
 
 
 def option(default, text, choices=None):
+    """A field of Options with its line for --help."""
     return field(default=default, metadata={"help": text, "choices": choices})
 
 
@@ -184,6 +185,7 @@ def open_ranks(timeout: int) -> Ranks:
 
 
 def close_ranks():
+    """Leave the process group together: without the barrier gloo can abort at exit."""
     dist.barrier()
     dist.destroy_process_group()
 
@@ -403,14 +405,17 @@ def evaluate(run: Run) -> dict:
 
 
 def fixed_batches(forks, o):
+    """Held-out pairs in file order, in batches of --batch_size: ranges of indices."""
     return [range(i, min(i + o.batch_size, len(forks))) for i in range(0, len(forks), o.batch_size)]
 
 
 def steps_per_epoch(run) -> int:
+    """Optimizer steps of one pass; the last, smaller batch counts."""
     return -(-len(run.forks) // run.o.batch_size)
 
 
 def total_steps(run) -> int:
+    """Optimizer steps of the whole run: --epochs, cut by --max_steps."""
     steps = steps_per_epoch(run) * run.o.epochs
     return min(steps, run.o.max_steps) if run.o.max_steps else steps
 
@@ -419,6 +424,7 @@ def total_steps(run) -> int:
 
 
 def sha256(*parts) -> str:
+    """Hex digest of bytes-like parts, and of str() of any others, one after the other."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part if isinstance(part, (bytes, memoryview)) else str(part).encode())
@@ -426,6 +432,7 @@ def sha256(*parts) -> str:
 
 
 def file_sha256(path) -> str:
+    """Hex digest of a file's content, read in pieces."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -553,6 +560,7 @@ def save_checkpoint(run: Run):
 
 
 def fsync(path):
+    """Make a file or folder durable, so that a rename after it cannot come first."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
@@ -693,11 +701,13 @@ def keep_steps_before(path, step):
 
 
 def append_line(path, row):
+    """Add one JSON line to a log."""
     with open(path, "a") as f:
         f.write(json.dumps(row) + "\n")
 
 
 def main() -> int:
+    """Command line to exit code: 0 done, 1 failed, 2 options that do not work, 143 stopped by SIGTERM."""
     first = os.environ.get("RANK", "0") == "0"
     try:
         o = parse_options()
