@@ -18,7 +18,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-LOGITS_AT_ONCE = 2**25  # elements of the largest temporary of the head: 128 MiB in fp32
+LOGITS_AT_ONCE = 2**21  # elements of the head's largest temporary on a CPU: 8 MiB in fp32, it stays in cache
+GPU_FACTOR = 16  # on a GPU it is 128 MiB: fewer, larger products
 
 
 # --- log-probabilities without logits -------------------------------------------------------------
@@ -72,7 +73,8 @@ class _LinearLogps(torch.autograd.Function):
 
 
 def _vocabulary_blocks(weight, targets):
-    step = max(1, LOGITS_AT_ONCE // max(1, len(targets)))
+    at_once = LOGITS_AT_ONCE * (GPU_FACTOR if weight.is_cuda else 1)
+    step = max(1, at_once // max(1, len(targets)))
     return [(start, min(start + step, len(weight))) for start in range(0, len(weight), step)]
 
 
@@ -93,7 +95,7 @@ def linear_logps(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tens
 
     Products are taken in the input's dtype (the tensor cores' fast path), logsumexp and target logit come
     from the same product in fp32. Only the (R,) logsumexp is kept for backward, which multiplies again.
-    Temporaries: one block of LOGITS_AT_ONCE elements (twice that for 16-bit input).
+    Temporaries: one block of LOGITS_AT_ONCE elements, times GPU_FACTOR there (twice that for 16-bit input).
     Raises ValueError where the shapes or dtypes do not fit.
     """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
