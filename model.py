@@ -9,20 +9,26 @@ K key heads, d head width, R scored rows, V vocabulary. There is no batch dimens
 several sequences lie one after the other in T, and attention keeps them apart.
 """
 
+import argparse
+import contextlib
 import functools
 import importlib
 import json
 import math
 import os
 import shutil
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, field, fields
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 from loss import linear_logps
 
@@ -525,3 +531,89 @@ def write_json(path, value):
         f.flush()
         os.fsync(f.fileno())
     os.replace(path + ".tmp", path)
+
+
+# --- ranks ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Ranks:
+    """Where this process stands. "Main" is global rank 0: on two nodes there are two local zeros."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def main(self):
+        return self.rank == 0
+
+    def say(self, text):
+        if self.main:
+            tqdm.write(text, file=sys.stderr)
+
+    def reduce(self, tensor, op=dist.ReduceOp.SUM):
+        """All-reduced copy, on the CPU."""
+        tensor = tensor.to(self.device, copy=True)
+        dist.all_reduce(tensor, op)
+        return tensor.cpu()
+
+    @contextlib.contextmanager
+    def together(self):
+        """What fails inside on any rank ends all ranks, with one message and a non-zero code, no hang."""
+        error = None
+        try:
+            yield
+        except (UserError, OSError, SafetensorError) as e:
+            error = e
+        first = int(self.reduce(torch.tensor(self.rank if error else self.world), dist.ReduceOp.MIN))
+        if first < self.world:
+            if self.rank == first:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            dist.barrier()  # nobody leaves, and makes torchrun kill the others, before it is printed
+            close_ranks()
+            sys.exit(1)
+
+
+def open_ranks(timeout: int) -> Ranks:
+    """Join the process group that torchrun describes; without torchrun a group of one."""
+    local, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    if cuda and local_world > torch.cuda.device_count():
+        raise UserError(f"{local_world} ranks on this machine, but {torch.cuda.device_count()} GPUs: start "
+                        f"with --nproc_per_node={torch.cuda.device_count()}, or train on the CPU with "
+                        "CUDA_VISIBLE_DEVICES= (empty)")
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:  # torchrun sets OMP_NUM_THREADS=1, which wastes cores where there are fewer ranks
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+    backend = "nccl" if cuda else "gloo"
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **alone)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def close_ranks():
+    """Leave the process group together: without the barrier gloo can abort at exit."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+# --- options of the programs ----------------------------------------------------------------------
+
+
+def option(default, text, choices=None):
+    """A field of an Options dataclass with its line for --help."""
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+def add_options(parser, record):
+    """A --flag for every field of a dataclass; one that is not given is absent from the parsed result."""
+    for f in fields(record):
+        kind = {"action": "store_true"}
+        if f.type is not bool:
+            kind = {"type": f.type, "choices": f.metadata["choices"]}
+            kind |= {} if kind["choices"] else {"metavar": f.type.__name__.upper()}
+        text = f.metadata["help"] + ("" if f.default == "" or f.type is bool else f" [{f.default}]")
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text.replace("%", "%%"), **kind)

@@ -12,7 +12,6 @@ does not depend on the number of ranks; each rank computes its share of the toke
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import math
@@ -23,12 +22,11 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
-from datetime import timedelta
+from dataclasses import asdict, dataclass, fields
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -37,15 +35,10 @@ from tqdm import tqdm
 import data
 import loss
 import model as qwen
-from model import UserError
+from model import Ranks, UserError, add_options, close_ranks, open_ranks, option
 
 # Dense bf16 peaks in FLOP/s, for mfu. Any other device: the rate of a square GEMM measured at the start.
 PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "B200": 2250e12}
-
-
-def option(default, text, choices=None):
-    """A field of Options with its line for --help."""
-    return field(default=default, metadata={"help": text, "choices": choices})
 
 
 @dataclass
@@ -91,13 +84,7 @@ def parse_options(argv=None) -> Options:
     must agree with it. Raises UserError listing every problem at once."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    for f in fields(Options):
-        kind = {"action": "store_true"}
-        if f.type is not bool:
-            kind = {"type": f.type, "choices": f.metadata["choices"]}
-            kind |= {} if kind["choices"] else {"metavar": f.type.__name__.upper()}
-        text = f.metadata["help"] + ("" if f.default == "" or f.type is bool else f" [{f.default}]")
-        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **kind)
+    add_options(parser, Options)
     given = vars(parser.parse_args(argv))
     problems = []
     if given.get("resume") and given.get("out"):
@@ -121,73 +108,6 @@ def parse_options(argv=None) -> Options:
     if problems:
         raise UserError("\n  ".join(["these options do not work:"] + problems))
     return o
-
-
-# --- ranks ----------------------------------------------------------------------------------------
-
-
-@dataclass
-class Ranks:
-    """Where this process stands. "Main" is global rank 0: on two nodes there are two local zeros."""
-
-    rank: int
-    world: int
-    device: torch.device
-
-    @property
-    def main(self):
-        return self.rank == 0
-
-    def say(self, text):
-        if self.main:
-            tqdm.write(text, file=sys.stderr)
-
-    def reduce(self, tensor, op=dist.ReduceOp.SUM):
-        """All-reduced copy, on the CPU."""
-        tensor = tensor.to(self.device, copy=True)
-        dist.all_reduce(tensor, op)
-        return tensor.cpu()
-
-    @contextlib.contextmanager
-    def together(self):
-        """What fails inside on any rank ends all ranks, with one message and a non-zero code, no hang."""
-        error = None
-        try:
-            yield
-        except (UserError, OSError, SafetensorError) as e:
-            error = e
-        first = int(self.reduce(torch.tensor(self.rank if error else self.world), dist.ReduceOp.MIN))
-        if first < self.world:
-            if self.rank == first:
-                print(f"error: {error}", file=sys.stderr, flush=True)
-            dist.barrier()  # nobody leaves, and makes torchrun kill the others, before it is printed
-            close_ranks()
-            sys.exit(1)
-
-
-def open_ranks(timeout: int) -> Ranks:
-    """Join the process group that torchrun describes; without torchrun a group of one."""
-    local, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    cuda = torch.cuda.is_available()
-    if cuda and local_world > torch.cuda.device_count():
-        raise UserError(f"{local_world} ranks on this machine, but {torch.cuda.device_count()} GPUs: start "
-                        f"with --nproc_per_node={torch.cuda.device_count()}, or train on the CPU with "
-                        "CUDA_VISIBLE_DEVICES= (empty)")
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    else:  # torchrun sets OMP_NUM_THREADS=1, which wastes cores where there are fewer ranks
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
-    backend = "nccl" if cuda else "gloo"
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **alone)
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
-
-
-def close_ranks():
-    """Leave the process group together: without the barrier gloo can abort at exit."""
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 # --- the sharded policy ---------------------------------------------------------------------------
