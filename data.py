@@ -64,20 +64,30 @@ def read_pairs(path: str, skip_malformed: bool = False) -> tuple[list[Pair], Cou
     official  question (or prompt), gemini_corrected_answer (y+), original_answer (y-)
     TRL       prompt, chosen, rejected: strings or lists of messages
     "" or null as y- makes a positive-only row; rows with "is_correct": false are dropped and counted.
-    Returns the pairs and a count of dropped rows by reason. Raises one UserError with the first malformed
-    rows, or, with skip_malformed, counts them.
+    Returns the pairs and a count of dropped rows by reason; raises UserError as `read_rows` does.
     """
-    pairs, dropped, problems = [], Counter(), []
+    def parse(row, line):
+        if not isinstance(row.get("is_correct", True), bool):
+            raise UserError(f'"is_correct": true or false expected, found {row["is_correct"]!r:.60}')
+        return parse_row(row, line) if row.get("is_correct", True) else "correction is wrong (is_correct: false)"
+
+    return read_rows(path, parse, skip_malformed)
+
+
+def read_rows(path: str, parse, skip_malformed: bool) -> tuple[list, Counter]:
+    """All rows of a JSONL file through `parse(row, line)`, which returns a record, or a string: the reason to
+    drop the row, or raises UserError. Returns the records and a count of dropped rows by reason. Raises one
+    UserError with the first malformed rows, or, with skip_malformed, counts them."""
+    kept, dropped, problems = [], Counter(), []
     for number, row in read_lines(path):
         try:
             if isinstance(row, UserError):
                 raise row
-            if not isinstance(row.get("is_correct", True), bool):
-                raise UserError(f'"is_correct": true or false expected, found {row["is_correct"]!r:.60}')
-            if not row.get("is_correct", True):
-                dropped["correction is wrong (is_correct: false)"] += 1
+            record = parse(row, number)
+            if isinstance(record, str):
+                dropped[record] += 1
             else:
-                pairs.append(parse_row(row, number))
+                kept.append(record)
         except UserError as e:
             problems.append(f"line {number}: {e}")
     if skip_malformed:
@@ -87,9 +97,9 @@ def read_pairs(path: str, skip_malformed: bool = False) -> tuple[list[Pair], Cou
         shown = problems[:SHOWN_PROBLEMS] + [f"... and {more} more"] * (more > 0)
         raise UserError(f"{path}: {len(problems)} malformed rows (--skip_malformed drops them):\n  "
                         + "\n  ".join(shown))
-    if not pairs and not dropped:
+    if not kept and not dropped:
         raise UserError(f"{path}: the file is empty, one JSON object a line expected")
-    return pairs, +dropped
+    return kept, +dropped
 
 
 def parse_row(row: dict, line: int) -> Pair:

@@ -1,32 +1,362 @@
-"""Grading mathematics: from a model's text to "is this the gold answer?".
+"""Sampling and grading: what a model answers, and whether it is right.
 
-Comes in:  the text of a response, and a gold answer as the benchmark files write it (LaTeX or plain).
-Goes out:  `extract_answer`: the answer the text commits itself to, or None; `answers_match`: True or False.
-
-An answer is read into one of three records: a Quantity (a number, an expression, or words), Many of them
-(list, set, union, tuple, interval, matrix) or a Statement about a name (`x = ...`, `x < ...`). Expressions
-are never rewritten: a recursive-descent parser evaluates them at fixed points, in exact fractions while
-that is possible and else in complex floats that carry a bound of their own rounding error. Two values are
-equal if they differ by no more than that bound; there is no other tolerance to tune.
-
-Where this differs from math-verify on purpose: a decimal equals an exact value only as its rounding to six
-or more digits (0.333 is not 1/3), and another decimal only exactly; numbers in a base have a value (10_2
-is 2); {2n \\choose n}, factorials, 1e-5 and -1./3 are read; a unit that one side lacks is forgiven, two
-different units are not; p % equals p and p / 100; a list is a set, order and repetition do not count; of
-several boxes only the last is the answer. Not seen: identities that hold for integers only, unions of
-intervals that touch, and differences of irrational values below double precision.
+Comes in:  questions as chat messages and a model, our own or one behind an OpenAI-compatible server; the
+           text of a response, and a gold answer as the benchmark files write it (LaTeX or plain).
+Goes out:  `sample`: every answer, kept in a log as it comes; `extract_answer`: the answer that a text
+           commits itself to, or None; `answers_match`: True or False.
 """
 
 import cmath
+import email.utils
+import fcntl
+import glob
+import itertools
+import json
 import math
 import operator
+import os
+import queue
+import random
 import re
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
 import zlib
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
+from http.client import HTTPException, IncompleteRead
+
+from tqdm import tqdm
+
+import data
+import model as qwen
+from model import Ranks, UserError
+
+# --- sampling: the own model or a server, every answer kept as it comes ---------------------------
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are sampled; the defaults are the paper's."""
+
+    temperature: float = 0.7  # 0: greedy
+    top_p: float = 0.8
+    top_k: int = 20  # 0: off
+    max_tokens: int = 32768
+
+
+@dataclass
+class Own:
+    """A model in this process (under torchrun: a whole one in every process) with its tokenizer."""
+
+    model: qwen.Qwen3
+    chat: data.Chat
+    batch_size: int = 32
+
+
+@dataclass
+class Server:
+    """An OpenAI-compatible chat endpoint. The key comes from the environment and is never shown."""
+
+    url: str  # up to and with /v1
+    model: str
+    key: str = field(default="", repr=False)
+    workers: int = 16  # requests at a time
+    timeout: float = 600.0  # seconds a request may take in all
+    tries: int = 6
+    pause: float = 1.0  # seconds before the second try; doubled each time, up to 60
+    body: dict = field(default_factory=dict)  # more keys of the request, as the server knows them
+
+
+def open_server(url: str, model: str = "", **settings) -> Server:
+    """A Server with the key of OPENAI_API_KEY, at `url` or OPENAI_BASE_URL; without a model name the only
+    model that the server lists. Raises UserError where there is none or the server cannot be asked."""
+    url = (url or os.environ.get("OPENAI_BASE_URL", "")).rstrip("/")
+    if not re.match(r"https?://[^/@\s]+", url):
+        raise UserError(f"--server is {url!r}; an address such as http://localhost:8000/v1 expected (or "
+                        "OPENAI_BASE_URL)")
+    server = Server(url, model, os.environ.get("OPENAI_API_KEY", ""), **settings)
+    if not model:
+        listed = http(server, "/models").get("data")
+        names = [m.get("id") for m in listed if isinstance(m, dict)] if isinstance(listed, list) else []
+        if len(names) != 1 or not isinstance(names[0], str):
+            raise UserError(f"{url} serves {len(names)} models ({', '.join(map(str, names))[:200]}): choose "
+                            "one with --server_model")
+        server.model = names[0]
+    return server
+
+
+class Refused(Exception):
+    """One request that got no usable answer; the text says why. The others go on."""
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect would carry the key to another host."""
+
+    def redirect_request(self, *_):
+        return None
+
+
+RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+FATAL = {401: "the key in OPENAI_API_KEY is missing or wrong", 402: "the account has no credit",
+         403: "the key in OPENAI_API_KEY may not use this model",
+         404: "the address or the model name is wrong", 405: "the address is no chat endpoint"}
+MAX_ANSWER = 64 * 2**20  # bytes of one HTTP answer
+
+
+def http(server: Server, path: str, body: dict | None = None) -> dict:
+    """One JSON request, POST if it has a body, tried up to server.tries times with exponential, jittered
+    pauses, or longer where the server says so (Retry-After).
+
+    Raises UserError, which ends the whole run, where every other request would fail too: a FATAL status, or
+    nobody listens. Raises Refused for the rest: a status not worth a retry, or no try left.
+    """
+    opener, headers = urllib.request.build_opener(NoRedirect), {"Content-Type": "application/json"}
+    if server.key:
+        headers["Authorization"] = f"Bearer {server.key}"
+    content = None if body is None else json.dumps(body).encode()
+    for attempt in range(server.tries):
+        wait, deadline = 0.0, time.monotonic() + server.timeout
+        try:
+            request = urllib.request.Request(server.url + path, content, headers)
+            with opener.open(request, timeout=server.timeout) as answer:
+                value = json.loads(read_all(answer, deadline))
+            if isinstance(value, dict):
+                return value
+            problem = "the answer is no JSON object"
+        except urllib.error.HTTPError as e:
+            with e:
+                detail = e.read(2000).decode(errors="replace").replace(server.key or "\0", "***")
+            problem = f"HTTP {e.code}: {' '.join(detail.split())[:300]}"
+            if e.code in FATAL:
+                raise UserError(f"{server.url}{path}: {FATAL[e.code]} ({problem})") from None
+            if e.code not in RETRIED:
+                raise Refused(problem) from None
+            wait = retry_after(e.headers.get("Retry-After"))
+        except TimeoutError:
+            problem = f"no answer within {server.timeout:g} s"
+        except ValueError:  # also UnicodeDecodeError
+            problem = "the answer is no JSON"
+        except (OSError, HTTPException) as e:  # URLError is an OSError
+            reason = getattr(e, "reason", e)
+            problem = f"connection failed: {type(reason).__name__}"
+            if isinstance(reason, TimeoutError):
+                problem = f"no answer within {server.timeout:g} s"
+            elif isinstance(reason, (ConnectionRefusedError, socket.gaierror)) and attempt == server.tries - 1:
+                raise UserError(f"{server.url} cannot be reached: {reason}. Is the server up? What has "
+                                "arrived is kept; the same command goes on from there.") from None
+        if attempt < server.tries - 1:
+            time.sleep(max(wait, min(60.0, server.pause * 2**attempt) * random.uniform(0.5, 1.0)))
+    raise Refused(f"{problem} (tried {server.tries} times)")
+
+
+def read_all(answer, deadline):
+    """The body, unless it is endless in size or in time (a socket's time-out starts anew at each byte)."""
+    parts, size = [], 0
+    while part := answer.read1(2**16):
+        parts.append(part)
+        size += len(part)
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        if size > MAX_ANSWER:
+            raise Refused(f"an answer of more than {MAX_ANSWER >> 20} MiB")
+    if answer.length:  # announced, but not sent
+        raise IncompleteRead(b"", answer.length)
+    return b"".join(parts)
+
+
+def retry_after(value) -> float:
+    """Seconds that a Retry-After header asks for, as a number or as a date; at most 10 minutes."""
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except (TypeError, ValueError):
+            seconds = 0.0
+    return min(max(seconds, 0.0), 600.0) if seconds == seconds else 0.0
+
+
+def ask(server: Server, request, sampling: Sampling) -> dict:
+    """One chat completion: {"text", "finish": "stop" | "length", "tokens"} or {"error": why}. Settings that
+    are None are left to the server; top_k is no key of the OpenAI protocol and goes into Server.body."""
+    body = {"model": server.model, "messages": request.messages, "temperature": sampling.temperature,
+            "top_p": sampling.top_p, "max_tokens": sampling.max_tokens, "seed": request.seed}
+    body = {k: v for k, v in body.items() if v is not None} | server.body
+    try:
+        answer = http(server, "/chat/completions", body)
+        choice = answer["choices"][0]
+        text, tokens = choice["message"].get("content"), (answer.get("usage") or {}).get("completion_tokens")
+    except Refused as e:
+        return {"error": str(e)}
+    except (KeyError, IndexError, TypeError, AttributeError):
+        return {"error": "the answer is no chat completion"}
+    if text is not None and not isinstance(text, str):
+        return {"error": f"the answer's content is a {type(text).__name__}, not text"}
+    text = (text or "").replace(server.key or "\0", "***").encode(errors="replace").decode()
+    finish = "length" if choice.get("finish_reason") == "length" else "stop"
+    return {"text": text, "finish": finish, "tokens": tokens if isinstance(tokens, int) else 0}
+
+
+def concurrently(call, items, workers: int):
+    """Yield (item, call(item)) in the order of completion, `workers` calls at a time, taking items as needed.
+
+    The threads are daemons: an interrupt, or an exception of one call (raised here), ends the program at
+    once, not after the slowest request.
+    """
+    todo, ready, items = queue.SimpleQueue(), queue.SimpleQueue(), iter(items)
+
+    def work():
+        while (item := todo.get()) is not None:
+            try:
+                ready.put((item[0], call(item[0]), None))
+            except BaseException as e:
+                ready.put((item[0], None, e))
+
+    for _ in range(workers):
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        busy = 0
+        for item in itertools.islice(items, workers):
+            todo.put((item,))
+            busy += 1
+        while busy:
+            item, result, error = ready.get()
+            busy -= 1
+            if error:
+                raise error
+            yield item, result
+            for item in itertools.islice(items, 1):
+                todo.put((item,))
+                busy += 1
+    finally:
+        for _ in range(workers):
+            todo.put(None)
+
+
+@dataclass
+class Request:
+    """One answer wanted. The key names it in the log; equal seeds give equal answers of the own model."""
+
+    key: str
+    messages: list
+    seed: int
+
+
+def read_log(folder: str, keys) -> dict:
+    """{key: record} of all raw answers in a folder; a later record of a key replaces an earlier one.
+
+    A last line without its newline was cut off by a kill and does not count. Raises UserError for a broken
+    line elsewhere, and for an answer to something that is not asked now.
+    """
+    records, keys = {}, set(keys)
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "raw-*.jsonl"))):
+        with open(path, "rb") as f:
+            lines = f.read().split(b"\n")[:-1]
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                key = record["key"]
+            except (ValueError, TypeError, KeyError):
+                raise UserError(f"{path}, line {number}: not a record of this program; found {line!r:.80}"
+                                ) from None
+            if key not in keys:
+                raise UserError(f"{path}, line {number}: answers {key!r}, which is not among the questions "
+                                "given now: choose another output folder")
+            records[key] = record
+    return records
+
+
+def open_log(path: str):
+    """A raw log open for adding lines, a torn last line removed; refused while another process writes it."""
+    f = open(path, "a+b", buffering=0)
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        f.close()
+        raise UserError(f"{path} is being written by another process") from None
+    f.seek(0)
+    f.truncate(f.read().rfind(b"\n") + 1)
+    return f
+
+
+def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks,
+           title: str = "sampling", on_record=None, enough=None) -> dict:
+    """{key: record} for all requests: those of an earlier start from the log, the rest sampled now.
+
+    `policy` is an Own model, a Server, or a function from a Request to a record. Each answer is added to folder/raw-RANK.jsonl as it comes, in one write: a kill loses at most what is
+    under way, and the same call goes on. Records are {"key", "text", "finish", "tokens"} or {"key",
+    "error"}; failed requests are asked again by the next call. Under torchrun each rank takes every
+    world-th request. `on_record(record)` sees each new answer of this rank and may return a dict for the
+    progress bar; once `enough()` is true nothing more is asked (own model: looked at every 512 requests).
+    Raises UserError as `http` and `read_log` do.
+    """
+    if isinstance(policy, Server) and ranks.world > 1:
+        raise UserError("a server needs one process here: start with `python`, without torchrun")
+    keys = [r.key for r in requests]
+    with ranks.together():
+        os.makedirs(folder, exist_ok=True)
+        have = read_log(folder, keys)
+    todo = [r for r in requests if "text" not in have.get(r.key, {})]
+    mine = todo[ranks.rank::ranks.world]
+    with ranks.together(), open_log(os.path.join(folder, f"raw-{ranks.rank}.jsonl")) as log:
+        bar = tqdm(total=len(mine), disable=not ranks.main or not todo, desc=title, unit="answer")
+        count = Counter()
+
+        def keep(request, record):
+            log.write(json.dumps({"key": request.key, **record}, ensure_ascii=False).encode() + b"\n")
+            count.update(tokens=record.get("tokens", 0), failed="error" in record)
+            shown = on_record({"key": request.key, **record}) if on_record else None
+            bar.update()
+            bar.set_postfix({**count, "tokens/s": int(count["tokens"] / (time.monotonic() - started)),
+                             **(shown or {})}, refresh=False)
+
+        started = time.monotonic()
+        if isinstance(policy, Own):
+            for at in range(0, len(mine), 512):
+                if not (enough and enough()):
+                    answer_own(policy, mine[at:at + 512], sampling, keep)
+        else:
+            call, workers = policy, 1
+            if isinstance(policy, Server):
+                call, workers = lambda request: ask(policy, request, sampling), policy.workers
+            wanted = itertools.takewhile(lambda _: not (enough and enough()), mine)
+            for request, record in concurrently(call, wanted, workers):
+                keep(request, record)
+        bar.close()
+    with ranks.together():
+        return read_log(folder, keys)
+
+
+def answer_own(own: Own, requests, sampling, keep):
+    """Sample from the model in this process; keep(request, record) as each answer ends."""
+    def done(index, ids, ended):
+        keep(requests[index], {"text": own.chat.tokenizer.decode(ids), "finish": "stop" if ended else "length",
+                               "tokens": len(ids) + ended})
+
+    qwen.generate(own.model, [own.chat.prompt(r.messages) for r in requests], [r.seed for r in requests],
+                  max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_p=sampling.top_p,
+                  top_k=sampling.top_k, end={own.chat.im_end}, batch_size=own.batch_size, on_done=done)
+
 
 # --- grading: which answer does a text commit itself to? ------------------------------------------
+
+# An answer is read into one of three records: a Quantity (a number, an expression, or words), Many of them
+# (list, set, union, tuple, interval, matrix) or a Statement about a name (`x = ...`, `x < ...`). Expressions
+# are never rewritten: a recursive-descent parser evaluates them at fixed points, in exact fractions while
+# that is possible and else in complex floats that carry a bound of their own rounding error. Two values are
+# equal if they differ by no more than that bound; there is no other tolerance to tune.
+#
+# Where this differs from math-verify on purpose: a decimal equals an exact value only as its rounding to six
+# or more digits (0.333 is not 1/3), and another decimal only exactly; numbers in a base have a value (10_2
+# is 2); {2n \\choose n}, factorials, 1e-5 and -1./3 are read; a unit that one side lacks is forgiven, two
+# different units are not; p % equals p and p / 100; a list is a set, order and repetition do not count; of
+# several boxes only the last is the answer. Not seen: identities that hold for integers only, unions of
+# intervals that touch, and differences of irrational values below double precision.
 
 BOX = re.compile(r"\\f?box(?:ed)?\s*(\{|[^\s{}\\$])")
 STATED = re.compile(r"####|\banswers?\b[^.\n:$\\\d]{0,40}?(?:\b(?:is|are|be)\b\s*:?|:|=)", re.I)

@@ -1,0 +1,560 @@
+"""Making the pairs: questions -> the policy's own wrong answers -> an Oracle's minimal corrections.
+
+Comes in:  a JSONL file of questions with gold answers, a policy, and an Oracle: any OpenAI-compatible chat
+           endpoint, the policy itself, a Python function, or answers edited by hand.
+Goes out:  errors.jsonl (`elicit`), then pairs.jsonl (`rectify`) as train.py reads it.
+
+    python oracle.py elicit --questions dapo-en.jsonl --model Qwen3-8B --out data/elicited
+    python oracle.py rectify --errors data/elicited/errors.jsonl --server https://host/v1 \\
+        --tokenizer Qwen3-8B --out data/rectified
+
+Both keep every raw answer in OUT/raw-*.jsonl as it comes. All other files of OUT are made from those, so a
+kill loses nothing: start the same command again. `elicit` also runs under torchrun, a share a rank.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass
+
+import torch
+
+import data
+import eval as evaluation
+import model as qwen
+from eval import Own, Request, Sampling, Server, answers_match, extract_answer
+from model import Ranks, UserError, add_options, close_ranks, open_ranks, option
+
+START, END = "=== CORRECTED STARTED ===", "=== CORRECTED ENDED ==="
+LAST_LINE = r"Therefore, the final answer is: $\boxed{ANSWER}$."
+INSTRUCTION = ("Solve the following problem step by step. End with this line, ANSWER replaced by your final "
+               f"answer:\n{LAST_LINE}\n\n{{question}}")
+
+_REPAIR = r"""Below are a problem and a student's solution, which ends in a wrong answer.{given}
+
+[Problem]
+{question}
+
+[Student's solution]
+{answer}
+
+[Your task]
+{first} Then repair the student's solution with as few edits as you can:
+- keep whatever is right, word for word: steps, sentences, formulas, their order;
+- replace only what is wrong, and what is wrong because of it;
+- keep the student's style, tone, vocabulary and formatting;
+- write as if the solution had been right at the first attempt: never mention a mistake, a correction, the
+  student, or a given answer;
+- end with this line, ANSWER replaced by the final answer:
+""" + LAST_LINE + f"""
+
+Write the whole repaired solution between these two lines:
+{START}
+{END}
+"""
+PROMPTS = {  # {given} and {first} are filled here, {question}, {answer}, {gold} for each error
+    "correct": _REPAIR.replace("{given}", "").replace("{first}", "First solve the problem yourself."),
+    "correct_with_answer": _REPAIR.replace("{given}", " The right final answer is {gold}.").replace(
+        "{first}", "First find out where the solution leaves the way to the right answer."),
+    "direct": "{question}",
+}
+
+
+# --- reading questions and errors -----------------------------------------------------------------
+
+
+@dataclass
+class Item:
+    """One question, or one wrong answer to it."""
+
+    id: str
+    question: str | list  # the whole user turn as it was or will be sent, or a list of messages
+    gold: str
+    answer: str = ""  # y-, for rectify
+
+    @property
+    def messages(self):
+        return data.prompt_messages({"question": self.question}, "question")
+
+
+def gold_answer(row: dict) -> str:
+    """The gold answer from whatever field this data set keeps it in; a whole solution gives its last box or
+    its `####` line. Raises UserError where there is none."""
+    key = next((k for k in ("answer", "solution", "ground_truth", "label") if row.get(k) is not None), None)
+    value = row[key] if key else None
+    if key is None and isinstance(row.get("reward_model"), dict):
+        key, value = "reward_model.ground_truth", row["reward_model"].get("ground_truth")
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise UserError("a gold answer expected in answer, solution, ground_truth, label or "
+                        f"reward_model.ground_truth: a string or a number, found {value!r:.60}")
+    text = data.check_text(str(value), repr(key)).strip()
+    gold = extract_answer(text) if "boxed" in text or "####" in text else text
+    if not gold or len(gold) > evaluation.MAX_CHARS:
+        raise UserError(f"{key!r}: no final answer in it (\\boxed{{}}, ####, or the bare answer expected), "
+                        f"found {text!r:.60}")
+    return gold
+
+
+def item_id(row, line):
+    """The row's own id or index, else its line number."""
+    value = next((row[k] for k in ("id", "index") if row.get(k) is not None), line)
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise UserError(f'"id": a string or an integer expected, found {value!r:.60}')
+    return str(value)
+
+
+def read_items(path, parse, skip_malformed):
+    """All rows of a file by `parse(row, line)`, ids unique. Returns (items, dropped Counter)."""
+    items, dropped = data.read_rows(path, parse, skip_malformed)
+    twice = [k for k, n in Counter(item.id for item in items).items() if n > 1]
+    if twice:
+        raise UserError(f"{path}: {len(twice)} ids occur more than once, first {', '.join(twice[:5])}: make "
+                        "the field id (or index) unique, or remove it")
+    if not items:
+        raise UserError(f"{path}: no usable row ({dict(dropped)})")
+    return items, dropped
+
+
+def read_questions(path, instruction, skip_malformed=False):
+    """Questions as they will be sent: a string goes into the instruction, messages stay as they are. A
+    question that is there already is dropped and counted."""
+    seen = set()
+
+    def parse(row, line):
+        key = next((k for k in ("question", "problem", "prompt") if row.get(k) is not None), None)
+        if key is None:
+            raise UserError(f"question, problem or prompt expected, found {sorted(row)!r:.100}")
+        messages = data.prompt_messages(row, key)
+        question = messages
+        if not isinstance(row[key], list):
+            question = instruction.replace("{question}", row[key])
+        elif len(messages) == 1:
+            question = messages[0]["content"]
+        text = json.dumps(question)
+        if text in seen:
+            return "the same question again"
+        seen.add(text)
+        return Item(item_id(row, line), question, gold_answer(row))
+
+    return read_items(path, parse, skip_malformed)
+
+
+def read_errors(path, skip_malformed=False):
+    """Rows of errors.jsonl: question, original_answer, ground_truth (or another field of gold_answer)."""
+    def parse(row, line):
+        missing = [k for k in ("question", "original_answer") if k not in row]
+        if missing:
+            raise UserError(f"{', '.join(missing)} missing, found {sorted(row)!r:.100}")
+        data.prompt_messages(row, "question")
+        answer = data.check_text(row["original_answer"], "'original_answer'")
+        if not answer.strip():
+            return "the wrong answer is empty"
+        gold = gold_answer({"answer": row["ground_truth"]} if "ground_truth" in row else row)
+        return Item(item_id(row, line), row["question"], gold, answer)
+
+    return read_items(path, parse, skip_malformed)
+
+
+# --- the output folder ----------------------------------------------------------------------------
+
+
+def claim_folder(out, settings):
+    """Make `out`, or check that it was made with the same settings. Raises UserError where not."""
+    path = os.path.join(out, "settings.json")
+    if os.path.exists(path):
+        kept = qwen.read_json(path)
+        differ = [f"{k} was {kept.get(k)!r}, now {v!r}" for k, v in settings.items() if kept.get(k) != v]
+        if differ:
+            raise UserError(f"{out} holds work with other settings ({'; '.join(differ)}): choose another --out")
+        return
+    if os.path.isdir(out) and os.listdir(out):
+        raise UserError(f"{out} is not empty and holds no work of this program: choose another --out")
+    os.makedirs(out, exist_ok=True)
+    qwen.write_json(path, settings)
+
+
+def write_rows(path, rows):
+    """A JSONL file, whole or as it was before."""
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(path + ".tmp", path)
+
+
+def request_for(name, messages, seed):
+    """A Request whose key and seed follow from what is asked: other questions never meet old answers."""
+    digest = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:12]
+    own_seed = hashlib.sha256(f"{seed} {name} {digest}".encode()).digest()
+    return Request(f"{name} {digest}", messages, int.from_bytes(own_seed[:4], "little") >> 1)
+
+
+def collect(policy, requests, out, sampling, ranks, title, judge, write, enough=None):
+    """Sample all requests, judging each as it comes, then write the files; also when something ends it
+    early. `judge(record)` returns any outcome, `write({key: outcome})` returns the summary."""
+    outcomes = {}
+
+    def on_record(record):
+        outcome = outcomes[record["key"]] = judge(record)
+        shown[outcome[0]] += 1
+        return dict(shown.most_common(3))
+
+    def finish(records):
+        return write({k: outcomes[k] if k in outcomes else judge({"key": k, **r}) for k, r in records.items()})
+
+    shown = Counter()
+    keys = [r.key for r in requests]
+    with ranks.together():
+        if ranks.main and enough:  # earlier answers count too
+            for key, record in evaluation.read_log(out, keys).items():
+                on_record({"key": key, **record})
+    try:
+        records = evaluation.sample(policy, requests, out, sampling, ranks, title, on_record,
+                                    enough and (lambda: enough(outcomes)))
+    except (SystemExit, KeyboardInterrupt):
+        with contextlib.suppress(UserError):
+            if ranks.main:
+                finish(evaluation.read_log(out, keys))
+        raise
+    with ranks.together():
+        if not ranks.main:
+            return {}
+        summary = finish(records)
+        qwen.write_json(os.path.join(out, "summary.json"), summary)
+        ranks.say("\n".join(f"{n:7}  {what}" for what, n in summary.items()) + f"\n{out}")
+        return summary
+
+
+# --- elicit: the policy's own wrong answers -------------------------------------------------------
+
+
+def elicit(items: list, out: str, policy: Own | Server, sampling: Sampling, ranks: Ranks, samples: int = 1,
+           seed: int = 0) -> dict:
+    """Sample `samples` answers to every question and grade them.
+
+    Writes samples.jsonl (all answers with their verdicts), errors.jsonl (the wrong ones, for `rectify`) and
+    correct.jsonl (the right ones as positive-only rows: RFT data for train.py). An answer cut off at
+    max_tokens has no end that could be trained: it is counted, and kept in samples.jsonl alone. Returns
+    counts by outcome (of all ranks, on the main one).
+    """
+    requests, asked = [], {}
+    for item in items:
+        for k in range(samples):
+            requests.append(request_for(f"{item.id}/{k}", item.messages, seed))
+            asked[requests[-1].key] = (item, k)
+
+    def judge(record):
+        if "error" in record:
+            return "request failed", None
+        if record["finish"] == "length":
+            return "cut off at max_tokens", None
+        found = extract_answer(record["text"])
+        if found is None:
+            return "wrong: no final answer", None
+        right = answers_match(found, asked[record["key"]][0].gold)
+        return "right" if right else "wrong", found
+
+    def write(outcomes):
+        records = evaluation.read_log(out, asked)
+        rows = {"samples": [], "errors": [], "correct": []}
+        for key, (item, k) in asked.items():
+            if key in outcomes and "text" in records[key]:
+                verdict, found = outcomes[key]
+                row = {"id": f"{item.id}/{k}", "question": item.question, "ground_truth": item.gold}
+                text = records[key]["text"]
+                rows["samples"].append({**row, "answer": text, "extracted_answer": found, "verdict": verdict,
+                                        "tokens": records[key]["tokens"]})
+                if verdict.startswith("wrong") and text.strip():
+                    rows["errors"].append({**row, "original_answer": text, "extracted_answer": found})
+                elif verdict == "right":
+                    rows["correct"].append({**row, "original_answer": "", "gemini_corrected_answer": text,
+                                            "is_correct": True})
+        for name, content in rows.items():
+            write_rows(os.path.join(out, f"{name}.jsonl"), content)
+        return {"answers wanted": len(requests), **Counter(verdict for verdict, _ in outcomes.values())}
+
+    return collect(policy, requests, out, sampling, ranks, "eliciting", judge, write)
+
+
+# --- rectify: the Oracle's corrections ------------------------------------------------------------
+
+
+def rectify(items: list, out: str, oracle, encode, ranks: Ranks, prompt: str = "correct",
+            max_change_ratio: float = 0.6, target: int = 0, sampling: Sampling = Sampling(), seed: int = 0
+            ) -> dict:
+    """Have every wrong answer corrected, keep what is right and a small change.
+
+    oracle    a Server or Own model, asked with PROMPTS[prompt]; or a function (Item) -> corrected text,
+              which may raise UserError where it has none
+    encode    text -> token ids, for the change ratio
+    target    stop asking once there are that many pairs (those under way still count); 0: ask for all
+    Writes pairs.jsonl (official row format) and rejected.jsonl (every other answer with its reason); one
+    outcome an error. Returns counts by outcome.
+    """
+    asked = {}
+    for item in items:
+        asked[request_for(item.id, oracle_messages(item, prompt), seed).key] = item
+    requests = [request_for(item.id, oracle_messages(item, prompt), seed) for item in items]
+    by_function = not isinstance(oracle, (Own, Server))
+
+    def call(request):
+        try:
+            return {"text": oracle(asked[request.key]), "finish": "stop", "tokens": 0}
+        except UserError as e:
+            return {"error": str(e)}
+
+    def judge(record):
+        return judge_correction(asked[record["key"]], record, encode, prompt, by_function, max_change_ratio)
+
+    def write(outcomes):
+        records = evaluation.read_log(out, asked)
+        pairs, rejected = [], []
+        for key, item in asked.items():
+            if key in outcomes:
+                verdict, pair = outcomes[key]
+                row = {"index": item.id, "question": item.question, "ground_truth": item.gold}
+                if pair:
+                    pairs.append({**row, **pair})
+                else:
+                    rejected.append({**row, "original_answer": item.answer, "reason": verdict,
+                                     **{k: records[key][k] for k in ("text", "error") if k in records[key]}})
+        write_rows(os.path.join(out, "pairs.jsonl"), pairs)
+        write_rows(os.path.join(out, "rejected.jsonl"), rejected)
+        return {"errors given": len(items), "not asked": len(items) - len(outcomes),
+                **Counter(verdict for verdict, _ in outcomes.values())}
+
+    def enough(outcomes):
+        return sum(verdict == "pairs" for verdict, _ in outcomes.values()) >= target
+
+    return collect(call if by_function else oracle, requests, out, sampling, ranks, "rectifying", judge, write,
+                   enough if target else None)
+
+
+def oracle_messages(item: Item, prompt: str) -> list:
+    """What the Oracle is asked: one user turn; under "direct" the question as the policy got it."""
+    if prompt == "direct":
+        return item.messages
+    turns = item.messages
+    text = turns[0]["content"] if len(turns) == 1 else "\n\n".join(f"{m['role']}: {m['content']}" for m in turns)
+    values = {"question": text, "answer": item.answer, "gold": item.gold}
+    filled = re.sub(r"\{(question|answer|gold)\}", lambda m: values[m[1]], PROMPTS[prompt])
+    return [{"role": "user", "content": filled}]
+
+
+def judge_correction(item: Item, record: dict, encode, prompt: str, by_function: bool, max_change_ratio: float):
+    """("pairs", fields of the pair row) or (reason, None) for one raw answer."""
+    if "error" in record:
+        return "request failed: " + record["error"], None
+    if record["finish"] == "length":
+        return "cut off by the token limit", None
+    text = record["text"].rpartition("</think>")[2]
+    if prompt != "direct" and not by_function:
+        if START not in text or END not in text.rpartition(START)[2]:
+            return "no text between the markers", None
+    text = data.clean_answer(text).strip()
+    if not text:
+        return "empty correction", None
+    found = extract_answer(text)
+    if found is None:
+        return "no final answer in the correction", None
+    if not answers_match(found, item.gold):
+        return "the correction's answer is wrong", None
+    pair = {"gemini_corrected_answer": text, "gemini_extracted_answer": found, "is_correct": True}
+    if prompt == "direct":  # no correction of y-: the paper's SFT data
+        return "pairs", {"original_answer": "", "policy_answer": item.answer, **pair}
+    wrong, right = encode(data.clean_answer(item.answer)), encode(text)
+    if wrong == right:
+        return "nothing was changed", None
+    ratio = data.change_ratio(wrong, right)
+    if ratio > max_change_ratio:
+        return f"change ratio above {max_change_ratio}", None
+    return "pairs", {"original_answer": item.answer, **pair, "change_ratio": round(ratio, 4)}
+
+
+def python_function(spec: str):
+    """FILE.py:NAME, a function of the user's own that takes an Item (question, answer, gold) and returns the
+    corrected text."""
+    path, _, name = spec.rpartition(":")
+    if not os.path.isfile(path):
+        raise UserError(f"--function is {spec!r}; FILE.py:NAME with an existing file expected")
+    module_spec = importlib.util.spec_from_file_location("user_oracle", path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        raise UserError(f"--function: {path} defines no function {name!r}")
+    return getattr(module, name)
+
+
+def edited_answers(path: str):
+    """A function that looks corrections up in a copy of errors.jsonl to which a human has added the field
+    "corrected_answer"."""
+    def parse(row, line):
+        corrected = row.get("corrected_answer")
+        return Item(item_id(row, line), "", "", data.check_text(corrected or "", "'corrected_answer'"))
+
+    edited = {item.id: item.answer for item in read_items(path, parse, False)[0]}
+
+    def look_up(item):
+        if not edited.get(item.id):
+            raise UserError(f"no corrected_answer in {os.path.basename(path)} yet")
+        return edited[item.id]
+
+    return look_up
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Asking:
+    """What both commands share: whom to ask, and how."""
+
+    out: str = option("", "folder to write; an unfinished one is gone on with (required)")
+    model: str = option("", "ask this Qwen3 checkpoint (folder or hub id), in this process")
+    server: str = option("", "ask an OpenAI-compatible server, http://host:port/v1; key: OPENAI_API_KEY")
+    server_model: str = option("", "model name at the server; empty: the only one it serves")
+    body: str = option("", "JSON object: more keys of each request to the server")
+    workers: int = option(16, "requests to the server at a time")
+    request_timeout: float = option(600.0, "seconds a request may take")
+    tries: int = option(6, "attempts per request, with growing pauses")
+    temperature: float = option(0.7, "0: greedy")
+    top_p: float = option(0.8, "keep the likeliest tokens up to this share")
+    top_k: int = option(20, "keep that many likeliest tokens; 0: all")
+    max_tokens: int = option(32768, "tokens of an answer; longer ones are cut off and counted")
+    batch_size: int = option(32, "answers the own model writes at a time")
+    dtype: str = option("bfloat16", "of the own model", ("float32", "bfloat16"))
+    seed: int = option(0, "of the samples")
+    skip_malformed: bool = option(False, "drop and count malformed rows instead of stopping")
+    timeout: int = option(86400, "seconds after which a stalled rank ends the run")
+
+
+@dataclass
+class ElicitOptions(Asking):
+    """python oracle.py elicit"""
+
+    questions: str = option("", "JSONL: question|problem|prompt, and the gold answer (required)")
+    samples: int = option(1, "answers per question")
+    instruction: str = option(INSTRUCTION, "user turn around {question}; messages are sent as they are")
+    limit: int = option(0, "only the first that many questions; 0: all")
+
+
+@dataclass
+class RectifyOptions(Asking):
+    """python oracle.py rectify"""
+
+    errors: str = option("", "errors.jsonl of `elicit` (required)")
+    tokenizer: str = option("", "the policy's folder, for the change ratio; --model's if that is given")
+    function: str = option("", "FILE.py:NAME, a Python function as the Oracle: Item -> corrected text")
+    edited: str = option("", "a copy of errors.jsonl with corrected_answer added by hand")
+    prompt: str = option("correct", "what the Oracle is asked: to correct y-, the same with the gold answer "
+                         "in hand, or just the question (positive-only rows)", tuple(PROMPTS))
+    max_change_ratio: float = option(0.6, "drop pairs with 1 - LCS(y-, y+)/|y+| above this (gamma)")
+    target: int = option(0, "stop asking at that many pairs; 0: ask for all")
+
+
+def parse_command(argv=None):
+    """Command line to an options record; raises UserError listing every problem at once."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, kind in (("elicit", ElicitOptions), ("rectify", RectifyOptions)):
+        add_options(commands.add_parser(name, help=kind.__doc__, allow_abbrev=False), kind)
+    given = vars(parser.parse_args(argv))
+    command = given.pop("command")
+    o = (ElicitOptions if command == "elicit" else RectifyOptions)(**given)
+    problems = [f"--{k} is required" for k in ("out", "questions", "errors") if getattr(o, k, None) == ""]
+    sources = [k for k in ("model", "server", "function", "edited") if getattr(o, k, "")]
+    allowed = ("model", "server") + ("function", "edited") * (command == "rectify")
+    if not sources and os.environ.get("OPENAI_BASE_URL"):
+        sources, o.server = ["server"], os.environ["OPENAI_BASE_URL"]
+    if len(sources) != 1:
+        problems.append(f"exactly one of --{', --'.join(allowed)} expected, found {len(sources)}")
+    if command == "rectify" and not (o.tokenizer or o.model):
+        problems.append("--tokenizer is required: the folder of the policy, whose tokens the change ratio counts")
+    for k, low in {"workers": 1, "request_timeout": 1e-3, "tries": 1, "max_tokens": 1, "batch_size": 1,
+                   "timeout": 1, "samples": 1, "temperature": 0, "top_k": 0, "seed": 0, "limit": 0,
+                   "target": 0, "max_change_ratio": 0}.items():
+        if not low <= getattr(o, k, low) < float("inf"):
+            problems.append(f"--{k} is {getattr(o, k)}, a number of at least {low} expected")
+    if not 0 < o.top_p <= 1:
+        problems.append(f"--top_p is {o.top_p}, a share above 0 and up to 1 expected")
+    if command == "elicit" and "{question}" not in o.instruction:
+        problems.append("--instruction lacks {question}")
+    try:
+        body = json.loads(o.body or "{}")
+        problems += ["--body: a JSON object expected"] * (not isinstance(body, dict))
+    except ValueError as e:
+        problems.append(f"--body is no JSON: {e}")
+    if problems:
+        raise UserError("\n  ".join(["these options do not work:"] + problems))
+    return o
+
+
+def open_policy(o, default_body, ranks):
+    """The Own model or the Server that the options name."""
+    if o.server:
+        body = json.loads(o.body) if o.body else default_body
+        return evaluation.open_server(o.server, o.server_model, workers=o.workers, timeout=o.request_timeout,
+                                      tries=o.tries, body=body)
+    folder = qwen.checkpoint_folder(o.model)
+    chat = data.load_chat(folder, qwen.read_config(folder).vocab_size)
+    return Own(qwen.load_model(folder, getattr(torch, o.dtype), ranks.device), chat, o.batch_size)
+
+
+def run(o, ranks: Ranks):
+    """One command from options to files."""
+    sampling = Sampling(o.temperature, o.top_p, o.top_k, o.max_tokens)
+    settings = {"command": type(o).__name__.removesuffix("Options").lower(), "seed": o.seed}
+    with ranks.together():
+        if isinstance(o, ElicitOptions):
+            items, dropped = read_questions(o.questions, o.instruction, o.skip_malformed)
+            items = items[:o.limit or None]
+            # vLLM and SGLang know these two: SPoT samples in non-thinking mode
+            policy = open_policy(o, {"top_k": o.top_k, "chat_template_kwargs": {"enable_thinking": False}}, ranks)
+        else:
+            items, dropped = read_errors(o.errors, o.skip_malformed)
+            folder = qwen.checkpoint_folder(o.tokenizer or o.model)
+            chat = data.load_chat(folder, qwen.read_config(folder).vocab_size)
+            policy = (python_function(o.function) if o.function else edited_answers(o.edited) if o.edited
+                      else open_policy(o, {}, ranks))
+            settings["prompt"] = o.prompt
+        for reason, count in dropped.items():
+            ranks.say(f"{count} rows dropped: {reason}")
+        asked = policy.model if isinstance(policy, Server) else o.model or o.__dict__.get("function") or "edited"
+        settings |= {"asked": asked}
+        if isinstance(policy, Own) or isinstance(o, ElicitOptions):
+            settings["sampling"] = asdict(sampling)
+    with ranks.together():
+        if ranks.main:
+            claim_folder(o.out, settings)
+    if isinstance(o, ElicitOptions):
+        elicit(items, o.out, policy, sampling, ranks, o.samples, o.seed)
+        return
+    if isinstance(policy, Server):  # an Oracle has its own best settings, and some refuse others: see --body
+        sampling = Sampling(None, None, None, None)
+    if o.edited and ranks.main:  # the edited file is the record
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(o.out, "raw-0.jsonl"))
+    rectify(items, o.out, policy, chat.encode, ranks, o.prompt, o.max_change_ratio, o.target, sampling, o.seed)
+
+
+def main() -> int:
+    """Command line to exit code: 0 done, 1 failed, 2 options that do not work."""
+    try:
+        o = parse_command()
+        ranks = open_ranks(o.timeout)
+    except UserError as e:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {e}", file=sys.stderr, flush=True)
+        return 2
+    run(o, ranks)
+    close_ranks()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""A local OpenAI-compatible server that misbehaves on purpose."""
+
+import json
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+def completion(text, finish="stop"):
+    """The body of a good chat completion."""
+    return {"choices": [{"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text}}],
+            "usage": {"completion_tokens": len(text or "")}}
+
+
+class Misbehaving:
+    """`behave(body, attempt)` returns an answer for each chat request, attempt = 0, 1, ... for the same prompt:
+    a dict (sent as JSON), bytes (sent as they are), (status, headers, bytes), or "hang", "drop", "drip",
+    "truncated". `requests` keeps (headers, body) of all, `asked` counts by prompt."""
+
+    def __init__(self, behave):
+        self.behave, self.requests, self.asked, self.lock = behave, [], Counter(), threading.Lock()
+        self.stop = threading.Event()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+            def do_GET(self):
+                self.send(200, {}, json.dumps({"data": [{"id": "stand-in"}]}).encode())
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                prompt = body["messages"][-1]["content"]
+                with outer.lock:
+                    attempt = outer.asked[prompt]
+                    outer.asked[prompt] += 1
+                    outer.requests.append((dict(self.headers), body))
+                answer = outer.behave(body, attempt)
+                if isinstance(answer, dict):
+                    answer = json.dumps(answer).encode()
+                if isinstance(answer, bytes):
+                    answer = (200, {}, answer)
+                if answer == "hang":
+                    outer.stop.wait(20)
+                elif answer == "drip":  # a byte now and then: each resets a socket's time-out
+                    self.send_response(200)
+                    self.send_header("Content-Length", "100000")
+                    self.end_headers()
+                    while not outer.stop.wait(0.05):
+                        self.wfile.write(b" ")
+                        self.wfile.flush()
+                elif answer == "truncated":
+                    self.send_response(200)
+                    self.send_header("Content-Length", "100000")
+                    self.end_headers()
+                    self.wfile.write(b'{"choices": [')
+                elif answer != "drop":
+                    self.send(*answer)
+                self.close_connection = True
+
+            def send(self, status, headers, content):
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(content)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(content)
+
+            def handle(self):
+                try:
+                    super().handle()
+                except OSError:
+                    pass  # the client gave up
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.server.handle_error = lambda *_: None
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stop.set()
+        self.server.shutdown()
+        self.server.server_close()
+        time.sleep(0)

@@ -1,0 +1,488 @@
+"""The pipeline that makes the pairs: client, elicit, rectify, and what can go wrong on the way."""
+
+import email.utils
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import tiny
+from misbehaving import Misbehaving, completion
+
+import data
+import eval as evaluation
+import oracle
+from model import UserError
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+KEY = "sk-secret-0123456789"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny.write_checkpoint(folder)
+    return str(folder)
+
+
+def write_errors(path, count=8):
+    """Wrong sums; the right answer to question i is 2 i."""
+    rows = [{"id": f"q{i}", "question": f"What is {i} plus {i}?", "ground_truth": str(2 * i),
+             "original_answer": f"We add {i} and {i} step by step. Therefore, the final answer is: "
+                                f"$\\boxed{{{2 * i + 1}}}$."} for i in range(count)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return rows
+
+
+def corrected(body):
+    """What a good Oracle answers: the student's solution with the right number in its box."""
+    text = body["messages"][-1]["content"]
+    i = int(text.split("What is ")[1].split()[0])
+    return (f"First I solve it.\n{oracle.START}\nWe add {i} and {i} step by step. Therefore, the final answer is: "
+            f"$\\boxed{{{2 * i}}}$.\n{oracle.END}\n")
+
+
+def good(body, attempt):
+    return completion(corrected(body))
+
+
+def run_cli(monkeypatch, capsys, *argv):
+    """`python oracle.py ...` in this process: (exit code, stderr)."""
+    monkeypatch.setattr(sys, "argv", ["oracle.py", *map(str, argv)])
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    try:
+        code = oracle.main()
+    except SystemExit as e:
+        code = e.code
+    return code, capsys.readouterr().err
+
+
+def rectify(monkeypatch, capsys, tmp_path, server, checkpoint, *more):
+    return run_cli(monkeypatch, capsys, "rectify", "--errors", tmp_path / "errors.jsonl", "--out",
+                   tmp_path / "out", "--tokenizer", checkpoint, "--server", server.url, *more)
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
+
+
+def no_key_in(folder, *texts):
+    for path in folder.rglob("*"):
+        if path.is_file():
+            assert KEY.encode() not in path.read_bytes(), path
+    assert not any(KEY in t for t in texts)
+
+
+# --- the client -----------------------------------------------------------------------------------
+
+ONCE = {
+    "429": (429, {"Retry-After": "0"}, b'{"error": "slow down"}'), "500": (500, {}, b"oops"),
+    "503 html": (503, {"Retry-After": email.utils.formatdate(0)}, b"<html>"), "drop": "drop",
+    "truncated": "truncated", "no JSON": b"<html>busy</html>", "JSON list": b"[1]", "hang": "hang", "drip": "drip",
+    "bad UTF-8": b'{"a": "\xff"}',
+}
+
+
+@pytest.mark.parametrize("fault", ONCE)
+def test_a_fault_that_passes_is_retried(fault):
+    with Misbehaving(lambda body, attempt: ONCE[fault] if attempt == 0 else good(body, attempt)) as server:
+        client = evaluation.Server(server.url, "m", timeout=0.4, pause=0.01, tries=3)
+        record = evaluation.ask(client, oracle.Request("k", [{"role": "user", "content": "What is 2 plus"}], 1),
+                                evaluation.Sampling())
+        assert oracle.START in record["text"] and record["finish"] == "stop"
+        assert sum(server.asked.values()) == 2
+        assert server.requests[0][1]["seed"] == 1 and "Authorization" not in server.requests[0][0]
+
+
+LASTING = {
+    "429": ((429, {}, b"slow down"), "HTTP 429: slow down (tried 2 times)", 2),
+    "500": ((500, {}, b"oops"), "HTTP 500: oops (tried 2 times)", 2),
+    "400": ((400, {}, b"too long"), "HTTP 400: too long", 1),
+    "302": ((302, {"Location": "http://127.0.0.1:9/"}, b""), "HTTP 302: ", 1),
+    "drop": ("drop", "connection failed: RemoteDisconnected (tried 2 times)", 2),
+    "truncated": ("truncated", "connection failed: IncompleteRead (tried 2 times)", 2),
+    "hang": ("hang", "no answer within 0.3 s (tried 2 times)", 2),
+    "drip": ("drip", "no answer within 0.3 s (tried 2 times)", 2),
+    "no JSON": (b"<html>", "the answer is no JSON (tried 2 times)", 2),
+    "no choices": ({"choices": []}, "the answer is no chat completion", 1),
+    "choices of numbers": ({"choices": [1]}, "the answer is no chat completion", 1),
+    "content of numbers": (completion(["a"]), "the answer's content is a list, not text", 1),
+}
+
+
+@pytest.mark.parametrize("fault", LASTING)
+def test_a_fault_that_stays_is_a_named_outcome(fault):
+    answer, reason, times = LASTING[fault]
+    with Misbehaving(lambda *_: answer) as server:
+        client = evaluation.Server(server.url, "m", timeout=0.3, pause=0.01, tries=2)
+        request = oracle.Request("k", [{"role": "user", "content": "x"}], 1)
+        assert evaluation.ask(client, request, evaluation.Sampling()) == {"error": reason}
+        assert sum(server.asked.values()) == times
+
+
+def test_retry_after_is_waited_for():
+    with Misbehaving(lambda b, n: (429, {"Retry-After": "0.5"}, b"") if n == 0 else good(b, n)) as server:
+        client = evaluation.Server(server.url, "m", pause=0.001)
+        start = time.monotonic()
+        evaluation.ask(client, oracle.Request("k", [{"role": "user", "content": "What is 2 plus"}], 1),
+                       evaluation.Sampling())
+        assert time.monotonic() - start >= 0.5
+    in_a_minute = email.utils.formatdate(time.time() + 60)
+    assert 50 < evaluation.retry_after(in_a_minute) <= 60
+    values = {"3": 3.0, "-1": 0.0, "nan": 0.0, "1e9": 600.0, "soon": 0.0, None: 0.0, "": 0.0}
+    assert {v: evaluation.retry_after(v) for v in values} == values
+
+
+def test_the_only_model_of_a_server_is_found(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with Misbehaving(good) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url + "/")
+        client = evaluation.open_server("")
+        assert client.model == "stand-in" and client.url == server.url and KEY not in repr(client)
+    for url in ("localhost:8000", "ftp://x/v1", "http://"):
+        with pytest.raises(UserError, match="an address such as"):
+            evaluation.open_server(url)
+
+
+def test_concurrently_takes_items_as_needed_and_stops_at_an_error():
+    taken = []
+
+    def items():
+        for i in range(100):
+            taken.append(i)
+            yield i
+    got = []
+    for item, result in evaluation.concurrently(lambda i: i * i, items(), 4):
+        got.append((item, result))
+        if len(got) == 10:
+            break
+    assert all(r == i * i for i, r in got) and len(taken) <= 14
+
+    def fails(i):
+        raise UserError("no")
+    with pytest.raises(UserError, match="no"):
+        list(evaluation.concurrently(fails, range(5), 2))
+
+
+# --- rectify --------------------------------------------------------------------------------------
+
+
+def test_rectify_makes_pairs_that_train_reads(monkeypatch, capsys, tmp_path, checkpoint):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    given = write_errors(tmp_path / "errors.jsonl")
+    with Misbehaving(good) as server:
+        code, err = rectify(monkeypatch, capsys, tmp_path, server, checkpoint)
+        assert code == 0, err
+        assert all(h["Authorization"] == f"Bearer {KEY}" for h, _ in server.requests)
+        assert all(b["model"] == "stand-in" and "temperature" not in b for _, b in server.requests)
+        assert all(r["question"] in p and r["original_answer"] in p for r, p in zip(given, sorted(server.asked)))
+        code, err = rectify(monkeypatch, capsys, tmp_path, server, checkpoint)  # nothing left to ask
+        assert code == 0 and len(server.requests) == len(given)
+    pairs = rows(tmp_path / "out" / "pairs.jsonl")
+    assert [p["index"] for p in pairs] == [r["id"] for r in given]
+    assert [p["gemini_extracted_answer"] for p in pairs] == [r["ground_truth"] for r in given]
+    assert all(oracle.START not in p["gemini_corrected_answer"] and 0 < p["change_ratio"] < 0.1 for p in pairs)
+    read, dropped = data.read_pairs(str(tmp_path / "out" / "pairs.jsonl"))
+    assert len(read) == len(given) and not dropped
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["pairs"] == len(given)
+    no_key_in(tmp_path, err)
+
+
+def verdict_of(text, finish="stop", prompt="correct", **item):
+    fields = {"id": "1", "question": "q", "gold": "4", "answer": "It is $\\boxed{5}$.", **item}
+    return oracle.judge_correction(oracle.Item(**fields), {"text": text, "finish": finish},
+                                   lambda t: list(t.encode()), prompt, False, 0.6)
+
+
+def marked(text):
+    return f"Thoughts {oracle.START}\n{text}\n{oracle.END}"
+
+
+def test_every_flaw_of_a_correction_has_its_reason():
+    reason = {
+        "no text between the markers": ["It is $\\boxed{4}$.", f"{oracle.START} It is $\\boxed{{4}}$.",
+                                        f"{oracle.END} $\\boxed{{4}}$ {oracle.START}", ""],
+        "empty correction": [marked(""), marked(" \n")],
+        "no final answer in the correction": [marked("It is four."), marked("It is $\\boxed{")],
+        "the correction's answer is wrong": [marked("It is $\\boxed{5}$."), marked("It is $\\boxed{44}$.")],
+        "change ratio above 0.6": [marked("A wholly other way of saying things gives us $\\boxed{4}$.")],
+    }
+    for expected, texts in reason.items():
+        for text in texts:
+            assert verdict_of(text) == (expected, None), text
+    assert verdict_of(marked("It is $\\boxed{4}$."), "length") == ("cut off by the token limit", None)
+    same = "It is $\\boxed{4}$."
+    assert verdict_of(marked(same), answer=same) == ("nothing was changed", None)
+    verdict, pair = verdict_of("<think>" + marked("no") + "</think>" + marked("It is $\\boxed{4}$."))
+    assert verdict == "pairs" and pair["gemini_corrected_answer"] == "It is $\\boxed{4}$."
+    assert pair["change_ratio"] == round(1 - 17 / 18, 4)  # one byte of 18 is new
+    verdict, pair = verdict_of("Another way: $\\boxed{4}$", prompt="direct")
+    assert verdict == "pairs" and pair["original_answer"] == "" and pair["policy_answer"] == "It is $\\boxed{5}$."
+
+
+def test_the_prompts_carry_what_they_should():
+    item = oracle.Item("1", "Q {answer} {gold}", "GOLD", "WRONG {question}")
+    (message,) = oracle.oracle_messages(item, "correct")
+    assert "Q {answer} {gold}" in message["content"] and "WRONG {question}" in message["content"]
+    assert "GOLD" not in message["content"]
+    (message,) = oracle.oracle_messages(item, "correct_with_answer")
+    assert message["content"].count("GOLD") == 1 and oracle.LAST_LINE in message["content"]
+    assert oracle.oracle_messages(item, "direct") == [{"role": "user", "content": "Q {answer} {gold}"}]
+    for text in oracle.PROMPTS.values():
+        assert not set("given first".split()) & set(re.findall(r"\{(\w+)\}", text))
+
+
+def test_401_stops_at_once_and_the_key_stays_secret(monkeypatch, capsys, tmp_path, checkpoint):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    write_errors(tmp_path / "errors.jsonl", 200)
+
+    def behave(body, attempt):
+        return good(body, attempt) if len(server.requests) < 40 else (401, {}, f"wrong key {KEY}".encode())
+    with Misbehaving(behave) as server:
+        code, err = rectify(monkeypatch, capsys, tmp_path, server, checkpoint, "--workers", 4)
+        assert code == 1 and "OPENAI_API_KEY is missing or wrong" in err and err.count("error:") == 1
+        assert len(server.requests) <= 40 + 4
+        kept = rows(tmp_path / "out" / "pairs.jsonl")  # what had arrived is there
+        assert 30 <= len(kept) <= 40
+        no_key_in(tmp_path, err)
+        before = set(server.asked)
+        server.behave = good
+        code, err = rectify(monkeypatch, capsys, tmp_path, server, checkpoint)
+        assert code == 0 and len(rows(tmp_path / "out" / "pairs.jsonl")) == 200
+        again = [p for p in before if server.asked[p] > 1]
+        assert len(again) == len(before) - len(kept)
+
+
+def test_an_unreachable_server_ends_the_run(monkeypatch, capsys, tmp_path, checkpoint):
+    write_errors(tmp_path / "errors.jsonl")
+    with Misbehaving(good) as server:
+        pass  # closed again
+    code, err = rectify(monkeypatch, capsys, tmp_path, server, checkpoint, "--server_model", "m", "--tries", 1)
+    assert code == 1 and "cannot be reached" in err and "Traceback" not in err
+
+
+def test_the_key_in_an_answer_is_blotted_out(monkeypatch, capsys, tmp_path, checkpoint):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    write_errors(tmp_path / "errors.jsonl")
+    with Misbehaving(lambda body, n: completion(f"your key is {KEY}")) as server:
+        code, err = rectify(monkeypatch, capsys, tmp_path, server, checkpoint)
+    assert code == 0 and "your key is ***" in (tmp_path / "out" / "rejected.jsonl").read_text()
+    no_key_in(tmp_path, err)
+
+
+def test_target_stops_asking(monkeypatch, capsys, tmp_path, checkpoint):
+    write_errors(tmp_path / "errors.jsonl", 100)
+    with Misbehaving(good) as server:
+        code, err = rectify(monkeypatch, capsys, tmp_path, server, checkpoint, "--target", 10, "--workers", 3)
+        assert code == 0, err
+        pairs = rows(tmp_path / "out" / "pairs.jsonl")
+        assert 10 <= len(pairs) <= 12 and len(server.requests) == len(pairs)
+        code, err = rectify(monkeypatch, capsys, tmp_path, server, checkpoint, "--target", 10)
+        assert len(server.requests) == len(pairs)  # enough already
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["not asked"] == 100 - len(pairs)
+
+
+def test_functions_and_edited_files_are_oracles_too(monkeypatch, capsys, tmp_path, checkpoint):
+    given = write_errors(tmp_path / "errors.jsonl", 5)
+    (tmp_path / "mine.py").write_text(
+        "def fix(item):\n    return item.answer.rpartition('{')[0] + '{' + item.gold + '}$.'\n")
+    base = ("rectify", "--errors", tmp_path / "errors.jsonl", "--tokenizer", checkpoint, "--out")
+    code, err = run_cli(monkeypatch, capsys, *base, tmp_path / "a", "--function", f"{tmp_path / 'mine.py'}:fix")
+    assert code == 0, err
+    assert len(rows(tmp_path / "a" / "pairs.jsonl")) == 5
+    code, err = run_cli(monkeypatch, capsys, *base, tmp_path / "x", "--function", f"{tmp_path / 'mine.py'}:nope")
+    assert code == 1 and "defines no function 'nope'" in err
+    edited = [dict(r) for r in given]
+    edited[1]["corrected_answer"] = given[1]["original_answer"].replace("{3}", "{2}")
+    for expected in (1, 2):  # editing goes on between two starts
+        (tmp_path / "edited.jsonl").write_text("".join(json.dumps(r) + "\n" for r in edited))
+        code, err = run_cli(monkeypatch, capsys, *base, tmp_path / "b", "--edited", tmp_path / "edited.jsonl")
+        assert code == 0, err
+        assert len(rows(tmp_path / "b" / "pairs.jsonl")) == expected
+        assert len(rows(tmp_path / "b" / "rejected.jsonl")) == 5 - expected
+        edited[4]["corrected_answer"] = given[4]["original_answer"].replace("{9}", "{8}")
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+BAD_ERRORS = {
+    "gold is a list": ('{"question": "q", "original_answer": "a", "ground_truth": ["4"]}', "a string or a number"),
+    "gold is missing": ('{"question": "q", "original_answer": "a"}', "a gold answer expected"),
+    "gold is true": ('{"question": "q", "original_answer": "a", "ground_truth": true}', "a string or a number"),
+    "gold is prose": ('{"question": "q", "original_answer": "a", "solution": "\\\\boxed{"}', "no final answer in it"),
+    "answer is missing": ('{"question": "q", "ground_truth": "4"}', "original_answer missing"),
+    "answer is a number": ('{"question": "q", "original_answer": 4, "ground_truth": "4"}', "a string expected"),
+    "question is a number": ('{"question": 4, "original_answer": "a", "ground_truth": "4"}', "a string expected"),
+    "no JSON": ('{"question"', "line 1: not valid JSON"),
+    "id is a list": ('{"id": [], "question": "q", "original_answer": "a", "ground_truth": "4"}', '"id"'),
+    "empty file": ("", "the file is empty"),
+    "only empty answers": ('{"question": "q", "original_answer": " ", "ground_truth": "4"}', "no usable row"),
+    "duplicate ids": ('{"id": 1, "question": "q", "original_answer": "a", "ground_truth": "4"}\n' * 2,
+                      "1 ids occur more than once, first 1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ERRORS)
+def test_bad_errors_files_are_refused_before_anything_is_asked(case, monkeypatch, capsys, tmp_path, checkpoint):
+    text, expected = BAD_ERRORS[case]
+    (tmp_path / "errors.jsonl").write_text(text)
+    with Misbehaving(good) as server:
+        code, err = rectify(monkeypatch, capsys, tmp_path, server, checkpoint)
+        assert code == 1 and expected in err and "Traceback" not in err, err
+        assert not server.requests and not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_other_questions_is_refused(monkeypatch, capsys, tmp_path, checkpoint):
+    write_errors(tmp_path / "errors.jsonl")
+    with Misbehaving(good) as server:
+        rectify(monkeypatch, capsys, tmp_path, server, checkpoint)
+        asked = len(server.requests)
+        kept = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+        code, err = rectify(monkeypatch, capsys, tmp_path, server, checkpoint, "--prompt", "correct_with_answer")
+        assert code == 1 and "prompt was 'correct', now 'correct_with_answer'" in err
+        text = (tmp_path / "errors.jsonl").read_text()
+        (tmp_path / "errors.jsonl").write_text(text.replace("What is 3", "What is it, 3"))
+        code, err = rectify(monkeypatch, capsys, tmp_path, server, checkpoint)
+        assert code == 1 and "not among the questions given now" in err
+        assert len(server.requests) == asked
+        assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == kept
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "thesis.txt").write_text("mine")
+        code, err = run_cli(monkeypatch, capsys, "rectify", "--errors", tmp_path / "errors.jsonl", "--out",
+                            tmp_path / "other", "--tokenizer", checkpoint, "--server", server.url)
+        assert code == 1 and "is not empty" in err
+
+
+def test_contradictory_options_are_refused(monkeypatch, capsys, tmp_path):
+    cases = {
+        ("elicit",): ["--out is required", "--questions is required", "exactly one of --model, --server"],
+        ("rectify", "--out", "o", "--errors", "e", "--server", "http://x/v1", "--model", "m"):
+            ["exactly one of --model, --server, --function, --edited expected, found 2"],
+        ("rectify", "--out", "o", "--errors", "e", "--server", "http://x/v1"): ["--tokenizer is required"],
+        ("elicit", "--out", "o", "--questions", "q", "--model", "m", "--top_p", 0, "--instruction", "x",
+         "--workers", 0, "--body", "[]"): ["--top_p is 0.0", "lacks {question}", "--workers is 0", "--body"],
+    }
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    for argv, expected in cases.items():
+        code, err = run_cli(monkeypatch, capsys, *argv)
+        assert code == 2 and all(e in err for e in expected), err
+
+
+def test_gold_answers_of_all_kinds_of_files():
+    golds = [({"answer": "Tom has 3.\n#### 72"}, "72"), ({"solution": "so $\\boxed{\\frac{1}{2}}$"}, "\\frac{1}{2}"),
+             ({"solution": "34", "prompt": "p"}, "34"), ({"ground_truth": 25}, "25"), ({"label": 27.0}, "27.0"),
+             ({"reward_model": {"ground_truth": "7"}}, "7"), ({"answer": None, "label": "x"}, "x")]
+    for row, gold in golds:
+        assert oracle.gold_answer(row) == gold
+    for row in ({}, {"answer": {}}, {"answer": ""}, {"reward_model": {}}, {"answer": "\\boxed{"}):
+        with pytest.raises(UserError):
+            oracle.gold_answer(row)
+
+
+def test_what_is_sent_is_what_is_stored(tmp_path):
+    system = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    content = [{"id": 1, "question": "2+2?", "answer": "4"}, {"id": 2, "prompt": system, "answer": "4"},
+               {"id": 3, "prompt": system[1:], "answer": "4"}, {"id": 4, "problem": "2+2?", "answer": "4"}]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(r) + "\n" for r in content))
+    items, dropped = oracle.read_questions(str(tmp_path / "q.jsonl"), "Do {question} now")
+    assert [i.question for i in items] == ["Do 2+2? now", system, "u"]
+    assert dropped == {"the same question again": 1}
+    assert [i.messages[-1]["content"] for i in items] == ["Do 2+2? now", "u", "u"]
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the shared data")
+def test_real_question_files_are_read():
+    counts = {"gsm8k/test.jsonl": 1319, "math/aime24.jsonl": 30, "math/amc23.jsonl": 40, "math/math500.jsonl": 500,
+              "math/minerva_math.jsonl": 272, "dapo/dapo_math_17k_sample6.jsonl": 6}
+    for name, count in counts.items():
+        items, dropped = oracle.read_questions(str(SHARED / name), oracle.INSTRUCTION)
+        assert len(items) + dropped["the same question again"] == count, name
+
+
+# --- killed and gone on ---------------------------------------------------------------------------
+
+
+def storm(tmp_path, checkpoint, count, kills, seed=0):
+    """`count` errors, 20 % of all requests faulty, `kills` SIGKILLs; returns the server's view and the output."""
+    rng, lock = random.Random(seed), threading.Lock()
+    given = write_errors(tmp_path / "errors.jsonl", count)
+    out = tmp_path / "out"
+    faults = [(429, {"Retry-After": "0"}, b""), (500, {}, b""), "drop", "truncated", b"<html>", completion(""),
+              completion("no markers \\boxed{1}"), completion("x", "length"), "hang", (400, {}, b"")]
+
+    def behave(body, attempt):
+        with lock:
+            fault = rng.choice(faults) if rng.random() < 0.2 else None
+        time.sleep(0.01)
+        return good(body, attempt) if fault is None else fault
+    with Misbehaving(behave) as server:
+        command = [sys.executable, str(ROOT / "oracle.py"), "rectify", "--errors", str(tmp_path / "errors.jsonl"),
+                   "--out", str(out), "--tokenizer", checkpoint, "--server", server.url, "--workers", "8",
+                   "--request_timeout", "1", "--tries", "3"]
+        twice = []
+        for k in range(kills + 1):
+            arrived = set()
+            for path in out.glob("raw-*.jsonl"):
+                for line in path.read_bytes().split(b"\n")[:-1]:
+                    record = json.loads(line)
+                    arrived |= {record["key"]} if "text" in record else set()
+            before = Counter(server.asked)
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            if k < kills:
+                target = sum(before.values()) + count // (kills + 2)
+                while sum(server.asked.values()) < target and process.poll() is None:
+                    time.sleep(0.005)
+                process.send_signal(signal.SIGKILL)
+                process.communicate()
+            else:
+                _, err = process.communicate(timeout=300)
+                assert process.returncode == 0, err.decode()
+            prompts = {oracle.request_for(r["id"], oracle.oracle_messages(oracle.Item(
+                r["id"], r["question"], r["ground_truth"], r["original_answer"]), "correct"), 0).key:
+                oracle.oracle_messages(oracle.Item(r["id"], r["question"], r["ground_truth"], r["original_answer"]),
+                                       "correct")[0]["content"] for r in given}
+            twice += [key for key in arrived if server.asked[prompts[key]] > before[prompts[key]]]
+    pairs, rejected = rows(out / "pairs.jsonl"), rows(out / "rejected.jsonl")
+    ids = Counter(r["index"] for r in pairs + rejected)
+    assert ids == {r["id"]: 1 for r in given}  # exactly one outcome each
+    assert not twice  # nothing asked again whose answer had arrived
+    assert len(pairs) > 0.8 * count and all(r["reason"] for r in rejected)
+    reasons = Counter(r["reason"].split(":")[0] for r in rejected)
+    assert set(reasons) <= {"request failed", "no text between the markers", "cut off by the token limit"}
+    return len(pairs), reasons, sum(server.asked.values())
+
+
+def test_storm_with_a_kill(tmp_path, checkpoint):
+    storm(tmp_path, checkpoint, 120, 1)
+
+
+@pytest.mark.slow
+def test_storm_of_a_thousand_with_three_kills(tmp_path, checkpoint):
+    print(storm(tmp_path, checkpoint, 1000, 3))
+
+
+def test_a_torn_last_line_does_not_count(tmp_path):
+    log = tmp_path / "raw-0.jsonl"
+    log.write_text('{"key": "a", "text": "1"}\n{"key": "b", "te')
+    assert evaluation.read_log(str(tmp_path), ["a", "b"]) == {"a": {"key": "a", "text": "1"}}
+    with evaluation.open_log(str(log)) as f:
+        f.write(b'{"key": "b", "text": "2"}\n')
+        with pytest.raises(UserError, match="another process"):
+            evaluation.open_log(str(log))
+    assert set(evaluation.read_log(str(tmp_path), ["a", "b"])) == {"a", "b"}
+    log.write_text('{"key": "a"\n{"key": "b"}\n')
+    with pytest.raises(UserError, match="line 1: not a record"):
+        evaluation.read_log(str(tmp_path), ["a", "b"])
+    with pytest.raises(UserError, match="'b', which is not among"):
+        log.write_text('{"key": "b"}\n')
+        evaluation.read_log(str(tmp_path), ["a"])
