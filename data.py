@@ -69,7 +69,8 @@ def read_pairs(path: str, skip_malformed: bool = False) -> tuple[list[Pair], Cou
     def parse(row, line):
         if not isinstance(row.get("is_correct", True), bool):
             raise UserError(f'"is_correct": true or false expected, found {row["is_correct"]!r:.60}')
-        return parse_row(row, line) if row.get("is_correct", True) else "correction is wrong (is_correct: false)"
+        wrong = not row.get("is_correct", True)
+        return "correction is wrong (is_correct: false)" if wrong else parse_row(row, line)
 
     return read_rows(path, parse, skip_malformed)
 

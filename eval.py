@@ -146,7 +146,8 @@ def http(server: Server, path: str, body: dict | None = None) -> dict:
             problem = f"connection failed: {type(reason).__name__}"
             if isinstance(reason, TimeoutError):
                 problem = f"no answer within {server.timeout:g} s"
-            elif isinstance(reason, (ConnectionRefusedError, socket.gaierror)) and attempt == server.tries - 1:
+            nobody_there = isinstance(reason, (ConnectionRefusedError, socket.gaierror))
+            if nobody_there and attempt == server.tries - 1:
                 raise UserError(f"{server.url} cannot be reached: {reason}. Is the server up? What has "
                                 "arrived is kept; the same command goes on from there.") from None
         if attempt < server.tries - 1:
@@ -285,14 +286,15 @@ def open_log(path: str):
 
 
 def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks,
-           title: str = "sampling", on_record=None, enough=None) -> dict:
+           title: str = "sampling", on_record=lambda record: {}, enough=None) -> dict:
     """{key: record} for all requests: those of an earlier start from the log, the rest sampled now.
 
-    `policy` is an Own model, a Server, or a function from a Request to a record. Each answer is added to folder/raw-RANK.jsonl as it comes, in one write: a kill loses at most what is
-    under way, and the same call goes on. Records are {"key", "text", "finish", "tokens"} or {"key",
-    "error"}; failed requests are asked again by the next call. Under torchrun each rank takes every
-    world-th request. `on_record(record)` sees each new answer of this rank and may return a dict for the
-    progress bar; once `enough()` is true nothing more is asked (own model: looked at every 512 requests).
+    `policy` is an Own model, a Server, or a function from a Request to a record. Each answer is added to
+    folder/raw-RANK.jsonl as it comes, in one write: a kill loses at most what is under way, and the same
+    call goes on. Records are {"key", "text", "finish", "tokens"} or {"key", "error"}; failed requests are
+    asked again by the next call. Under torchrun each rank takes every world-th request. `on_record(record)`
+    sees the answers in the log, then each new one of this rank, and returns a dict for the progress bar;
+    once `enough()` is true nothing more is asked (own model: looked at every 512 requests).
     Raises UserError as `http` and `read_log` do.
     """
     if isinstance(policy, Server) and ranks.world > 1:
@@ -305,17 +307,18 @@ def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks
     mine = todo[ranks.rank::ranks.world]
     with ranks.together(), open_log(os.path.join(folder, f"raw-{ranks.rank}.jsonl")) as log:
         bar = tqdm(total=len(mine), disable=not ranks.main or not todo, desc=title, unit="answer")
-        count = Counter()
+        count, started = Counter(), time.monotonic()
+        for key in have:
+            on_record(have[key])
 
         def keep(request, record):
-            log.write(json.dumps({"key": request.key, **record}, ensure_ascii=False).encode() + b"\n")
+            record = {"key": request.key, **record}
+            log.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
             count.update(tokens=record.get("tokens", 0), failed="error" in record)
-            shown = on_record({"key": request.key, **record}) if on_record else None
+            speed = int(count["tokens"] / (time.monotonic() - started))
+            bar.set_postfix({**count, "tokens/s": speed, **on_record(record)}, refresh=False)
             bar.update()
-            bar.set_postfix({**count, "tokens/s": int(count["tokens"] / (time.monotonic() - started)),
-                             **(shown or {})}, refresh=False)
 
-        started = time.monotonic()
         if isinstance(policy, Own):
             for at in range(0, len(mine), 512):
                 if not (enough and enough()):
@@ -335,8 +338,8 @@ def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks
 def answer_own(own: Own, requests, sampling, keep):
     """Sample from the model in this process; keep(request, record) as each answer ends."""
     def done(index, ids, ended):
-        keep(requests[index], {"text": own.chat.tokenizer.decode(ids), "finish": "stop" if ended else "length",
-                               "tokens": len(ids) + ended})
+        text, finish = own.chat.tokenizer.decode(ids), "stop" if ended else "length"
+        keep(requests[index], {"text": text, "finish": finish, "tokens": len(ids) + ended})
 
     qwen.generate(own.model, [own.chat.prompt(r.messages) for r in requests], [r.seed for r in requests],
                   max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_p=sampling.top_p,

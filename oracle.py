@@ -171,7 +171,8 @@ def claim_folder(out, settings):
         kept = qwen.read_json(path)
         differ = [f"{k} was {kept.get(k)!r}, now {v!r}" for k, v in settings.items() if kept.get(k) != v]
         if differ:
-            raise UserError(f"{out} holds work with other settings ({'; '.join(differ)}): choose another --out")
+            raise UserError(f"{out} holds work with other settings: choose another --out\n  "
+                            + "\n  ".join(differ))
         return
     if os.path.isdir(out) and os.listdir(out):
         raise UserError(f"{out} is not empty and holds no work of this program: choose another --out")
@@ -193,40 +194,33 @@ def request_for(name, messages, seed):
     return Request(f"{name} {digest}", messages, int.from_bytes(own_seed[:4], "little") >> 1)
 
 
-def collect(policy, requests, out, sampling, ranks, title, judge, write, enough=None):
-    """Sample all requests, judging each as it comes, then write the files; also when something ends it
-    early. `judge(record)` returns any outcome, `write({key: outcome})` returns the summary."""
-    outcomes = {}
+def collect(policy, requests, out, sampling, ranks, title, judge, write, enough=None) -> dict:
+    """Sample all requests, judge each answer as it comes, then write the files; also when something ends it
+    early. `judge(record)` gives an outcome, a tuple that starts with its name; `write(records, outcomes)`,
+    both by key, returns the summary."""
+    outcomes, shown = {}, Counter()
 
     def on_record(record):
         outcome = outcomes[record["key"]] = judge(record)
         shown[outcome[0]] += 1
         return dict(shown.most_common(3))
 
-    def finish(records):
-        return write({k: outcomes[k] if k in outcomes else judge({"key": k, **r}) for k, r in records.items()})
+    def finish(records):  # other ranks' answers are still to be judged
+        summary = write(records, {k: outcomes.get(k) or judge(r) for k, r in records.items()})
+        qwen.write_json(os.path.join(out, "summary.json"), summary)
+        ranks.say("\n".join(f"{n:7}  {what}" for what, n in summary.items()) + f"\n{out}")
+        return summary
 
-    shown = Counter()
-    keys = [r.key for r in requests]
-    with ranks.together():
-        if ranks.main and enough:  # earlier answers count too
-            for key, record in evaluation.read_log(out, keys).items():
-                on_record({"key": key, **record})
     try:
         records = evaluation.sample(policy, requests, out, sampling, ranks, title, on_record,
                                     enough and (lambda: enough(outcomes)))
     except (SystemExit, KeyboardInterrupt):
         with contextlib.suppress(UserError):
             if ranks.main:
-                finish(evaluation.read_log(out, keys))
+                finish(evaluation.read_log(out, [r.key for r in requests]))
         raise
     with ranks.together():
-        if not ranks.main:
-            return {}
-        summary = finish(records)
-        qwen.write_json(os.path.join(out, "summary.json"), summary)
-        ranks.say("\n".join(f"{n:7}  {what}" for what, n in summary.items()) + f"\n{out}")
-        return summary
+        return finish(records) if ranks.main else {}
 
 
 # --- elicit: the policy's own wrong answers -------------------------------------------------------
@@ -241,11 +235,9 @@ def elicit(items: list, out: str, policy: Own | Server, sampling: Sampling, rank
     max_tokens has no end that could be trained: it is counted, and kept in samples.jsonl alone. Returns
     counts by outcome (of all ranks, on the main one).
     """
-    requests, asked = [], {}
-    for item in items:
-        for k in range(samples):
-            requests.append(request_for(f"{item.id}/{k}", item.messages, seed))
-            asked[requests[-1].key] = (item, k)
+    wanted = [(request_for(f"{item.id}/{k}", item.messages, seed), item, f"{item.id}/{k}")
+              for item in items for k in range(samples)]
+    gold = {request.key: item.gold for request, item, _ in wanted}
 
     def judge(record):
         if "error" in record:
@@ -255,19 +247,17 @@ def elicit(items: list, out: str, policy: Own | Server, sampling: Sampling, rank
         found = extract_answer(record["text"])
         if found is None:
             return "wrong: no final answer", None
-        right = answers_match(found, asked[record["key"]][0].gold)
-        return "right" if right else "wrong", found
+        return "right" if answers_match(found, gold[record["key"]]) else "wrong", found
 
-    def write(outcomes):
-        records = evaluation.read_log(out, asked)
+    def write(records, outcomes):
         rows = {"samples": [], "errors": [], "correct": []}
-        for key, (item, k) in asked.items():
-            if key in outcomes and "text" in records[key]:
-                verdict, found = outcomes[key]
-                row = {"id": f"{item.id}/{k}", "question": item.question, "ground_truth": item.gold}
-                text = records[key]["text"]
+        for request, item, name in wanted:
+            record = records.get(request.key, {})
+            if "text" in record:
+                text, (verdict, found) = record["text"], outcomes[request.key]
+                row = {"id": name, "question": item.question, "ground_truth": item.gold}
                 rows["samples"].append({**row, "answer": text, "extracted_answer": found, "verdict": verdict,
-                                        "tokens": records[key]["tokens"]})
+                                        "tokens": record["tokens"]})
                 if verdict.startswith("wrong") and text.strip():
                     rows["errors"].append({**row, "original_answer": text, "extracted_answer": found})
                 elif verdict == "right":
@@ -275,9 +265,10 @@ def elicit(items: list, out: str, policy: Own | Server, sampling: Sampling, rank
                                             "is_correct": True})
         for name, content in rows.items():
             write_rows(os.path.join(out, f"{name}.jsonl"), content)
-        return {"answers wanted": len(requests), **Counter(verdict for verdict, _ in outcomes.values())}
+        return {"answers wanted": len(wanted), **Counter(verdict for verdict, _ in outcomes.values())}
 
-    return collect(policy, requests, out, sampling, ranks, "eliciting", judge, write)
+    return collect(policy, [request for request, *_ in wanted], out, sampling, ranks, "eliciting",
+                   judge, write)
 
 
 # --- rectify: the Oracle's corrections ------------------------------------------------------------
@@ -295,10 +286,8 @@ def rectify(items: list, out: str, oracle, encode, ranks: Ranks, prompt: str = "
     Writes pairs.jsonl (official row format) and rejected.jsonl (every other answer with its reason); one
     outcome an error. Returns counts by outcome.
     """
-    asked = {}
-    for item in items:
-        asked[request_for(item.id, oracle_messages(item, prompt), seed).key] = item
     requests = [request_for(item.id, oracle_messages(item, prompt), seed) for item in items]
+    asked = {request.key: item for request, item in zip(requests, items)}
     by_function = not isinstance(oracle, (Own, Server))
 
     def call(request):
@@ -310,28 +299,25 @@ def rectify(items: list, out: str, oracle, encode, ranks: Ranks, prompt: str = "
     def judge(record):
         return judge_correction(asked[record["key"]], record, encode, prompt, by_function, max_change_ratio)
 
-    def write(outcomes):
-        records = evaluation.read_log(out, asked)
-        pairs, rejected = [], []
+    def write(records, outcomes):
+        rows = {"pairs": [], "rejected": []}
         for key, item in asked.items():
             if key in outcomes:
                 verdict, pair = outcomes[key]
                 row = {"index": item.id, "question": item.question, "ground_truth": item.gold}
-                if pair:
-                    pairs.append({**row, **pair})
-                else:
-                    rejected.append({**row, "original_answer": item.answer, "reason": verdict,
-                                     **{k: records[key][k] for k in ("text", "error") if k in records[key]}})
-        write_rows(os.path.join(out, "pairs.jsonl"), pairs)
-        write_rows(os.path.join(out, "rejected.jsonl"), rejected)
+                raw = {k: v for k, v in records[key].items() if k in ("text", "error")}
+                rows["pairs" if pair else "rejected"].append(
+                    {**row, **(pair or {"original_answer": item.answer, "reason": verdict, **raw})})
+        for name, content in rows.items():
+            write_rows(os.path.join(out, f"{name}.jsonl"), content)
         return {"errors given": len(items), "not asked": len(items) - len(outcomes),
                 **Counter(verdict for verdict, _ in outcomes.values())}
 
     def enough(outcomes):
         return sum(verdict == "pairs" for verdict, _ in outcomes.values()) >= target
 
-    return collect(call if by_function else oracle, requests, out, sampling, ranks, "rectifying", judge, write,
-                   enough if target else None)
+    return collect(call if by_function else oracle, requests, out, sampling, ranks, "rectifying",
+                   judge, write, enough if target else None)
 
 
 def oracle_messages(item: Item, prompt: str) -> list:
@@ -339,13 +325,14 @@ def oracle_messages(item: Item, prompt: str) -> list:
     if prompt == "direct":
         return item.messages
     turns = item.messages
-    text = turns[0]["content"] if len(turns) == 1 else "\n\n".join(f"{m['role']}: {m['content']}" for m in turns)
+    text = "\n\n".join(f"{m['role']}: {m['content']}" for m in turns)
+    text = turns[0]["content"] if len(turns) == 1 else text
     values = {"question": text, "answer": item.answer, "gold": item.gold}
     filled = re.sub(r"\{(question|answer|gold)\}", lambda m: values[m[1]], PROMPTS[prompt])
     return [{"role": "user", "content": filled}]
 
 
-def judge_correction(item: Item, record: dict, encode, prompt: str, by_function: bool, max_change_ratio: float):
+def judge_correction(item, record, encode, prompt, by_function, max_change_ratio):
     """("pairs", fields of the pair row) or (reason, None) for one raw answer."""
     if "error" in record:
         return "request failed: " + record["error"], None
@@ -474,7 +461,7 @@ def parse_command(argv=None):
     if len(sources) != 1:
         problems.append(f"exactly one of --{', --'.join(allowed)} expected, found {len(sources)}")
     if command == "rectify" and not (o.tokenizer or o.model):
-        problems.append("--tokenizer is required: the folder of the policy, whose tokens the change ratio counts")
+        problems.append("--tokenizer is required: the policy's folder, whose tokens the change ratio counts")
     for k, low in {"workers": 1, "request_timeout": 1e-3, "tries": 1, "max_tokens": 1, "batch_size": 1,
                    "timeout": 1, "samples": 1, "temperature": 0, "top_k": 0, "seed": 0, "limit": 0,
                    "target": 0, "max_change_ratio": 0}.items():
@@ -514,7 +501,8 @@ def run(o, ranks: Ranks):
             items, dropped = read_questions(o.questions, o.instruction, o.skip_malformed)
             items = items[:o.limit or None]
             # vLLM and SGLang know these two: SPoT samples in non-thinking mode
-            policy = open_policy(o, {"top_k": o.top_k, "chat_template_kwargs": {"enable_thinking": False}}, ranks)
+            non_thinking = {"chat_template_kwargs": {"enable_thinking": False}}
+            policy = open_policy(o, {"top_k": o.top_k, **non_thinking}, ranks)
         else:
             items, dropped = read_errors(o.errors, o.skip_malformed)
             folder = qwen.checkpoint_folder(o.tokenizer or o.model)
@@ -524,8 +512,7 @@ def run(o, ranks: Ranks):
             settings["prompt"] = o.prompt
         for reason, count in dropped.items():
             ranks.say(f"{count} rows dropped: {reason}")
-        asked = policy.model if isinstance(policy, Server) else o.model or o.__dict__.get("function") or "edited"
-        settings |= {"asked": asked}
+        settings["asked"] = policy.model if isinstance(policy, Server) else o.model or "a function"
         if isinstance(policy, Own) or isinstance(o, ElicitOptions):
             settings["sampling"] = asdict(sampling)
     with ranks.together():
@@ -539,7 +526,8 @@ def run(o, ranks: Ranks):
     if o.edited and ranks.main:  # the edited file is the record
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(o.out, "raw-0.jsonl"))
-    rectify(items, o.out, policy, chat.encode, ranks, o.prompt, o.max_change_ratio, o.target, sampling, o.seed)
+    rectify(items, o.out, policy, chat.encode, ranks, o.prompt, o.max_change_ratio, o.target, sampling,
+            o.seed)
 
 
 def main() -> int:

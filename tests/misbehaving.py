@@ -9,14 +9,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 def completion(text, finish="stop"):
     """The body of a good chat completion."""
-    return {"choices": [{"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text}}],
+    message = {"role": "assistant", "content": text}
+    return {"choices": [{"index": 0, "finish_reason": finish, "message": message}],
             "usage": {"completion_tokens": len(text or "")}}
 
 
 class Misbehaving:
-    """`behave(body, attempt)` returns an answer for each chat request, attempt = 0, 1, ... for the same prompt:
-    a dict (sent as JSON), bytes (sent as they are), (status, headers, bytes), or "hang", "drop", "drip",
-    "truncated". `requests` keeps (headers, body) of all, `asked` counts by prompt."""
+    """`behave(body, attempt)` answers each chat request, attempt = 0, 1, ... for the same prompt: a dict
+    (sent as JSON), bytes (sent as they are), (status, headers, bytes), "hang", "drop", "drip", "truncated".
+    `requests` keeps (headers, body) of all, `asked` counts by prompt."""
 
     def __init__(self, behave):
         self.behave, self.requests, self.asked, self.lock = behave, [], Counter(), threading.Lock()

@@ -46,12 +46,16 @@ def corrected(body):
     """What a good Oracle answers: the student's solution with the right number in its box."""
     text = body["messages"][-1]["content"]
     i = int(text.split("What is ")[1].split()[0])
-    return (f"First I solve it.\n{oracle.START}\nWe add {i} and {i} step by step. Therefore, the final answer is: "
-            f"$\\boxed{{{2 * i}}}$.\n{oracle.END}\n")
+    return (f"First I solve it.\n{oracle.START}\nWe add {i} and {i} step by step. "
+            f"Therefore, the final answer is: $\\boxed{{{2 * i}}}$.\n{oracle.END}\n")
 
 
 def good(body, attempt):
     return completion(corrected(body))
+
+
+def two_plus():
+    return oracle.Request("k", [{"role": "user", "content": "What is 2 plus"}], 1)
 
 
 def run_cli(monkeypatch, capsys, *argv):
@@ -87,8 +91,8 @@ def no_key_in(folder, *texts):
 ONCE = {
     "429": (429, {"Retry-After": "0"}, b'{"error": "slow down"}'), "500": (500, {}, b"oops"),
     "503 html": (503, {"Retry-After": email.utils.formatdate(0)}, b"<html>"), "drop": "drop",
-    "truncated": "truncated", "no JSON": b"<html>busy</html>", "JSON list": b"[1]", "hang": "hang", "drip": "drip",
-    "bad UTF-8": b'{"a": "\xff"}',
+    "truncated": "truncated", "no JSON": b"<html>busy</html>", "JSON list": b"[1]", "hang": "hang",
+    "drip": "drip", "bad UTF-8": b'{"a": "\xff"}',
 }
 
 
@@ -96,8 +100,7 @@ ONCE = {
 def test_a_fault_that_passes_is_retried(fault):
     with Misbehaving(lambda body, attempt: ONCE[fault] if attempt == 0 else good(body, attempt)) as server:
         client = evaluation.Server(server.url, "m", timeout=0.4, pause=0.01, tries=3)
-        record = evaluation.ask(client, oracle.Request("k", [{"role": "user", "content": "What is 2 plus"}], 1),
-                                evaluation.Sampling())
+        record = evaluation.ask(client, two_plus(), evaluation.Sampling())
         assert oracle.START in record["text"] and record["finish"] == "stop"
         assert sum(server.asked.values()) == 2
         assert server.requests[0][1]["seed"] == 1 and "Authorization" not in server.requests[0][0]
@@ -133,8 +136,7 @@ def test_retry_after_is_waited_for():
     with Misbehaving(lambda b, n: (429, {"Retry-After": "0.5"}, b"") if n == 0 else good(b, n)) as server:
         client = evaluation.Server(server.url, "m", pause=0.001)
         start = time.monotonic()
-        evaluation.ask(client, oracle.Request("k", [{"role": "user", "content": "What is 2 plus"}], 1),
-                       evaluation.Sampling())
+        evaluation.ask(client, two_plus(), evaluation.Sampling())
         assert time.monotonic() - start >= 0.5
     in_a_minute = email.utils.formatdate(time.time() + 60)
     assert 50 < evaluation.retry_after(in_a_minute) <= 60
@@ -184,23 +186,24 @@ def test_rectify_makes_pairs_that_train_reads(monkeypatch, capsys, tmp_path, che
         assert code == 0, err
         assert all(h["Authorization"] == f"Bearer {KEY}" for h, _ in server.requests)
         assert all(b["model"] == "stand-in" and "temperature" not in b for _, b in server.requests)
-        assert all(r["question"] in p and r["original_answer"] in p for r, p in zip(given, sorted(server.asked)))
+        assert all(r["question"] in p and r["original_answer"] in p
+                   for r, p in zip(given, sorted(server.asked)))
         code, err = rectify(monkeypatch, capsys, tmp_path, server, checkpoint)  # nothing left to ask
         assert code == 0 and len(server.requests) == len(given)
     pairs = rows(tmp_path / "out" / "pairs.jsonl")
     assert [p["index"] for p in pairs] == [r["id"] for r in given]
     assert [p["gemini_extracted_answer"] for p in pairs] == [r["ground_truth"] for r in given]
-    assert all(oracle.START not in p["gemini_corrected_answer"] and 0 < p["change_ratio"] < 0.1 for p in pairs)
+    assert all(oracle.START not in p["gemini_corrected_answer"] for p in pairs)
+    assert all(0 < p["change_ratio"] < 0.1 for p in pairs)
     read, dropped = data.read_pairs(str(tmp_path / "out" / "pairs.jsonl"))
     assert len(read) == len(given) and not dropped
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["pairs"] == len(given)
     no_key_in(tmp_path, err)
 
 
-def verdict_of(text, finish="stop", prompt="correct", **item):
-    fields = {"id": "1", "question": "q", "gold": "4", "answer": "It is $\\boxed{5}$.", **item}
-    return oracle.judge_correction(oracle.Item(**fields), {"text": text, "finish": finish},
-                                   lambda t: list(t.encode()), prompt, False, 0.6)
+def verdict_of(text, finish="stop", prompt="correct", answer="It is $\\boxed{5}$."):
+    item, record = oracle.Item("1", "q", "4", answer), {"text": text, "finish": finish}
+    return oracle.judge_correction(item, record, lambda t: list(t.encode()), prompt, False, 0.6)
 
 
 def marked(text):
@@ -226,7 +229,8 @@ def test_every_flaw_of_a_correction_has_its_reason():
     assert verdict == "pairs" and pair["gemini_corrected_answer"] == "It is $\\boxed{4}$."
     assert pair["change_ratio"] == round(1 - 17 / 18, 4)  # one byte of 18 is new
     verdict, pair = verdict_of("Another way: $\\boxed{4}$", prompt="direct")
-    assert verdict == "pairs" and pair["original_answer"] == "" and pair["policy_answer"] == "It is $\\boxed{5}$."
+    assert verdict == "pairs" and pair["original_answer"] == ""
+    assert pair["policy_answer"] == "It is $\\boxed{5}$."
 
 
 def test_the_prompts_carry_what_they_should():
@@ -266,7 +270,8 @@ def test_an_unreachable_server_ends_the_run(monkeypatch, capsys, tmp_path, check
     write_errors(tmp_path / "errors.jsonl")
     with Misbehaving(good) as server:
         pass  # closed again
-    code, err = rectify(monkeypatch, capsys, tmp_path, server, checkpoint, "--server_model", "m", "--tries", 1)
+    code, err = rectify(monkeypatch, capsys, tmp_path, server, checkpoint, "--server_model", "m",
+                        "--tries", 1)
     assert code == 1 and "cannot be reached" in err and "Traceback" not in err
 
 
@@ -297,10 +302,11 @@ def test_functions_and_edited_files_are_oracles_too(monkeypatch, capsys, tmp_pat
     (tmp_path / "mine.py").write_text(
         "def fix(item):\n    return item.answer.rpartition('{')[0] + '{' + item.gold + '}$.'\n")
     base = ("rectify", "--errors", tmp_path / "errors.jsonl", "--tokenizer", checkpoint, "--out")
-    code, err = run_cli(monkeypatch, capsys, *base, tmp_path / "a", "--function", f"{tmp_path / 'mine.py'}:fix")
+    mine = tmp_path / "mine.py"
+    code, err = run_cli(monkeypatch, capsys, *base, tmp_path / "a", "--function", f"{mine}:fix")
     assert code == 0, err
     assert len(rows(tmp_path / "a" / "pairs.jsonl")) == 5
-    code, err = run_cli(monkeypatch, capsys, *base, tmp_path / "x", "--function", f"{tmp_path / 'mine.py'}:nope")
+    code, err = run_cli(monkeypatch, capsys, *base, tmp_path / "x", "--function", f"{mine}:nope")
     assert code == 1 and "defines no function 'nope'" in err
     edited = [dict(r) for r in given]
     edited[1]["corrected_answer"] = given[1]["original_answer"].replace("{3}", "{2}")
@@ -315,25 +321,29 @@ def test_functions_and_edited_files_are_oracles_too(monkeypatch, capsys, tmp_pat
 
 # --- bad input ------------------------------------------------------------------------------------
 
+def bad_row(**changes):
+    row = {"question": "q", "original_answer": "a", "ground_truth": "4", **changes}
+    return json.dumps({k: v for k, v in row.items() if v is not None}) + "\n"
+
+
 BAD_ERRORS = {
-    "gold is a list": ('{"question": "q", "original_answer": "a", "ground_truth": ["4"]}', "a string or a number"),
-    "gold is missing": ('{"question": "q", "original_answer": "a"}', "a gold answer expected"),
-    "gold is true": ('{"question": "q", "original_answer": "a", "ground_truth": true}', "a string or a number"),
-    "gold is prose": ('{"question": "q", "original_answer": "a", "solution": "\\\\boxed{"}', "no final answer in it"),
-    "answer is missing": ('{"question": "q", "ground_truth": "4"}', "original_answer missing"),
-    "answer is a number": ('{"question": "q", "original_answer": 4, "ground_truth": "4"}', "a string expected"),
-    "question is a number": ('{"question": 4, "original_answer": "a", "ground_truth": "4"}', "a string expected"),
+    "gold is a list": (bad_row(ground_truth=["4"]), "a string or a number"),
+    "gold is missing": (bad_row(ground_truth=None), "a gold answer expected"),
+    "gold is true": (bad_row(ground_truth=True), "a string or a number"),
+    "gold never ends": (bad_row(ground_truth="\\boxed{"), "no final answer in it"),
+    "answer is missing": (bad_row(original_answer=None), "original_answer missing"),
+    "answer is a number": (bad_row(original_answer=4), "a string expected"),
+    "question is a number": (bad_row(question=4), "a string expected"),
     "no JSON": ('{"question"', "line 1: not valid JSON"),
-    "id is a list": ('{"id": [], "question": "q", "original_answer": "a", "ground_truth": "4"}', '"id"'),
+    "id is a list": (bad_row(id=[]), '"id"'),
     "empty file": ("", "the file is empty"),
-    "only empty answers": ('{"question": "q", "original_answer": " ", "ground_truth": "4"}', "no usable row"),
-    "duplicate ids": ('{"id": 1, "question": "q", "original_answer": "a", "ground_truth": "4"}\n' * 2,
-                      "1 ids occur more than once, first 1"),
+    "only empty answers": (bad_row(original_answer=" "), "no usable row"),
+    "duplicate ids": (bad_row(id=1) * 2, "1 ids occur more than once, first 1"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_ERRORS)
-def test_bad_errors_files_are_refused_before_anything_is_asked(case, monkeypatch, capsys, tmp_path, checkpoint):
+def test_bad_errors_are_refused_before_anything_is_asked(case, monkeypatch, capsys, tmp_path, checkpoint):
     text, expected = BAD_ERRORS[case]
     (tmp_path / "errors.jsonl").write_text(text)
     with Misbehaving(good) as server:
@@ -348,7 +358,8 @@ def test_a_folder_of_other_questions_is_refused(monkeypatch, capsys, tmp_path, c
         rectify(monkeypatch, capsys, tmp_path, server, checkpoint)
         asked = len(server.requests)
         kept = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
-        code, err = rectify(monkeypatch, capsys, tmp_path, server, checkpoint, "--prompt", "correct_with_answer")
+        code, err = rectify(monkeypatch, capsys, tmp_path, server, checkpoint, "--prompt",
+                            "correct_with_answer")
         assert code == 1 and "prompt was 'correct', now 'correct_with_answer'" in err
         text = (tmp_path / "errors.jsonl").read_text()
         (tmp_path / "errors.jsonl").write_text(text.replace("What is 3", "What is it, 3"))
@@ -379,9 +390,10 @@ def test_contradictory_options_are_refused(monkeypatch, capsys, tmp_path):
 
 
 def test_gold_answers_of_all_kinds_of_files():
-    golds = [({"answer": "Tom has 3.\n#### 72"}, "72"), ({"solution": "so $\\boxed{\\frac{1}{2}}$"}, "\\frac{1}{2}"),
-             ({"solution": "34", "prompt": "p"}, "34"), ({"ground_truth": 25}, "25"), ({"label": 27.0}, "27.0"),
-             ({"reward_model": {"ground_truth": "7"}}, "7"), ({"answer": None, "label": "x"}, "x")]
+    golds = [({"answer": "Tom has 3.\n#### 72"}, "72"), ({"solution": "34", "prompt": "p"}, "34"),
+             ({"solution": "so $\\boxed{\\frac{1}{2}}$"}, "\\frac{1}{2}"), ({"ground_truth": 25}, "25"),
+             ({"label": 27.0}, "27.0"), ({"reward_model": {"ground_truth": "7"}}, "7"),
+             ({"answer": None, "label": "x"}, "x")]
     for row, gold in golds:
         assert oracle.gold_answer(row) == gold
     for row in ({}, {"answer": {}}, {"answer": ""}, {"reward_model": {}}, {"answer": "\\boxed{"}):
@@ -402,7 +414,8 @@ def test_what_is_sent_is_what_is_stored(tmp_path):
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the shared data")
 def test_real_question_files_are_read():
-    counts = {"gsm8k/test.jsonl": 1319, "math/aime24.jsonl": 30, "math/amc23.jsonl": 40, "math/math500.jsonl": 500,
+    counts = {"gsm8k/test.jsonl": 1319, "math/aime24.jsonl": 30, "math/amc23.jsonl": 40,
+              "math/math500.jsonl": 500,
               "math/minerva_math.jsonl": 272, "dapo/dapo_math_17k_sample6.jsonl": 6}
     for name, count in counts.items():
         items, dropped = oracle.read_questions(str(SHARED / name), oracle.INSTRUCTION)
@@ -413,52 +426,45 @@ def test_real_question_files_are_read():
 
 
 def storm(tmp_path, checkpoint, count, kills, seed=0):
-    """`count` errors, 20 % of all requests faulty, `kills` SIGKILLs; returns the server's view and the output."""
+    """`count` errors, 20 % of all requests faulty, `kills` SIGKILLs: one outcome each, none asked in vain."""
     rng, lock = random.Random(seed), threading.Lock()
     given = write_errors(tmp_path / "errors.jsonl", count)
     out = tmp_path / "out"
-    faults = [(429, {"Retry-After": "0"}, b""), (500, {}, b""), "drop", "truncated", b"<html>", completion(""),
-              completion("no markers \\boxed{1}"), completion("x", "length"), "hang", (400, {}, b"")]
+    faults = [(429, {"Retry-After": "0"}, b""), (500, {}, b""), (400, {}, b""), "drop", "truncated", "hang",
+              b"<html>", completion(""), completion("no markers \\boxed{1}"), completion("x", "length")]
 
     def behave(body, attempt):
         with lock:
             fault = rng.choice(faults) if rng.random() < 0.2 else None
         time.sleep(0.01)
         return good(body, attempt) if fault is None else fault
+
+    def arrived():
+        lines = [line for p in out.glob("raw-*.jsonl") for line in p.read_bytes().split(b"\n")[:-1]]
+        return {r["key"] for r in map(json.loads, lines) if "text" in r}
+    items, _ = oracle.read_errors(str(tmp_path / "errors.jsonl"))
+    requests = [oracle.request_for(i.id, oracle.oracle_messages(i, "correct"), 0) for i in items]
+    prompts = {r.key: r.messages[0]["content"] for r in requests}
     with Misbehaving(behave) as server:
-        command = [sys.executable, str(ROOT / "oracle.py"), "rectify", "--errors", str(tmp_path / "errors.jsonl"),
-                   "--out", str(out), "--tokenizer", checkpoint, "--server", server.url, "--workers", "8",
+        command = [sys.executable, ROOT / "oracle.py", "rectify", "--errors", tmp_path / "errors.jsonl",
+                   "--out", out, "--tokenizer", checkpoint, "--server", server.url, "--workers", "8",
                    "--request_timeout", "1", "--tries", "3"]
-        twice = []
         for k in range(kills + 1):
-            arrived = set()
-            for path in out.glob("raw-*.jsonl"):
-                for line in path.read_bytes().split(b"\n")[:-1]:
-                    record = json.loads(line)
-                    arrived |= {record["key"]} if "text" in record else set()
-            before = Counter(server.asked)
+            known, before = arrived(), Counter(server.asked)
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
             if k < kills:
-                target = sum(before.values()) + count // (kills + 2)
-                while sum(server.asked.values()) < target and process.poll() is None:
+                enough = sum(before.values()) + count // (kills + 2)
+                while sum(server.asked.values()) < enough and process.poll() is None:
                     time.sleep(0.005)
                 process.send_signal(signal.SIGKILL)
-                process.communicate()
-            else:
-                _, err = process.communicate(timeout=300)
-                assert process.returncode == 0, err.decode()
-            prompts = {oracle.request_for(r["id"], oracle.oracle_messages(oracle.Item(
-                r["id"], r["question"], r["ground_truth"], r["original_answer"]), "correct"), 0).key:
-                oracle.oracle_messages(oracle.Item(r["id"], r["question"], r["ground_truth"], r["original_answer"]),
-                                       "correct")[0]["content"] for r in given}
-            twice += [key for key in arrived if server.asked[prompts[key]] > before[prompts[key]]]
+            _, err = process.communicate(timeout=300)
+            assert process.returncode == (-9 if k < kills else 0), err.decode()
+            assert not [key for key in known if server.asked[prompts[key]] > before[prompts[key]]]
     pairs, rejected = rows(out / "pairs.jsonl"), rows(out / "rejected.jsonl")
-    ids = Counter(r["index"] for r in pairs + rejected)
-    assert ids == {r["id"]: 1 for r in given}  # exactly one outcome each
-    assert not twice  # nothing asked again whose answer had arrived
-    assert len(pairs) > 0.8 * count and all(r["reason"] for r in rejected)
+    assert Counter(r["index"] for r in pairs + rejected) == {r["id"]: 1 for r in given}
     reasons = Counter(r["reason"].split(":")[0] for r in rejected)
     assert set(reasons) <= {"request failed", "no text between the markers", "cut off by the token limit"}
+    assert len(pairs) > 0.8 * count
     return len(pairs), reasons, sum(server.asked.values())
 
 
