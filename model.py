@@ -163,7 +163,7 @@ class Qwen3(nn.Module):
         return self.blocks(x, positions, [layout(forks, x)] * len(self.layers))
 
     def blocks(self, x, positions, wheres):
-        """(T, D) embeddings through all blocks, before the final norm; wheres: for each block an `attend`'s."""
+        """(T, D) embeddings through all blocks, before the final norm; wheres[i] is block i's."""
         cos, sin = rope_table(positions, self.config, x.dtype)
         for block, where in zip(self.layers, wheres):
             x = block(x, cos, sin, where)
@@ -361,8 +361,7 @@ def _compiled_flex():
 
 # --- generation -----------------------------------------------------------------------------------
 
-CELLS = 256  # tokens in the smallest cache of a row; a row that fills its cache moves to one of twice the size
-BLOCK = 512  # keys that torch's CPU attention takes at a time; larger caches are multiples of it
+CELLS = 256  # tokens that a row's smallest cache holds; larger ones hold twice as many, and so on
 CPU_ROWS = 16  # MKL rounds products of fewer rows differently, so on a CPU rows are filled up to this number
 
 
@@ -377,65 +376,56 @@ class Row:
     done: bool = False
 
 
-@dataclass
-class Slab:
-    """Rows with caches of one size. caches: a (2, slots, cells, K, d) tensor a layer, keys and values;
-    rows[i] has slot i, the slots behind the last row are free."""
-
-    rows: list
-    caches: list
-
-
 @torch.no_grad()
 def generate(model: Qwen3, prompts, seeds, *, max_tokens, temperature=0.7, top_p=0.8, top_k=20, end=(),
              batch_size=32, on_done=None, progress=None) -> list:
-    """Continue every prompt; greedy at temperature 0.
+    """Continue every prompt by sampling; temperature 0 is greedy.
 
     model     plain (not sharded), on a CPU or a GPU, any dtype
     prompts   lists of token ids, of any lengths above 0
-    seeds     one int >= 0 a prompt: its samples' only source of chance (unused at temperature 0)
-    top_k     so many most likely tokens stay, 0: all. Of tokens that tie for the last place only some stay;
-              transformers keeps them all
+    seeds     one int >= 0 a prompt, all the chance there is
+    top_k     so many most likely tokens stay, 0: all. Of tokens that tie for the last place some stay
+              (transformers keeps them all)
     top_p     then the fewest most likely tokens stay whose probabilities sum to top_p or more; 1: all
-    end       ids that end a sample, a set for speed
+    end       token ids that end a sample
     on_done   called as on_done(index, ids, ended) as soon as a sample is finished
-    progress  called as progress(n) after every step with the number of tokens sampled in it, end tokens
-              included (a tqdm bar's `update` fits)
-    returns   (ids, ended) for every prompt: ids without the end token; ended False: max_tokens cut it off
+    progress  called as progress(n) after every step, n the tokens sampled in it, end tokens included
+    returns   (ids, ended) a prompt: ids without the end token; ended False: max_tokens cut it off
 
-    At most batch_size samples run at a time; a finished one makes room for the next prompt at once. One wait
-    for the device a token. Memory: K and V take 2 * layers * K * d numbers a token; each running row has room
-    for at most twice its length (256 at least), and slots that rows left behind are kept while their slab has
-    a row: four times what the running rows' tokens need is the limit, whatever max_tokens is.
+    At most batch_size samples run at a time, and a finished one makes room for the next prompt at once. One
+    wait for the device a step. Memory: a token's keys and values are 2 * layers * K * d numbers. A running
+    row has a cache of 256 tokens or of twice its own at most, whatever max_tokens is; of all caches at most
+    half are vacant. One layer's part of a slab is copied at a time when slots are added or given up.
 
-    A sample depends on its prompt, seed and settings. Its t-th token comes from the t-th number of its own
-    Philox generator, so batch size, neighbours and rank touch it through rounding alone. On a CPU in fp32
-    prompts go through one by one, rows are never fewer than CPU_ROWS, and the length that attention sees
-    depends on the row itself: there the logits were equal to the bit for any batch (MKL). On a GPU, or in
-    another dtype, products of another shape may round differently and now and then turn a near tie.
-    Raises UserError that lists all wrong arguments, FloatingPointError where logits are not finite.
+    A sample depends on prompt, seed and settings: its t-th token is drawn with the t-th number of a Philox
+    generator of its own, so batch size, neighbours and rank touch it through rounding alone. On a CPU in fp32
+    not even so (measured with MKL): prompts go through one by one, the blocks get CPU_ROWS rows or more, and
+    what attention sees depends on the row. Elsewhere rounding may now and then decide a near tie.
+    Raises UserError that lists all wrong arguments, or where logits are not finite.
     """
     check_generate(model, prompts, seeds, max_tokens, temperature, top_p, top_k, batch_size)
-    results, waiting, slabs = [None] * len(prompts), deque(range(len(prompts))), {}
-    limit = BLOCK * -(-(max(map(len, prompts), default=0) + max_tokens) // BLOCK)  # no row needs more cells
+    end, results, waiting = set(end), [None] * len(prompts), deque(range(len(prompts)))
+    # Rows with caches of one size share a slab: rows[i] has slot i of each layer's keys and values,
+    # (2, slots, cells, K, d). Attention is one call a slab, and none gathers or repeats a key.
+    slabs = {}  # cells: (rows, caches)
     while True:
-        rows = [row for slab in slabs.values() for row in slab.rows]
+        rows = [row for some, _ in slabs.values() for row in some]
         hidden = [decode(model, slabs, rows)] if rows else []
         while waiting and len(rows) < batch_size:
             i = waiting.popleft()
             rows.append(Row(i, [], len(prompts[i]), np.random.Generator(np.random.Philox(seeds[i]))))
             last, keys_values = prefill(model, prompts[i])
             hidden.append(last)
-            place(slabs, rows[-1], keys_values, limit)
+            place(slabs, rows[-1], keys_values)
         if not rows:
             return results
         logits = next_logits(model, torch.cat(hidden))
         uniforms = torch.tensor([row.random.random() for row in rows], dtype=torch.float64)
         tokens = sample(logits, uniforms.to(logits.device), temperature, top_p, top_k)
-        tokens = tokens.masked_fill(~logits.amax(-1).isfinite(), -1).tolist()  # the one wait
+        tokens = tokens.masked_fill(~logits.amax(-1).isfinite(), -1).tolist()  # waits for the device
         for row, token in zip(rows, tokens):
             if token < 0:
-                raise FloatingPointError(f"prompt {row.index}: logits of token {len(row.ids)} are not finite")
+                raise UserError(f"prompt {row.index}: logits of token {len(row.ids)} are not finite")
             if token not in end:
                 row.ids.append(token)
             row.done = token in end or len(row.ids) == max_tokens
@@ -443,124 +433,115 @@ def generate(model: Qwen3, prompts, seeds, *, max_tokens, temperature=0.7, top_p
                 results[row.index] = (row.ids, token in end)
                 if on_done:
                     on_done(row.index, *results[row.index])
-        settle(slabs, limit)
+        settle(slabs)
         if progress:
             progress(len(tokens))
 
 
 def check_generate(model, prompts, seeds, max_tokens, temperature, top_p, top_k, batch_size):
-    vocab = model.config.vocab_size
-    problems = [f"{name} is {value}, {wanted} expected" for name, value, wanted, fits in (
-        ("len(seeds)", len(seeds), f"{len(prompts)}, one a prompt,", len(seeds) == len(prompts)),
+    problems = [f"{name} {found}, {wanted} expected" for name, found, wanted, fits in (
+        ("seeds:", len(seeds), f"{len(prompts)}, one a prompt,", len(seeds) == len(prompts)),
         ("max_tokens", max_tokens, "1 or more", max_tokens >= 1),
         ("temperature", temperature, "0 (greedy) or more, and finite,", 0 <= temperature < math.inf),
         ("top_p", top_p, "above 0 and at most 1", 0 < top_p <= 1),
         ("top_k", top_k, "0 (all) or more", top_k >= 0),
-        ("batch_size", batch_size, "1 or more", batch_size >= 1)) if not fits]
-    problems += [f"seed {i} is {s}, 0 or more expected" for i, s in enumerate(seeds) if s < 0]
-    for i, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            problems.append(f"prompt {i} is empty, a token or more expected")
-        elif not 0 <= min(prompt) <= max(prompt) < vocab:
-            problems.append(f"prompt {i} has ids {min(prompt)} to {max(prompt)}, 0 to {vocab - 1} expected")
+        ("batch_size", batch_size, "1 or more", batch_size >= 1),
+        *((f"seed {i}:", seed, "0 or more", seed >= 0) for i, seed in enumerate(seeds)),
+        *((f"prompt {i}: ids", f"{min(ids)} to {max(ids)}" if len(ids) else "none",
+           f"at least one, 0 to {model.config.vocab_size - 1},",
+           len(ids) and 0 <= min(ids) <= max(ids) < model.config.vocab_size)
+          for i, ids in enumerate(prompts))) if not fits]
     if problems:
         more = [f"... and {len(problems) - 20} more"] * (len(problems) > 20)
         raise UserError("generate:\n  " + "\n  ".join(problems[:20] + more))
 
 
 def prefill(model, prompt):
-    """A prompt's last hidden state (1, D) and each layer's keys and values, a list of (2, T, K, d)."""
-    tokens = torch.tensor(prompt, device=model.norm.weight.device)
+    """A prompt's last hidden state (1, D), and its keys and values, (2, T, K, d) a layer."""
+    x = model.embed_tokens(torch.tensor(prompt, device=model.norm.weight.device))
     kept = []
 
     def keep(q, k, v):
         kept.append(torch.stack([k, v]).transpose(1, 2))
-        # One fork without branches. The list serves on a GPU too, where each new length would otherwise
-        # compile a FlexAttention.
-        return attend(q, k, v, [(0, *[len(tokens)] * 3, (None, None))])
-    x = model.embed_tokens(tokens)
-    return model.blocks(x, torch.arange(len(x), device=x.device), [keep] * len(model.layers))[-1:], kept
+        # One fork without branches, as on a CPU: FlexAttention would be compiled for every new length.
+        return attend(q, k, v, [(0, len(x), len(x), len(x), (None, None))])
+    hidden = model.blocks(x, torch.arange(len(x), device=x.device), [keep] * len(model.layers))
+    return hidden[-1:], kept
 
 
 def decode(model, slabs, rows):
-    """The last token of every running row through the blocks: (rows, D). Fills one more cell of each cache."""
+    """The last token of every running row through the blocks, (rows, D); fills one cell of every cache."""
     device = model.norm.weight.device
     fill = [0] * (CPU_ROWS - len(rows)) if device.type == "cpu" else []
-    tokens = torch.tensor([row.ids[-1] for row in rows] + fill, device=device)
+    x = model.embed_tokens(torch.tensor([row.ids[-1] for row in rows] + fill, device=device))
     lengths = torch.tensor([row.length for row in rows] + fill, device=device)
-    x = model.embed_tokens(tokens)
-    groups, begin = [], 0
-    for cells, slab in slabs.items():
-        slots = torch.arange(len(slab.rows), device=device)
+    parts, begin = [], 0
+    for cells, (some, caches) in slabs.items():
+        slots = torch.arange(len(some), device=device)
         own = lengths[begin:begin + len(slots)]
-        mask = torch.zeros(len(slots), 1, 1, cells, dtype=x.dtype, device=device)
-        mask.masked_fill_((torch.arange(cells, device=device) > own[:, None])[:, None, None], -math.inf)
-        groups.append((slots, own, mask, slab.caches))
+        # All cells, not as many as the longest row has: how sums are split depends on the row alone.
+        later = torch.arange(cells, device=device) > own[:, None]
+        mask = torch.zeros_like(later, dtype=x.dtype).masked_fill_(later, -math.inf)[:, None, None]
+        parts.append((slice(begin, begin + len(slots)), slots, own, mask, caches))
         begin += len(slots)
     for row in rows:
         row.length += 1
-    wheres = [functools.partial(attend_caches, layer=i, groups=groups) for i in range(len(model.layers))]
-    return model.blocks(x, lengths, wheres)[:len(rows)]
+    wheres = [functools.partial(attend_caches, layer=i, parts=parts) for i in range(len(model.layers))]
+    return model.blocks(x, lengths, wheres)[:begin]
 
 
-def attend_caches(q, k, v, layer, groups):
-    """Attention of one new token a row to its cache, one call a slab. Shapes as in `attend`, T the rows."""
-    q, new = q.unflatten(0, (len(k), -1)), torch.stack([k, v]).transpose(1, 2)  # (K, G, T, d), (2, T, K, d)
-    pieces, begin = [], 0
-    for slots, own, mask, caches in groups:
-        part = slice(begin, begin + len(slots))
+def attend_caches(q, k, v, layer, parts):
+    """Attention of one new token a row to the row's cache, one call a slab; shapes as in `attend`."""
+    new = torch.stack([k, v]).transpose(1, 2)  # (2, T, K, d)
+    # The G query heads of a key head stand where its queries would: no key is repeated.
+    q = q.unflatten(0, (len(k), -1)).permute(2, 0, 1, 3)  # (T, K, G, d)
+    out = torch.zeros_like(q)  # of filling, too
+    for part, slots, own, mask, caches in parts:
         caches[layer][:, slots, own] = new[:, part]
         keys, values = caches[layer][:, :len(slots)].transpose(2, 3)  # (slots, K, cells, d)
-        # The G query heads of a key head stand where its queries would: nothing is repeated, no GQA needed.
-        out = F.scaled_dot_product_attention(q[:, :, part].permute(2, 0, 1, 3), keys, values, attn_mask=mask)
-        pieces.append(out.flatten(1, 2).transpose(0, 1))
-        begin = part.stop
-    pieces.append(torch.zeros_like(pieces[0][:, :1]).expand(-1, k.shape[1] - begin, -1))  # filling
-    return torch.cat(pieces, 1)
+        out[part] = F.scaled_dot_product_attention(q[part], keys, values, attn_mask=mask)
+    return out.flatten(1, 2).transpose(0, 1)
 
 
-def place(slabs, row, keys_values, limit):
-    """Copy a row's keys and values, (2, length, K, d) a layer, to a free slot of the smallest fitting slab."""
-    cells = CELLS
-    while cells <= row.length:
-        cells *= 2
-    cells = min(cells, limit)
+def place(slabs, row, keys_values):
+    """Copy a row's keys and values, (2, >= length, K, d) a layer, to the smallest cache with a free cell."""
+    cells = max(CELLS, 1 << row.length.bit_length())
     if cells not in slabs:
-        slabs[cells] = Slab([], [kv.new_zeros(2, 0, cells, *kv.shape[2:]) for kv in keys_values])
-    slab = slabs[cells]
-    slot = len(slab.rows)
-    for layer, kv in enumerate(keys_values):
-        if slot == slab.caches[layer].shape[1]:  # zeros: a masked cell has weight 0, and 0 * NaN is NaN
-            slab.caches[layer] = F.pad(slab.caches[layer], (0, 0, 0, 0, 0, 0, 0, 4))
-        slab.caches[layer][:, slot, :row.length] = kv
-    slab.rows.append(row)
+        slabs[cells] = [], [kv.new_zeros(2, 0, cells, *kv.shape[2:]) for kv in keys_values]
+    rows, caches = slabs[cells]
+    for i, kv in enumerate(keys_values):
+        slots = caches[i].shape[1]
+        if slots == len(rows):  # zeros: a masked cell's weight is 0, but 0 * NaN is NaN
+            caches[i] = F.pad(caches[i], (0, 0, 0, 0, 0, 0, 0, 1 + slots // 4))
+        caches[i][:, len(rows), :row.length] = kv[:, :row.length]
+    rows.append(row)
 
 
-def settle(slabs, limit):
-    """Free the slots of finished rows, and move rows whose cache is full to a larger one."""
-    for cells, slab in list(slabs.items()):
-        for slot in reversed(range(len(slab.rows))):
-            row = slab.rows[slot]
-            if not row.done and row.length < cells:
-                continue
-            if not row.done:
-                place(slabs, row, [cache[:, slot] for cache in slab.caches], limit)
-            slab.rows[slot] = slab.rows[-1]  # the last row closes the gap
-            slab.rows.pop()
-            for cache in slab.caches:
-                cache[:, slot] = cache[:, len(slab.rows)]
-        if not slab.rows:
+def settle(slabs):
+    """Take finished rows out, move rows whose cache is full to a larger one, give up slots that stay free."""
+    for cells, (rows, caches) in list(slabs.items()):
+        for slot in reversed(range(len(rows))):
+            row = rows[slot]
+            if not row.done and row.length == cells:
+                place(slabs, row, [cache[:, slot] for cache in caches])
+            if row.done or row.length == cells:  # the last row takes the slot
+                rows[slot] = rows[-1]
+                rows.pop()
+                for cache in caches:
+                    cache[:, slot] = cache[:, len(rows)]
+        if not rows:
             del slabs[cells]
+        elif 2 * len(rows) < caches[0].shape[1]:
+            for i, cache in enumerate(caches):
+                caches[i] = cache[:, :len(rows)].clone()
 
 
 def next_logits(model, hidden):
     """(n, D) states before the final norm to (n, V) logits in the model's dtype."""
-    n = len(hidden)
-    hidden = model.norm(hidden)
-    if not hidden.is_cuda:
-        hidden = F.pad(hidden, (0, 0, 0, max(0, CPU_ROWS - n)))
+    fill = 0 if hidden.is_cuda else max(0, CPU_ROWS - len(hidden))
     # On a CPU this order is faster for few rows than hidden @ weight.T, the transposed copy included.
-    return (model.head_weight() @ hidden.T).T[:n].contiguous()
+    logits = model.head_weight() @ F.pad(model.norm(hidden), (0, 0, 0, fill)).T
+    return logits[:, :len(hidden)].T.contiguous()
 
 
 def sample(logits, uniforms, temperature, top_p, top_k):
@@ -570,34 +551,22 @@ def sample(logits, uniforms, temperature, top_p, top_k):
     probs, ids = filtered(logits, temperature, top_p, top_k)
     cdf = probs.cumsum(-1)
     picked = (cdf <= uniforms[:, None] * cdf[:, -1:]).sum(-1)
-    picked = picked.minimum((probs > 0).sum(-1) - 1)  # where u * total was rounded up to total
+    # The first bound is for u * total that was rounded up to total, the second for rows of NaN.
+    picked = picked.minimum((probs > 0).sum(-1) - 1).clamp_(min=0)
     return ids.gather(1, picked[:, None]).squeeze(1)
 
 
 def filtered(logits, temperature, top_p, top_k):
-    """The filters in transformers' order. Returns weights (n, k) fp64, largest first, 0 where top_p dropped
-    the token (the rest is not normalised again), and ids (n, k); k is V without top_k."""
-    if 0 < top_k < logits.shape[1]:
-        values, ids = largest(logits, top_k)
-    else:
-        values, ids = logits.sort(-1, descending=True)
+    """The filters in transformers' order: temperature, top-k, top-p.
+
+    Returns weights (n, k) fp64, largest first and 0 where top_p drops the token (the rest sum to less than 1
+    then), and their ids (n, k); k is V without top_k, at the cost of a sort of all logits.
+    """
+    values, ids = (logits.topk(top_k) if 0 < top_k < logits.shape[1] else logits.sort(-1, descending=True))
     probs = (values.double() / temperature).softmax(-1)
     if top_p < 1:
         probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)
     return probs, ids
-
-
-def largest(logits, k, width=128):
-    """logits.topk(k), sooner: only the k blocks of columns with the largest maxima can hold the k largest."""
-    blocks = logits.shape[1] // width
-    if blocks <= k:
-        return logits.topk(k)
-    maxima = logits[:, :blocks * width].unflatten(1, (blocks, width)).amax(-1)
-    columns = torch.arange(logits.shape[1], device=logits.device)
-    inside = columns[:blocks * width].view(blocks, width)[maxima.topk(k).indices].flatten(1)  # (n, k * width)
-    columns = torch.cat([inside, columns[blocks * width:].expand(len(logits), -1)], 1)
-    values, picked = logits.gather(1, columns).topk(k)
-    return values, columns.gather(1, picked)
 
 
 # --- checkpoints in Hugging Face layout -----------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The same checkpoint, prompts and settings: this repository's `generate` beside transformers', in alternation.
+"""The same checkpoint, prompts and settings: our `generate` beside transformers', in alternation.
 
     python tests/bench/generate.py --model DIR [--prompts 64] [--batch_size 16] [--repeats 3]
 
@@ -102,13 +102,15 @@ def main():
             lengths, steps = run(model, prompts, end, a, repeat)
             results[side].append((time.perf_counter() - start, sum(lengths), steps))
     rates = {side: statistics.median(n / s for s, n, _ in runs) for side, runs in results.items()}
-    print("| | tokens/s | to transformers | mean tokens an answer | steps | ms a step |\n|---|---|---|---|---|---|")
+    print("| | tokens/s | to transformers | mean tokens an answer | steps | ms a step |")
+    print("|---|---|---|---|---|---|")
     for side, runs in results.items():
         seconds, tokens, steps = (statistics.median(x) for x in zip(*runs))
         print(f"| {side} | {rates[side]:.1f} | {rates[side] / rates[list(sides)[1]]:.2f} "
               f"| {tokens / a.prompts:.1f} | {steps:.0f} | {1e3 * seconds / steps:.1f} |")
     blocks, head = floor(ours, a.batch_size)
-    print(f"\nproducts of one step of {a.batch_size} rows: blocks {1e3 * blocks:.1f} ms, head {1e3 * head:.1f} ms")
+    print(f"\nproducts of one step of {a.batch_size} rows alone: blocks {1e3 * blocks:.1f} ms, "
+          f"head {1e3 * head:.1f} ms")
 
 
 if __name__ == "__main__":
