@@ -308,42 +308,49 @@ def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks
     with ranks.together(), open_log(os.path.join(folder, f"raw-{ranks.rank}.jsonl")) as log:
         bar = tqdm(total=len(mine), disable=not ranks.main or not todo, desc=title, unit="answer")
         count, started = Counter(), time.monotonic()
+        outcomes = {}
         for key in have:
-            on_record(have[key])
+            outcomes = on_record(have[key])
+
+        def tick(tokens, failed=0):
+            count.update(tokens=tokens, failed=failed)
+            speed = int(count["tokens"] / (time.monotonic() - started))
+            bar.set_postfix({**count, "tokens/s": speed, **outcomes}, refresh=False)
+            bar.update(0)
 
         def keep(request, record):
+            nonlocal outcomes
             record = {"key": request.key, **record}
             log.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-            count.update(tokens=record.get("tokens", 0), failed="error" in record)
-            speed = int(count["tokens"] / (time.monotonic() - started))
-            bar.set_postfix({**count, "tokens/s": speed, **on_record(record)}, refresh=False)
+            outcomes = on_record(record)
             bar.update()
 
         if isinstance(policy, Own):
             for at in range(0, len(mine), 512):
                 if not (enough and enough()):
-                    answer_own(policy, mine[at:at + 512], sampling, keep)
+                    answer_own(policy, mine[at:at + 512], sampling, keep, tick)
         else:
             call, workers = policy, 1
             if isinstance(policy, Server):
                 call, workers = lambda request: ask(policy, request, sampling), policy.workers
             wanted = itertools.takewhile(lambda _: not (enough and enough()), mine)
             for request, record in concurrently(call, wanted, workers):
+                tick(record.get("tokens", 0), "error" in record)
                 keep(request, record)
         bar.close()
     with ranks.together():
         return read_log(folder, keys)
 
 
-def answer_own(own: Own, requests, sampling, keep):
-    """Sample from the model in this process; keep(request, record) as each answer ends."""
+def answer_own(own: Own, requests, sampling, keep, tick):
+    """Sample from the model in this process: keep(request, record) as each answer ends, tick(new tokens)."""
     def done(index, ids, ended):
         text, finish = own.chat.tokenizer.decode(ids), "stop" if ended else "length"
         keep(requests[index], {"text": text, "finish": finish, "tokens": len(ids) + ended})
 
     qwen.generate(own.model, [own.chat.prompt(r.messages) for r in requests], [r.seed for r in requests],
                   max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_p=sampling.top_p,
-                  top_k=sampling.top_k, end={own.chat.im_end}, batch_size=own.batch_size, on_done=done)
+                  top_k=sampling.top_k, end={own.chat.im_end}, batch_size=own.batch_size, on_done=done, progress=tick)
 
 
 # --- grading: which answer does a text commit itself to? ------------------------------------------

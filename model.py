@@ -1,7 +1,8 @@
-"""Qwen3 by hand: configuration, blocks, attention over forks, safetensors in and out.
+"""Qwen3 by hand: configuration, blocks, attention over forks, generation, safetensors in and out.
 
 Comes in:  a checkpoint folder in Hugging Face layout, token ids laid out as forks (data.py makes them).
-Goes out:  hidden states, or the log-probability of every scored row (loss.linear_logps inside `forward`).
+Goes out:  hidden states, or the log-probability of every scored row (loss.linear_logps inside `forward`),
+           or sampled continuations of prompts (`generate`).
 
 Parameter names are HF's without the leading "model.", so that a reader can hold both side by side
 (transformers/models/qwen3/modeling_qwen3.py). Shapes: T tokens of a pack, D hidden width, H query heads,
@@ -18,9 +19,11 @@ import math
 import os
 import shutil
 import sys
+from collections import deque
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -163,9 +166,12 @@ class Qwen3(nn.Module):
     def trunk(self, tokens, positions, forks):
         """(T,) ids to the (T, D) output of the last block, before the final norm."""
         x = self.embed_tokens(tokens)
+        return self.blocks(x, positions, [layout(forks, x)] * len(self.layers))
+
+    def blocks(self, x, positions, wheres):
+        """(T, D) embeddings through all blocks, before the final norm; wheres[i] is block i's."""
         cos, sin = rope_table(positions, self.config, x.dtype)
-        where = layout(forks, x)
-        for block in self.layers:
+        for block, where in zip(self.layers, wheres):
             x = block(x, cos, sin, where)
         return x
 
@@ -173,10 +179,13 @@ class Qwen3(nn.Module):
         """(T, V) logits of one plain sequence (T,), in the compute dtype: for tests and small inputs."""
         forks = [(0, len(tokens), len(tokens), len(tokens))]
         hidden = self.norm(self.trunk(tokens, torch.arange(len(tokens), device=tokens.device), forks))
-        return hidden @ (self.lm_head.weight if self.tied_weight() is None else self.tied_weight()).T
+        return hidden @ self.head_weight().T
 
     def tied_weight(self):
         return self.embed_tokens.weight if self.config.tie_word_embeddings else None
+
+    def head_weight(self):
+        return self.lm_head.weight if self.tied_weight() is None else self.tied_weight()
 
 
 class Block(nn.Module):
@@ -300,7 +309,12 @@ def layout(forks, x):
 
 
 def attend(q, k, v, where):
-    """Softmax attention inside forks. q (H, T, d), k and v (K, T, d), `where` from `layout`; (H, T, d)."""
+    """Softmax attention inside forks. q (H, T, d), k and v (K, T, d), `where` from `layout`; (H, T, d).
+
+    `where` may also be a function of q, k, v: generation's way to a cache.
+    """
+    if callable(where):
+        return where(q, k, v)
     q, k, v = q[None], k[None], v[None]
     if not isinstance(where, list):
         return _compiled_flex()(q, k, v, block_mask=where, enable_gqa=True)[0]
@@ -349,6 +363,216 @@ def _compiled_flex():
     # and without gradient: more than the 8 after which the compiler gives up, silently unless fullgraph.
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
+# --- generation -----------------------------------------------------------------------------------
+
+CELLS = 256  # tokens that a row's smallest cache holds; larger ones hold twice as many, and so on
+CPU_ROWS = 16  # MKL rounds products of fewer rows differently, so on a CPU rows are filled up to this number
+
+
+@dataclass
+class Row:
+    """A sample under way: `ids` so far, `length` tokens in its cache (prompt and all ids but the last)."""
+
+    index: int
+    ids: list
+    length: int
+    random: np.random.Generator
+    done: bool = False
+
+
+@torch.no_grad()
+def generate(model: Qwen3, prompts, seeds, *, max_tokens, temperature=0.7, top_p=0.8, top_k=20, end=(),
+             batch_size=32, on_done=None, progress=None) -> list:
+    """Continue every prompt by sampling; temperature 0 is greedy.
+
+    model     plain (not sharded), on a CPU or a GPU, any dtype
+    prompts   lists of token ids, of any lengths above 0
+    seeds     one int >= 0 a prompt, all the chance there is
+    top_k     so many most likely tokens stay, 0: all. Of tokens that tie for the last place some stay
+              (transformers keeps them all)
+    top_p     then the fewest most likely tokens stay whose probabilities sum to top_p or more; 1: all
+    end       token ids that end a sample
+    on_done   called as on_done(index, ids, ended) as soon as a sample is finished
+    progress  called as progress(n) after every step, n the tokens sampled in it, end tokens included
+    returns   (ids, ended) a prompt: ids without the end token; ended False: max_tokens cut it off
+
+    At most batch_size samples run at a time, and a finished one makes room for the next prompt at once. One
+    wait for the device a step. Memory: a token's keys and values are 2 * layers * K * d numbers. A running
+    row has a cache of 256 tokens or of twice its own at most, whatever max_tokens is; of all caches at most
+    half are vacant. One layer's part of a slab is copied at a time when slots are added or given up.
+
+    A sample depends on prompt, seed and settings: its t-th token is drawn with the t-th number of a Philox
+    generator of its own, so batch size, neighbours and rank touch it through rounding alone. On a CPU in fp32
+    not even so (measured with MKL): prompts go through one by one, the blocks get CPU_ROWS rows or more, and
+    what attention sees depends on the row. Elsewhere rounding may now and then decide a near tie.
+    Raises UserError that lists all wrong arguments, or where logits are not finite.
+    """
+    check_generate(model, prompts, seeds, max_tokens, temperature, top_p, top_k, batch_size)
+    end, results, waiting = set(end), [None] * len(prompts), deque(range(len(prompts)))
+    # Rows with caches of one size share a slab: rows[i] has slot i of each layer's keys and values,
+    # (2, slots, cells, K, d). Attention is one call a slab, and none gathers or repeats a key.
+    slabs = {}  # cells: (rows, caches)
+    while True:
+        rows = [row for some, _ in slabs.values() for row in some]
+        hidden = [decode(model, slabs, rows)] if rows else []
+        while waiting and len(rows) < batch_size:
+            i = waiting.popleft()
+            rows.append(Row(i, [], len(prompts[i]), np.random.Generator(np.random.Philox(seeds[i]))))
+            last, keys_values = prefill(model, prompts[i])
+            hidden.append(last)
+            place(slabs, rows[-1], keys_values)
+        if not rows:
+            return results
+        logits = next_logits(model, torch.cat(hidden))
+        uniforms = torch.tensor([row.random.random() for row in rows], dtype=torch.float64)
+        tokens = sample(logits, uniforms.to(logits.device), temperature, top_p, top_k)
+        tokens = tokens.masked_fill(~logits.amax(-1).isfinite(), -1).tolist()  # waits for the device
+        for row, token in zip(rows, tokens):
+            if token < 0:
+                raise UserError(f"prompt {row.index}: logits of token {len(row.ids)} are not finite")
+            if token not in end:
+                row.ids.append(token)
+            row.done = token in end or len(row.ids) == max_tokens
+            if row.done:
+                results[row.index] = (row.ids, token in end)
+                if on_done:
+                    on_done(row.index, *results[row.index])
+        settle(slabs)
+        if progress:
+            progress(len(tokens))
+
+
+def check_generate(model, prompts, seeds, max_tokens, temperature, top_p, top_k, batch_size):
+    problems = [f"{name} {found}, {wanted} expected" for name, found, wanted, fits in (
+        ("seeds:", len(seeds), f"{len(prompts)}, one a prompt,", len(seeds) == len(prompts)),
+        ("max_tokens", max_tokens, "1 or more", max_tokens >= 1),
+        ("temperature", temperature, "0 (greedy) or more, and finite,", 0 <= temperature < math.inf),
+        ("top_p", top_p, "above 0 and at most 1", 0 < top_p <= 1),
+        ("top_k", top_k, "0 (all) or more", top_k >= 0),
+        ("batch_size", batch_size, "1 or more", batch_size >= 1),
+        *((f"seed {i}:", seed, "0 or more", seed >= 0) for i, seed in enumerate(seeds)),
+        *((f"prompt {i}: ids", f"{min(ids)} to {max(ids)}" if len(ids) else "none",
+           f"at least one, 0 to {model.config.vocab_size - 1},",
+           len(ids) and 0 <= min(ids) <= max(ids) < model.config.vocab_size)
+          for i, ids in enumerate(prompts))) if not fits]
+    if problems:
+        more = [f"... and {len(problems) - 20} more"] * (len(problems) > 20)
+        raise UserError("generate:\n  " + "\n  ".join(problems[:20] + more))
+
+
+def prefill(model, prompt):
+    """A prompt's last hidden state (1, D), and its keys and values, (2, T, K, d) a layer."""
+    x = model.embed_tokens(torch.tensor(prompt, device=model.norm.weight.device))
+    kept = []
+
+    def keep(q, k, v):
+        kept.append(torch.stack([k, v]).transpose(1, 2))
+        # One fork without branches, as on a CPU: FlexAttention would be compiled for every new length.
+        return attend(q, k, v, [(0, len(x), len(x), len(x), (None, None))])
+    hidden = model.blocks(x, torch.arange(len(x), device=x.device), [keep] * len(model.layers))
+    return hidden[-1:], kept
+
+
+def decode(model, slabs, rows):
+    """The last token of every running row through the blocks, (rows, D); fills one cell of every cache."""
+    device = model.norm.weight.device
+    fill = [0] * (CPU_ROWS - len(rows)) if device.type == "cpu" else []
+    x = model.embed_tokens(torch.tensor([row.ids[-1] for row in rows] + fill, device=device))
+    lengths = torch.tensor([row.length for row in rows] + fill, device=device)
+    parts, begin = [], 0
+    for cells, (some, caches) in slabs.items():
+        slots = torch.arange(len(some), device=device)
+        own = lengths[begin:begin + len(slots)]
+        # All cells, not as many as the longest row has: how sums are split depends on the row alone.
+        later = torch.arange(cells, device=device) > own[:, None]
+        mask = torch.zeros_like(later, dtype=x.dtype).masked_fill_(later, -math.inf)[:, None, None]
+        parts.append((slice(begin, begin + len(slots)), slots, own, mask, caches))
+        begin += len(slots)
+    for row in rows:
+        row.length += 1
+    wheres = [functools.partial(attend_caches, layer=i, parts=parts) for i in range(len(model.layers))]
+    return model.blocks(x, lengths, wheres)[:begin]
+
+
+def attend_caches(q, k, v, layer, parts):
+    """Attention of one new token a row to the row's cache, one call a slab; shapes as in `attend`."""
+    new = torch.stack([k, v]).transpose(1, 2)  # (2, T, K, d)
+    # The G query heads of a key head stand where its queries would: no key is repeated.
+    q = q.unflatten(0, (len(k), -1)).permute(2, 0, 1, 3)  # (T, K, G, d)
+    out = torch.zeros_like(q)  # of filling, too
+    for part, slots, own, mask, caches in parts:
+        caches[layer][:, slots, own] = new[:, part]
+        keys, values = caches[layer][:, :len(slots)].transpose(2, 3)  # (slots, K, cells, d)
+        out[part] = F.scaled_dot_product_attention(q[part], keys, values, attn_mask=mask)
+    return out.flatten(1, 2).transpose(0, 1)
+
+
+def place(slabs, row, keys_values):
+    """Copy a row's keys and values, (2, >= length, K, d) a layer, to the smallest cache with a free cell."""
+    cells = max(CELLS, 1 << row.length.bit_length())
+    if cells not in slabs:
+        slabs[cells] = [], [kv.new_zeros(2, 0, cells, *kv.shape[2:]) for kv in keys_values]
+    rows, caches = slabs[cells]
+    for i, kv in enumerate(keys_values):
+        slots = caches[i].shape[1]
+        if slots == len(rows):  # zeros: a masked cell's weight is 0, but 0 * NaN is NaN
+            caches[i] = F.pad(caches[i], (0, 0, 0, 0, 0, 0, 0, 1 + slots // 4))
+        caches[i][:, len(rows), :row.length] = kv[:, :row.length]
+    rows.append(row)
+
+
+def settle(slabs):
+    """Take finished rows out, move rows whose cache is full to a larger one, give up slots that stay free."""
+    for cells, (rows, caches) in list(slabs.items()):
+        for slot in reversed(range(len(rows))):
+            row = rows[slot]
+            if not row.done and row.length == cells:
+                place(slabs, row, [cache[:, slot] for cache in caches])
+            if row.done or row.length == cells:  # the last row takes the slot
+                rows[slot] = rows[-1]
+                rows.pop()
+                for cache in caches:
+                    cache[:, slot] = cache[:, len(rows)]
+        if not rows:
+            del slabs[cells]
+        elif 2 * len(rows) < caches[0].shape[1]:
+            for i, cache in enumerate(caches):
+                caches[i] = cache[:, :len(rows)].clone()
+
+
+def next_logits(model, hidden):
+    """(n, D) states before the final norm to (n, V) logits in the model's dtype."""
+    fill = 0 if hidden.is_cuda else max(0, CPU_ROWS - len(hidden))
+    # On a CPU this order is faster for few rows than hidden @ weight.T, the transposed copy included.
+    logits = model.head_weight() @ F.pad(model.norm(hidden), (0, 0, 0, fill)).T
+    return logits[:, :len(hidden)].T.contiguous()
+
+
+def sample(logits, uniforms, temperature, top_p, top_k):
+    """One id a row: logits (n, V), uniforms (n,) fp64 in [0, 1), the rest as in `generate`; (n,) int64."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs, ids = filtered(logits, temperature, top_p, top_k)
+    cdf = probs.cumsum(-1)
+    picked = (cdf <= uniforms[:, None] * cdf[:, -1:]).sum(-1)
+    # The first bound is for u * total that was rounded up to total, the second for rows of NaN.
+    picked = picked.minimum((probs > 0).sum(-1) - 1).clamp_(min=0)
+    return ids.gather(1, picked[:, None]).squeeze(1)
+
+
+def filtered(logits, temperature, top_p, top_k):
+    """The filters in transformers' order: temperature, top-k, top-p.
+
+    Returns weights (n, k) fp64, largest first and 0 where top_p drops the token (the rest sum to less than 1
+    then), and their ids (n, k); k is V without top_k, at the cost of a sort of all logits.
+    """
+    values, ids = (logits.topk(top_k) if 0 < top_k < logits.shape[1] else logits.sort(-1, descending=True))
+    probs = (values.double() / temperature).softmax(-1)
+    if top_p < 1:
+        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)
+    return probs, ids
 
 
 # --- checkpoints in Hugging Face layout -----------------------------------------------------------

@@ -1,0 +1,230 @@
+"""model.generate against transformers' generate and logits warpers, and against itself in other batches."""
+
+import random
+
+import pytest
+import torch
+
+import model as qwen
+import tiny
+from model import UserError
+
+# tied, heads, key heads, head_dim, hidden
+SHAPES = [(True, 4, 2, 16, 32), (False, 8, 1, 8, 48), (True, 6, 2, 24, 40), (False, 4, 4, 32, 64)]
+VOCAB = 265
+
+
+def checkpoint(folder, shape, seed=0):
+    tied, heads, groups, head_dim, hidden = shape
+    return tiny.write_checkpoint(folder, tied, VOCAB, seed, num_attention_heads=heads, head_dim=head_dim,
+                                 num_key_value_heads=groups, hidden_size=hidden)
+
+
+def make_prompts(lengths, seed=0):
+    rng = random.Random(seed)
+    return [[rng.randrange(VOCAB) for _ in range(n)] for n in lengths]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Products this small gain nothing from a second thread, and lose much where the machine is not idle."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory):
+    return qwen.load_model(checkpoint(tmp_path_factory.mktemp("checkpoint"), SHAPES[0]))
+
+
+# --- greedy, against transformers one prompt at a time --------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("cells", [256, 4])
+def test_greedy_equals_transformers(tmp_path, monkeypatch, shape, cells):
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(qwen, "CELLS", cells)  # 4: rows change slabs again and again
+    folder = checkpoint(tmp_path, shape, seed=SHAPES.index(shape))
+    hf, ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), qwen.load_model(folder)
+    prompts = make_prompts([7, 1, 40, 3, 21, 90])
+    free = [hf.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)), do_sample=False,
+                        max_new_tokens=64, eos_token_id=-1, pad_token_id=0)[0, len(p):].tolist()
+            for p in prompts]
+    assert all(len(row) == 64 for row in free)
+    found = qwen.generate(ours, prompts, [0] * 6, max_tokens=64, temperature=0, batch_size=4)
+    assert found == [(row, False) for row in free]
+    end = {free[0][10], free[1][30], free[2][0]}  # several end ids, one of them at once
+    wanted = []
+    for row in free:
+        stop = next((i for i, token in enumerate(row) if token in end), None)
+        wanted.append((row[:stop], stop is not None))
+    assert {e for _, e in wanted} >= {True} and wanted[2] == ([], True)
+    found = qwen.generate(ours, prompts, [0] * 6, max_tokens=64, temperature=0, batch_size=4, end=end)
+    assert found == wanted
+
+
+def test_the_last_allowed_token_may_be_the_end(ours):
+    prompt = make_prompts([5])
+    free, _ = qwen.generate(ours, prompt, [0], max_tokens=8, temperature=0)[0]
+    stop = next(i for i in range(7, -1, -1) if free[i] not in free[:i])
+    settings = {"temperature": 0, "end": (free[stop],)}
+    assert qwen.generate(ours, prompt, [0], max_tokens=stop + 1, **settings) == [(free[:stop], True)]
+    if stop:
+        assert qwen.generate(ours, prompt, [0], max_tokens=stop, **settings) == [(free[:stop], False)]
+
+
+@torch.no_grad()
+def test_bf16_picks_a_largest_logit(tmp_path):
+    ours = qwen.load_model(checkpoint(tmp_path, SHAPES[3]), torch.bfloat16)
+    prompts = make_prompts([4, 30, 11])
+    for prompt, (ids, _) in zip(prompts, qwen.generate(ours, prompts, [0] * 3, max_tokens=20, temperature=0)):
+        logits = ours.logits(torch.tensor(prompt + ids))[len(prompt) - 1:-1].float()
+        picked = logits.gather(1, torch.tensor(ids)[:, None]).squeeze(1)
+        assert len(ids) == 20 and (logits.amax(1) - picked).max() <= 0.05 * logits.abs().max()
+
+
+# --- a sample is its own affair -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "top_p": 1, "top_k": 0},
+                                      {"temperature": 1.3, "top_p": 0.9, "top_k": 0}], ids=str)
+def test_a_sample_depends_on_its_seed_and_prompt_alone(ours, settings):
+    prompts = make_prompts([7, 1, 40, 3, 250, 2, 130] * 2, seed=1)
+    seeds = [*range(5, 11), 2**63, *range(11, 17), 2**64]
+    more = {"max_tokens": 30, "end": set(range(6)), **settings}
+    wanted = qwen.generate(ours, prompts, seeds, batch_size=1, **more)
+    assert len({tuple(ids) for ids, _ in wanted}) == 14  # each prompt twice, with other seeds
+    assert {e for _, e in wanted} == {True, False}
+    for batch_size in (3, 16, 64):
+        assert qwen.generate(ours, prompts, seeds, batch_size=batch_size, **more) == wanted
+    order = list(range(14))
+    random.Random(0).shuffle(order)
+    part = order[:9]  # as another rank would have them
+    found = qwen.generate(ours, [prompts[i] for i in part], [seeds[i] for i in part], batch_size=5, **more)
+    assert found == [wanted[i] for i in part]
+    other = qwen.generate(ours, prompts, [s + 100 for s in seeds], batch_size=16, **more)
+    assert sum(a != b for a, b in zip(other, wanted)) >= 13
+
+
+def test_tokens_of_one_seed_and_of_many_are_independent(tmp_path):
+    """All logits equal: what comes is the generator's numbers, in 8 classes of ids."""
+    model = qwen.load_model(checkpoint(tmp_path, SHAPES[1]))
+    model.lm_head.weight.data.zero_()
+    runs = qwen.generate(model, [[1]] * 60, range(60), max_tokens=50, temperature=1, top_p=1, top_k=0,
+                         batch_size=64)
+    classes = torch.tensor([ids for ids, _ in runs]) // 34  # 0..7, the last a little narrower
+    share = torch.tensor([34] * 7 + [VOCAB - 7 * 34]) / VOCAB
+    for pairs in ((classes[:, :-1], classes[:, 1:]), (classes[:-1], classes[1:])):  # in time, between seeds
+        counts = torch.bincount((8 * pairs[0] + pairs[1]).flatten(), minlength=64).double()
+        wanted = (share[:, None] * share).flatten() * pairs[0].numel()
+        assert ((counts - wanted) ** 2 / wanted).sum() < 130  # chi-square, 63 degrees of freedom: p < 1e-6
+
+
+# --- filters, against transformers' warpers -------------------------------------------------------
+
+
+def warped(logits, temperature, top_p, top_k):
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    scores = TemperatureLogitsWarper(temperature)(None, logits)
+    if top_k:
+        scores = TopKLogitsWarper(top_k)(None, scores)
+    if top_p < 1:
+        scores = TopPLogitsWarper(top_p)(None, scores)
+    return scores.double().softmax(-1)
+
+
+@pytest.mark.parametrize("vocab, scale", [(151936, 3), (151936, 0.1), (265, 3), (3000, 8), (10, 2)])
+@pytest.mark.parametrize("temperature, top_p, top_k", [
+    (0.7, 0.8, 20), (1.0, 1, 20), (1.0, 0.95, 0), (0.3, 0.5, 1), (1.7, 1e-6, 7), (2.0, 0.99, 200),
+    (1.0, 1, 0)])
+def test_the_filtered_distribution_equals_transformers(vocab, scale, temperature, top_p, top_k):
+    torch.manual_seed(vocab + top_k)
+    logits = torch.randn(4, vocab) * scale
+    wanted = warped(logits, temperature, top_p, top_k)
+    probs, ids = qwen.filtered(logits, temperature, top_p, top_k)
+    found = torch.zeros_like(wanted).scatter_(1, ids, probs / probs.sum(-1, keepdim=True))
+    # Their sums are fp32: a token at the very edge of top_p may fall either way, and weighs next to nothing.
+    assert ((found > 0) != (wanted > 0)).sum(1).max() <= (0 if 0 < top_k <= 20 else 0.002 * vocab)
+    assert (found - wanted).abs().sum(1).max() <= 2e-4 if top_p < 1 and not top_k else 1e-5
+    assert (found > 0).any(1).all()
+
+
+def test_sampling_is_the_inverse_of_the_distribution_function():
+    torch.manual_seed(0)
+    n, logits = 4000, torch.randn(1, 500)
+    uniforms = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    for settings in ((0.7, 0.8, 20), (1.0, 1, 0), (1.0, 0.9, 0)):
+        ids = qwen.sample(logits.expand(n, -1), uniforms, *settings)
+        share = torch.bincount(ids, minlength=500).double() / n
+        assert (share - warped(logits, *settings)[0]).abs().max() <= 1.5 / n
+    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    first, last = qwen.sample(logits.expand(2, -1), ends, 0.7, 0.8, 20)
+    probs = warped(logits, 0.7, 0.8, 20)[0]
+    assert probs[first] == probs.max() and 0 < probs[last] == probs[probs > 0].min()
+
+
+# --- continuous batching --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [2, 6])
+def test_a_long_sample_holds_up_nobody_and_memory_follows_the_rows(ours, monkeypatch, batch_size):
+    """One row goes on for long; 30 shorter ones pass through the other slots meanwhile."""
+    finished, counts, vacant, seen = [], [], [], []
+    place = qwen.place
+
+    def watched(slabs, *rest):
+        seen[:] = [slabs]
+        place(slabs, *rest)
+
+    def progress(n):
+        counts.append(n)
+        cells = sum(size * caches[0].shape[1] for size, (_, caches) in seen[0].items())
+        need = sum(max(4, 2 * row.length) for rows, _ in seen[0].values() for row in rows)
+        vacant.append(cells > 2 * need)
+    monkeypatch.setattr(qwen, "CELLS", 4)
+    monkeypatch.setattr(qwen, "place", watched)
+    prompts = make_prompts([8] * 31)
+    settings = {"max_tokens": 2000, "temperature": 1, "top_k": 0, "top_p": 1, "end": set(range(9))}
+    alone = qwen.generate(ours, prompts, range(31), batch_size=31, **settings)
+    first = max(range(31), key=lambda i: len(alone[i][0]))
+    order = [first] + [i for i in range(31) if i != first]
+    found = qwen.generate(ours, [prompts[i] for i in order], order, batch_size=batch_size,
+                          on_done=lambda *x: finished.append(x), progress=progress, **settings)
+    assert found == [alone[i] for i in order] and not any(vacant)
+    assert sorted(finished) == [(i, *x) for i, x in enumerate(found)] and finished[0][0] != 0
+    lengths = [len(ids) + ended for ids, ended in found]
+    assert 100 < lengths[0] < 2000 and sum(counts) == sum(lengths)
+    free = [0] * batch_size  # when each slot is free: the next prompt takes the first
+    for n in lengths:
+        free[free.index(min(free))] += n
+    assert len(counts) == max(free)
+
+
+def test_no_prompts_no_samples(ours):
+    assert qwen.generate(ours, [], [], max_tokens=5) == []
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"prompts": [[1], []]}, "prompt 1: ids none, at least one"),
+    ({"prompts": [[1], [3, VOCAB]]}, "prompt 1: ids 3 to 265, at least one, 0 to 264, expected"),
+    ({"prompts": [[-1], [3]]}, "prompt 0: ids -1 to -1"), ({"seeds": [1]}, "seeds: 1, 2, one a prompt"),
+    ({"seeds": [1, -2]}, "seed 1: -2, 0 or more"), ({"max_tokens": 0}, "max_tokens 0, 1 or more expected"),
+    ({"temperature": -0.1}, "temperature -0.1"), ({"temperature": float("nan")}, "temperature nan"),
+    ({"top_p": 0}, "top_p 0, above 0"), ({"top_p": 1.1}, "top_p 1.1"), ({"top_k": -1}, "top_k -1"),
+    ({"batch_size": 0}, "batch_size 0"), ({"top_k": -1, "top_p": 2}, "(?s)top_p.*top_k")], ids=str)
+def test_wrong_arguments_are_refused(ours, change, words):
+    with pytest.raises(UserError, match=words):
+        qwen.generate(ours, **{"prompts": [[1], [2]], "seeds": [0, 1], "max_tokens": 2, **change})
+
+
+def test_logits_that_are_not_finite_are_no_text(tmp_path):
+    model = qwen.load_model(checkpoint(tmp_path, SHAPES[0]))
+    model.norm.weight.data[3] = float("nan")
+    for temperature in (0, 0.7):
+        with pytest.raises(UserError, match="prompt 0: logits of token 0 are not finite"):
+            qwen.generate(model, [[1, 2]], [0], max_tokens=3, temperature=temperature)
