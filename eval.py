@@ -55,7 +55,22 @@ class Own:
 
     model: qwen.Qwen3
     chat: data.Chat
+    end: set  # ids that end an answer
     batch_size: int = 32
+
+
+def open_own(folder: str, dtype, device, batch_size: int = 32) -> Own:
+    """An Own model from a checkpoint folder or hub id. Answers end at <|im_end|>, and at what
+    generation_config.json names."""
+    folder = qwen.checkpoint_folder(folder)
+    chat = data.load_chat(folder, qwen.read_config(folder).vocab_size)
+    path, end = os.path.join(folder, "generation_config.json"), []
+    if os.path.exists(path):
+        found = qwen.read_json(path).get("eos_token_id")
+        end = found if isinstance(found, list) else [] if found is None else [found]
+        if not all(isinstance(token, int) for token in end):
+            raise UserError(f'{path}: "eos_token_id": an integer or a list of them expected, found {found!r}')
+    return Own(qwen.load_model(folder, dtype, device), chat, {chat.im_end, *end}, batch_size)
 
 
 @dataclass
@@ -326,9 +341,10 @@ def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks
             bar.update()
 
         if isinstance(policy, Own):
-            for at in range(0, len(mine), 512):
+            step = 512 if enough else max(1, len(mine))
+            for at in range(0, len(mine), step):
                 if not (enough and enough()):
-                    answer_own(policy, mine[at:at + 512], sampling, keep, tick)
+                    answer_own(policy, mine[at:at + step], sampling, keep, tick)
         else:
             call, workers = policy, 1
             if isinstance(policy, Server):
@@ -350,7 +366,7 @@ def answer_own(own: Own, requests, sampling, keep, tick):
 
     qwen.generate(own.model, [own.chat.prompt(r.messages) for r in requests], [r.seed for r in requests],
                   max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_p=sampling.top_p,
-                  top_k=sampling.top_k, end={own.chat.im_end}, batch_size=own.batch_size, on_done=done, progress=tick)
+                  top_k=sampling.top_k, end=own.end, batch_size=own.batch_size, on_done=done, progress=tick)
 
 
 # --- grading: which answer does a text commit itself to? ------------------------------------------

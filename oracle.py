@@ -487,9 +487,7 @@ def open_policy(o, default_body, ranks):
         body = json.loads(o.body) if o.body else default_body
         return evaluation.open_server(o.server, o.server_model, workers=o.workers, timeout=o.request_timeout,
                                       tries=o.tries, body=body)
-    folder = qwen.checkpoint_folder(o.model)
-    chat = data.load_chat(folder, qwen.read_config(folder).vocab_size)
-    return Own(qwen.load_model(folder, getattr(torch, o.dtype), ranks.device), chat, o.batch_size)
+    return evaluation.open_own(o.model, getattr(torch, o.dtype), ranks.device, o.batch_size)
 
 
 def run(o, ranks: Ranks):

@@ -1,9 +1,11 @@
 """The pipeline that makes the pairs: client, elicit, rectify, and what can go wrong on the way."""
 
 import email.utils
+import itertools
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -420,6 +422,92 @@ def test_real_question_files_are_read():
     for name, count in counts.items():
         items, dropped = oracle.read_questions(str(SHARED / name), oracle.INSTRUCTION)
         assert len(items) + dropped["the same question again"] == count, name
+
+
+# --- elicit ---------------------------------------------------------------------------------------
+
+
+def write_questions(path, count):
+    path.write_text("".join(json.dumps({"question": f"{i} + {i}?", "answer": str(2 * i)}) + "\n"
+                            for i in range(count)))
+
+
+def test_elicit_sorts_the_answers_of_a_server(monkeypatch, capsys, tmp_path):
+    write_questions(tmp_path / "q.jsonl", 12)
+
+    def behave(body, attempt):
+        i = int(body["messages"][0]["content"].split("\n")[-1].split()[0])
+        return [completion(f"\\boxed{{{2 * i}}}"), completion(f"\\boxed{{{2 * i + 1}}}"), completion("?"),
+                completion("and so", "length"), (400, {}, b"no"), completion("")][i % 6]
+    with Misbehaving(behave) as server:
+        code, err = run_cli(monkeypatch, capsys, "elicit", "--questions", tmp_path / "q.jsonl", "--out",
+                            tmp_path / "out", "--server", server.url, "--samples", 2)
+        assert code == 0, err
+        sent = server.requests[0][1]
+    assert (sent["temperature"], sent["top_p"], sent["top_k"], sent["max_tokens"]) == (0.7, 0.8, 20, 32768)
+    assert sent["chat_template_kwargs"] == {"enable_thinking": False}
+    assert len({b["seed"] for _, b in server.requests}) == 24
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary == {"answers wanted": 24, "right": 4, "wrong": 4, "wrong: no final answer": 8,
+                       "cut off at max_tokens": 4, "request failed": 4}
+    errors = rows(tmp_path / "out" / "errors.jsonl")
+    assert len(errors) == 8 and all(oracle.LAST_LINE in e["question"] for e in errors)
+    assert len(rows(tmp_path / "out" / "samples.jsonl")) == 20
+    read, dropped = data.read_pairs(str(tmp_path / "out" / "correct.jsonl"))
+    assert len(read) == 4 and all(p.rejected is None for p in read) and not dropped
+
+
+def torchrun(ranks, *argv):
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", *map(str, argv)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def test_sampled_texts_do_not_depend_on_ranks_or_batch(monkeypatch, capsys, tmp_path, checkpoint):
+    write_questions(tmp_path / "q.jsonl", 18)
+    shared = ("elicit", "--questions", tmp_path / "q.jsonl", "--model", checkpoint, "--dtype", "float32",
+              "--max_tokens", 24, "--instruction", "{question}", "--out")
+    for out, batch in (("a", 16), ("b", 1)):
+        code, err = run_cli(monkeypatch, capsys, *shared, tmp_path / out, "--batch_size", batch)
+        assert code == 0, err
+    torchrun(2, "oracle.py", *shared, tmp_path / "c", "--batch_size", 4)
+    texts = [rows(tmp_path / out / "samples.jsonl") for out in "abc"]
+    assert len(texts[0]) == 18 and texts[0] == texts[1] == texts[2]
+    assert len({r["answer"] for r in texts[0]}) == 18  # random weights: all different
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the shared data")
+def test_real_questions_from_end_to_end(monkeypatch, capsys, tmp_path, checkpoint):
+    """50 GSM8K questions, a random policy, an Oracle that knows the reference solutions, one training run."""
+    reference = {}
+    for _, row in itertools.islice(data.read_lines(str(SHARED / "gsm8k" / "test.jsonl")), 50):
+        reference[row["question"]] = row["answer"]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"question": q, "answer": a}) + "\n"
+                                              for q, a in reference.items()))
+    policy = shutil.copytree(checkpoint, tmp_path / "policy")  # a sixth of all tokens end its answers
+    (policy / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(0, 265, 6))}))
+    code, err = run_cli(monkeypatch, capsys, "elicit", "--questions", tmp_path / "q.jsonl", "--model", policy,
+                        "--dtype", "float32", "--max_tokens", 64, "--temperature", 1, "--top_p", 1,
+                        "--top_k", 0, "--out", tmp_path / "elicited")
+    assert code == 0, err
+    errors = rows(tmp_path / "elicited" / "errors.jsonl")
+    assert 30 < len(errors) <= 50 and all(e["extracted_answer"] is None for e in errors)
+    (tmp_path / "elicited" / "errors.jsonl").rename(tmp_path / "errors.jsonl")
+
+    def behave(body, attempt):
+        text = body["messages"][0]["content"]
+        answer = next(a for q, a in reference.items() if q in text)
+        return completion(f"{oracle.START}\n{answer}\n{oracle.END}")
+    with Misbehaving(behave) as server:
+        code, err = rectify(monkeypatch, capsys, tmp_path, server, checkpoint, "--max_change_ratio", 1)
+        assert code == 0, err
+    pairs = rows(tmp_path / "out" / "pairs.jsonl")
+    assert len(pairs) == len(errors) and all(p["gemini_extracted_answer"] == p["ground_truth"] for p in pairs)
+    torchrun(2, "train.py", "--model", checkpoint, "--pairs", tmp_path / "out" / "pairs.jsonl", "--dtype",
+             "float32", "--max_change_ratio", 1, "--epochs", 1, "--lr", 1e-4, "--out", tmp_path / "run")
+    steps = rows(tmp_path / "run" / "metrics.jsonl")
+    assert len(steps) == -(-len(pairs) // 32) and steps[0]["reward_chosen"] == 0
 
 
 # --- killed and gone on ---------------------------------------------------------------------------
