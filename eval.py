@@ -10,6 +10,7 @@ import cmath
 import email.utils
 import fcntl
 import glob
+import hashlib
 import itertools
 import json
 import math
@@ -30,13 +31,19 @@ from fractions import Fraction
 from functools import lru_cache
 from http.client import HTTPException, IncompleteRead
 
+import torch
 from tqdm import tqdm
 
 import data
 import model as qwen
-from model import Ranks, UserError
+from model import Ranks, UserError, option
 
 # --- sampling: the own model or a server, every answer kept as it comes ---------------------------
+
+
+LAST_LINE = r"Therefore, the final answer is: $\boxed{ANSWER}$."
+INSTRUCTION = ("Solve the following problem step by step. End with this line, ANSWER replaced by your final "
+               f"answer:\n{LAST_LINE}\n\n{{question}}")
 
 
 @dataclass(frozen=True)
@@ -263,6 +270,13 @@ class Request:
     seed: int
 
 
+def request_for(name, messages, seed):
+    """A Request whose key and seed follow from what is asked: other questions never meet old answers."""
+    digest = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:12]
+    own_seed = hashlib.sha256(f"{seed} {name} {digest}".encode()).digest()
+    return Request(f"{name} {digest}", messages, int.from_bytes(own_seed[:4], "little") >> 1)
+
+
 def read_log(folder: str, keys) -> dict:
     """{key: record} of all raw answers in a folder; a later record of a key replaces an earlier one.
 
@@ -298,6 +312,29 @@ def open_log(path: str):
     f.seek(0)
     f.truncate(f.read().rfind(b"\n") + 1)
     return f
+
+
+def claim_folder(out, settings):
+    """Make `out`, or check that it was made with the same settings. Raises UserError where not."""
+    path = os.path.join(out, "settings.json")
+    if os.path.exists(path):
+        kept = qwen.read_json(path)
+        differ = [f"{k} was {kept.get(k)!r}, now {v!r}" for k, v in settings.items() if kept.get(k) != v]
+        if differ:
+            raise UserError(f"{out} holds work with other settings: choose another --out\n  "
+                            + "\n  ".join(differ))
+        return
+    if os.path.isdir(out) and os.listdir(out):
+        raise UserError(f"{out} is not empty and holds no work of this program: choose another --out")
+    os.makedirs(out, exist_ok=True)
+    qwen.write_json(path, settings)
+
+
+def write_rows(path, rows):
+    """A JSONL file, whole or as it was before."""
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(path + ".tmp", path)
 
 
 def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks,
@@ -367,6 +404,41 @@ def answer_own(own: Own, requests, sampling, keep, tick):
     qwen.generate(own.model, [own.chat.prompt(r.messages) for r in requests], [r.seed for r in requests],
                   max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_p=sampling.top_p,
                   top_k=sampling.top_k, end=own.end, batch_size=own.batch_size, on_done=done, progress=tick)
+
+
+# --- command line: whom to ask ----------------------------------------------------------------------
+
+
+@dataclass
+class Asking:
+    """What both commands share: whom to ask, and how."""
+
+    out: str = option("", "folder to write; an unfinished one is gone on with (required)")
+    model: str = option("", "ask this Qwen3 checkpoint (folder or hub id), in this process")
+    server: str = option("", "ask an OpenAI-compatible server, http://host:port/v1; key: OPENAI_API_KEY")
+    server_model: str = option("", "model name at the server; empty: the only one it serves")
+    body: str = option("", "JSON object: more keys of each request to the server")
+    workers: int = option(16, "requests to the server at a time")
+    request_timeout: float = option(600.0, "seconds a request may take")
+    tries: int = option(6, "attempts per request, with growing pauses")
+    temperature: float = option(0.7, "0: greedy")
+    top_p: float = option(0.8, "keep the likeliest tokens up to this share")
+    top_k: int = option(20, "keep that many likeliest tokens; 0: all")
+    max_tokens: int = option(32768, "tokens of an answer; longer ones are cut off and counted")
+    batch_size: int = option(32, "answers the own model writes at a time")
+    dtype: str = option("bfloat16", "of the own model", ("float32", "bfloat16"))
+    seed: int = option(0, "of the samples")
+    skip_malformed: bool = option(False, "drop and count malformed rows instead of stopping")
+    timeout: int = option(86400, "seconds after which a stalled rank ends the run")
+
+
+def open_policy(o, default_body, ranks):
+    """The Own model or the Server that the options name."""
+    if o.server:
+        body = json.loads(o.body) if o.body else default_body
+        return open_server(o.server, o.server_model, workers=o.workers, timeout=o.request_timeout,
+                                      tries=o.tries, body=body)
+    return open_own(o.model, getattr(torch, o.dtype), ranks.device, o.batch_size)
 
 
 # --- grading: which answer does a text commit itself to? ------------------------------------------

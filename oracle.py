@@ -14,7 +14,6 @@ kill loses nothing: start the same command again. `elicit` also runs under torch
 
 import argparse
 import contextlib
-import hashlib
 import importlib.util
 import json
 import os
@@ -23,19 +22,14 @@ import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
 
-import torch
-
 import data
 import eval as evaluation
 import model as qwen
-from eval import Own, Request, Sampling, Server, answers_match, extract_answer
+from eval import (INSTRUCTION, LAST_LINE, Asking, Own, Sampling, Server, answers_match, claim_folder,
+                  extract_answer, open_policy, request_for, write_rows)
 from model import Ranks, UserError, add_options, close_ranks, open_ranks, option
 
 START, END = "=== CORRECTED STARTED ===", "=== CORRECTED ENDED ==="
-LAST_LINE = r"Therefore, the final answer is: $\boxed{ANSWER}$."
-INSTRUCTION = ("Solve the following problem step by step. End with this line, ANSWER replaced by your final "
-               f"answer:\n{LAST_LINE}\n\n{{question}}")
-
 _REPAIR = r"""Below are a problem and a student's solution, which ends in a wrong answer.{given}
 
 [Problem]
@@ -159,39 +153,6 @@ def read_errors(path, skip_malformed=False):
         return Item(item_id(row, line), row["question"], gold, answer)
 
     return read_items(path, parse, skip_malformed)
-
-
-# --- the output folder ----------------------------------------------------------------------------
-
-
-def claim_folder(out, settings):
-    """Make `out`, or check that it was made with the same settings. Raises UserError where not."""
-    path = os.path.join(out, "settings.json")
-    if os.path.exists(path):
-        kept = qwen.read_json(path)
-        differ = [f"{k} was {kept.get(k)!r}, now {v!r}" for k, v in settings.items() if kept.get(k) != v]
-        if differ:
-            raise UserError(f"{out} holds work with other settings: choose another --out\n  "
-                            + "\n  ".join(differ))
-        return
-    if os.path.isdir(out) and os.listdir(out):
-        raise UserError(f"{out} is not empty and holds no work of this program: choose another --out")
-    os.makedirs(out, exist_ok=True)
-    qwen.write_json(path, settings)
-
-
-def write_rows(path, rows):
-    """A JSONL file, whole or as it was before."""
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(path + ".tmp", path)
-
-
-def request_for(name, messages, seed):
-    """A Request whose key and seed follow from what is asked: other questions never meet old answers."""
-    digest = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:12]
-    own_seed = hashlib.sha256(f"{seed} {name} {digest}".encode()).digest()
-    return Request(f"{name} {digest}", messages, int.from_bytes(own_seed[:4], "little") >> 1)
 
 
 def collect(policy, requests, out, sampling, ranks, title, judge, write, enough=None) -> dict:
@@ -397,29 +358,6 @@ def edited_answers(path: str):
 
 
 @dataclass
-class Asking:
-    """What both commands share: whom to ask, and how."""
-
-    out: str = option("", "folder to write; an unfinished one is gone on with (required)")
-    model: str = option("", "ask this Qwen3 checkpoint (folder or hub id), in this process")
-    server: str = option("", "ask an OpenAI-compatible server, http://host:port/v1; key: OPENAI_API_KEY")
-    server_model: str = option("", "model name at the server; empty: the only one it serves")
-    body: str = option("", "JSON object: more keys of each request to the server")
-    workers: int = option(16, "requests to the server at a time")
-    request_timeout: float = option(600.0, "seconds a request may take")
-    tries: int = option(6, "attempts per request, with growing pauses")
-    temperature: float = option(0.7, "0: greedy")
-    top_p: float = option(0.8, "keep the likeliest tokens up to this share")
-    top_k: int = option(20, "keep that many likeliest tokens; 0: all")
-    max_tokens: int = option(32768, "tokens of an answer; longer ones are cut off and counted")
-    batch_size: int = option(32, "answers the own model writes at a time")
-    dtype: str = option("bfloat16", "of the own model", ("float32", "bfloat16"))
-    seed: int = option(0, "of the samples")
-    skip_malformed: bool = option(False, "drop and count malformed rows instead of stopping")
-    timeout: int = option(86400, "seconds after which a stalled rank ends the run")
-
-
-@dataclass
 class ElicitOptions(Asking):
     """python oracle.py elicit"""
 
@@ -479,15 +417,6 @@ def parse_command(argv=None):
     if problems:
         raise UserError("\n  ".join(["these options do not work:"] + problems))
     return o
-
-
-def open_policy(o, default_body, ranks):
-    """The Own model or the Server that the options name."""
-    if o.server:
-        body = json.loads(o.body) if o.body else default_body
-        return evaluation.open_server(o.server, o.server_model, workers=o.workers, timeout=o.request_timeout,
-                                      tries=o.tries, body=body)
-    return evaluation.open_own(o.model, getattr(torch, o.dtype), ranks.device, o.batch_size)
 
 
 def run(o, ranks: Ranks):

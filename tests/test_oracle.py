@@ -57,7 +57,7 @@ def good(body, attempt):
 
 
 def two_plus():
-    return oracle.Request("k", [{"role": "user", "content": "What is 2 plus"}], 1)
+    return evaluation.Request("k", [{"role": "user", "content": "What is 2 plus"}], 1)
 
 
 def run_cli(monkeypatch, capsys, *argv):
@@ -129,7 +129,7 @@ def test_a_fault_that_stays_is_a_named_outcome(fault):
     answer, reason, times = LASTING[fault]
     with Misbehaving(lambda *_: answer) as server:
         client = evaluation.Server(server.url, "m", timeout=0.3, pause=0.01, tries=2)
-        request = oracle.Request("k", [{"role": "user", "content": "x"}], 1)
+        request = evaluation.Request("k", [{"role": "user", "content": "x"}], 1)
         assert evaluation.ask(client, request, evaluation.Sampling()) == {"error": reason}
         assert sum(server.asked.values()) == times
 
