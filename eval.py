@@ -432,6 +432,28 @@ class Asking:
     timeout: int = option(86400, "seconds after which a stalled rank ends the run")
 
 
+def check_asking(o: Asking, allowed: tuple) -> list:
+    """What is wrong with these options, as text; `allowed` are the options that name whom to ask, of which
+    exactly one must be given. OPENAI_BASE_URL stands in for all of them."""
+    if not any(getattr(o, k) for k in allowed):
+        o.server = os.environ.get("OPENAI_BASE_URL", "")
+    found = sum(bool(getattr(o, k)) for k in allowed)
+    problems = ["--out is required"] * (not o.out)
+    problems += [f"exactly one of --{', --'.join(allowed)} expected, found {found}"] * (found != 1)
+    for k, low in {"workers": 1, "request_timeout": 1e-3, "tries": 1, "max_tokens": 1, "batch_size": 1,
+                   "timeout": 1, "temperature": 0, "top_k": 0, "seed": 0}.items():
+        if not low <= getattr(o, k) < math.inf:
+            problems.append(f"--{k} is {getattr(o, k)}, a number of at least {low} expected")
+    if not 0 < o.top_p <= 1:
+        problems.append(f"--top_p is {o.top_p}, a share above 0 and up to 1 expected")
+    try:
+        if not isinstance(json.loads(o.body or "{}"), dict):
+            problems.append(f"--body is {o.body!r:.60}, a JSON object expected")
+    except ValueError as error:
+        problems.append(f"--body is no JSON: {error}")
+    return problems
+
+
 def open_policy(o, default_body, ranks):
     """The Own model or the Server that the options name."""
     if o.server:

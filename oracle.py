@@ -25,8 +25,8 @@ from dataclasses import asdict, dataclass
 import data
 import eval as evaluation
 import model as qwen
-from eval import (INSTRUCTION, LAST_LINE, Asking, Own, Sampling, Server, answers_match, claim_folder,
-                  extract_answer, open_policy, request_for, write_rows)
+from eval import (INSTRUCTION, LAST_LINE, Asking, Own, Sampling, Server, answers_match, check_asking,
+                  claim_folder, extract_answer, open_policy, request_for, write_rows)
 from model import Ranks, UserError, add_options, close_ranks, open_ranks, option
 
 START, END = "=== CORRECTED STARTED ===", "=== CORRECTED ENDED ==="
@@ -391,29 +391,15 @@ def parse_command(argv=None):
     given = vars(parser.parse_args(argv))
     command = given.pop("command")
     o = (ElicitOptions if command == "elicit" else RectifyOptions)(**given)
-    problems = [f"--{k} is required" for k in ("out", "questions", "errors") if getattr(o, k, None) == ""]
-    sources = [k for k in ("model", "server", "function", "edited") if getattr(o, k, "")]
-    allowed = ("model", "server") + ("function", "edited") * (command == "rectify")
-    if not sources and os.environ.get("OPENAI_BASE_URL"):
-        sources, o.server = ["server"], os.environ["OPENAI_BASE_URL"]
-    if len(sources) != 1:
-        problems.append(f"exactly one of --{', --'.join(allowed)} expected, found {len(sources)}")
+    problems = [f"--{k} is required" for k in ("questions", "errors") if getattr(o, k, None) == ""]
+    problems += check_asking(o, ("model", "server") + ("function", "edited") * (command == "rectify"))
     if command == "rectify" and not (o.tokenizer or o.model):
         problems.append("--tokenizer is required: the policy's folder, whose tokens the change ratio counts")
-    for k, low in {"workers": 1, "request_timeout": 1e-3, "tries": 1, "max_tokens": 1, "batch_size": 1,
-                   "timeout": 1, "samples": 1, "temperature": 0, "top_k": 0, "seed": 0, "limit": 0,
-                   "target": 0, "max_change_ratio": 0}.items():
+    for k, low in {"samples": 1, "limit": 0, "target": 0, "max_change_ratio": 0}.items():
         if not low <= getattr(o, k, low) < float("inf"):
             problems.append(f"--{k} is {getattr(o, k)}, a number of at least {low} expected")
-    if not 0 < o.top_p <= 1:
-        problems.append(f"--top_p is {o.top_p}, a share above 0 and up to 1 expected")
     if command == "elicit" and "{question}" not in o.instruction:
         problems.append("--instruction lacks {question}")
-    try:
-        body = json.loads(o.body or "{}")
-        problems += ["--body: a JSON object expected"] * (not isinstance(body, dict))
-    except ValueError as e:
-        problems.append(f"--body is no JSON: {e}")
     if problems:
         raise UserError("\n  ".join(["these options do not work:"] + problems))
     return o
