@@ -3,7 +3,8 @@
 Comes in:  questions as chat messages and a model, our own or one behind an OpenAI-compatible server; the
            text of a response, and a gold answer as the benchmark files write it (LaTeX or plain).
 Goes out:  `sample`: every answer, kept in a log as it comes; `extract_answer`: the answer that a text
-           commits itself to, or None; `answers_match`: True or False.
+           commits itself to, or None; `answers_match`: True or False; `ifeval_verdicts`: which instructions a
+           text follows.
 """
 
 import cmath
@@ -11,6 +12,7 @@ import email.utils
 import fcntl
 import glob
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -1145,3 +1147,232 @@ def proportional(a, b, keep_sign, work):
     ratios = [r for r in apply(work, "/", *differences) if r is not None]
     ratio = inexact(ratios[0])[0] if len(ratios) >= 3 and agree(ratios[:1], ratios) else 0
     return ratio.real > 0 if keep_sign else ratio != 0
+
+
+# --- IFEval: was an instruction followed that a program can check? --------------------------------
+
+# The 25 kinds of google-research's instruction_following_eval by its rules, odd ones included. Its regular
+# expressions are rewritten where a long response would make them quadratic, with the same matches.
+#
+# Where a verdict can differ from the official checker:
+# - language (langdetect there): the script with the most letters, and in it the language of which the most
+#   words are in LANGUAGES, by default the script's first. Other languages, a few words (langdetect's guess
+#   is not even the same in each run) and text that is mostly formulas or names can be read otherwise.
+# - sentences (nltk's punkt there): after an abbreviation or an ellipsis a sentence ends before a capitalised
+#   word of STARTERS; punkt looks every word up in what it was trained on. So too after `A.` and the like.
+# - words in capitals (nltk there): its tokens as far as CAPITALS_BREAK knows them.
+# - keywords are regular expressions; those that could run away, or fail there, are literal text here.
+# - arguments that are missing, None or out of range: drawn at random there, refused here.
+
+LANGUAGES = {  # the letters of a script: its languages, each with frequent words and a mark of others
+    "A-Za-zªºÀ-ɏ\u1e00-\u1eff": {
+        "en": ("the of and to a in is it you that for with this are be on i your not as have was my we", ""),
+        "es": ("el la los las de que en un una por para con no es se del su como más al lo", "ñ"),
+        "pt": ("de que em um uma por para com não é se do da seu como mais no na dos", "[ãõ]"),
+        "fr": ("le la les de des et que en un une pour dans est pas du je vous ce qui sur au avec", "[œêç]"),
+        "de": ("der die das und ist nicht ein eine zu den mit sie ich es auf für im von dem sich", "ß"),
+        "it": ("il la le gli di che un una per con non è si del della sono in come più ho", "zione$"),
+        "pl": ("na się nie że to jest do jak ale od po za dla czy", "[ąęłśźżńć]"),
+        "vi": ("và của là có không được cho một những các với này tôi trong", "[ăơưđ\u1ea0-\u1ef9]"),
+        "sw": ("na ya wa kwa ni za katika la cha kuwa hii kama yake hiyo vya", ""),
+        "fi": ("ja on ei se että ovat oli mutta kun niin tai hän myös voi", "(ss[aä]|inen)$")},
+    "\u0400-\u04ff": {"ru": ("и в не на что с по это как я он но к из у за для от", "[ыэё]"),
+                      "uk": ("і в не на що з та це як до у за є від для про я де він", "[іїєґ]"),
+                      "bg": ("и в не на че с да се е от за по са това си ще", "ъ[^еёюя]|ият$")},
+    "\u0620-\u06d3": {"ar": ("في من على إلى أن التي هذا هذه الذي عن مع كان لا ما", "[ةكيىأإ]|^ال"),
+                      "fa": ("و به از که در را این است با برای آن می شما ما", "[پچژگکی]"),
+                      "ur": ("کے کی میں ہے اور سے کا کو ہیں نے یہ پر ایک", "[ٹڈڑںےہھ]")},
+    "\u0900-\u0963\u0970-\u097f": {
+        "hi": ("है के में की और से का को हैं नहीं यह एक भी पर हो था", "\u093c"),
+        "mr": ("आहे आणि मध्ये हे ते नाही आहेत ती हा साठी या व तर मी", "ळ|..(च्या|ाचा|ाची|ाचे|ांना|तील)$"),
+        "ne": ("छ र मा हो छन् लाई पनि यो गर्न भने हुन्छ छैन तर मलाई तपाईं", "..(को|मा|लाई|हरू|छ|छन्|नु)$")},
+    "\u3040-\u30ff\u4e00-\u9fff": {"zh": ("", ""), "ja": ("", "[\u3040-\u30ff]")},
+    **{letters: {name: ("", "")} for name, letters in {
+        "he": "\u0590-\u05ff", "bn": "\u0980-\u09ff", "pa": "\u0a00-\u0a7f", "gu": "\u0a80-\u0aff",
+        "ta": "\u0b80-\u0bff", "te": "\u0c00-\u0c7f", "kn": "\u0c80-\u0cff", "ml": "\u0d00-\u0d7f",
+        "th": "\u0e00-\u0e7f", "ko": "\u1100-\u11ff\uac00-\ud7af"}.items()}}
+
+
+def is_language(text, language):
+    """Whether `text` is in a language, an ISO 639-1 code. Text without letters is in any; one word that no
+    language claims is not English."""
+    if not any(c.isalpha() for c in text):
+        return True
+    text = " ".join(word for word in text.lower().split() if "@" not in word and "://" not in word)
+    script = max(LANGUAGES, key=lambda letters: len(re.findall(f"[{letters}]", text)))
+    words = re.findall(f"[{script}]+", text)
+    scores = {name: sum((f" {word} " in f" {frequent} ") + bool(mark and re.search(mark, word))
+                        for word in words) for name, (frequent, mark) in LANGUAGES[script].items()}
+    best = max(scores, key=scores.get)
+    return best == language and (scores[best] > 0 or len(words) > (best == "en"))
+
+
+ABBREVIATIONS = set(
+    "mr mrs ms dr prof st jr sr rep reps sen gen gov col lt maj adm messrs inc ltd co corp cos bros cie vs"
+    " jan feb aug sep sept oct nov dec tues wed fri ave ft yr mg ct a.m p.m u.s u.k u.n u.s.a u.s.s.r d.c"
+    " n.y n.j n.c n.h n.m s.c l.a r.i a.d b.v ph.d m.b.a j.k j.p j.r ala ariz calif colo conn fla ga ill kan"
+    " ky mich minn nev okla ore pa tenn va vt wash wis c d e f g h j k l m n p r s t v w".split())
+STARTERS = set(
+    "i the he it they this these there some many most both in if so but when while since although though"
+    " however despite thus yet nor even under among indeed instead meanwhile moreover according here please"
+    " yes your her".split())
+PUNCTUATION = r"""[)";}\]*:@'({\[!?]"""  # what punkt takes for a token of its own
+SENTENCE_END = re.compile(rf".*[.?!](?={PUNCTUATION}| )")
+SENTENCE_TAIL = re.compile(r"""["')\]}]*""")  # these still belong to the sentence before
+CAPITALS_BREAK = re.compile(
+    r"[\s;@#$%&?!*()\[\]{}<>\"«»“”„‘’`]+|[:,](?!\d)|--|\.{2,}|(?<=\w)(?='(?i:[smd]|ll|re|ve)(?![\w\n/-]))"
+    r"|(?<=\w)(?=N'T(?![\w\n/-]))|(?<=\b(?:CAN|GON|WAN|GOT))(?=(?:NOT|NA|TA)\b)")
+
+
+def ends_sentence(chunk, following):
+    """Whether `chunk`, which ends in . ? or !, ends a sentence before `following`."""
+    word = re.split(PUNCTUATION, chunk)[-1]
+    stem, upper, lower = word[:-1].lower(), following[0].isupper(), following[0].islower()
+    if word == "." or re.search("[?!]", chunk):
+        return True
+    if stem.endswith(".") or ABBREVIATIONS & {stem, stem.rpartition("-")[2]}:
+        return upper and len(stem) > 1 and re.split(PUNCTUATION, following)[0].strip(",.").lower() in STARTERS
+    return not (lower and re.fullmatch(r"[^\W\d]|-?[.,]?\d[\d,.-]*", stem))  # 1. one   b. two
+
+
+def count_sentences(text):
+    """Number of sentences. As in punkt a word holds one end at most, the last that something follows: a text
+    that ends in `Hi!!` or `**Hi.**` has one more than it seems."""
+    words, count = text.split(), 1
+    if len(words) > 1 and words[-2][-1] in ".?!" and SENTENCE_TAIL.fullmatch(words[-1]):
+        words[-2:] = [words[-2] + words[-1]]
+    for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
+        end = SENTENCE_END.match(word + " " * bool(following))
+        rest = word[end.end():] if end else ""
+        if end and (following or not SENTENCE_TAIL.fullmatch(rest)):
+            count += ends_sentence(end[0], rest or following)
+    return count
+
+
+def is_json(text):
+    try:
+        text = re.sub(r"\A(?:```json)?(?:```Json)?(?:```JSON)?(?:```)?", "", text.strip())
+        json.loads(text.removesuffix("```").strip())
+    except (ValueError, RecursionError):  # RecursionError: nested too deeply
+        return False
+    return True
+
+
+def pieces(text, divider):
+    """What dividers part; nothing if a piece is empty that is neither the first nor the last."""
+    parts = [part.strip() for part in text.split(divider)]
+    parts = parts[not parts[0]:len(parts) - (not parts[-1])]
+    return parts if all(parts) else []
+
+
+def nth_paragraph_starts(text, num_paragraphs, nth_paragraph, first_word):
+    """Empty paragraphs do not count for the number, but do for which is the nth."""
+    paragraphs = [paragraph.strip() for paragraph in text.split("\n\n")]
+    filled = sum(map(bool, paragraphs))
+    if filled != num_paragraphs or not 1 <= nth_paragraph <= filled or not paragraphs[nth_paragraph - 1]:
+        return False
+    word = paragraphs[nth_paragraph - 1].split()[0].lstrip("'").lstrip('"')
+    return re.split("[.,?!'\"]", word)[0].lower() == first_word.lower()
+
+
+def keyword_pattern(text, before="", after="", flags=re.IGNORECASE):
+    """`text` as a regular expression if it is one without repeats, groups and branches, else literally."""
+    literal = re.search(r"[*+{(|]", text) or text.count("?") > 3
+    try:
+        return re.compile(before + (re.escape(text) if literal else text) + after, flags)
+    except re.error:
+        return re.compile(before + re.escape(text) + after, flags)
+
+
+def compare(count, relation, threshold):
+    return count < threshold if relation == "less than" else count >= threshold
+
+
+POSTSCRIPTS = {"P.S.": r"p\.\s?s\.", "P.P.S": r"p\.\s?p\.\s?s"}
+CHECKS = {  # instruction: its check of a text; the parameters after the text are the instruction's arguments
+    "change_case:capital_word_frequency": lambda text, capital_frequency, capital_relation: compare(
+        sum(map(str.isupper, CAPITALS_BREAK.split(text))), capital_relation, capital_frequency),
+    "change_case:english_capital": lambda text: text.isupper() and is_language(text, "en"),
+    "change_case:english_lowercase": lambda text: text.islower() and is_language(text, "en"),
+    "combination:repeat_prompt": lambda text, prompt_to_repeat:
+        text.strip().lower().startswith(prompt_to_repeat.strip().lower()),
+    "combination:two_responses": lambda text:
+        len(pieces(text, "******")) == len(set(pieces(text, "******"))) == 2,
+    "detectable_content:number_placeholders": lambda text, num_placeholders:
+        re.findall(r"\[[^\]\n]*(\]?)", text).count("]") >= num_placeholders,
+    "detectable_content:postscript": lambda text, postscript_marker: bool(re.search(
+        POSTSCRIPTS.get(postscript_marker.strip()) or keyword_pattern(postscript_marker.strip().lower()),
+        text.lower())),
+    "detectable_format:constrained_response": lambda text:
+        any(f"My answer is {option}." in text for option in ("yes", "no", "maybe")),
+    "detectable_format:json_format": is_json,
+    "detectable_format:multiple_sections": lambda text, section_spliter, num_sections: len(
+        keyword_pattern(section_spliter.strip(), after=r"\s?\d+", flags=0).findall(text)) >= num_sections,
+    "detectable_format:number_bullet_lists": lambda text, num_bullets: num_bullets == sum(
+        len(re.findall(pattern, text, re.M)) for pattern in (r"^[^\S\n]*\*[^*].*", r"^[^\S\n]*-")),
+    "detectable_format:number_highlighted_sections": lambda text, num_highlights: num_highlights <= sum(
+        bool(inner.strip()) for pattern in (r"\*([^\n*]*)\*", r"\*\*([^\n*]*)\*\*")
+        for inner in re.findall(pattern, text)),
+    "detectable_format:title": lambda text:
+        any(line.partition("<<")[2].rpartition(">>")[0].lstrip("<").rstrip(">").strip()
+            for line in text.split("\n")),
+    "keywords:existence": lambda text, keywords: all(keyword_pattern(k).search(text) for k in keywords),
+    "keywords:forbidden_words": lambda text, forbidden_words:
+        not any(keyword_pattern(word, r"\b", r"\b").search(text) for word in forbidden_words),
+    "keywords:frequency": lambda text, keyword, frequency, relation:
+        compare(len(keyword_pattern(keyword.strip()).findall(text)), relation, frequency),
+    "keywords:letter_frequency": lambda text, letter, let_frequency, let_relation:
+        compare(text.lower().count(letter.lower()), let_relation, let_frequency),
+    "language:response_language": is_language,
+    "length_constraints:nth_paragraph_first_word": nth_paragraph_starts,
+    "length_constraints:number_paragraphs": lambda text, num_paragraphs:
+        len(pieces(text, "***")) == num_paragraphs,
+    "length_constraints:number_sentences": lambda text, num_sentences, relation:
+        compare(count_sentences(text), relation, num_sentences),
+    "length_constraints:number_words": lambda text, num_words, relation:
+        compare(len(re.findall(r"\w+", text)), relation, num_words),
+    "punctuation:no_comma": lambda text: "," not in text,
+    "startend:end_checker": lambda text, end_phrase:
+        text.strip().strip('"').lower().endswith(end_phrase.strip().lower()),
+    "startend:quotation": lambda text: len(text.strip()) > 1 and text.strip()[0] == text.strip()[-1] == '"'}
+
+
+def is_argument(name, value):
+    """Whether `value` can be the argument `name` of an instruction."""
+    if name in ("keywords", "forbidden_words"):
+        return isinstance(value, list) and len(value) > 0 and all(is_argument("keyword", v) for v in value)
+    if name.startswith(("num_", "nth_")) or name.endswith("frequency"):
+        return type(value) is int and value >= 0
+    if name.endswith("relation"):
+        return value in ("less than", "at least")
+    longest = {"letter": 1, "prompt_to_repeat": math.inf}.get(name, MAX_CHARS)
+    return isinstance(value, str) and value.strip() != "" and len(value) <= longest and (
+        name != "language" or any(value in languages for languages in LANGUAGES.values()))
+
+
+def ifeval_verdicts(response: str, instruction_ids: list[str], kwargs: list[dict]
+                    ) -> tuple[list[bool], list[bool]]:
+    """Strict and loose verdict of each instruction on a response.
+
+    Strict: on the response as it is. Loose: on any of eight texts: the response whole, without its first
+    line, its last, or both, each also without `*`. An empty text follows nothing. An argument that is None is
+    absent. Raises UserError that names the instruction and its wrong, missing or unknown arguments."""
+    if len(instruction_ids) != len(kwargs):
+        raise UserError(f"{len(instruction_ids)} instructions, but arguments for {len(kwargs)}")
+    lines = response.split("\n")
+    cut = [response, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
+    variants = [text for text in dict.fromkeys(cut + [text.replace("*", "") for text in cut]) if text.strip()]
+    strict, loose = [], []
+    for instruction, given in zip(instruction_ids, kwargs):
+        check = CHECKS.get(str(instruction))
+        if not check or not isinstance(given, dict):
+            raise UserError(f"instruction {instruction!r} with arguments {given!r} is none of IFEval's")
+        given = {name: value for name, value in given.items() if value is not None}
+        names = list(inspect.signature(check).parameters)[1:]
+        wrong = [f"{name} = {given.get(name)!r}" for name in sorted({*names, *given})
+                 if name not in names or not is_argument(name, given.get(name))]
+        if wrong:
+            raise UserError(f"{instruction} takes {', '.join(names) or 'nothing'}; not {', '.join(wrong)}")
+        strict.append(any(check(text, **given) for text in variants if text == response))
+        loose.append(strict[-1] or any(check(text, **given) for text in variants))
+    return strict, loose

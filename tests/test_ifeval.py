@@ -1,0 +1,246 @@
+"""IFEval's 25 kinds of instruction: cases by hand, the official verdicts on real answers, hostile input."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from eval import CHECKS, count_sentences, ifeval_verdicts, is_language
+from model import UserError
+
+OFFICIAL = Path(__file__).parents[2] / "shared" / "data" / "ifeval" / "half_with_official_verdicts.jsonl"
+
+LESS, LEAST = "less than", "at least"
+NTH = {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "Moon"}
+CASES = [  # kind, arguments, texts that follow it, texts that do not
+    ("change_case:capital_word_frequency", {"capital_frequency": 3, "capital_relation": LEAST},
+     ["BIG RED fox I", "IT'S A-B", "ONE,TWO:THREE", "**NASA** (ESA) I'm", "U.S. AND/OR UK.", "CANNOT BE"],
+     ["BIG RED fox", "A-B-C D", "Big Red FOX", "1 2 3 !"]),
+    ("change_case:capital_word_frequency", {"capital_frequency": 2, "capital_relation": LESS},
+     ["One BIG fox", "none at all", "I'm"], ["BIG FOX", "I AM"]),
+    ("change_case:english_capital", {}, ["THE CAT IS ON THE MAT. 1!"],
+     ["THE CAT IS On THE MAT", "123", "DIE KATZE IST NICHT AUF DEM DACH UND SCHLÄFT"]),
+    ("change_case:english_lowercase", {}, ["the cat is on the mat. 1!"],
+     ["The cat is on the mat", "123", "die katze ist nicht auf dem dach und schläft"]),
+    ("combination:repeat_prompt", {"prompt_to_repeat": " Say (this). "},
+     ["say (THIS). Done", "  Say (this)."], ["I say (this).", "Say this."]),
+    ("combination:two_responses", {}, ["a******b", "******a\n******\nb******", "a ******* b"],
+     ["a", "a****** a ", "a******b******c", "a************b", "a ***** b"]),
+    ("detectable_content:number_placeholders", {"num_placeholders": 2}, ["[a] [b]", "[] x []", "[[a] [b]]"],
+     ["[a]", "[a\n] [b]", "a] [b"]),
+    ("detectable_content:postscript", {"postscript_marker": "P.S."},
+     ["bye\nP.S. x", "p. s. x", "PP.S."], ["bye\nPS x", "P.P.S x", "p.  s."]),
+    ("detectable_content:postscript", {"postscript_marker": "P.P.S"},
+     ["P.P.S x", "p. p. s", "P.P.S."], ["P.S. x", "PPS"]),
+    ("detectable_content:postscript", {"postscript_marker": "Note"}, ["a NOTE"], ["a not"]),
+    ("detectable_format:constrained_response", {}, ["My answer is yes.", "So: My answer is maybe. Ok"],
+     ["my answer is yes.", "My answer is yes", "Yes"]),
+    ("detectable_format:json_format", {},
+     ['{"a": 1}', "```json\n[1]\n```", "```JSON [1]```", " 3 ", "```\n3\n```"],
+     ["{'a': 1}", "Here: {}", "```python\n1\n```", "[1] x"]),
+    ("detectable_format:multiple_sections", {"section_spliter": " Section ", "num_sections": 2},
+     ["Section 1 a Section 2", "Section1\nSection\n2", "Section 1 Section 2 Section 3"],
+     ["SECTION 1 SECTION 2", "Section 1", "Section one Section two", "Section  1 Section  2"]),
+    ("detectable_format:number_bullet_lists", {"num_bullets": 2},
+     ["* a\n* b", "- a\n\n  - b", "* a\n-b", "*a\n--- ", "*a* b\n * c", "*\n- a"],
+     ["* a", "* a\n* b\n* c", "** a\n** b", "1. a\n2. b", "x * a\ny * b", "+ a\n+ b", "*\n* a"]),
+    ("detectable_format:number_highlighted_sections", {"num_highlights": 2},
+     ["*a* *b*", "**a** b **c**", "*a* **b**", "*a*b*c*"],
+     ["*a*", "**a**", "* * *b*", "*a\nb* c", "__a__ _b_"]),
+    ("detectable_format:title", {}, ["<<a>>", "x <<< a >>", "<<a> b>>"], ["<a>", "<<>>", "<< >>", "<<a\n>>"]),
+    ("keywords:existence", {"keywords": ["cat", "a.b"]}, ["CATS a.b", "concat axb"],
+     ["cat", "a.b", "c at a.b"]),
+    ("keywords:forbidden_words", {"forbidden_words": ["cat", "dog house"]},
+     ["cats dog", "concat", "dog  house"], ["the Cat.", "a dog house", "cat-like"]),
+    ("keywords:frequency", {"keyword": " ha ", "frequency": 3, "relation": LEAST}, ["hahaHA", "that has Ha"],
+     ["ha ha", "h a"]),
+    ("keywords:frequency", {"keyword": "ha", "frequency": 3, "relation": LESS}, ["ha ha", "x"], ["hahaha"]),
+    ("keywords:frequency", {"keyword": "why?", "frequency": 2, "relation": LEAST}, ["who, wh", "why Why?"],
+     ["why?"]),
+    ("keywords:letter_frequency", {"letter": "A", "let_frequency": 2, "let_relation": LEAST},
+     ["aA", "banana"], ["a"]),
+    ("keywords:letter_frequency", {"letter": "!", "let_frequency": 2, "let_relation": LESS}, ["hi!"],
+     ["hi!!"]),
+    ("language:response_language", {"language": "de"}, ["Das ist nicht die Katze.", "123 !"],
+     ["This is the cat."]),
+    ("length_constraints:nth_paragraph_first_word", NTH,
+     ["Sun\n\nmoon, x", "a\n\n'\"Moon's\n\n", "a b\n\n  MOON"],
+     ["moon", "moon\n\nsun", "a\n\nmoon\n\nb", "a\n\nmoons", "a\nmoon", "a\n\n\n\nmoon", "a\n\n*moon"]),
+    ("length_constraints:number_paragraphs", {"num_paragraphs": 2},
+     ["a\n***\nb", "***a***b", "a *** b ***", "a***b"], ["a\n\nb", "a", "a***b***c", "a***\n***b"]),
+    ("length_constraints:number_sentences", {"num_sentences": 3, "relation": LEAST},
+     ["One. Two! Three?", "One. two. three."], ["Dr. Smith is in. Ok.", "1.5 is it. So"]),
+    ("length_constraints:number_sentences", {"num_sentences": 2, "relation": LESS}, ["One, two; three."],
+     ["A bee. Cee."]),
+    ("length_constraints:number_words", {"num_words": 3, "relation": LEAST}, ["a b c", "it's ok", "a-b_c d"],
+     ["a_b c"]),
+    ("length_constraints:number_words", {"num_words": 3, "relation": LESS}, ["a b", "!"], ["1.5 x"]),
+    ("punctuation:no_comma", {}, ["a; b", "a، b"], ["a, b", "1,000"]),
+    ("startend:end_checker", {"end_phrase": " The End. "}, ["x the end.", '"x The End."\n'],
+     ["The End. x", "The End"]),
+    ("startend:quotation", {}, [' "a" ', '""'], ['"', '"a', "'a'", "“a”", 'a "b"']),
+]
+
+
+def strict(text, kind, arguments):
+    return ifeval_verdicts(text, [kind], [arguments])[0][0]
+
+
+@pytest.mark.parametrize("kind, arguments, right, wrong", CASES)
+def test_cases(kind, arguments, right, wrong):
+    for text, verdict in [(text, True) for text in right] + [(text, False) for text in wrong + ["", " \n"]]:
+        assert strict(text, kind, arguments) is verdict, text
+
+
+def test_every_kind_has_cases():
+    assert len(CHECKS) == 25 and set(CHECKS) == {case[0] for case in CASES}
+
+
+SENTENCES = [
+    ("Hello", 1), ("Hello.", 1), ("Hello. World", 2), ("Hello.World", 1), ("He left at 5 p.m. on Monday.", 1),
+    ("Mr. and Mrs. Lee met J. Doe of Acme Inc. in Jan. 2020.", 1),
+    ("He came at 5 p.m. The door was open.", 2),
+    ("1. One thing\n2. Two things", 3), ("1. one 2. two", 1), ("Wait... what? No!", 2),
+    ("Wait... The end.", 2),
+    ('He said "Go." Then he left.', 2), ('"Go."', 1), ("(Go.) (Stop.)", 2), ("Hi!!", 2), ("**Hi.**", 2),
+    ('Go.\n"', 1),
+    ("That is, e.g. this", 2), ("Plan B. So we go.", 2), ("See pp. 3. Done", 3), ("What?! Why?", 2),
+    (". . a", 3)]
+
+
+@pytest.mark.parametrize("text, count", SENTENCES)
+def test_sentences(text, count):
+    assert count_sentences(text) == count
+
+
+LANGUAGE = {
+    "en": "We went to the sea and it was cold.", "es": "El perro duerme en la casa y no quiere salir.",
+    "pt": "Não sei se a menina vai para a escola com o irmão.",
+    "fr": "Je ne sais pas où est le chat de la voisine.",
+    "de": "Ich weiß nicht, ob der Hund im Garten ist.", "it": "Non so dove sono i libri della ragazza.",
+    "pl": "Nie wiem, gdzie się podział mój stary kapelusz.", "vi": "Tôi không biết con mèo đang ở đâu.",
+    "sw": "Watoto wanacheza katika bustani ya shule na walimu wao.",
+    "fi": "Koira on talossa, mutta kissa ei ole siellä.",
+    "ru": "Я не знаю, где он купил эту книгу.", "uk": "Я не знаю, де він купив цю книжку.",
+    "bg": "Не знам къде е книгата, която той купи.", "ar": "لا أعرف أين ذهب الولد في الصباح.",
+    "fa": "من نمی دانم که او کجا رفته است.", "ur": "مجھے نہیں معلوم کہ وہ کہاں گیا ہے۔",
+    "hi": "मुझे नहीं पता कि वह कहाँ गया है।", "mr": "मला माहीत नाही की तो कुठे गेला आहे.",
+    "ne": "मलाई थाहा छैन ऊ कहाँ गयो, तर घर यहाँ छ।", "he": "אני לא יודע איפה הספר.",
+    "bn": "আমি জানি না সে কোথায়।",
+    "pa": "ਮੈਨੂੰ ਨਹੀਂ ਪਤਾ ਉਹ ਕਿੱਥੇ ਹੈ।", "gu": "મને ખબર નથી તે ક્યાં છે.",
+    "ta": "அவன் எங்கே என்று தெரியவில்லை.",
+    "te": "అతను ఎక్కడ ఉన్నాడో నాకు తెలియదు.", "kn": "ಅವನು ಎಲ್ಲಿದ್ದಾನೆ ಎಂದು ನನಗೆ ಗೊತ್ತಿಲ್ಲ.",
+    "ml": "അവൻ എവിടെയാണെന്ന് എനിക്കറിയില്ല.",
+    "th": "ฉันไม่รู้ว่าเขาอยู่ที่ไหน", "ja": "彼がどこにいるのか分かりません。", "ko": "그가 어디에 있는지 모르겠어요.",
+}
+
+
+@pytest.mark.parametrize("language", LANGUAGE)
+def test_language(language):
+    assert [name for name in LANGUAGE if is_language(LANGUAGE[language], name)] == [language]
+    assert is_language(LANGUAGE[language] + " (AI, a@the.of.and.com)", language)
+
+
+def test_language_without_words():
+    assert is_language("12:30 !?", "th") and is_language("Grand tour", "en")
+    assert not is_language("etchings", "en")
+    assert not is_language("Καλημέρα", "en") and not is_language("你好", "ja")
+
+
+LOOSE = [
+    ("punctuation:no_comma", {}, "Sure, here:\na\nb", True),
+    ("punctuation:no_comma", {}, "a\nb\nBye, x", True),
+    ("punctuation:no_comma", {}, "Hi, you\na\nBye, x", True),
+    ("punctuation:no_comma", {}, "a\nb, c\nd", False), ("punctuation:no_comma", {}, "a, b", False),
+    ("startend:quotation", {}, '*"a"*', True), ("startend:quotation", {}, 'Sure:\n*"a"*\nBye', True),
+    ("startend:quotation", {}, 'Sure:\n\n\n  "a" \n\nBye', True),
+    ("startend:quotation", {}, 'a\nb\n"c"\nd', False),
+    ("detectable_format:number_bullet_lists", {"num_bullets": 1}, "- a\n- b", True),
+    ("keywords:existence", {"keywords": ["ab"]}, "a*b", True),
+    ("length_constraints:number_words", {"num_words": 9, "relation": LESS}, "", False)]
+
+
+@pytest.mark.parametrize("kind, arguments, text, verdict", LOOSE)
+def test_loose(kind, arguments, text, verdict):
+    assert ifeval_verdicts(text, [kind], [arguments]) == ([False], [verdict])
+
+
+def test_several_instructions_and_none():
+    kinds = ["punctuation:no_comma", "keywords:letter_frequency"]
+    arguments = [{"keywords": None, "num_words": None},
+                 {"letter": "a", "let_frequency": 2, "let_relation": LEAST}]
+    assert ifeval_verdicts("x, y\naa", kinds, arguments) == ([False, True], [True, True])
+    assert ifeval_verdicts("x", [], []) == ([], [])
+
+
+@pytest.mark.skipif(not OFFICIAL.is_file(), reason="the public data sets are not here")
+def test_official_verdicts():
+    rows, different, total = [json.loads(line) for line in OFFICIAL.open()], [], 0
+    for row in rows:
+        verdicts = ifeval_verdicts(row["response"], row["instruction_id_list"], row["kwargs"])
+        total += len(row["kwargs"])
+        for i, pair in enumerate(zip(*verdicts)):
+            if pair != (row["official_strict"][i], row["official_loose"][i]):
+                different.append((row["key"], row["instruction_id_list"][i]))
+    print(f"{1 - len(different) / total:.2%} of {total} instructions in {len(rows)} answers")
+    assert different == []
+
+
+BAD = [
+    ("keywords:exist", {}, "keywords:exist"), (None, {}, "None"), ("punctuation:no_comma", None, "no_comma"),
+    ("punctuation:no_comma", {"comma": 1}, "comma = 1"), ("keywords:existence", {}, "keywords = None"),
+    ("keywords:existence", {"keywords": None}, "keywords = None"),
+    ("keywords:existence", {"keywords": []}, r"\[\]"),
+    ("keywords:existence", {"keywords": "cat"}, "cat"), ("keywords:existence", {"keywords": [1]}, r"\[1\]"),
+    ("keywords:forbidden_words", {"forbidden_words": ["a", " "]}, "forbidden_words"),
+    ("length_constraints:number_words", {"num_words": 3}, "relation = None"),
+    ("length_constraints:number_words", {"num_words": 3, "relation": "at most"}, "at most"),
+    ("length_constraints:number_words", {"num_words": 3, "relation": [LESS]}, "relation"),
+    ("detectable_content:number_placeholders", {"num_placeholders": 2.0}, "num_placeholders = 2.0"),
+    ("detectable_content:number_placeholders", {"num_placeholders": True}, "num_placeholders = True"),
+    ("detectable_content:number_placeholders", {"num_placeholders": -1}, "num_placeholders = -1"),
+    ("keywords:letter_frequency", {"letter": "ab", "let_frequency": 2, "let_relation": LESS},
+     "letter = 'ab'"),
+    ("language:response_language", {"language": "xx"}, "language = 'xx'"),
+    ("language:response_language", {"language": ["en"]}, "language"),
+    ("startend:end_checker", {"end_phrase": "a" * 1001}, "end_phrase"),
+]
+
+
+@pytest.mark.parametrize("kind, arguments, named", BAD)
+def test_bad_instructions_are_named(kind, arguments, named):
+    with pytest.raises(UserError, match=named):
+        ifeval_verdicts("a", [kind], [arguments])
+
+
+def test_as_many_arguments_as_instructions():
+    with pytest.raises(UserError, match="1 instructions"):
+        ifeval_verdicts("a", ["punctuation:no_comma"], [])
+
+
+@pytest.mark.parametrize("keyword, text, found", [
+    ("(a+)+$", "a" * 50 + "b", False), ("(a+)+$", "x (A+)+$", True), ("a?" * 30 + "a" * 30, "a" * 30, False),
+    ("c++", "C++", True), ("c++", "ccc", False), ("[", "a[", True), ("\\", "a\\", True), ("(?i)", "a", False),
+    ("a|b", "a", False), ("[ab]", "b", True), ("(.*)*x", "a" * 50, False), (r"(?#", "a", False)])
+def test_keywords_that_are_no_safe_pattern_are_text(keyword, text, found):
+    assert strict(text, "keywords:existence", {"keywords": [keyword]}) is found
+    for kind, arguments in (
+            ("keywords:forbidden_words", {"forbidden_words": [keyword]}),
+            ("detectable_content:postscript", {"postscript_marker": keyword}),
+            ("detectable_format:multiple_sections", {"section_spliter": keyword, "num_sections": 1}),
+            ("keywords:frequency", {"keyword": keyword, "frequency": 1, "relation": LEAST})):
+        assert strict(text, kind, arguments) in (True, False)
+
+
+REPEATED = ["\n", " ", "\t\n", "*", "-", "[", "<<", ">>", "<", "***", "* ", "\n\n", "a", "A", "Hi! ", ".",
+            "!", '"', "é", "a.", "अ", "{", "1", "```", "Section ", "p. ", "१", "日", "\0", "\ud800", "'", "a@",
+            "://", "\n*", "\n -"]
+
+
+@pytest.mark.parametrize("piece", REPEATED)
+def test_hostile_texts_take_no_time(piece):
+    kinds, arguments = zip(*{case[0]: case[1] for case in CASES}.items())
+    start = time.process_time()
+    ifeval_verdicts(piece * (20000 // len(piece)) + "x", list(kinds), list(arguments))
+    assert time.process_time() - start < 2  # a quadratic step would take many
