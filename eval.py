@@ -30,8 +30,8 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import lru_cache
 from http.client import HTTPException, IncompleteRead
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -408,7 +408,7 @@ def answer_own(own: Own, requests, sampling, keep, tick):
                   top_k=sampling.top_k, end=own.end, batch_size=own.batch_size, on_done=done, progress=tick)
 
 
-# --- command line: whom to ask ----------------------------------------------------------------------
+# --- sampling: options ----------------------------------------------------------------------------
 
 
 @dataclass
@@ -467,450 +467,134 @@ def open_policy(o, default_body, ranks):
 
 # --- grading: which answer does a text commit itself to? ------------------------------------------
 
-# An answer is read into one of three records: a Quantity (a number, an expression, or words), Many of them
-# (list, set, union, tuple, interval, matrix) or a Statement about a name (`x = ...`, `x < ...`). Expressions
-# are never rewritten: a recursive-descent parser evaluates them at fixed points, in exact fractions while
-# that is possible and else in complex floats that carry a bound of their own rounding error. Two values are
-# equal if they differ by no more than that bound; there is no other tolerance to tune.
+# `tokenize` turns spellings into canonical tokens by two tables; `read` takes lists, tuples and relations
+# apart; the expressions that remain are computed at nine points. Equal are expressions with equal values:
+# exact fractions while that is possible, else floats within 1e-11 of the larger one. No tolerance is absolute,
+# and a float that has lost its digits (sin pi, 1 - cos 10^-9) equals nothing but the same text.
 #
 # Where this differs from math-verify on purpose: a decimal equals an exact value only as its rounding to six
 # or more digits (0.333 is not 1/3), and another decimal only exactly; numbers in a base have a value (10_2
-# is 2); {2n \\choose n}, factorials, 1e-5 and -1./3 are read; a unit that one side lacks is forgiven, two
-# different units are not; p % equals p and p / 100; a list is a set, order and repetition do not count; of
-# several boxes only the last is the answer. Not seen: identities that hold for integers only, unions of
-# intervals that touch, and differences of irrational values below double precision.
+# is 2); {2n \choose n}, factorials, 1e-5 and -1./3 are read; a unit that one side lacks is forgiven, two
+# different units are not; p % equals p and p / 100; a list is a set, and a union is a list; of several boxes
+# only the last is the answer. Not seen: even roots of negative numbers, intervals that touch, degrees in
+# sin 30°, differences of irrational values below 1e-11.
 
 BOX = re.compile(r"\\f?box(?:ed)?\s*(\{|[^\s{}\\$])")
-STATED = re.compile(r"####|\banswers?\b[^.\n:$\\\d]{0,40}?(?:\b(?:is|are|be)\b\s*:?|:|=)", re.I)
+STATED = re.compile(
+    r"(?:####|\banswers?\b[^.\n:$\\\d]{0,40}?(?:\b(?:is|are|be)\b|:|=))(?:[\s:,*]*"
+    r"\b(?:thus|hence|therefore|then|simply|just|exactly|equal to|equals|given by)\b)*[\s:,*]*", re.I)
 
 
 def extract_answer(text: str) -> str | None:
-    """The final answer of a response: what the last box holds, else what the last "answer is", "Answer:"
-    or "####" states, else None. Thinking is no answer: everything up to the last </think> is dropped,
-    and a text that ends inside <think> or inside its last box was cut off and has none."""
+    """What the last box of a response holds, else what the last "answer is", "Answer:" or "####" states.
+    Thinking is dropped; a text that ends inside <think> or its last box was cut off and has no answer."""
     text = text.rpartition("</think>")[2]
-    boxed, stated = last_boxed(text), [m.end() for m in STATED.finditer(text)]
-    if "<think>" in text or boxed is None and not stated:
+    answer, stated = last_boxed(text), [m.end() for m in STATED.finditer(text)]
+    if "<think>" in text or answer is None and not stated:
         return None
-    if boxed is None:
-        rest = text[stated[-1]:].lstrip("* \t\n").split("\n")[0].split("<|")[0]
-        formula = re.match(r"\$[^$]+\$|\\\(.+?\\\)|\\\[.+?\\\]", rest)
-        boxed = formula[0] if formula else re.split(r"[.;]\s", rest)[0].strip(".* ")
-    return boxed.strip() or None
+    if answer is None:
+        rest = text[stated[-1]:].split("\n")[0].split("<|")[0]
+        formula = re.match(r"\$+[^$]+\$+|\\\(.+?\\\)|\\\[.+?\\\]", rest)
+        answer = formula[0] if formula else re.split(r"[.;]\s|,?\s(?:because|since)\b", rest)[0].strip(".* ")
+    return answer.strip() or None
 
 
 def last_boxed(text):
     """Contents of the last \\boxed{} or \\fbox{}, braces balanced; "" if it never closes, None if none."""
-    boxes = list(BOX.finditer(text))
-    if not boxes or boxes[-1][1] != "{":
-        return boxes[-1][1] if boxes else None
-    depth, start = 0, boxes[-1].start(1)
-    for brace in re.finditer(r"\\.|[{}]", text[start:], re.S):  # an escaped brace is no brace
+    *_, box = [None, *BOX.finditer(text)]
+    if box is None or box[1] != "{":
+        return box and box[1]
+    depth = 0
+    for brace in re.compile(r"\\.|[{}]", re.S).finditer(text, box.start(1)):  # an escaped brace is no brace
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
-            return text[start + 1:start + brace.start()]
+            return text[box.end():brace.start()]
     return ""
 
 
 # --- grading: text to tokens ----------------------------------------------------------------------
 
-MAX_CHARS, MAX_DEPTH, MAX_BITS, MAX_WORK = 1000, 40, 16_000, 3_000  # beyond these only equal text is equal
-
-
-class NotMath(ValueError):
-    """Not readable as mathematics, or too much work: such an answer equals only the same text."""
-
-
-def mixed_number(m):
-    """1\\frac45 is 1 + 4/5 where the fraction is proper, else a product."""
-    top, bottom = (int(x.strip("{}")) for x in m.group(2, 3))
-    return f"({m[1]}+{top}/{bottom})" if top < bottom else m[0]
-
-
-def repeating_decimal(m):
-    """0.1\\overline{6} is 16 - 1 by 90."""
-    whole, once, again = m.groups()
-    top, bottom = int(whole + once + again) - int(whole + once), 10 ** len(once + again) - 10 ** len(once)
-    return f"({top}/{bottom})"
-
-
+MAX_CHARS, MAX_DEPTH, MAX_COMMAS, MAX_BITS = 400, 25, 60, 3000  # beyond these only the same text is equal
+TEXT, MATRIX = r"\\(?:text|mbox|mathrm|operatorname)\w*\s*", r"\s*\{(?:[pbB]?matrix|array)\}"
 REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in [
-    (r"\\(?:text|mbox|mathrm|operatorname)\w*\s*\{([^{}\"]*)\}", r' "\1" '),  # kept apart: may be a unit
-    (r"\\(?:left|right)\s*\.|\\(?:begin|end)\{(?:aligned|equation)\*?\}", " "),
-    (r"\\begin\s*\{(?:[pbB]?matrix|array)\}(?:\s*\{[^{}]*\})?", " ⟦ "),
-    (r"\\end\s*\{(?:[pbB]?matrix|array)\}", " ⟧ "),
+    (r"\b(?:square|sq)\s+([a-z]+)", r"\1^2"),  # units
+    (TEXT + r"\{[\s~(]*([A-Za-z][A-Za-z\s/.'-]*?)[\s).]*\}", r' "\1" '),  # "words": perhaps a unit
+    (TEXT + r"\{([^{}]*)\}", r" \1 "),
     (r"(?<=\d)(?:\{,\}|,\\!|\\[,! ])\s*(?=\d{3}(?!\d))", ""),  # 10{,}000   11,\! 111   1\,000
-    (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree", "°"),
-    (r"\^\s*(?:\{\s*\\prime\s*\}|\\prime)", "'"),
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits|math(?:bf|it|cal)|boldsymbol|q?quad|f?box(?:ed)?)"
+     r"(?![A-Za-z])|(?<!\\)\\[,;:! ()\[\]$]|[$£€~]", " "),
     (r"\\mathbb\s*\{?\s*R\s*\}?|\ball real numbers\b", r"(-\\infty,\\infty)"),
-    (r"\\(?:emptyset|varnothing)|\\\{\s*\\\}", " emptyset "),
-    (r"(?<![\w.^}])(\d{1,9})\s*\\[dtc]?frac\s*(\{\d{1,9}\}|\d)\s*(\{\d{1,9}\}|\d)", mixed_number),
-    (r"(?<![\w.^])(\d{1,9}) +(\d{1,9})/(\d{1,9})(?![\d.])", mixed_number),
-    (r"(?<![\w.])(\d{1,9})\.(\d{0,9})\\overline\s*\{(\d{1,9})\}", repeating_decimal),
+    (r"\A\s*([A-Za-z' ]*[A-Za-z]{3}[A-Za-z' ]*|[Nn]o)[.\s]*\Z", r' "\1" '),  # a word, no product of letters
+    (r'"?\b(?:and|or)\b"?|\\cup\b', ","),
+    (r"\\begin" + MATRIX + r"(?:\s*\{[^{}]*\})?", "⟦("),  # a matrix is ⟦(1,2),(3,4)⟧
+    (r"(?:\\\\\s*)?\\end" + MATRIX, ")⟧"),
+    (r"\\\\", "),("),
+    (r"(?:\||\\[lr]?vert\b)(.*?)(?:\||\\[lr]?vert\b)", r" abs(\1)"),
+    (r"\\l(floor|ceil)\b(.*?)\\r\1\b", r" \1(\2)"),
+    (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
+    (r"\s*([_^])\s*", r"\1"),
+    (r"(log|ln)_(\{[^{}]*\}|\w)", r"\1 _{\2}"),  # a base; any other subscript belongs to its name
+    (r"\^(?:\{\s*\\circ\s*\}|\\circ)", "°"),
+    (r"\\prime\s*", "'"),
+    (r"\^\{?('+)\}?", r"\1"),
+    (r"\^(\{[^{}]*\}|\w)_(\{[^{}]*\}|\w)", r"_\2^\1"),  # v^2_0
+    (r"(?<![A-Za-z\\_^])([A-Za-z])\((\d+)\)", r"\1_{\2}"),  # I(0) is no product
     (r"\((\d+)\)_", r"\1_"),
-    (r"\^\s*(\{[^{}]*\}|\w)\s*_\s*(\{[^{}]*\}|\w)", r"_\2^\1"),  # v^2_0
-    (r"\b(?:np|math)\.(?=[a-z])", ""),
-]]
-TOKEN = re.compile(r'"[^"]*"|\\[A-Za-z]+|\\.|\d+_(?:\d+|\{\d+\})|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?'
-                   r"|[A-Za-z]+|\*\*|<=|>=|!=|\S", re.S)
-SAME_TOKEN = {old: new for new, olds in {
-    "": r"\left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \displaystyle \limits"
-        r" \mathbf \mathit \mathcal \boldsymbol \quad \qquad \, \; \: \! \( \) \[ \] \$ $ £ € ~ \boxed \fbox",
-    ",": r"and or \lor \land", "-": "− –", "*": r"\cdot \times × ·", "/": r"\div ÷", "^": "**", "±": r"\pm",
-    "∓": r"\mp", "%": r"\% percent percentage", "°": "degree degrees", "<": r"\lt", ">": r"\gt",
-    "≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=", "≠": r"\ne \neq !=", "≈": r"\approx \simeq",
-    "∈": r"\in", "∪": r"\cup", "|": r"\lvert \rvert \vert \mid", "(": r"\langle", ")": r"\rangle",
-    "⦃": r"\{ \lbrace", "⦄": r"\} \rbrace", "⌊": r"\lfloor", "⌋": r"\rfloor", "⌈": r"\lceil", "⌉": r"\rceil",
-    "frac": r"\dfrac \tfrac \cfrac", "binom": r"\dbinom \tbinom", "sqrt": "√", "pi": "π",
-    "infty": "∞ infinity inf oo", "arcsin": "asin", "arccos": "acos", "arctan": "atan",
-    r"\theta": "θ", r"\phi": r"\varphi", r"\epsilon": r"\varepsilon",
-}.items() for old in olds.split()}
-FUNCTIONS = {name: getattr(cmath, name) for name in "sin cos tan sinh cosh tanh exp log".split()} | {
-    "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan, "ln": cmath.log, "lg": cmath.log10,
-    "sec": lambda x: 1 / cmath.cos(x), "csc": lambda x: 1 / cmath.sin(x), "cot": lambda x: 1 / cmath.tan(x)}
-CONSTANTS = {"pi": math.pi, "e": math.e, "i": 1j}
-KNOWN = {*FUNCTIONS, *CONSTANTS, "frac", "binom", "sqrt", "choose", "infty", "emptyset"}
-ACCENTS = {"\\" + name for name in "dot ddot hat bar vec overline tilde angle triangle".split()}
-NAMES = ACCENTS | {"\\" + name for name in (
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi"
-    " psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega hbar ell").split()}
-SHORT_UNITS = set("cm mm km kg ft in mi yd hr min mph lb oz sq day way".split())  # any longer word is one
+    (r"(?<![\w.^}])(\d+)\s*\\[dtc]?frac\s*(\{\d+\}|\d)\s*(\{\d+\}|\d)", r"(\1+\2/\3)"),  # mixed: 1\frac45
+    (r"(?<![\w.^])(\d+) +(\d+)/(\d+)(?![\d.])", r"(\1+\2/\3)"),
+    (r"(frac|binom)\s*(\d)", r"\1{\2}"),  # \frac12
+    (r"(frac|binom)\s*(\{[^{}]*\})\s*(\d)", r"\1\2{\3}"),
+    (r"((?<=[\d}])|(?<=pi))\s*(?:\\approx|\\simeq|≈)[^=]*\Z", ""),  # pi/2 ≈ 1.57: the exact side counts
+    (r"\b(?:np|math)\.(?=[a-z])", "")]]
+# What one token may be written as. Tokens are signs, numbers, names (letters first) and words ('"cm').
+SAME = {old: new for new, olds in {
+    "-": "− –", "*": r"\cdot \times × ·", "/": r"\div ÷", "^": "**", "±": r"\pm", "∓": r"\mp", ",": r"& ∪",
+    "<": r"\lt", ">": r"\gt", "≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=", "≠": r"\ne \neq",
+    "=": r"\in ∈ \approx \simeq ≈", "(": r"\langle", ")": r"\rangle", r"\{": r"\lbrace", r"\}": r"\rbrace",
+    "frac": r"\dfrac \tfrac \cfrac", "binom": r"\dbinom \tbinom", "sqrt": "√", "pi": "π", "theta": "θ",
+    "phi": r"\varphi", "infty": "∞ infinity inf", '"emptyset': r"\emptyset \varnothing ∅",
+    "asin": r"arcsin \arcsin", "acos": r"arccos \arccos", "atan": r"arctan \arctan", "log": r"ln \ln",
+    '"%': r"% \% percent percentage", '"°': r"° \degree degree degrees", '"m': "meter meters", "": "the",
+    '"cm': "centimeter centimeters", '"km': "kilometer kilometers", '"in': "inch inches", '"ft': "foot feet",
+    '"mi': "mile miles", '"h': "hour hours hr", '"min': "minute minutes", '"s': "second seconds sec",
+    '"g': "gram grams", '"kg': "kilogram kilograms", '"lb': "pound pounds"}.items() for old in olds.split()}
+TOKEN = re.compile(r"""
+    ( "[^"]*" | (?<![A-Za-z\d\\])[A-Za-z]{4,} | (?<![A-Za-z\\]) (?:sin|cos|tan|sec|csc|cot|log|ln|exp|abs|pi
+      |cm|mm|km|kg|ft|in|mi|yd|hr|min|mph|lb|oz|sq|day|way|inf)(?![A-Za-z]) )                      # a word
+    | ( (?:\\[A-Za-z]+|[A-Za-z]) (?:_(?:\{[^{}]*\}|\\[A-Za-z]+|\w)|')* )                           # a name
+    | \d+_(?:\d+|\{\d+\}) | (?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))? | \\. | \*\* | [<>]= | \S
+    """, re.S | re.X)
+CLOSE = dict(zip(r"( [ { \{ ⟦".split(), r") ] } \} ⟧".split()))
 
 
 def tokenize(text: str) -> list[str]:
-    """LaTeX or plain text to canonical tokens. A unit, as in 12 cm, becomes '"cm'. NotMath if too long."""
-    if len(text) > MAX_CHARS:
-        raise NotMath("too long")
+    """Canonical tokens of LaTeX or plain text; raises ValueError if they are too many."""
+    if len(text) > MAX_CHARS or text.count(",") + text.count(";") > MAX_COMMAS:
+        raise ValueError("too long")
     if "\\begin" not in text:  # `\\frac`, a command escaped twice; in a matrix `\\` ends a row
-        text = re.sub(r"\\\\(?=[A-Za-z(){}\[\]])", r"\\", text)
+        text = text.replace("\\\\", "\\")
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
     if not re.search(r"[(\[]|\\\{", text):  # inside brackets a comma separates: (100,200) is a point
         text = re.sub(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", ""), text)
     tokens = []
-    for raw in TOKEN.findall(text):
-        quoted, bare, before = raw[0] == '"', raw.removeprefix("\\"), tokens[-1] if tokens else " "
-        word = raw.strip('" ') if quoted or raw.isalpha() else ""
-        token = bare if bare in KNOWN else SAME_TOKEN.get(word.lower() or raw, raw)
-        after_number = before[0] == '"' or before == "pi" or before[-1] in "0123456789)]}!"
-        if not word or token != raw or word in KNOWN and not quoted:
-            tokens += [token] * (token == "\\\\" or token.strip('\\" \n\t') != "")
-        elif after_number and word not in CONSTANTS and (
-                quoted or before[0] == '"' or len(word) > 3 or word in SHORT_UNITS):
-            tokens.append('"' + word)
-        else:
-            tokens += tokenize(word) if quoted else [token]
+    for m in TOKEN.finditer(text):
+        for word in m[1].strip('"').split() if m[1] else ():
+            tokens.append(SAME.get(word.lower(), word if word in KEYWORDS else '"' + word))
+        if not m[1]:  # a name is the same with and without braces, a_{n}
+            tokens.append(SAME.get(m[0], re.sub(r'[\s{}"\\]', "", m[0]) if m[2] else m[0]))
+    tokens = [t for t in tokens if t]
+    if max(depths(tokens), default=0) > MAX_DEPTH:
+        raise ValueError("too deep")
     return tokens
 
 
-# --- grading: tokens to values --------------------------------------------------------------------
-
-# A value is a list over the points below (of length 1 if no name occurs) of: a Fraction; or a complex
-# number, a bound of its error and whether all that led to it was real; or None, undefined.
-EPS = 2.0**-51
-# (low, high, denominator): small, medium, an integer, large, of either sign: |x| is not x, and
-# floor(x / 100) is not always 0.
-POINTS = [(0, 1, 89), (0, 1, 97), (1, 6, 83), (1, 9, 101), (2, 13, 1), (10, 900, 7), (-9, 9, 103),
-          (-3, 3, 107)]
-
-
-@lru_cache(256)
-def opaque(name):
-    """The values of a name: fixed by its bytes alone, so that a verdict never changes between runs."""
-    seeds = [zlib.crc32(f"{k} {name}".encode(errors="backslashreplace")) for k in range(len(POINTS))]
-    return [low + Fraction(1 + seed % ((high - low) * parts - 1), parts)
-            for seed, (low, high, parts) in zip(seeds, POINTS)]
-
-
-def real(x):
-    if x.imag:
-        raise ValueError("real numbers only")
-    return x.real
-
-
-def root(x, n):  # odd roots of negative numbers are real
-    odd = x.real < 0 and not x.imag and n.real % 2 == 1
-    return -((-x) ** (1 / n)) if odd else x ** (1 / n)
-
-
-def binomial(n, k):
-    return math.gamma(real(n) + 1) / math.gamma(real(k) + 1) / math.gamma(real(n - k) + 1)
-
-
-def small(*args):
-    return all(x.denominator == 1 and 0 <= x <= 1000 for x in args)
-
-
-ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "|": abs}
-EXACT = ARITHMETIC | {  # None: only a float can do
-    "^": lambda x, n: x ** int(n) if n.denominator == 1 and bits(x) * abs(n) <= MAX_BITS else None,
-    "!": lambda n: Fraction(math.factorial(int(n))) if small(n) else None,
-    "binom": lambda n, k: Fraction(math.comb(int(n), int(k))) if small(n, k) else None,
-    "⌊": lambda x: Fraction(math.floor(x)), "⌈": lambda x: Fraction(math.ceil(x))}
-FLOAT = ARITHMETIC | FUNCTIONS | {
-    "^": operator.pow, "sqrt": root, "binom": binomial, "!": lambda x: math.gamma(real(x) + 1),
-    "⌊": lambda x: math.floor(real(x) + 1e-9), "⌈": lambda x: math.ceil(real(x) - 1e-9)}
-
-
-def bits(x):
-    return max(x.numerator.bit_length(), x.denominator.bit_length()) if isinstance(x, Fraction) else 0
-
-
-def inexact(x):
-    """A Fraction as a float value; its error is 0 where it is exact, so that 3 stays an odd number."""
-    if not isinstance(x, Fraction):
-        return x
-    if x and not float(x):
-        raise ArithmeticError("underflow")
-    return complex(x), EPS * abs(float(x)) * (float(x) != x), True
-
-
-def at_point(op, args):
-    """One operation at one point. The error of a float result is its own rounding and what the errors of
-    the arguments do to it, found by trying."""
-    if op in EXACT and all(isinstance(x, Fraction) for x in args):
-        result = EXACT[op](*args)
-        if result is not None and bits(result) <= MAX_BITS:
-            return result
-    args = [inexact(x) for x in args]
-    f, plain = FLOAT[op], [x for x, _, _ in args]
-    value = complex(f(*plain))
-    error = EPS * abs(value)
-    for i, (x, dx, _) in enumerate(args):
-        error += abs(f(*plain[:i], x + dx, *plain[i + 1:]) - value) if dx else 0
-    underflow = value == 0 and all(plain) and op in ("*", "/", "^", "exp")
-    if underflow or not cmath.isfinite(value) or not error <= max(1e-7 * abs(value), 1e-9):
-        raise ArithmeticError("no digit of this is certain")
-    return value, error, all(real for _, _, real in args) and abs(value.imag) <= 8 * error
-
-
-def apply(work, op, *args):
-    """`op` at all points; None where an argument is, and where the operation is undefined."""
-    out = []
-    for k in range(max(map(len, args))):
-        here = [a[k % len(a)] for a in args]
-        spend(work, 1 + (sum(map(bits, here)) // 800) ** 2)  # long fractions cost their length squared
-        try:
-            out.append(None if None in here else at_point(op, here))
-        except (ValueError, ArithmeticError):
-            out.append(None)
-    return out
-
-
-def spend(work, units):
-    work[0] -= units
-    if work[0] < 0:
-        raise NotMath("too much work")
-
-
-@dataclass
-class Cursor:
-    """Where the parser stands in an expression. `work` is what it may still spend, shared by all parts."""
-
-    tokens: list
-    work: list
-    at: int = 0
-    depth: int = 0
-    bars: int = 0  # |...| now open
-    angle: bool = False  # inside a function's argument: there a degree is pi/180, else it is a unit
-
-    def peek(self):
-        return self.tokens[self.at] if self.at < len(self.tokens) else " "
-
-    def take(self):
-        self.at += 1
-        return self.tokens[self.at - 1] if self.at <= len(self.tokens) else " "
-
-
-def evaluate(tokens: list, work: list) -> list:
-    """The value of an expression; raises NotMath where it is none."""
-    c = Cursor(list(tokens), work)
-    value = parse(c)
-    if c.at < len(c.tokens):
-        raise NotMath("tokens left over")
-    return value
-
-
-BINDING = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 4, "!": 5, "°": 5}  # a sign binds as 3: -x^2 is -(x^2)
-ATOM = 5  # nothing binds tighter
-
-
-def parse(c, floor=0):
-    """The longest expression from here whose operators all bind tighter than `floor`."""
-    c.depth += 1  # every recursion of the parser passes here
-    if c.depth > MAX_DEPTH:
-        raise NotMath("too deep")
-    negative = False
-    while c.peek() in ("+", "-"):
-        negative ^= c.take() == "-"
-    value = parse(c, 3) if negative else parse_atom(c)
-    value = apply(c.work, "-", [Fraction(0)], value) if negative else value
-    while BINDING.get(c.peek(), 2 * starts_atom(c)) > floor:
-        op = c.take() if c.peek() in BINDING else "*"
-        if op == "*" and c.peek()[0].isdigit() and c.tokens[c.at - 1][0].isdigit():
-            raise NotMath("two numbers side by side")
-        if op == "°":
-            value = apply(c.work, "*", value, [(math.pi / 180, EPS, True)]) if c.angle else value
-        else:
-            value = apply(c.work, op, value, *([] if op == "!" else [parse(c, min(BINDING[op], 3))]))
-    c.depth -= 1
-    return value
-
-
-def starts_atom(c):
-    token = c.peek()
-    return token[0].isalnum() and token != "choose" or token in NAMES or token in tuple("([{⌊⌈") or (
-        token == "|" and not c.bars)
-
-
-def parse_atom(c):
-    token = c.take()
-    if token in CLOSE:
-        return parse_group(c, token)
-    if token[0].isdigit() or token[0] == "." and len(token) > 1:
-        return [number(token)]
-    if token in CONSTANTS:
-        return [(CONSTANTS[token], EPS, token != "i")]
-    if token == "sqrt":
-        degree = parse_group(c, c.take()) if c.peek() == "[" else [Fraction(2)]
-        return apply(c.work, "sqrt", parse(c, ATOM), degree)
-    if token in ("frac", "binom"):
-        return apply(c.work, "/" if token == "frac" else token, parse_argument(c), parse_argument(c))
-    return parse_function(c, token) if token in FUNCTIONS else parse_name(c, token)
-
-
-def parse_group(c, opening):
-    bars, c.bars = c.bars, opening == "|"
-    value = parse(c)
-    if c.peek() == "choose":
-        c.take()
-        value = apply(c.work, "binom", value, parse(c))
-    c.bars = bars
-    if c.take() != CLOSE[opening]:
-        raise NotMath("a bracket is open")
-    return apply(c.work, opening, value) if opening in "|⌊⌈" else value
-
-
-def parse_argument(c):
-    """What \\frac takes: a group, else one digit (the 1 of \\frac12), else an atom."""
-    token = c.peek()
-    if len(token) > 1 and token.isdigit():
-        c.tokens[c.at:c.at + 1] = [token[0], token[1:]]
-    return parse(c, ATOM)
-
-
-def number(token):
-    """An exact literal: digits, a decimal, 4.5e33, or digits in a base, 10_2."""
-    digits, _, base = token.partition("_")
-    try:
-        if len(token.lower().partition("e")[2]) > 4:
-            raise ValueError("huge")
-        return Fraction(int(digits, int(base.strip("{}")) or -1) if base else token)  # base 0 would guess
-    except ValueError:  # or 9_8
-        raise NotMath("no number") from None
-
-
-def parse_function(c, name):
-    power = base = None
-    while c.peek() in ("^", "_"):
-        if c.tokens[c.at:c.at + 5] == ["^", "{", "-", "1", "}"] and "arc" + name in FUNCTIONS:
-            name, c.at = "arc" + name, c.at + 5
-        elif c.take() == "^":
-            power = parse_argument(c)
-        else:
-            base = parse_argument(c)
-    angle, c.angle = c.angle, True
-    if c.peek() in CLOSE:
-        value = parse(c, ATOM)
-    else:  # without brackets the argument is a product: \sin 2 t \cos t
-        value = parse(c, 2)
-        while starts_atom(c) and c.peek() not in FUNCTIONS and c.peek() != "(":
-            value = apply(c.work, "*", value, parse(c, 2))
-    c.angle = angle
-    value = apply(c.work, name, value)
-    if base:
-        value = apply(c.work, "/", value, apply(c.work, "ln", base))
-    return apply(c.work, "^", value, power) if power else value
-
-
-def parse_name(c, token):
-    """A variable with subscripts and primes; a short word is a product of letters, a long one a name."""
-    if token.isalpha() and 1 < len(token) < 4 and token not in KNOWN:
-        c.tokens[c.at:c.at] = [token[1:]]
-        token = token[0]
-    elif token in ACCENTS:
-        token += raw_group(c)
-    elif not (token.isalpha() or token in NAMES):
-        raise NotMath(f"{token!r} is no operand")
-    while c.peek() in ("_", "'"):
-        token += raw_group(c) if c.take() == "_" else "'"
-    if re.match(r"\(" if token[0] in "fghFG" else r"\(\d+\)", "".join(c.tokens[c.at:c.at + 3])):
-        token += raw_group(c)  # f(x) and I(0) are no products
-    return opaque(token)
-
-
-def raw_group(c):
-    end = c.at + closing(c.tokens[c.at:]) + 1
-    text, c.at = "".join(c.tokens[c.at:end]), end
-    return text.strip("{}").replace("\\", "")
-
-
-# --- grading: tokens to an answer -----------------------------------------------------------------
-
-CLOSE = dict(zip("([{|⌊⌈⦃⟦", ")]}|⌋⌉⦄⟧"))
-OPENING, CLOSING = set("([{⌊⌈⦃⟦"), set(")]}⌋⌉⦄⟧")
-RELATIONS = tuple("=<>≤≥≠≈∈")
-_NAME = (r"(?:[A-Za-z]|[A-Za-z]{4,}|\\[a-z]+(?:\{\w+\})?)'*(?:_(?:\w|\\[a-z]+|\{[^{}]*\}))?'*"
-         r"(?:\^\{-1\})?(?:\([^()=]*\))?")
-NAME = re.compile(rf"{_NAME}|\({_NAME}(?:,{_NAME})+\)|[A-Z]{{2,3}}|\|\w+\||\\angle\w+(?:_\{{?\w\}}?)?"
-                  r"|frac\{[A-Za-z]+\}\{[A-Za-z]+\}")
-DECIMAL = re.compile(r"[+-]?(\d*)\.(\d+)(?:[eE]([+-]?\d{1,3})|\*10\^\{?([+-]?\d{1,3})\}?)?")
-UNIT = re.compile(r'(?:"[^"^{}+\-\d\\]+(?:\^\{?-?\d\}?)?)+')
-THOUSANDS = re.compile(r"\d{1,3}(?:,[1-9]\d\d)+")
-PROSE = re.compile(r"^(?=[^$\\\d]*[A-Za-z]{2})[^$\\\d]*(?=\$|\\\(|\\\[)"
-                   r"|(?<=[$)\]])\.?\s+(?:is|are|holds?|will|was|were|as)\b[^$\\]*$")
-
-
-@dataclass
-class Quantity:
-    """A number or expression (`values`), or words and whatever else could not be read (None)."""
-
-    text: str
-    values: list | None = None
-    unit: str = ""
-    percent: bool = False
-    decimal: bool = False  # written as a decimal
-    ulp: Fraction | None = None  # one in its last place, if it shows enough digits to be a rounded value
-
-
-@dataclass
-class Many:
-    """Several answers: order "" is a list, a set or a union; else the brackets, "matrix" or "row"."""
-
-    items: list
-    order: str = ""
-
-
-@dataclass
-class Statement:
-    """`name = value` or `name ∈ value` (x < 5 too); any other equation or inequality by its two sides."""
-
-    relation: str
-    name: str | None = None
-    value: object = None
-    sides: tuple = ()
-
-
 def depths(tokens):
+    """How many brackets are open after each token; intervals mix them, (0, 1], so their kind is ignored."""
     depth = 0
     for token in tokens:
-        depth += (token in OPENING) - (token in CLOSING)
+        depth += (token in CLOSE) - (token in CLOSE.values())
         yield depth
-
-
-def closing(tokens):
-    """Where the bracket closes that the first token opens."""
-    return next((i for i, depth in enumerate(depths(tokens)) if depth <= 0), len(tokens))
 
 
 def split(tokens, separators):
@@ -920,233 +604,275 @@ def split(tokens, separators):
     return [p for p in parts if p], [tokens[i] for i in cuts]
 
 
-def read(tokens: list, work: list, depth: int = 0):
-    """Tokens to a Quantity, Many or a Statement; raises NotMath where that takes too much work."""
+# --- grading: an expression to numbers ------------------------------------------------------------
+
+
+def power(x, n):
+    """x^n over the reals, where x^(1/3) of a negative x is negative and x^(1/2) is undefined."""
+    exact = isinstance(x, Fraction) and isinstance(n, Fraction) and n.denominator == 1
+    if exact and max(abs(x.numerator), x.denominator).bit_length() * abs(n) <= 2 * MAX_BITS:
+        return x ** int(n)
+    if isinstance(x + n, complex) or x >= 0 or n % 1 == 0:
+        return (x + 0.0) ** n
+    odd = abs(1 / n - round(1 / n)) < 1e-9 and round(1 / n) % 2
+    return -((-x) ** float(n)) if odd else math.nan
+
+
+def factorial(n):
+    exact = isinstance(n, Fraction) and n.denominator == 1 and 0 <= n <= 400
+    return Fraction(math.factorial(int(n))) if exact else math.gamma(n + 1)
+
+
+CONSTANTS = {"pi": math.pi, "e": math.e, "i": 1j}
+OPERATIONS = {
+    "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "frac": operator.truediv,
+    "^": power, "!": factorial, "binom": lambda n, k: factorial(n) / factorial(k) / factorial(n - k),
+    "abs": abs, "exp": lambda x: power(math.e, x), "sec": lambda x: 1 / operate("cos", x),
+    "csc": lambda x: 1 / operate("sin", x), "cot": lambda x: 1 / operate("tan", x),
+    "floor": lambda x: Fraction(math.floor(x + Fraction(1, 10**9))),  # floor(log_2 8) is 3
+    "ceil": lambda x: Fraction(math.ceil(x - Fraction(1, 10**9)))}
+FUNCTIONS = set("sin cos tan asin acos atan sinh cosh tanh log abs exp sec csc cot floor ceil".split())
+KEYWORDS = {*FUNCTIONS, *OPERATIONS, *CONSTANTS, "sqrt", "infty"}
+BINDING = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 4, "!": 5}  # a sign binds as 3: -x^2 is -(x^2)
+ATOM, STARTS_ATOM = 5, re.compile(r"""[^\W_]|["([{]""").match
+# Variables are (low to high) / denominator: small, near 1 (x^2018 fits a float), medium, large (floor(x/100)
+# is not 0), negative (|x| is not x), of either sign, integers ((-1)^n is real only there); the many small
+# integers are for floor and ceil alone, which else agree too easily.
+POINTS = [(1, 996, 997), (900, 996, 997), (998, 1100, 997), (998, 9000, 997), (99_000, 990_000, 997),
+          (-9000, -998, 997), (-2500, 2500, 997), (2, 13, 1), (3, 40, 1), *[(1, 10, 1)] * 12]
+
+
+def operate(op, *args):
+    """One operation, exact on fractions where it can be; raises ArithmeticError if no digit is certain:
+    a sum or a function that comes out small beside what it came from has lost them."""
+    if op in OPERATIONS:
+        value, scale = OPERATIONS[op](*args), max(map(abs, args)) if op in "+-" else 0
+    else:
+        value = getattr(cmath if isinstance(args[0], complex) else math, op)(args[0])
+        scale = min(1, abs(args[0]))
+    if isinstance(value, Fraction):
+        return value if max(abs(value.numerator), value.denominator) < 2**MAX_BITS else float(value)
+    if not cmath.isfinite(value) or abs(value) < 1e-4 * scale or value == 0 and all(args):
+        raise ArithmeticError("digits lost")
+    return value
+
+
+def expression(tokens, point, floor=0):
+    """The value of the longest expression whose operators all bind tighter than `floor`. `tokens` is a stack,
+    the next one on top, " " at the bottom; what is read is taken from it."""
+    if tokens[-1] in ("+", "-"):
+        value = operate("*", Fraction(tokens.pop() + "1"), expression(tokens, point, 3))
+    else:
+        value = atom(tokens, point)
+    while BINDING.get(tokens[-1], 2 if STARTS_ATOM(tokens[-1]) else 0) > floor:
+        if tokens[-1][0].isdigit():
+            raise ValueError("a number after an operand: 2 3")
+        op = tokens.pop() if tokens[-1] in BINDING else "*"
+        value = operate(op, value, *([] if op == "!" else [expression(tokens, point, min(BINDING[op], 3))]))
+    return value
+
+
+def atom(tokens, point):
+    """The value of a bracket, a number, a function of its arguments, or a name."""
+    token = tokens.pop()
+    word = token.lstrip('"')
+    if token in CLOSE:
+        value = expression(tokens, point)
+        if tokens.pop() != CLOSE[token]:
+            raise ValueError("a bracket is open")
+        return value
+    if token[0].isdigit() or token[0] == "." and len(token) > 1:
+        digits, _, base = token.partition("_")
+        return Fraction(int(digits, int(base.strip("{}")) or 1) if base else token)  # base 0 would guess
+    if token == "sqrt":
+        degree = atom(tokens, point) if tokens[-1] == "[" else 2
+        return operate("^", expression(tokens, point, ATOM), operate("/", Fraction(1), degree))
+    if token in ("frac", "binom"):
+        return operate(token, expression(tokens, point, ATOM), expression(tokens, point, ATOM))
+    if token in FUNCTIONS:
+        return function(token, tokens, point)
+    if not word[:1].isalpha():
+        raise ValueError(f"{token!r} is no operand")
+    if word in CONSTANTS:
+        return CONSTANTS[word]
+    low, high, denominator = POINTS[point]  # fixed by the name alone: the same in every run
+    return Fraction(low + zlib.crc32(ascii(f"{word} {point}").encode()) % (high - low + 1), denominator)
+
+
+def function(name, tokens, point):
+    """sin^2 x, sin^{-1} x, log_2 8; without brackets the argument is a product: sin 2 t cos t."""
+    marks = {}
+    while tokens[-1] in ("^", "_"):
+        marks |= {tokens.pop(): expression(tokens, point, ATOM)}
+    if marks.get("^") == -1 and "a" + name in FUNCTIONS:
+        name, marks = "a" + name, {}
+    bracket = tokens[-1] in CLOSE
+    value = expression(tokens, point, ATOM if bracket else 2)
+    while not bracket and STARTS_ATOM(tokens[-1]) and tokens[-1] not in FUNCTIONS and tokens[-1] != "(":
+        value = operate("*", value, expression(tokens, point, 2))
+    value = operate(name, value)
+    value = operate("/", value, operate("log", marks["_"])) if "_" in marks else value
+    return operate("^", value, marks["^"]) if "^" in marks else value
+
+
+def compute(tokens):
+    """The values of an expression at all points, None where it is undefined or not mathematics."""
+    values = []
+    for point in range(len(POINTS) if {"floor", "ceil"} & {*tokens} else 9):
+        stack = [" ", " ", *reversed(tokens)]
+        try:
+            value = expression(stack, point)
+            values.append(value if len(stack) == 2 else None)
+        except (ValueError, ArithmeticError, TypeError):  # TypeError: the factorial of i
+            values.append(None)
+    return values
+
+
+# --- grading: answers, and whether two are the same -----------------------------------------------
+
+RELATIONS = ("=", "≠", "<", "≤", ">", "≥")
+# x, a_n, f(x), f^{-1}(x), (p,q), frac{dM}{dt}: letters and brackets, no operation on them
+NAME = re.compile(r"""(?!(?:pi|e|i|infty)\Z)([^\W\d]\w*(\^\{-1\}(?=\())?|['"(){},])+""").fullmatch
+
+
+class Answer(NamedTuple):
+    """`kind` is "leaf" (an expression or words), "list" (without order), the brackets of a tuple, interval or
+    matrix, or a relation, whose `values` are left minus right. A relation that says what a name is (x = 5;
+    x < 5: x is in (-oo, 5)) is "=", with the name as its `text` and the rest as its one item."""
+
+    kind: str
+    text: str = ""
+    items: list = []
+    values: list = []
+    unit: str = ""
+
+
+def read(tokens: list) -> Answer:
+    """Tokens to an answer, outermost structure first; raises ValueError where a part is empty."""
     while tokens and tokens[-1] in (".", ",", ";", ":"):
         tokens = tokens[:-1]
-    if not tokens or depth > MAX_DEPTH:
-        raise NotMath("nothing there, or too deep")
-    spend(work, 4 + len(tokens) // 2)
-    for separator in (";", ",", "∪"):
-        parts = split(tokens, (separator,))[0]
-        if len(parts) > 1:
-            return Many([x for p in parts for x in members(p, read(p, work, depth + 1), separator == "∪")])
-    if split(tokens, RELATIONS)[1]:
-        return read_statement(tokens, work, depth)
+    if not tokens:
+        raise ValueError("nothing there")
     inside, brackets = tokens[1:-1], tokens[0] + tokens[-1]
-    if closing(tokens) == len(tokens) - 1 and inside:
-        if brackets == "⟦⟧":
-            rows = [split(row, ("&",))[0] for row in split(inside, ("\\\\",))[0]]
-            return Many([Many([read(x, work, depth + 1) for x in row], "row") for row in rows], "matrix")
-        parts = split(inside, (",", ";"))[0]
-        builder = split(inside, ("|", ":"))[0]
-        if brackets == "⦃⦄" and len(builder) == 2 and NAME.fullmatch("".join(builder[0])):  # {x | x > 3}
-            return read(builder[1], work, depth + 1)
-        if brackets == "⦃⦄" or brackets == "{}" and len(parts) > 1:
-            return Many([x for p in parts for x in members(p, read(p, work, depth + 1), False)])
-        if brackets in ("()", "[]", "(]", "[)") and "±" not in tokens:
-            items = [read(p, work, depth + 1) for p in parts]
-            return items[0] if len(items) == 1 else Many(items, brackets)
-    if "±" in tokens:
+    enclosed = inside and tokens[0] in CLOSE and min(list(depths(tokens))[:-1]) > 0
+    if enclosed and brackets in ("{}", r"\{\}"):
+        return read(inside)
+    parts = split(tokens, ";")[0]
+    if len(parts) == 1 and {"±", "∓"} & {*tokens} and r"\{" not in tokens:  # both answers
         signs = {"±": "+-", "∓": "-+"}
-        both = [[signs[t][i] if t in signs else t for t in tokens] for i in (0, 1)]
-        return Many([read(x, work, depth + 1) for x in both])
-    return read_quantity(tokens, work)
+        upper, lower = ([signs.get(t, (t, t))[i] for t in tokens] for i in (0, 1))
+        return read([*upper, ",", *lower])
+    parts = parts if len(parts) > 1 else split(tokens, ",")[0]
+    if len(parts) > 1:
+        return Answer("list", items=[read(p) for p in parts])
+    if split(tokens, RELATIONS)[1]:
+        return read_relation(tokens)
+    if enclosed and brackets in ("()", "[]", "(]", "[)", "⟦⟧"):
+        items = [read(p) for p in split(inside, ",;")[0]]
+        kind = brackets if brackets == "⟦⟧" or len(items) == 2 else "()"  # [1,2,3] is (1,2,3)
+        return items[0] if kind == "()" and len(items) == 1 else Answer(kind, items=items)
+    return read_leaf(tokens)
 
 
-def members(tokens, answer, spread):
-    """What a part adds to a list: a set is one member of it, but 1 ± x is two, and a union joins sets."""
-    spread = spread or "±" in tokens and tokens[0] != "⦃"
-    return answer.items if spread and isinstance(answer, Many) and not answer.order else [answer]
+def read_relation(tokens):
+    """x = 5, 5 = x, a = b = 5, 2 + 3 = 5, 2x + y = 5, x in (0, 1), x < 5, 1 <= x < 5, 2x + y < 5"""
+    parts, signs = split(tokens, RELATIONS)
+    if len(parts) != len(signs) + 1 or not any({*signs} <= {*kind} for kind in ("=", "≠", "<≤", ">≥")):
+        raise ValueError("a side is empty, or relations are mixed")
+    names = [NAME("".join(p)) for p in parts]
+    if signs[0] in ">≥" or signs[0] == "=" and names[-1] and not names[0]:
+        parts, names, signs = parts[::-1], names[::-1], [{">": "<", "≥": "≤"}.get(s, s) for s in signs[::-1]]
+    left, right = parts[0], parts[-1]
+    values = compute(["(", *left, ")", "-", "(", *right, ")"])
+    if signs[0] in "<≤" and len(parts) == 2 and any(names):
+        parts = [["-", "infty"], *parts] if names[0] else [*parts, ["infty"]]
+        signs = ["<", *signs] if names[0] else [*signs, "<"]
+    if signs[0] in "<≤" and len(parts) == 3:
+        left, right = parts[1], ["(["[signs[0] == "≤"], *parts[0], ",", *parts[2], ")]"[signs[1] == "≤"]]
+        values = []  # N < n is not N = n
+    elif signs[0] != "=" or len(parts) == 2 and not names[0] and len({*compute(left)} - {None}) != 1:
+        return Answer(signs[0], values=values)
+    return Answer("=", re.sub(r'[{}"]', "", "".join(left)), [read(right)], values)
 
 
-def read_statement(tokens, work, depth):
-    parts, relations = split(tokens, RELATIONS)
-    if len(parts) == 1 and tokens[0] in ("=", "≈"):  # = 5
-        return read(parts[0], work, depth + 1)
-    if len(parts) != len(relations) + 1:
-        raise NotMath("one side of a relation is empty")
-    named = [NAME.fullmatch("".join(p)) is not None for p in parts]
-    if "≈" in relations and not named[0]:  # pi/2 ≈ 1.57: the exact side is the answer
-        return read(tokens[:tokens.index("≈")], work, depth + 1)
-    if set(relations) <= {"=", "≈"}:
-        left, right = (parts[-1], parts[0]) if named[-1] and not named[0] else (parts[0], parts[-1])
-        if not any(t.isalpha() and t not in KNOWN or t in NAMES for t in left):  # 2 + 3 = 5
-            return read(right, work, depth + 1)
-        if any(named) or len(parts) > 2:
-            return Statement("=", plain(left), read(right, work, depth + 1), (left, right))
-        return Statement("=", sides=(left, right))
-    if relations == ["∈"]:
-        return Statement("∈", plain(parts[0]), read(parts[1], work, depth + 1))
-    if set(relations) <= {">", "≥"}:
-        parts, named = parts[::-1], named[::-1]
-        relations = [{">": "<", "≥": "≤"}[r] for r in reversed(relations)]
-    if set(relations) <= {"<", "≤"} and any(named) and len(parts) == 2:  # x < 5 says x in (-oo, 5)
-        parts, relations = (([["-", "infty"], *parts], ["<", *relations]) if named[0]
-                            else ([*parts, ["infty"]], [*relations, "<"]))
-    if set(relations) <= {"<", "≤"} and len(parts) == 3:
-        order = "(["[relations[0] == "≤"] + ")]"[relations[1] == "≤"]
-        ends = [read(p, work, depth + 1) for p in (parts[0], parts[2])]
-        return Statement("∈", plain(parts[1]), Many(ends, order))
-    if len(parts) != 2:
-        raise NotMath("a chain of mixed relations")
-    return Statement(relations[0], sides=tuple(parts))
-
-
-def plain(tokens):
-    return re.sub(r"[{}\\]", "", "".join(tokens))
-
-
-def read_quantity(tokens, work):
-    at = next((i for i, t in enumerate(tokens) if t[0] == '"'), len(tokens))
-    head, unit = tokens[:at], plain(tokens[at:]).replace('"', "").lower()
-    words = [t for t in head if t.isalpha() and len(t) > 2 and t not in KNOWN]
-    if len(words) > 1 or head == words or len(head) == 1 and head[0].lower() == "no":
-        return Quantity(" ".join(t for t in tokens if t.lower() not in ("the", "an", "a")).casefold())
-    answer = Quantity(re.sub(r"\{ (\S+) \}", r"\1", " ".join(tokens)), unit=unit, percent=head[-1:] == ["%"])
-    head = head[:-1] if answer.percent else head
-    if unit and not UNIT.fullmatch("".join(tokens[at:])):  # 5 cm - 3
-        return answer
-    try:
-        answer.values = evaluate(head, work)
-    except NotMath:
-        spend(work, 0)  # only where it was too much work, it goes on
-    if m := DECIMAL.fullmatch("".join(head)):
-        answer.decimal = True
-        if answer.values and len((m[1] + m[2]).lstrip("0")) >= 6:
-            last_place = Fraction(10) ** (int(m[3] or m[4] or 0) - len(m[2]))
-            answer.ulp = max(last_place, abs(answer.values[0]) / 10**15)
-    return answer
-
-
-# --- grading: are two answers the same? -----------------------------------------------------------
+def read_leaf(tokens):
+    """An expression, its unit apart, or else words."""
+    at = next((i for i in range(1, len(tokens)) if tokens[i][0] == '"' and tokens[i] not in ('"e', '"i') and (
+        tokens[i - 1][0].isalnum() or tokens[i - 1] in (")", "]", "}", "!"))), len(tokens))
+    shape = "".join('"' if t[0] == '"' else t for t in tokens[at:])
+    if not re.fullmatch(r'("(\^\{?-?\d\}?)?[/*]?)+', shape):  # 5 cm - 3
+        at = len(tokens)
+    text, unit = " ".join(tokens[:at]).replace('"', ""), re.sub(r'["{}]', "", "".join(tokens[at:]))
+    words = all(t[0] == '"' and len(t) > 2 for t in tokens[:at])
+    return Answer("leaf", text, values=[None] if words else compute(tokens[:at]), unit=unit)
 
 
 def answers_match(pred: str, gold: str) -> bool:
-    """Whether two answers are equal as mathematics (see the head of this file). Symmetric; takes any
-    strings, never raises, and does a bounded amount of work; an empty answer matches nothing."""
+    """Whether two answers are equal as mathematics (see the head of this file). Takes any strings, never
+    raises, and does a bounded amount of work; an empty answer matches nothing."""
     pred, gold = bare_answer(pred), bare_answer(gold)
-    if not pred or not gold or pred.split() == gold.split():
-        return bool(pred and gold)
-    work = [MAX_WORK]
     try:
-        if same(read_answer(pred, work), read_answer(gold, work), work):
-            return True
-        # 100,200 is a number, but may be two where the other answer is a list
-        if (THOUSANDS.fullmatch(pred) is None) == (THOUSANDS.fullmatch(gold) is None):
-            return False
-        pred, gold = pred.replace(",", ", "), gold.replace(",", ", ")
-        return "," in pred and "," in gold and same(read_answer(pred, work), read_answer(gold, work), work)
-    except (NotMath, ArithmeticError):  # too much work, or an exact value that no float can hold
-        return False
+        pred, gold = tokenize(pred), tokenize(gold)
+        return bool(pred and gold) and (pred == gold or same(read(pred), read(gold)))
+    except (ValueError, ArithmeticError, RecursionError):  # or an exact value that no float can hold
+        return bool(pred) and pred == gold
 
 
 def bare_answer(text):
-    """What the box holds; without dollars, and without prose before the formula or after it."""
+    """What the box holds, or of prose around a formula the formula: Hence $x > 2$ holds."""
     text = last_boxed(text) or text
-    return (PROSE.sub("", text) if len(text) <= MAX_CHARS else text).strip("$* \t\n")
+    start = re.search(r"\$|\\[(\[]", text)
+    if start and re.fullmatch(r"(?=.*[A-Za-z]{2})[^\d\\]+", text[:start.start()], re.S):
+        text = text[start.start():max(text.rfind(end) for end in ("$", "\\)", "\\]")) + 2]
+    return text.strip("* \t\n")
 
 
-def read_answer(text, work):
-    tokens = [text]
-    try:
-        tokens = tokenize(text)
-        return read(tokens, work)
-    except NotMath:
-        spend(work, 0)
-        return Quantity(" ".join(tokens))
-
-
-def same(a, b, work) -> bool:
-    spend(work, 1)
-    if isinstance(b, Statement) and not isinstance(a, Statement):
+def same(a, b) -> bool:
+    """Whether two answers are equal; in lists, whether each member has its like on the other side. An
+    equation is any multiple of itself, an inequality any positive one."""
+    if a.kind not in RELATIONS and (b.kind in RELATIONS or a.kind == "list"):
         a, b = b, a
-    if isinstance(a, Statement):
-        if not isinstance(b, Statement):
-            return a.value is not None and same(a.value, b, work)  # "x = 5" and "5" answer alike
-        if a.relation == b.relation and a.name and a.name == b.name:
-            return same(a.value, b.value, work)
-        return a.relation == b.relation and proportional(a.sides, b.sides, a.relation in "<≤", work)
-    if isinstance(a, Quantity) and isinstance(b, Quantity):
-        return same_quantity(a, b, work)
-    orders = [getattr(x, "order", "") for x in (a, b)]
-    if all(orders):
-        alike = orders[0] == orders[1] or len(a.items) > 2 and "matrix" not in orders  # [1,2,3] is (1,2,3)
-        return alike and pairwise(a, b, work)
-    row, loose = (a, b) if orders[0] else (b, a)
-    if any(orders):
-        if isinstance(loose, Quantity):
-            return False
-        if len({x.name for x in loose.items if isinstance(x, Statement)}) == len(loose.items):
-            return pairwise(row, loose, work)  # x = 2, y = 3 is (2, 3)
-    a, b = listed(a), listed(b)
-    return (all(any(same(x, y, work) for y in b) for x in a)
-            and all(any(same(x, y, work) for x in a) for y in b))
+    if a.kind in RELATIONS:
+        if b.kind not in RELATIONS:  # x = 5 is 5
+            return bool(a.items) and same(a.items[0], b)
+        if a.items and b.items and a.text == b.text:
+            return same(a.items[0], b.items[0])
+        ratios = [x / y for x, y in zip(a.values, b.values) if x and y]
+        constant = a.kind == b.kind and agree(ratios, ratios[:1] * len(ratios))
+        return constant and (a.kind in "=≠" or ratios[0].real > 0)
+    if a.kind == b.kind == "leaf":
+        return same_leaf(a, b)
+    names = {x.text for x in b.items if x.kind == "=" and x.items}
+    if "list" != a.kind != "leaf" and (a.kind == b.kind or len(names) == len(b.items) > 1):
+        return len(a.items) == len(b.items) and all(map(same, a.items, b.items))  # x = 2, y = 3 is (2, 3)
+    xs, ys = (x.items if x.kind == "list" else [x] for x in (a, b))
+    return b.kind == "list" and all(any(same(x, y) for y in ys) for x in xs) and all(
+        any(same(x, y) for x in xs) for y in ys)
 
 
-def pairwise(a, b, work):
-    return len(a.items) == len(b.items) and all(same(x, y, work) for x, y in zip(a.items, b.items))
-
-
-def listed(answer):
-    """The members of a list; x = ±3 among them counts as two."""
-    if not isinstance(answer, Many) or answer.order:
-        return [answer]
-    values = [x.value if isinstance(x, Statement) else None for x in answer.items]
-    return [y for x, value in zip(answer.items, values)
-            for y in (value.items if isinstance(value, Many) and not value.order else [x])]
-
-
-def same_quantity(a, b, work):
-    if a.values is None or b.values is None:
-        return a.values is b.values and a.text == b.text
-    short, long = sorted((a.unit, b.unit), key=len)
-    if not re.match(".*".join(map(re.escape, short)), long):  # cm abbreviates centimeters
+def same_leaf(a, b):
+    """Words by their letters; values at all points, where a percent sign, a missing unit, and the rounding
+    of an exact value to six or more digits are forgiven."""
+    if a.unit and b.unit and a.unit != b.unit:
         return False
-    if agree(a.values, b.values) or is_rounded(a, b) or is_rounded(b, a):
+    decimals = [x.text for x in (a, b) if "." in x.text]
+    rounded = len(decimals) == 1 and re.fullmatch(r"[+-]? ?0*\.?0*(\d\.?){6,}", decimals[0])
+    slack = Fraction(1, 10 ** len(decimals[0].partition(".")[2])) if rounded else 0  # one in the last place
+    if a.text == b.text or agree(a.values, b.values, slack):
         return True
-    share, other = (a, b) if a.percent else (b, a)
-    return a.percent != b.percent and agree(apply(work, "/", share.values, [Fraction(100)]), other.values)
+    if (a.unit == "%") != (b.unit == "%"):
+        share, other = (a, b) if a.unit == "%" else (b, a)
+        return agree(share.values, [x and 100 * x for x in other.values])
+    letters = [x.text.replace(" ", "").casefold() for x in (a, b)]
+    return [None] in (a.values, b.values) and letters[0] == letters[1] and letters[0].isalpha()
 
 
-def is_rounded(a, b):
-    """Whether the decimal a shows b to all of its digits, six or more. Two decimals are compared exactly."""
-    if a.ulp is None or b.decimal or len(b.values) > 1 or b.values[0] is None:
-        return False
-    value, error = b.values[0][:2] if isinstance(b.values[0], tuple) else (b.values[0], 0)
-    return abs(a.values[0] - value) < a.ulp + error
-
-
-def agree(u, v):
-    """Whether two values are equal at all points where both are defined. Where some are real, only those
-    count: sqrt(x) sqrt(y) is sqrt(xy) there, and nobody asks about the other branch."""
-    n = max(len(u), len(v))
-    pairs = [(u[k % len(u)], v[k % len(v)]) for k in range(n)]
-    pairs = [p for p in pairs if None not in p]
-    on_reals = [p for p in pairs if all(isinstance(x, Fraction) or x[2] for x in p)]
-    pairs = on_reals if len(on_reals) >= 3 else pairs
-    return len(pairs) >= min(n, 3) and all(close(x, y) for x, y in pairs)
-
-
-def close(x, y):
-    if isinstance(x, Fraction) and isinstance(y, Fraction):
-        return x == y
-    (x, dx, _), (y, dy, _) = inexact(x), inexact(y)
-    return abs(x - y) <= 8 * (dx + dy)
-
-
-def proportional(a, b, keep_sign, work):
-    """Whether two equations (or inequalities) are one: (left - right) of the one is a fixed multiple of the
-    other's, with keep_sign a positive one."""
-    if not a or not b:
-        return False
-    try:
-        differences = [apply(work, "-", *(evaluate(side, work) for side in sides)) for sides in (a, b)]
-    except NotMath:
-        return False
-    ratios = [r for r in apply(work, "/", *differences) if r is not None]
-    ratio = inexact(ratios[0])[0] if len(ratios) >= 3 and agree(ratios[:1], ratios) else 0
-    return ratio.real > 0 if keep_sign else ratio != 0
+def agree(u, v, slack=0):
+    """Whether two values are equal at all points where both are defined, two at least."""
+    pairs = [(x, y) for x, y in zip(u, v) if x is not None and y is not None]
+    return len(pairs) > 1 and all(
+        x == y or abs(x - y) < slack or abs(x - y) <= 1e-11 * max(abs(x), abs(y))
+        and not (isinstance(x, Fraction) and isinstance(y, Fraction)) for x, y in pairs)
 
 
 # --- IFEval: was an instruction followed that a program can check? --------------------------------
