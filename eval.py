@@ -456,13 +456,25 @@ def check_asking(o: Asking, allowed: tuple) -> list:
     return problems
 
 
-def open_policy(o, default_body, ranks):
-    """The Own model or the Server that the options name."""
-    if o.server:
-        body = json.loads(o.body) if o.body else default_body
-        return open_server(o.server, o.server_model, workers=o.workers, timeout=o.request_timeout,
-                                      tries=o.tries, body=body)
-    return open_own(o.model, getattr(torch, o.dtype), ranks.device, o.batch_size)
+def open_policy(o: Asking, device, non_thinking: bool = True):
+    """The Own model or the Server that the options name. non_thinking: tell a server, unless --body does,
+    what vLLM and SGLang understand: Qwen3's template without thinking, and top_k."""
+    if o.model:
+        return open_own(o.model, getattr(torch, o.dtype), device, o.batch_size)
+    body = {"top_k": o.top_k, "chat_template_kwargs": {"enable_thinking": False}} if non_thinking else {}
+    return open_server(o.server, o.server_model, workers=o.workers, timeout=o.request_timeout, tries=o.tries,
+                       body=json.loads(o.body) if o.body else body)
+
+
+def identity(policy, o: Asking) -> str:
+    """Whose answers these are: a server's model name, or a folder and a hash of its weights."""
+    if not isinstance(policy, Own):
+        return getattr(policy, "model", "a function")
+    digest, folder = hashlib.sha256(), qwen.checkpoint_folder(o.model)
+    for path in sorted({path for path, _ in qwen.open_tensors(folder).values()}):
+        with open(path, "rb") as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
+    return f"{os.path.basename(os.path.abspath(folder))} {digest.hexdigest()[:16]}"
 
 
 # --- grading: which answer does a text commit itself to? ------------------------------------------

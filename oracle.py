@@ -26,7 +26,7 @@ import data
 import eval as evaluation
 import model as qwen
 from eval import (INSTRUCTION, LAST_LINE, Asking, Own, Sampling, Server, answers_match, check_asking,
-                  claim_folder, extract_answer, open_policy, request_for, write_rows)
+                  claim_folder, extract_answer, identity, open_policy, request_for, write_rows)
 from model import Ranks, UserError, add_options, close_ranks, open_ranks, option
 
 START, END = "=== CORRECTED STARTED ===", "=== CORRECTED ENDED ==="
@@ -407,40 +407,35 @@ def parse_command(argv=None):
 
 def run(o, ranks: Ranks):
     """One command from options to files."""
+    eliciting, settings = isinstance(o, ElicitOptions), {"seed": o.seed}
     sampling = Sampling(o.temperature, o.top_p, o.top_k, o.max_tokens)
-    settings = {"command": type(o).__name__.removesuffix("Options").lower(), "seed": o.seed}
     with ranks.together():
-        if isinstance(o, ElicitOptions):
+        if eliciting:
             items, dropped = read_questions(o.questions, o.instruction, o.skip_malformed)
             items = items[:o.limit or None]
-            # vLLM and SGLang know these two: SPoT samples in non-thinking mode
-            non_thinking = {"chat_template_kwargs": {"enable_thinking": False}}
-            policy = open_policy(o, {"top_k": o.top_k, **non_thinking}, ranks)
+            policy = open_policy(o, ranks.device)
         else:
             items, dropped = read_errors(o.errors, o.skip_malformed)
             folder = qwen.checkpoint_folder(o.tokenizer or o.model)
-            chat = data.load_chat(folder, qwen.read_config(folder).vocab_size)
+            encode = data.load_chat(folder, qwen.read_config(folder).vocab_size).encode
             policy = (python_function(o.function) if o.function else edited_answers(o.edited) if o.edited
-                      else open_policy(o, {}, ranks))
+                      else open_policy(o, ranks.device, non_thinking=False))
             settings["prompt"] = o.prompt
         for reason, count in dropped.items():
             ranks.say(f"{count} rows dropped: {reason}")
-        settings["asked"] = policy.model if isinstance(policy, Server) else o.model or "a function"
-        if isinstance(policy, Own) or isinstance(o, ElicitOptions):
-            settings["sampling"] = asdict(sampling)
+    if isinstance(policy, Server) and not eliciting:
+        sampling = Sampling(None, None, None, None)  # an Oracle has its own best settings; --body sets others
     with ranks.together():
         if ranks.main:
-            claim_folder(o.out, settings)
-    if isinstance(o, ElicitOptions):
+            claim_folder(o.out, {"command": "elicit" if eliciting else "rectify", **settings,
+                                 "asked": identity(policy, o), "sampling": asdict(sampling)})
+            if not eliciting and o.edited:  # the edited file is the record
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(os.path.join(o.out, "raw-0.jsonl"))
+    if eliciting:
         elicit(items, o.out, policy, sampling, ranks, o.samples, o.seed)
-        return
-    if isinstance(policy, Server):  # an Oracle has its own best settings, and some refuse others: see --body
-        sampling = Sampling(None, None, None, None)
-    if o.edited and ranks.main:  # the edited file is the record
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(os.path.join(o.out, "raw-0.jsonl"))
-    rectify(items, o.out, policy, chat.encode, ranks, o.prompt, o.max_change_ratio, o.target, sampling,
-            o.seed)
+    else:
+        rectify(items, o.out, policy, encode, ranks, o.prompt, o.max_change_ratio, o.target, sampling, o.seed)
 
 
 def main() -> int:
