@@ -283,6 +283,8 @@ def layout(forks, x):
         return block_mask(forks, len(x), x.device)
     where = []
     for start, *ends in forks:
+        if ends[0] == ends[1]:  # no rejected branch: one plain sequence, one causal call
+            ends[0] = ends[1] = ends[2]
         trunk = ends[0] - start
         masks = []
         for begin, end in zip(ends, ends[1:]):

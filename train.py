@@ -76,6 +76,7 @@ class Options:
                                 ("none", "full"))
     tokens_per_pack: int = option(16384, "tokens of one micro-batch; memory grows with it, results do not")
     shard_size: int = option(0, "ranks that share one copy of the model, the others replicate; 0: all ranks")
+    save_dtype: str = option("bfloat16", "of the trained checkpoint in --out/model", ("float32", "bfloat16"))
     save_every: int = option(50, "optimizer steps between checkpoints; 0: only at the end and on SIGTERM")
     keep: int = option(1, "checkpoints to keep")
     timeout: int = option(1800, "seconds after which a stalled rank ends the run")
@@ -683,7 +684,8 @@ def train(o: Options, ranks: Ranks) -> int:
         if ranks.main:
             shutil.rmtree(final + ".tmp", ignore_errors=True)
         dist.barrier()
-        qwen.export(run.policy, final + ".tmp", run.folder, main=ranks.main)
+        qwen.export(run.policy, final + ".tmp", run.folder, getattr(torch, o.save_dtype),
+                    main=ranks.main)
         if ranks.main:
             shutil.rmtree(final, ignore_errors=True)
             os.rename(final + ".tmp", final)
