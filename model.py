@@ -1,7 +1,8 @@
-"""Qwen3 by hand: configuration, blocks, attention over forks, safetensors in and out.
+"""Qwen3 by hand: configuration, blocks, attention over forks, generation, safetensors in and out.
 
 Comes in:  a checkpoint folder in Hugging Face layout, token ids laid out as forks (data.py makes them).
-Goes out:  hidden states, or the log-probability of every scored row (loss.linear_logps inside `forward`).
+Goes out:  hidden states, or the log-probability of every scored row (loss.linear_logps inside `forward`),
+           or sampled continuations of prompts (`generate`).
 
 Parameter names are HF's without the leading "model.", so that a reader can hold both side by side
 (transformers/models/qwen3/modeling_qwen3.py). Shapes: T tokens of a pack, D hidden width, H query heads,
@@ -15,8 +16,10 @@ import json
 import math
 import os
 import shutil
+from collections import deque
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -157,9 +160,12 @@ class Qwen3(nn.Module):
     def trunk(self, tokens, positions, forks):
         """(T,) ids to the (T, D) output of the last block, before the final norm."""
         x = self.embed_tokens(tokens)
+        return self.blocks(x, positions, [layout(forks, x)] * len(self.layers))
+
+    def blocks(self, x, positions, wheres):
+        """(T, D) embeddings through all blocks, before the final norm; wheres: for each block an `attend`'s."""
         cos, sin = rope_table(positions, self.config, x.dtype)
-        where = layout(forks, x)
-        for block in self.layers:
+        for block, where in zip(self.layers, wheres):
             x = block(x, cos, sin, where)
         return x
 
@@ -167,10 +173,13 @@ class Qwen3(nn.Module):
         """(T, V) logits of one plain sequence (T,), in the compute dtype: for tests and small inputs."""
         forks = [(0, len(tokens), len(tokens), len(tokens))]
         hidden = self.norm(self.trunk(tokens, torch.arange(len(tokens), device=tokens.device), forks))
-        return hidden @ (self.lm_head.weight if self.tied_weight() is None else self.tied_weight()).T
+        return hidden @ self.head_weight().T
 
     def tied_weight(self):
         return self.embed_tokens.weight if self.config.tie_word_embeddings else None
+
+    def head_weight(self):
+        return self.lm_head.weight if self.tied_weight() is None else self.tied_weight()
 
 
 class Block(nn.Module):
@@ -296,7 +305,12 @@ def layout(forks, x):
 
 
 def attend(q, k, v, where):
-    """Softmax attention inside forks. q (H, T, d), k and v (K, T, d), `where` from `layout`; (H, T, d)."""
+    """Softmax attention inside forks. q (H, T, d), k and v (K, T, d), `where` from `layout`; (H, T, d).
+
+    `where` may also be a function of q, k, v: generation's way to a cache.
+    """
+    if callable(where):
+        return where(q, k, v)
     q, k, v = q[None], k[None], v[None]
     if not isinstance(where, list):
         return _compiled_flex()(q, k, v, block_mask=where, enable_gqa=True)[0]
@@ -345,6 +359,247 @@ def _compiled_flex():
     # and without gradient: more than the 8 after which the compiler gives up, silently unless fullgraph.
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
+# --- generation -----------------------------------------------------------------------------------
+
+CELLS = 256  # tokens in the smallest cache of a row; a row that fills its cache moves to one of twice the size
+BLOCK = 512  # keys that torch's CPU attention takes at a time; larger caches are multiples of it
+CPU_ROWS = 16  # MKL rounds products of fewer rows differently, so on a CPU rows are filled up to this number
+
+
+@dataclass
+class Row:
+    """A sample under way: `ids` so far, `length` tokens in its cache (prompt and all ids but the last)."""
+
+    index: int
+    ids: list
+    length: int
+    random: np.random.Generator
+    done: bool = False
+
+
+@dataclass
+class Slab:
+    """Rows with caches of one size. caches: a (2, slots, cells, K, d) tensor a layer, keys and values;
+    rows[i] has slot i, the slots behind the last row are free."""
+
+    rows: list
+    caches: list
+
+
+@torch.no_grad()
+def generate(model: Qwen3, prompts, seeds, *, max_tokens, temperature=0.7, top_p=0.8, top_k=20, end=(),
+             batch_size=32, on_done=None, progress=None) -> list:
+    """Continue every prompt; greedy at temperature 0.
+
+    model     plain (not sharded), on a CPU or a GPU, any dtype
+    prompts   lists of token ids, of any lengths above 0
+    seeds     one int >= 0 a prompt: its samples' only source of chance (unused at temperature 0)
+    top_k     so many most likely tokens stay, 0: all. Of tokens that tie for the last place only some stay;
+              transformers keeps them all
+    top_p     then the fewest most likely tokens stay whose probabilities sum to top_p or more; 1: all
+    end       ids that end a sample, a set for speed
+    on_done   called as on_done(index, ids, ended) as soon as a sample is finished
+    progress  called as progress(n) after every step with the number of tokens sampled in it, end tokens
+              included (a tqdm bar's `update` fits)
+    returns   (ids, ended) for every prompt: ids without the end token; ended False: max_tokens cut it off
+
+    At most batch_size samples run at a time; a finished one makes room for the next prompt at once. One wait
+    for the device a token. Memory: K and V take 2 * layers * K * d numbers a token; each running row has room
+    for at most twice its length (256 at least), and slots that rows left behind are kept while their slab has
+    a row: four times what the running rows' tokens need is the limit, whatever max_tokens is.
+
+    A sample depends on its prompt, seed and settings. Its t-th token comes from the t-th number of its own
+    Philox generator, so batch size, neighbours and rank touch it through rounding alone. On a CPU in fp32
+    prompts go through one by one, rows are never fewer than CPU_ROWS, and the length that attention sees
+    depends on the row itself: there the logits were equal to the bit for any batch (MKL). On a GPU, or in
+    another dtype, products of another shape may round differently and now and then turn a near tie.
+    Raises UserError that lists all wrong arguments, FloatingPointError where logits are not finite.
+    """
+    check_generate(model, prompts, seeds, max_tokens, temperature, top_p, top_k, batch_size)
+    results, waiting, slabs = [None] * len(prompts), deque(range(len(prompts))), {}
+    limit = BLOCK * -(-(max(map(len, prompts), default=0) + max_tokens) // BLOCK)  # no row needs more cells
+    while True:
+        rows = [row for slab in slabs.values() for row in slab.rows]
+        hidden = [decode(model, slabs, rows)] if rows else []
+        while waiting and len(rows) < batch_size:
+            i = waiting.popleft()
+            rows.append(Row(i, [], len(prompts[i]), np.random.Generator(np.random.Philox(seeds[i]))))
+            last, keys_values = prefill(model, prompts[i])
+            hidden.append(last)
+            place(slabs, rows[-1], keys_values, limit)
+        if not rows:
+            return results
+        logits = next_logits(model, torch.cat(hidden))
+        uniforms = torch.tensor([row.random.random() for row in rows], dtype=torch.float64)
+        tokens = sample(logits, uniforms.to(logits.device), temperature, top_p, top_k)
+        tokens = tokens.masked_fill(~logits.amax(-1).isfinite(), -1).tolist()  # the one wait
+        for row, token in zip(rows, tokens):
+            if token < 0:
+                raise FloatingPointError(f"prompt {row.index}: logits of token {len(row.ids)} are not finite")
+            if token not in end:
+                row.ids.append(token)
+            row.done = token in end or len(row.ids) == max_tokens
+            if row.done:
+                results[row.index] = (row.ids, token in end)
+                if on_done:
+                    on_done(row.index, *results[row.index])
+        settle(slabs, limit)
+        if progress:
+            progress(len(tokens))
+
+
+def check_generate(model, prompts, seeds, max_tokens, temperature, top_p, top_k, batch_size):
+    vocab = model.config.vocab_size
+    problems = [f"{name} is {value}, {wanted} expected" for name, value, wanted, fits in (
+        ("len(seeds)", len(seeds), f"{len(prompts)}, one a prompt,", len(seeds) == len(prompts)),
+        ("max_tokens", max_tokens, "1 or more", max_tokens >= 1),
+        ("temperature", temperature, "0 (greedy) or more, and finite,", 0 <= temperature < math.inf),
+        ("top_p", top_p, "above 0 and at most 1", 0 < top_p <= 1),
+        ("top_k", top_k, "0 (all) or more", top_k >= 0),
+        ("batch_size", batch_size, "1 or more", batch_size >= 1)) if not fits]
+    problems += [f"seed {i} is {s}, 0 or more expected" for i, s in enumerate(seeds) if s < 0]
+    for i, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            problems.append(f"prompt {i} is empty, a token or more expected")
+        elif not 0 <= min(prompt) <= max(prompt) < vocab:
+            problems.append(f"prompt {i} has ids {min(prompt)} to {max(prompt)}, 0 to {vocab - 1} expected")
+    if problems:
+        more = [f"... and {len(problems) - 20} more"] * (len(problems) > 20)
+        raise UserError("generate:\n  " + "\n  ".join(problems[:20] + more))
+
+
+def prefill(model, prompt):
+    """A prompt's last hidden state (1, D) and each layer's keys and values, a list of (2, T, K, d)."""
+    tokens = torch.tensor(prompt, device=model.norm.weight.device)
+    kept = []
+
+    def keep(q, k, v):
+        kept.append(torch.stack([k, v]).transpose(1, 2))
+        # One fork without branches. The list serves on a GPU too, where each new length would otherwise
+        # compile a FlexAttention.
+        return attend(q, k, v, [(0, *[len(tokens)] * 3, (None, None))])
+    x = model.embed_tokens(tokens)
+    return model.blocks(x, torch.arange(len(x), device=x.device), [keep] * len(model.layers))[-1:], kept
+
+
+def decode(model, slabs, rows):
+    """The last token of every running row through the blocks: (rows, D). Fills one more cell of each cache."""
+    device = model.norm.weight.device
+    fill = [0] * (CPU_ROWS - len(rows)) if device.type == "cpu" else []
+    tokens = torch.tensor([row.ids[-1] for row in rows] + fill, device=device)
+    lengths = torch.tensor([row.length for row in rows] + fill, device=device)
+    x = model.embed_tokens(tokens)
+    groups, begin = [], 0
+    for cells, slab in slabs.items():
+        slots = torch.arange(len(slab.rows), device=device)
+        own = lengths[begin:begin + len(slots)]
+        mask = torch.zeros(len(slots), 1, 1, cells, dtype=x.dtype, device=device)
+        mask.masked_fill_((torch.arange(cells, device=device) > own[:, None])[:, None, None], -math.inf)
+        groups.append((slots, own, mask, slab.caches))
+        begin += len(slots)
+    for row in rows:
+        row.length += 1
+    wheres = [functools.partial(attend_caches, layer=i, groups=groups) for i in range(len(model.layers))]
+    return model.blocks(x, lengths, wheres)[:len(rows)]
+
+
+def attend_caches(q, k, v, layer, groups):
+    """Attention of one new token a row to its cache, one call a slab. Shapes as in `attend`, T the rows."""
+    q, new = q.unflatten(0, (len(k), -1)), torch.stack([k, v]).transpose(1, 2)  # (K, G, T, d), (2, T, K, d)
+    pieces, begin = [], 0
+    for slots, own, mask, caches in groups:
+        part = slice(begin, begin + len(slots))
+        caches[layer][:, slots, own] = new[:, part]
+        keys, values = caches[layer][:, :len(slots)].transpose(2, 3)  # (slots, K, cells, d)
+        # The G query heads of a key head stand where its queries would: nothing is repeated, no GQA needed.
+        out = F.scaled_dot_product_attention(q[:, :, part].permute(2, 0, 1, 3), keys, values, attn_mask=mask)
+        pieces.append(out.flatten(1, 2).transpose(0, 1))
+        begin = part.stop
+    pieces.append(torch.zeros_like(pieces[0][:, :1]).expand(-1, k.shape[1] - begin, -1))  # filling
+    return torch.cat(pieces, 1)
+
+
+def place(slabs, row, keys_values, limit):
+    """Copy a row's keys and values, (2, length, K, d) a layer, to a free slot of the smallest fitting slab."""
+    cells = CELLS
+    while cells <= row.length:
+        cells *= 2
+    cells = min(cells, limit)
+    if cells not in slabs:
+        slabs[cells] = Slab([], [kv.new_zeros(2, 0, cells, *kv.shape[2:]) for kv in keys_values])
+    slab = slabs[cells]
+    slot = len(slab.rows)
+    for layer, kv in enumerate(keys_values):
+        if slot == slab.caches[layer].shape[1]:  # zeros: a masked cell has weight 0, and 0 * NaN is NaN
+            slab.caches[layer] = F.pad(slab.caches[layer], (0, 0, 0, 0, 0, 0, 0, 4))
+        slab.caches[layer][:, slot, :row.length] = kv
+    slab.rows.append(row)
+
+
+def settle(slabs, limit):
+    """Free the slots of finished rows, and move rows whose cache is full to a larger one."""
+    for cells, slab in list(slabs.items()):
+        for slot in reversed(range(len(slab.rows))):
+            row = slab.rows[slot]
+            if not row.done and row.length < cells:
+                continue
+            if not row.done:
+                place(slabs, row, [cache[:, slot] for cache in slab.caches], limit)
+            slab.rows[slot] = slab.rows[-1]  # the last row closes the gap
+            slab.rows.pop()
+            for cache in slab.caches:
+                cache[:, slot] = cache[:, len(slab.rows)]
+        if not slab.rows:
+            del slabs[cells]
+
+
+def next_logits(model, hidden):
+    """(n, D) states before the final norm to (n, V) logits in the model's dtype."""
+    n = len(hidden)
+    hidden = model.norm(hidden)
+    if not hidden.is_cuda:
+        hidden = F.pad(hidden, (0, 0, 0, max(0, CPU_ROWS - n)))
+    # On a CPU this order is faster for few rows than hidden @ weight.T, the transposed copy included.
+    return (model.head_weight() @ hidden.T).T[:n].contiguous()
+
+
+def sample(logits, uniforms, temperature, top_p, top_k):
+    """One id a row: logits (n, V), uniforms (n,) fp64 in [0, 1), the rest as in `generate`; (n,) int64."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs, ids = filtered(logits, temperature, top_p, top_k)
+    cdf = probs.cumsum(-1)
+    picked = (cdf <= uniforms[:, None] * cdf[:, -1:]).sum(-1)
+    picked = picked.minimum((probs > 0).sum(-1) - 1)  # where u * total was rounded up to total
+    return ids.gather(1, picked[:, None]).squeeze(1)
+
+
+def filtered(logits, temperature, top_p, top_k):
+    """The filters in transformers' order. Returns weights (n, k) fp64, largest first, 0 where top_p dropped
+    the token (the rest is not normalised again), and ids (n, k); k is V without top_k."""
+    if 0 < top_k < logits.shape[1]:
+        values, ids = largest(logits, top_k)
+    else:
+        values, ids = logits.sort(-1, descending=True)
+    probs = (values.double() / temperature).softmax(-1)
+    if top_p < 1:
+        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)
+    return probs, ids
+
+
+def largest(logits, k, width=128):
+    """logits.topk(k), sooner: only the k blocks of columns with the largest maxima can hold the k largest."""
+    blocks = logits.shape[1] // width
+    if blocks <= k:
+        return logits.topk(k)
+    maxima = logits[:, :blocks * width].unflatten(1, (blocks, width)).amax(-1)
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    inside = columns[:blocks * width].view(blocks, width)[maxima.topk(k).indices].flatten(1)  # (n, k * width)
+    columns = torch.cat([inside, columns[blocks * width:].expand(len(logits), -1)], 1)
+    values, picked = logits.gather(1, columns).topk(k)
+    return values, columns.gather(1, picked)
 
 
 # --- checkpoints in Hugging Face layout -----------------------------------------------------------
