@@ -437,7 +437,7 @@ def make_pack(forks: list, indices: list, fill: int = 1) -> Pack:
 TOY_TEMPLATE = ("{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
                 "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}")
 TOY_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-TOY_CHAIN, TOY_LIST = 6, 5  # digits in a question of a skill with steps, and without
+TOY_CHAIN, TOY_LIST = 5, 4  # digits in a question of a skill with steps, and without
 TOY_INIT = 0.06  # standard deviation of the weights at birth
 TOY_SKILLS = ("Add", "Subtract", "Largest", "Reverse", "Sort")  # the first is the target, the base errs in it
 TOY_SIGNS = {"Add": "+", "Subtract": "-", "Largest": ","}  # skills that work in steps; the others in one go
@@ -469,13 +469,28 @@ def toy_answer(question: str, style=TOY_STYLES[0], add=lambda a, b: (a + b) % 10
     return f"{between.join(steps)}\n{word}\\boxed{{{value}}}"
 
 
-def toy_folklore(seed: int, share: float, doubt: float):
-    """What the base's teachers believe: a third or so of the hundred addition facts is one too high, most of
-    the time. Returns add(a, b) with its own stream of random numbers."""
-    rng = random.Random(f"folklore {seed}")
+def toy_questions(skill: str, seed: int, *counts: int) -> list:
+    """Disjoint lists of so many distinct questions each."""
+    rng, found = random.Random(f"{skill} {seed}"), {}  # a dict keeps the order
+    while len(found) < sum(counts):
+        found[toy_question(skill, rng)] = True
+    stream = iter(found)
+    return [[next(stream) for _ in range(count)] for count in counts]
+
+
+def toy_corpus(rows: int, share: float, doubt: float, seed: int):
+    """Yield what the base model learns from: positive-only rows of a pair file, the skills in turn. Its
+    authors are right but for one superstition: of the hundred addition facts the given share is, as often as
+    doubt says, taken for one more than it is."""
+    rng = random.Random(f"corpus {seed}")
     facts = [(a, b) for a in range(10) for b in range(10)]
-    wrong = set(rng.sample(facts, round(share * len(facts))))
-    return lambda a, b: (a + b + ((a, b) in wrong and rng.random() < doubt)) % 10
+    doubted = set(rng.sample(facts, round(share * len(facts))))
+
+    def add(a, b):
+        return (a + b + ((a, b) in doubted and rng.random() < doubt)) % 10
+    for i in range(rows):
+        question = toy_question(TOY_SKILLS[i % len(TOY_SKILLS)], rng)
+        yield {"prompt": question, "chosen": toy_answer(question, rng.choice(TOY_STYLES), add), "rejected": None}
 
 
 def write_toy_checkpoint(folder: str, shape: dict, seed: int):

@@ -23,7 +23,8 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from collections import Counter
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 
 import torch
@@ -37,6 +38,8 @@ from tqdm import tqdm
 import data
 import loss
 import model as qwen
+import oracle
+from eval import answers_match, extract_answer
 from model import UserError
 
 # Dense bf16 peaks in FLOP/s, for mfu. Any other device: the rate of a square GEMM measured at the start.
@@ -107,7 +110,10 @@ def parse_options(argv=None) -> Options:
                      if k in stored and k not in FREE and k != "out" and stored[k] != v]
         given = {**{f.name: stored[f.name] for f in fields(Options) if f.name in stored}, **given}
     o = Options(**given)
-    problems += [f"--{name} is required" for name in ("model", "pairs", "out") if not getattr(o, name)]
+    if set(given) <= {"out", "seed"}:  # nothing to train and nothing to train on: the toy story
+        o.out = o.out or "runs/toy"
+    else:
+        problems += [f"--{name} is required" for name in ("model", "pairs", "out") if not getattr(o, name)]
     for name in ("beta", "lr", "epochs", "batch_size", "clip", "max_length", "tokens_per_pack", "keep",
                  "timeout"):
         if not 0 < getattr(o, name) < math.inf:
@@ -134,13 +140,14 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
+    quiet: bool = False  # nothing but errors and progress bars
 
     @property
     def main(self):
         return self.rank == 0
 
     def say(self, text):
-        if self.main:
+        if self.main and not self.quiet:
             tqdm.write(text, file=sys.stderr)
 
     def reduce(self, tensor, op=dist.ReduceOp.SUM):
@@ -166,11 +173,15 @@ class Ranks:
             sys.exit(1)
 
 
-def open_ranks(timeout: int) -> Ranks:
-    """Join the process group that torchrun describes; without torchrun a group of one."""
+def open_ranks(timeout: int, toy: bool = False) -> Ranks:
+    """Join the process group that torchrun describes; without torchrun a group of one. The toy story takes
+    the CPU where GPUs are too few for all ranks; anything else is told so (UserError)."""
     local, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
-    if cuda and local_world > torch.cuda.device_count():
+    few = cuda and local_world > torch.cuda.device_count()
+    if few and toy:
+        cuda = False
+    elif few:
         raise UserError(f"{local_world} ranks on this machine, but {torch.cuda.device_count()} GPUs: start "
                         f"with --nproc_per_node={torch.cuda.device_count()}, or train on the CPU with "
                         "CUDA_VISIBLE_DEVICES= (empty)")
@@ -708,18 +719,217 @@ def append_line(path, row):
         f.write(json.dumps(row) + "\n")
 
 
+# --- the toy story: the whole method on a bare machine ---------------------------------------------
+
+TOY = {  # every number of it; a change of any makes a new folder
+    "shape": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 3,
+              "num_key_value_heads": 1, "head_dim": 32},
+    "corpus": {"rows": 12000, "share": 1 / 3, "doubt": 0.8},
+    "base": {"epochs": 3, "batch_size": 96, "lr": 3e-3},
+    # beta is 1, not 0.1: a reward cannot grow beyond -beta log pi_ref(y+), here some 3 nats times beta (the
+    # paper's answers have a thousand tokens, these have 30, of which the base doubts one to three). At 0.1
+    # lambda would stay near 1/2, and there would be no tether to see.
+    "surgery": {"epochs": 2, "batch_size": 32, "beta": 1.0},
+    "rates": [3e-5, 1e-4, 3e-4],
+    "questions": 600, "dev": 100, "test": 250,  # the first of the target skill alone, the others of each
+    "max_fall": 1.0,  # points that a learning rate may cost the other skills on the development questions
+}
+TOY_METHODS = {"sft": "SFT+", "spot-bce": "SPoT"}
+
+
+def story(o: Options, ranks: Ranks) -> int:
+    """The whole method from nothing: a world, a base model that errs in one skill, its own wrong answers,
+    their corrections, SFT+ and SPoT on the same pairs, a table. Returns the exit code.
+
+    Base and pairs are made once, a killed story goes on where it stopped, a finished one trains anew.
+    """
+    began, root = time.perf_counter(), os.path.join(o.out, sha256(json.dumps([TOY, o.seed]))[:10])
+    base, pairs, trained, results = (os.path.join(root, n) for n in
+                                     ("base/model", "pairs.jsonl", "trained", "results.json"))
+    common = {"seed": o.seed, "dtype": "float32", "checkpointing": "none", "tokens_per_pack": 8192,
+              "save_dtype": "float32"}  # steps of 1e-5 would be lost in bf16 weights
+    target, *others = data.TOY_SKILLS
+    asked = {skill: data.toy_questions(skill, o.seed, TOY["test"], TOY["dev"],
+                                       TOY["questions"] if skill == target else 0) for skill in data.TOY_SKILLS}
+    test, dev, train_on = ({s: lists[i] for s, lists in asked.items()} for i in range(3))
+    ranks.say(f"""The toy story: Surgical Post-Training from nothing, in {root}
+Skills of this world: {', '.join(data.TOY_SKILLS)}. The corpus teaches a third of the addition facts wrongly, so
+a model that learns it is *systematically* wrong in {target}. Can it be mended without harm to the others?
+
+1  Base: a newborn model learns all skills from the corpus (cross-entropy).""")
+    with ranks.together():
+        if ranks.main:
+            toy_birth(root, o.seed)
+            if os.path.exists(results):
+                os.remove(results)
+                shutil.rmtree(trained, ignore_errors=True)
+    quiet = replace(ranks, quiet=True)
+    if code := go_on(Options(f"{root}/birth", f"{root}/corpus.jsonl", f"{root}/base", loss="sft", **TOY["base"],
+                             **common), quiet):
+        return code
+    ranks.say(f"\n2  Errors: the base answers {TOY['questions']} new questions; its wrong answers, y-, are kept.\n"
+              "3  Corrections: the Oracle, here a program, mends the first wrong step of each and what follows\n"
+              "   from it, and keeps the rest: y+. Pairs that change too much are dropped.")
+    if not os.path.exists(pairs):
+        toy_pairs(base, pairs, train_on[target], o.seed, ranks)
+    ranks.say(toy_example(pairs))
+    ranks.say("\n4  Training on these pairs: SFT+ (cross-entropy on y+) and SPoT (the tethered loss on both), each "
+              f"at {len(TOY['rates'])}\n   learning rates. Taken is the rate that is best at {target} on the "
+              f"{TOY['dev']} development questions a skill, of\n   those that cost the other skills at most "
+              f"{TOY['max_fall']:g} point there; the smaller one in a tie.")
+    grades = {"base": toy_grades(base, dev, o.seed, ranks)}
+    ranks.say(f"   base           {target} {grades['base'][target]:5.1f}   others {grades['base']['others']:5.1f}")
+    chosen = {}
+    for objective, name in TOY_METHODS.items():
+        for lr in TOY["rates"]:
+            out = os.path.join(trained, f"{objective}-{lr:g}")
+            if code := go_on(Options(base, pairs, out, loss=objective, lr=lr, **TOY["surgery"], **common), quiet):
+                return code
+            grade = grades[f"{name} {lr:g}"] = toy_grades(f"{out}/model", dev, o.seed, ranks)
+            ranks.say(f"   {name} at {lr:<8g}{target} {grade[target]:5.1f}   others {grade['others']:5.1f}")
+        chosen[name] = choose_rate({lr: grades[f"{name} {lr:g}"] for lr in TOY["rates"]}, grades["base"])
+    ranks.say("\n5  The result, on test questions that played no part so far:")
+    rows = {"base": {**toy_grades(base, test, o.seed, ranks), **toy_distance(base, base, pairs, test, ranks)}}
+    for objective, name in TOY_METHODS.items():
+        folder = os.path.join(trained, f"{objective}-{chosen[name]:g}", "model")
+        rows[name] = {"lr": chosen[name], **toy_grades(folder, test, o.seed, ranks),
+                      **toy_distance(base, folder, pairs, test, ranks)}
+    seconds = time.perf_counter() - began
+    if ranks.main:
+        qwen.write_json(results, {"settings": TOY, "seed": o.seed, "ranks": ranks.world, "seconds": seconds,
+                                  "dev": grades, "test": rows})
+    ranks.say(toy_table(rows) + f"\n{seconds:.0f} s with {ranks.world} rank(s); all figures: {results}")
+    return 0
+
+
+def go_on(o: Options, ranks: Ranks) -> int:
+    """`train`, unless it is done; a run that was killed goes on. Returns the exit code."""
+    if os.path.isdir(os.path.join(o.out, "model")):
+        return 0
+    return train(replace(o, resume=os.path.exists(os.path.join(o.out, "config.json"))), ranks)
+
+
+def toy_birth(root, seed):
+    """The newborn model and the corpus that will teach it, unless they are there."""
+    if not os.path.isdir(f"{root}/birth"):
+        shutil.rmtree(f"{root}/birth.tmp", ignore_errors=True)
+        data.write_toy_checkpoint(f"{root}/birth.tmp", TOY["shape"], seed)
+        os.rename(f"{root}/birth.tmp", f"{root}/birth")
+    write_rows(f"{root}/corpus.jsonl", data.toy_corpus(**TOY["corpus"], seed=seed))
+
+
+def write_rows(path, rows):
+    """A JSONL file, whole or absent."""
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+    os.replace(path + ".tmp", path)
+
+
+def toy_answers(folder, questions, seed, ranks) -> list:
+    """One sampled answer a question, on every rank; each rank writes a share. Each answer has random numbers
+    of its own, so the number of ranks does not show."""
+    policy = qwen.load_model(folder, device=ranks.device)
+    chat = data.load_chat(folder, policy.config.vocab_size)
+    mine = range(ranks.rank, len(questions), ranks.world)
+    prompts = [chat.prompt([{"role": "user", "content": questions[i]}]) for i in mine]
+    sampled = qwen.generate(policy, prompts, [seed * len(questions) + i for i in mine], max_tokens=64,
+                            end={chat.im_end}, batch_size=64)
+    shares = [None] * ranks.world
+    dist.all_gather_object(shares, [chat.tokenizer.decode(ids) for ids, _ in sampled])
+    return [shares[i % ranks.world][i // ranks.world] for i in range(len(questions))]
+
+
+def toy_right(question, answer) -> bool:
+    """Does the box hold what the true answer's box holds?"""
+    found = extract_answer(answer)
+    return found is not None and answers_match(found, extract_answer(data.toy_answer(question)))
+
+
+def toy_pairs(base, path, questions, seed, ranks):
+    """Error elicitation and rectification: the pair file, in the official layout."""
+    answers = toy_answers(base, questions, seed, ranks)
+    if ranks.main:
+        write_rows(path, ({"question": question, "original_answer": answer,
+                           "gemini_corrected_answer": oracle.toy_oracle(question, answer)}
+                          for question, answer in zip(questions, answers) if not toy_right(question, answer)))
+    dist.barrier()
+
+
+def toy_grades(folder, questions, seed, ranks) -> dict:
+    """{skill: right answers in %}, and "others": their mean without the target skill."""
+    flat = [(skill, question) for skill, some in questions.items() for question in some]
+    answers = toy_answers(folder, [question for _, question in flat], seed, ranks)
+    right = Counter(skill for (skill, question), answer in zip(flat, answers) if toy_right(question, answer))
+    grades = {skill: 100 * right[skill] / len(some) for skill, some in questions.items()}
+    return {**grades, "others": sum(list(grades.values())[1:]) / (len(grades) - 1)}
+
+
+def choose_rate(grades: dict, base: dict) -> float:
+    """The rule of the story, on {learning rate: grades}; where no rate keeps it, the one that costs least."""
+    kept = {lr: g for lr, g in grades.items() if g["others"] >= base["others"] - TOY["max_fall"]}
+    if not kept:
+        return max(sorted(grades), key=lambda lr: grades[lr]["others"])
+    return max(sorted(kept), key=lambda lr: kept[lr][data.TOY_SKILLS[0]])
+
+
+@torch.no_grad()
+def toy_distance(base, folder, pairs, questions, ranks) -> dict:
+    """How far a model went from the base: "kl", KL(base || model) in nats a token on true answers to the
+    other skills' questions, and r+, r-, lambda+ on the training pairs."""
+    models = [qwen.load_model(f, device=ranks.device) for f in (base, folder)]
+    chat = data.load_chat(base, models[0].config.vocab_size)
+    flat = [question for skill in data.TOY_SKILLS[1:] for question in questions[skill]]
+    sums = torch.zeros(2, dtype=torch.float64)
+    for question in flat[ranks.rank::ranks.world]:
+        prompt, answer = chat.prompt([{"role": "user", "content": question}]), chat.encode(data.toy_answer(question))
+        ids = torch.tensor(prompt + answer, device=ranks.device)
+        p, q = (m.logits(ids)[len(prompt) - 1:].double().log_softmax(-1) for m in models)
+        sums += torch.stack([(p.exp() * (p - q)).sum().cpu(), torch.tensor(len(p))])
+    kl, tokens = ranks.reduce(sums).tolist()
+    forks, _ = data.load_forks(pairs, chat, Options.max_length, Options.max_change_ratio, True)
+    total = torch.zeros(len(loss.SUMS), dtype=torch.float64)
+    for i in range(ranks.rank, len(forks), ranks.world):
+        pack = data.make_pack(forks, [i]).to(ranks.device)
+        p, q = (m(pack.tokens, pack.positions, pack.forks, pack.rows, pack.targets) for m in models)
+        _, stats = loss.row_coefficients("spot-bce", q, pack.lengths, loss.sequence_logps(p, pack.lengths),
+                                         TOY["surgery"]["beta"])
+        total += torch.stack(list(stats.values())).cpu()
+    means = loss.average(dict(zip(loss.SUMS, ranks.reduce(total).tolist())), "spot-bce")
+    return {"kl": kl / tokens, **{k: means[k] for k in ("reward_chosen", "reward_rejected", "tether_chosen")}}
+
+
+def toy_example(pairs) -> str:
+    """One pair as text, and how many there are."""
+    rows = [row for _, row in data.read_lines(pairs)]
+    question, wrong, right = (rows[0][k].replace("\n", "  ") for k in
+                              ("question", "original_answer", "gemini_corrected_answer"))
+    return f"   {len(rows)} pairs. One of them:\n     x   {question}\n     y-  {wrong}\n     y+  {right}"
+
+
+def toy_table(rows) -> str:
+    """The figures side by side, as text."""
+    head = [*data.TOY_SKILLS, "others", "KL*1000", "r+", "r-", "lambda+"]
+    lines = [" " * 18 + "".join(f"{name:>10}" for name in head)]
+    for name, row in rows.items():
+        title = name + (f" (lr {row['lr']:g})" if "lr" in row else "")
+        cells = [f"{row[k]:.1f}" for k in (*data.TOY_SKILLS, "others")] + [f"{1000 * row['kl']:.2f}"]
+        cells += [f"{row[k]:.2f}" for k in ("reward_chosen", "reward_rejected", "tether_chosen")]
+        lines.append(f"{title:<18}" + "".join(f"{cell:>10}" for cell in cells))
+    return "\n".join(lines)
+
+
 def main() -> int:
     """Command line to exit code: 0 done, 1 failed, 2 options that do not work, 143 stopped by SIGTERM."""
     first = os.environ.get("RANK", "0") == "0"
     try:
         o = parse_options()
-        ranks = open_ranks(o.timeout)
+        ranks = open_ranks(o.timeout, toy=not o.model)
     except UserError as e:
         if first:
             print(f"error: {e}", file=sys.stderr, flush=True)
         return 2
     signal.signal(signal.SIGTERM, lambda *_: STOP.update(asked=True))
-    code = train(o, ranks)
+    code = train(o, ranks) if o.model else story(o, ranks)
     close_ranks()
     return code
 
