@@ -438,8 +438,10 @@ TOY_TEMPLATE = ("{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' + m
                 "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}")
 TOY_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TOY_CHAIN, TOY_LIST = 5, 4  # digits in a question of a skill with steps, and without
+TOY_TOP = 5  # largest summand but for the first: half the facts, learned in half the time
 TOY_INIT = 0.06  # standard deviation of the weights at birth
 TOY_SKILLS = ("Add", "Subtract", "Largest", "Reverse", "Sort")  # the first is the target, the base errs in it
+TOY_MIX = TOY_SKILLS
 TOY_SIGNS = {"Add": "+", "Subtract": "-", "Largest": ","}  # skills that work in steps; the others in one go
 TOY_STYLES = [(between, word) for between in ("\n", ";") for word in ("", "So ", "Thus ")]
 
@@ -447,8 +449,11 @@ TOY_STYLES = [(between, word) for between in ("\n", ";") for word in ("", "So ",
 def toy_question(skill: str, rng) -> str:
     """`Add: 4+3+1+7+5`, `Subtract: 9-3-...`, `Largest: 4,8,...`, `Reverse: 4829`, `Sort: 4829`, of random
     digits, from a random.Random."""
-    count, low = (TOY_CHAIN, 0) if skill in TOY_SIGNS else (TOY_LIST, 1)  # no leading 0 in a list
-    return f"{skill}: " + TOY_SIGNS.get(skill, "").join(str(rng.randint(low, 9)) for _ in range(count))
+    if skill not in TOY_SIGNS:
+        return f"{skill}: " + "".join(str(rng.randint(1, 9)) for _ in range(TOY_LIST))  # no leading 0
+    top = 9 if skill == "Largest" else TOY_TOP
+    digits = [rng.randint(0, 9)] + [rng.randint(1, top) for _ in range(TOY_CHAIN - 1)]
+    return f"{skill}: " + TOY_SIGNS[skill].join(map(str, digits))
 
 
 def toy_answer(question: str, style=TOY_STYLES[0], add=lambda a, b: (a + b) % 10) -> str:
@@ -483,14 +488,15 @@ def toy_corpus(rows: int, share: float, doubt: float, seed: int):
     authors are right but for one superstition: of the hundred addition facts the given share is, as often as
     doubt says, taken for one more than it is."""
     rng = random.Random(f"corpus {seed}")
-    facts = [(a, b) for a in range(10) for b in range(10)]
+    facts = [(a, b) for a in range(10) for b in range(1, TOY_TOP + 1)]
     doubted = set(rng.sample(facts, round(share * len(facts))))
 
     def add(a, b):
         return (a + b + ((a, b) in doubted and rng.random() < doubt)) % 10
     for i in range(rows):
-        question = toy_question(TOY_SKILLS[i % len(TOY_SKILLS)], rng)
-        yield {"prompt": question, "chosen": toy_answer(question, rng.choice(TOY_STYLES), add), "rejected": None}
+        question = toy_question(TOY_MIX[i % len(TOY_MIX)], rng)
+        answer = toy_answer(question, rng.choice(TOY_STYLES), add)
+        yield {"prompt": question, "chosen": answer, "rejected": None}
 
 
 def write_toy_checkpoint(folder: str, shape: dict, seed: int):
@@ -507,16 +513,15 @@ def write_toy_checkpoint(folder: str, shape: dict, seed: int):
     tokenizer.train_from_iterator(text, trainers.BpeTrainer(
         special_tokens=TOY_SPECIAL, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False))
-    ends = [tokenizer.token_to_id(t) for t in TOY_SPECIAL]
+    pad, _, end = (tokenizer.token_to_id(t) for t in TOY_SPECIAL)
     config = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "dtype": "float32",
               "vocab_size": tokenizer.get_vocab_size(), "hidden_act": "silu", "rms_norm_eps": 1e-6,
-              "rope_theta": 1e4, "tie_word_embeddings": True, "eos_token_id": ends[2], "pad_token_id": ends[0],
-              **shape}
+              "rope_theta": 1e4, "tie_word_embeddings": True, "eos_token_id": end, "pad_token_id": pad, **shape}
     os.makedirs(folder)
     write_json(os.path.join(folder, "config.json"), config)
     write_json(os.path.join(folder, "tokenizer_config.json"), {
-        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": TOY_SPECIAL[2], "pad_token": TOY_SPECIAL[0],
-        "chat_template": TOY_TEMPLATE})
+        "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TOY_TEMPLATE,
+        "eos_token": TOY_SPECIAL[2], "pad_token": TOY_SPECIAL[0]})
     tokenizer.save(os.path.join(folder, "tokenizer.json"))
     weights = dict(Qwen3(read_config(folder)).named_parameters())
     source = torch.Generator().manual_seed(seed)

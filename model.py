@@ -315,18 +315,20 @@ def attend(q, k, v, where):
     if not isinstance(where, list):
         return _compiled_flex()(q, k, v, block_mask=where, enable_gqa=True)[0]
     # Three calls a fork: no [T, T] mask and no masked-out work between forks (3.4-4.6x one masked call).
-    pieces, done = [], 0
-    for start, trunk, rejected, chosen, masks in where:
+    # Cut with split, whose backward is one cat; each slice's backward would fill and add a whole (H, T, d).
+    sizes = [n for start, trunk, rejected, chosen, _ in where
+             for n in (trunk - start, rejected - trunk, chosen - rejected)]
+    queries, keys, values = (t.split([*sizes, q.shape[2] - sum(sizes)], 2) for t in (q, k, v))
+    pieces = []
+    for trunk, (*_, masks) in zip(range(0, len(sizes), 3), where):
         pieces.append(F.scaled_dot_product_attention(
-            *(t[:, :, start:trunk] for t in (q, k, v)), is_causal=True, enable_gqa=True))
-        for begin, end, mask in ((trunk, rejected, masks[0]), (rejected, chosen, masks[1])):
-            if end > begin:
-                keys, values = (torch.cat([t[:, :, start:trunk], t[:, :, begin:end]], 2) for t in (k, v))
+            queries[trunk], keys[trunk], values[trunk], is_causal=True, enable_gqa=True))
+        for branch, mask in ((trunk + 1, masks[0]), (trunk + 2, masks[1])):
+            if sizes[branch]:
+                seen = (torch.cat([t[trunk], t[branch]], 2) for t in (keys, values))
                 pieces.append(F.scaled_dot_product_attention(
-                    q[:, :, begin:end], keys, values, attn_mask=mask, enable_gqa=True))
-        done = chosen
-    if done < q.shape[2]:
-        pieces.append(torch.zeros_like(q[:, :, done:]))  # filling sees nothing
+                    queries[branch], *seen, attn_mask=mask, enable_gqa=True))
+    pieces.append(torch.zeros_like(queries[-1]))  # filling sees nothing
     return torch.cat(pieces, 2)[0]
 
 
