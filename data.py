@@ -441,7 +441,6 @@ TOY_CHAIN, TOY_LIST = 5, 4  # digits in a question of a skill with steps, and wi
 TOY_TOP = 5  # largest summand but for the first: half the facts, learned in half the time
 TOY_INIT = 0.06  # standard deviation of the weights at birth
 TOY_SKILLS = ("Add", "Subtract", "Largest", "Reverse", "Sort")  # the first is the target, the base errs in it
-TOY_MIX = TOY_SKILLS
 TOY_SIGNS = {"Add": "+", "Subtract": "-", "Largest": ","}  # skills that work in steps; the others in one go
 TOY_STYLES = [(between, word) for between in ("\n", ";") for word in ("", "So ", "Thus ")]
 
@@ -494,7 +493,7 @@ def toy_corpus(rows: int, share: float, doubt: float, seed: int):
     def add(a, b):
         return (a + b + ((a, b) in doubted and rng.random() < doubt)) % 10
     for i in range(rows):
-        question = toy_question(TOY_MIX[i % len(TOY_MIX)], rng)
+        question = toy_question(TOY_SKILLS[i % len(TOY_SKILLS)], rng)
         answer = toy_answer(question, rng.choice(TOY_STYLES), add)
         yield {"prompt": question, "chosen": answer, "rejected": None}
 
@@ -516,7 +515,8 @@ def write_toy_checkpoint(folder: str, shape: dict, seed: int):
     pad, _, end = (tokenizer.token_to_id(t) for t in TOY_SPECIAL)
     config = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "dtype": "float32",
               "vocab_size": tokenizer.get_vocab_size(), "hidden_act": "silu", "rms_norm_eps": 1e-6,
-              "rope_theta": 1e4, "tie_word_embeddings": True, "eos_token_id": end, "pad_token_id": pad, **shape}
+              "rope_theta": 1e4, "tie_word_embeddings": True, "eos_token_id": end, "pad_token_id": pad,
+              **shape}
     os.makedirs(folder)
     write_json(os.path.join(folder, "config.json"), config)
     write_json(os.path.join(folder, "tokenizer_config.json"), {

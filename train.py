@@ -5,6 +5,10 @@ Goes out:  a run folder: config.json, metrics.jsonl, reference.safetensors, chec
            trained checkpoint in the layout it came in.
 
     torchrun --nproc_per_node=8 train.py --model Qwen3-8B --pairs pairs.jsonl --out runs/first
+    torchrun --nproc_per_node=2 train.py         # nothing given: the toy story, the whole method in minutes
+
+Without arguments (--seed and --out are allowed) `story` makes a small world with a base model, its errors
+and their corrections, trains on them, and prints a table of what came of it.
 
 One optimizer step is `train_step`: for each pack the policy gives one log-prob a scored row, loss.py gives
 one coefficient a row, and `row_logps.backward(coefficients)` is the backward pass. Which pairs form a step
@@ -92,7 +96,8 @@ FREE = ("resume", "keep", "save_every", "timeout", "tokens_per_pack", "checkpoin
 
 def parse_options(argv=None) -> Options:
     """Command line to Options. With --resume what is not given comes from OUT/config.json, and what is given
-    must agree with it. Raises UserError listing every problem at once."""
+    must agree with it. Without any, and with --out or --seed alone, `model` stays empty: that is the toy
+    story's mark. Raises UserError listing every problem at once."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Options):
@@ -724,17 +729,27 @@ def append_line(path, row):
 TOY = {  # every number of it; a change of any makes a new folder
     "shape": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 3,
               "num_key_value_heads": 1, "head_dim": 32},
-    "corpus": {"rows": 12000, "share": 1 / 3, "doubt": 0.8},
-    "base": {"epochs": 3, "batch_size": 96, "lr": 3e-3},
+    "corpus": {"rows": 9600, "share": 1 / 3, "doubt": 0.8},
+    "base": {"epochs": 2, "batch_size": 32, "lr": 3e-3},
     # beta is 1, not 0.1: a reward cannot grow beyond -beta log pi_ref(y+), here some 3 nats times beta (the
     # paper's answers have a thousand tokens, these have 30, of which the base doubts one to three). At 0.1
     # lambda would stay near 1/2, and there would be no tether to see.
-    "surgery": {"epochs": 2, "batch_size": 32, "beta": 1.0},
-    "rates": [3e-5, 1e-4, 3e-4],
-    "questions": 600, "dev": 100, "test": 250,  # the first of the target skill alone, the others of each
+    "surgery": {"epochs": 1, "batch_size": 32, "beta": 1.0},
+    "rates": [5e-5, 1e-4, 2e-4],
+    "questions": 800, "dev": 100, "test": 250,  # the first of the target skill alone, the others of each
     "max_fall": 1.0,  # points that a learning rate may cost the other skills on the development questions
 }
 TOY_METHODS = {"sft": "SFT+", "spot-bce": "SPoT"}
+
+
+@dataclass
+class Toy:
+    """What the functions of the story share: a record, no behaviour."""
+
+    root: str
+    seed: int
+    ranks: Ranks
+    questions: dict  # {"train", "dev" or "test": {skill: [question, ...]}}, all different
 
 
 def story(o: Options, ranks: Ranks) -> int:
@@ -744,69 +759,61 @@ def story(o: Options, ranks: Ranks) -> int:
     Base and pairs are made once, a killed story goes on where it stopped, a finished one trains anew.
     """
     began, root = time.perf_counter(), os.path.join(o.out, sha256(json.dumps([TOY, o.seed]))[:10])
-    base, pairs, trained, results = (os.path.join(root, n) for n in
-                                     ("base/model", "pairs.jsonl", "trained", "results.json"))
-    common = {"seed": o.seed, "dtype": "float32", "checkpointing": "none", "tokens_per_pack": 8192,
-              "save_dtype": "float32"}  # steps of 1e-5 would be lost in bf16 weights
     target, *others = data.TOY_SKILLS
-    asked = {skill: data.toy_questions(skill, o.seed, TOY["test"], TOY["dev"],
-                                       TOY["questions"] if skill == target else 0) for skill in data.TOY_SKILLS}
-    test, dev, train_on = ({s: lists[i] for s, lists in asked.items()} for i in range(3))
-    ranks.say(f"""The toy story: Surgical Post-Training from nothing, in {root}
-Skills of this world: {', '.join(data.TOY_SKILLS)}. The corpus teaches a third of the addition facts wrongly, so
-a model that learns it is *systematically* wrong in {target}. Can it be mended without harm to the others?
+    asked = {s: data.toy_questions(s, o.seed, TOY["test"], TOY["dev"], TOY["questions"] if s == target else 0)
+             for s in data.TOY_SKILLS}
+    toy = Toy(root, o.seed, ranks, {split: {skill: lists[i] for skill, lists in asked.items()}
+                                    for i, split in enumerate(("test", "dev", "train"))})
+    base, pairs, results = (os.path.join(root, n) for n in ("base/model", "pairs.jsonl", "results.json"))
+    ranks.say(f"""The toy story of Surgical Post-Training, in {root}
 
-1  Base: a newborn model learns all skills from the corpus (cross-entropy).""")
+1  A base model. A newborn Qwen3 learns {target}, {', '.join(others)} from a corpus whose
+   authors get a third of the addition facts wrong: it will be systematically wrong in {target}.""")
     with ranks.together():
         if ranks.main:
             toy_birth(root, o.seed)
             if os.path.exists(results):
                 os.remove(results)
-                shutil.rmtree(trained, ignore_errors=True)
-    quiet = replace(ranks, quiet=True)
-    if code := go_on(Options(f"{root}/birth", f"{root}/corpus.jsonl", f"{root}/base", loss="sft", **TOY["base"],
-                             **common), quiet):
-        return code
-    ranks.say(f"\n2  Errors: the base answers {TOY['questions']} new questions; its wrong answers, y-, are kept.\n"
-              "3  Corrections: the Oracle, here a program, mends the first wrong step of each and what follows\n"
-              "   from it, and keeps the rest: y+. Pairs that change too much are dropped.")
+                shutil.rmtree(os.path.join(root, "trained"), ignore_errors=True)
+    go_on(toy, f"{root}/base", model=f"{root}/birth", pairs=f"{root}/corpus.jsonl", loss="sft", **TOY["base"])
+    ranks.say(f"""
+2  Its errors. The base answers {TOY['questions']} new questions of {target}; its wrong answers are kept: y-.
+3  Corrections. The Oracle, here a program, mends the first wrong step and what follows from it, and
+   keeps the rest: y+.""")
     if not os.path.exists(pairs):
-        toy_pairs(base, pairs, train_on[target], o.seed, ranks)
+        toy_pairs(toy, base, pairs)
     ranks.say(toy_example(pairs))
-    ranks.say("\n4  Training on these pairs: SFT+ (cross-entropy on y+) and SPoT (the tethered loss on both), each "
-              f"at {len(TOY['rates'])}\n   learning rates. Taken is the rate that is best at {target} on the "
-              f"{TOY['dev']} development questions a skill, of\n   those that cost the other skills at most "
-              f"{TOY['max_fall']:g} point there; the smaller one in a tie.")
-    grades = {"base": toy_grades(base, dev, o.seed, ranks)}
-    ranks.say(f"   base           {target} {grades['base'][target]:5.1f}   others {grades['base']['others']:5.1f}")
-    chosen = {}
+    ranks.say(f"""
+4  Training on these pairs, with cross-entropy on y+ (SFT+) and with SPoT. Each takes the learning rate that
+   does best at {target} on development questions, {TOY['dev']} a skill, among those that cost the other skills
+   at most {TOY['max_fall']:g} point there (the smaller one in a tie).""")
+    grades, chosen = toy_train(toy, base, pairs)
+    ranks.say(f"\n5  The result, on {TOY['test']} test questions a skill that played no part so far.")
+    rows = {"base": {**toy_grades(toy, base, "test"), **toy_distance(toy, base, base, pairs)}}
     for objective, name in TOY_METHODS.items():
-        for lr in TOY["rates"]:
-            out = os.path.join(trained, f"{objective}-{lr:g}")
-            if code := go_on(Options(base, pairs, out, loss=objective, lr=lr, **TOY["surgery"], **common), quiet):
-                return code
-            grade = grades[f"{name} {lr:g}"] = toy_grades(f"{out}/model", dev, o.seed, ranks)
-            ranks.say(f"   {name} at {lr:<8g}{target} {grade[target]:5.1f}   others {grade['others']:5.1f}")
-        chosen[name] = choose_rate({lr: grades[f"{name} {lr:g}"] for lr in TOY["rates"]}, grades["base"])
-    ranks.say("\n5  The result, on test questions that played no part so far:")
-    rows = {"base": {**toy_grades(base, test, o.seed, ranks), **toy_distance(base, base, pairs, test, ranks)}}
-    for objective, name in TOY_METHODS.items():
-        folder = os.path.join(trained, f"{objective}-{chosen[name]:g}", "model")
-        rows[name] = {"lr": chosen[name], **toy_grades(folder, test, o.seed, ranks),
-                      **toy_distance(base, folder, pairs, test, ranks)}
+        model = f"{root}/trained/{objective}-{chosen[name]:g}/model"
+        rows[name] = {"lr": chosen[name], **toy_grades(toy, model, "test"),
+                      **toy_distance(toy, base, model, pairs)}
     seconds = time.perf_counter() - began
-    if ranks.main:
-        qwen.write_json(results, {"settings": TOY, "seed": o.seed, "ranks": ranks.world, "seconds": seconds,
-                                  "dev": grades, "test": rows})
-    ranks.say(toy_table(rows) + f"\n{seconds:.0f} s with {ranks.world} rank(s); all figures: {results}")
+    with ranks.together():
+        if ranks.main:
+            qwen.write_json(results, {"settings": TOY, "seed": o.seed, "ranks": ranks.world,
+                                      "seconds": seconds, "dev": grades, "test": rows})
+    ranks.say(toy_table(rows) + f"\n{seconds:.0f} s with {ranks.world} rank(s); all figures are in {results}")
     return 0
 
 
-def go_on(o: Options, ranks: Ranks) -> int:
-    """`train`, unless it is done; a run that was killed goes on. Returns the exit code."""
-    if os.path.isdir(os.path.join(o.out, "model")):
-        return 0
-    return train(replace(o, resume=os.path.exists(os.path.join(o.out, "config.json"))), ranks)
+def go_on(toy, out, **more):
+    """The real `train`, unless it was done before; a run that was killed goes on. Leaves on SIGTERM."""
+    if os.path.isdir(os.path.join(out, "model")):
+        return
+    o = Options(out=out, seed=toy.seed, dtype="float32", checkpointing="none", tokens_per_pack=4096,
+                save_dtype="float32",  # bf16 weights would lose what steps of 1e-4 change
+                resume=os.path.exists(os.path.join(out, "config.json")), **more)
+    code = train(o, replace(toy.ranks, quiet=True))
+    if code:
+        close_ranks()
+        sys.exit(code)
 
 
 def toy_birth(root, seed):
@@ -825,14 +832,36 @@ def write_rows(path, rows):
     os.replace(path + ".tmp", path)
 
 
-def toy_answers(folder, questions, seed, ranks) -> list:
+def toy_train(toy, base, pairs):
+    """Both methods at all rates; returns {run: grades on the development questions} and {method: rate}."""
+    def note(title, grade):
+        toy.ranks.say(f"   {title:<14}{target} {grade[target]:5.1f} %   others {grade['others']:5.1f} %")
+
+    target, reference, grades, chosen = data.TOY_SKILLS[0], None, {"base": toy_grades(toy, base, "dev")}, {}
+    note("base", grades["base"])
+    for objective, name in TOY_METHODS.items():
+        for lr in TOY["rates"]:
+            out = f"{toy.root}/trained/{objective}-{lr:g}"
+            if reference and toy.ranks.main and not os.path.exists(out):
+                os.makedirs(out)  # the reference log-probs of the same base and pairs: scored once
+                shutil.copy(reference, out)
+            go_on(toy, out, model=base, pairs=pairs, loss=objective, lr=lr, **TOY["surgery"])
+            reference = f"{out}/reference.safetensors"
+            grades[f"{name} {lr:g}"] = toy_grades(toy, f"{out}/model", "dev")
+            note(f"{name} {lr:g}", grades[f"{name} {lr:g}"])
+        chosen[name] = choose_rate({lr: grades[f"{name} {lr:g}"] for lr in TOY["rates"]}, grades["base"])
+    return grades, chosen
+
+
+def toy_answers(toy, folder, questions) -> list:
     """One sampled answer a question, on every rank; each rank writes a share. Each answer has random numbers
     of its own, so the number of ranks does not show."""
+    ranks = toy.ranks
     policy = qwen.load_model(folder, device=ranks.device)
     chat = data.load_chat(folder, policy.config.vocab_size)
     mine = range(ranks.rank, len(questions), ranks.world)
     prompts = [chat.prompt([{"role": "user", "content": questions[i]}]) for i in mine]
-    sampled = qwen.generate(policy, prompts, [seed * len(questions) + i for i in mine], max_tokens=64,
+    sampled = qwen.generate(policy, prompts, [toy.seed * len(questions) + i for i in mine], max_tokens=64,
                             end={chat.im_end}, batch_size=64)
     shares = [None] * ranks.world
     dist.all_gather_object(shares, [chat.tokenizer.decode(ids) for ids, _ in sampled])
@@ -845,22 +874,23 @@ def toy_right(question, answer) -> bool:
     return found is not None and answers_match(found, extract_answer(data.toy_answer(question)))
 
 
-def toy_pairs(base, path, questions, seed, ranks):
+def toy_pairs(toy, base, path):
     """Error elicitation and rectification: the pair file, in the official layout."""
-    answers = toy_answers(base, questions, seed, ranks)
-    if ranks.main:
-        write_rows(path, ({"question": question, "original_answer": answer,
-                           "gemini_corrected_answer": oracle.toy_oracle(question, answer)}
-                          for question, answer in zip(questions, answers) if not toy_right(question, answer)))
-    dist.barrier()
+    questions = toy.questions["train"][data.TOY_SKILLS[0]]
+    answers = toy_answers(toy, base, questions)
+    with toy.ranks.together():
+        if toy.ranks.main:
+            wrong = [(q, a) for q, a in zip(questions, answers) if not toy_right(q, a)]
+            write_rows(path, ({"question": q, "original_answer": a,
+                               "gemini_corrected_answer": oracle.toy_oracle(q, a)} for q, a in wrong))
 
 
-def toy_grades(folder, questions, seed, ranks) -> dict:
-    """{skill: right answers in %}, and "others": their mean without the target skill."""
-    flat = [(skill, question) for skill, some in questions.items() for question in some]
-    answers = toy_answers(folder, [question for _, question in flat], seed, ranks)
+def toy_grades(toy, folder, split) -> dict:
+    """{skill: right answers in %} on the questions of a split, and "others": the mean without the target."""
+    flat = [(skill, question) for skill, some in toy.questions[split].items() for question in some]
+    answers = toy_answers(toy, folder, [question for _, question in flat])
     right = Counter(skill for (skill, question), answer in zip(flat, answers) if toy_right(question, answer))
-    grades = {skill: 100 * right[skill] / len(some) for skill, some in questions.items()}
+    grades = {skill: 100 * right[skill] / len(some) for skill, some in toy.questions[split].items()}
     return {**grades, "others": sum(list(grades.values())[1:]) / (len(grades) - 1)}
 
 
@@ -873,16 +903,17 @@ def choose_rate(grades: dict, base: dict) -> float:
 
 
 @torch.no_grad()
-def toy_distance(base, folder, pairs, questions, ranks) -> dict:
+def toy_distance(toy, base, folder, pairs) -> dict:
     """How far a model went from the base: "kl", KL(base || model) in nats a token on true answers to the
     other skills' questions, and r+, r-, lambda+ on the training pairs."""
+    ranks = toy.ranks
     models = [qwen.load_model(f, device=ranks.device) for f in (base, folder)]
     chat = data.load_chat(base, models[0].config.vocab_size)
-    flat = [question for skill in data.TOY_SKILLS[1:] for question in questions[skill]]
+    flat = [question for skill in data.TOY_SKILLS[1:] for question in toy.questions["test"][skill]]
     sums = torch.zeros(2, dtype=torch.float64)
     for question in flat[ranks.rank::ranks.world]:
-        prompt, answer = chat.prompt([{"role": "user", "content": question}]), chat.encode(data.toy_answer(question))
-        ids = torch.tensor(prompt + answer, device=ranks.device)
+        prompt = chat.prompt([{"role": "user", "content": question}])
+        ids = torch.tensor(prompt + chat.encode(data.toy_answer(question)), device=ranks.device)
         p, q = (m.logits(ids)[len(prompt) - 1:].double().log_softmax(-1) for m in models)
         sums += torch.stack([(p.exp() * (p - q)).sum().cpu(), torch.tensor(len(p))])
     kl, tokens = ranks.reduce(sums).tolist()
@@ -909,12 +940,12 @@ def toy_example(pairs) -> str:
 def toy_table(rows) -> str:
     """The figures side by side, as text."""
     head = [*data.TOY_SKILLS, "others", "KL*1000", "r+", "r-", "lambda+"]
-    lines = [" " * 18 + "".join(f"{name:>10}" for name in head)]
+    lines = [" " * 21 + "".join(f"{name:>9}" for name in head)]
     for name, row in rows.items():
         title = name + (f" (lr {row['lr']:g})" if "lr" in row else "")
         cells = [f"{row[k]:.1f}" for k in (*data.TOY_SKILLS, "others")] + [f"{1000 * row['kl']:.2f}"]
         cells += [f"{row[k]:.2f}" for k in ("reward_chosen", "reward_rejected", "tether_chosen")]
-        lines.append(f"{title:<18}" + "".join(f"{cell:>10}" for cell in cells))
+        lines.append(f"   {title:<18}" + "".join(f"{cell:>9}" for cell in cells))
     return "\n".join(lines)
 
 
