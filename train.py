@@ -735,7 +735,7 @@ TOY = {  # every number of it; a change of any makes a new folder
     # paper's answers have a thousand tokens, these have 30, of which the base doubts one to three). At 0.1
     # lambda would stay near 1/2, and there would be no tether to see.
     "surgery": {"epochs": 1, "batch_size": 32, "beta": 1.0},
-    "rates": [5e-5, 1e-4, 2e-4],
+    "rates": [6e-5, 9e-5, 1.35e-4, 2e-4],
     "questions": 800, "dev": 100, "test": 250,  # the first of the target skill alone, the others of each
     "max_fall": 1.0,  # points that a learning rate may cost the other skills on the development questions
 }
