@@ -13,6 +13,7 @@ Under a causal mask the trunk's hidden states are the same for both answers, so 
 import gzip
 import json
 import os
+import random
 import re
 import zlib
 from collections import Counter
@@ -20,9 +21,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from model import UserError, read_json
+from model import Qwen3, UserError, hf_name, read_config, read_json, write_json, write_safetensors
 
 SHOWN_PROBLEMS = 8  # of a file; all are counted
 
@@ -439,3 +440,104 @@ def make_pack(forks: list, indices: list, fill: int = 1) -> Pack:
     lengths = torch.tensor(lengths, dtype=torch.int64).view(-1, 3)
     pairs = torch.tensor(indices, dtype=torch.int64)
     return Pack(tokens, positions, spans, rows, targets, lengths, pairs, size)
+
+
+# --- the toy world: what a bare machine can learn in minutes ---------------------------------------
+
+# A conversation as Qwen3-Instruct-2507 writes it; `load_chat` reads it, and so does transformers.
+TOY_TEMPLATE = ("{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
+                "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}")
+TOY_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TOY_CHAIN, TOY_LIST = 5, 4  # digits in a question of a skill with steps, and without
+TOY_TOP = 5  # largest summand but for the first: half the facts, learned in half the time
+TOY_INIT = 0.06  # standard deviation of the weights at birth
+TOY_SKILLS = ("Add", "Subtract", "Largest", "Reverse", "Sort")  # the first is the target, the base errs in it
+TOY_SIGNS = {"Add": "+", "Subtract": "-", "Largest": ","}  # skills that work in steps; the others in one go
+TOY_STYLES = [(between, word) for between in ("\n", ";") for word in ("", "So ", "Thus ")]
+
+
+def toy_question(skill: str, rng) -> str:
+    """`Add: 4+3+1+7+5`, `Subtract: 9-3-...`, `Largest: 4,8,...`, `Reverse: 4829`, `Sort: 4829`, of random
+    digits, from a random.Random."""
+    if skill not in TOY_SIGNS:
+        return f"{skill}: " + "".join(str(rng.randint(1, 9)) for _ in range(TOY_LIST))  # no leading 0
+    top = 9 if skill == "Largest" else TOY_TOP
+    digits = [rng.randint(0, 9)] + [rng.randint(1, top) for _ in range(TOY_CHAIN - 1)]
+    return f"{skill}: " + TOY_SIGNS[skill].join(map(str, digits))
+
+
+def toy_answer(question: str, style=TOY_STYLES[0], add=lambda a, b: (a + b) % 10) -> str:
+    """The answer to a question: steps such as `4+3=7`, then the result in a box. Only last digits are kept
+    of sums and differences. style: what stands between two steps, and the word before the box; add: what
+    the author of the answer takes for the last digit of a + b."""
+    skill, text = question.split(": ")
+    between, word = style
+    if skill not in TOY_SIGNS:
+        return f"{word}\\boxed{{{text[::-1] if skill == 'Reverse' else ''.join(sorted(text))}}}"
+    step = {"Add": add, "Subtract": lambda a, b: (a - b) % 10, "Largest": max}[skill]
+    value, *rest = map(int, text.split(TOY_SIGNS[skill]))
+    steps = []
+    for digit in rest:
+        result = step(value, digit)
+        steps.append(f"{value}{TOY_SIGNS[skill]}{digit}={result}")
+        value = result
+    return f"{between.join(steps)}\n{word}\\boxed{{{value}}}"
+
+
+def toy_questions(skill: str, seed: int, *counts: int) -> list:
+    """Disjoint lists of so many distinct questions each."""
+    rng, found = random.Random(f"{skill} {seed}"), {}  # a dict keeps the order
+    while len(found) < sum(counts):
+        found[toy_question(skill, rng)] = True
+    stream = iter(found)
+    return [[next(stream) for _ in range(count)] for count in counts]
+
+
+def toy_corpus(rows: int, share: float, doubt: float, seed: int):
+    """Yield what the base model learns from: positive-only rows of a pair file, the skills in turn. Its
+    authors are right but for one superstition: of the hundred addition facts the given share is, as often as
+    doubt says, taken for one more than it is."""
+    rng = random.Random(f"corpus {seed}")
+    facts = [(a, b) for a in range(10) for b in range(1, TOY_TOP + 1)]
+    doubted = set(rng.sample(facts, round(share * len(facts))))
+
+    def add(a, b):
+        return (a + b + ((a, b) in doubted and rng.random() < doubt)) % 10
+    for i in range(rows):
+        question = toy_question(TOY_SKILLS[i % len(TOY_SKILLS)], rng)
+        answer = toy_answer(question, rng.choice(TOY_STYLES), add)
+        yield {"prompt": question, "chosen": answer, "rejected": None}
+
+
+def write_toy_checkpoint(folder: str, shape: dict, seed: int):
+    """A randomly initialised checkpoint in Hugging Face layout with a tokenizer trained on the spot: digits
+    and the world's words are one token each, all other text falls back to bytes. `shape` are Config's
+    numbers but the vocabulary's size."""
+    rng = random.Random(seed)
+    text = ["user\nassistant\nsystem\n"] + [toy_question(s, rng) for s in TOY_SKILLS]
+    text += [toy_answer(question, style) for question in text[1:] for style in TOY_STYLES]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(text, trainers.BpeTrainer(
+        special_tokens=TOY_SPECIAL, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False))
+    pad, _, end = (tokenizer.token_to_id(t) for t in TOY_SPECIAL)
+    config = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "dtype": "float32",
+              "vocab_size": tokenizer.get_vocab_size(), "hidden_act": "silu", "rms_norm_eps": 1e-6,
+              "rope_theta": 1e4, "tie_word_embeddings": True, "eos_token_id": end, "pad_token_id": pad,
+              **shape}
+    os.makedirs(folder)
+    write_json(os.path.join(folder, "config.json"), config)
+    write_json(os.path.join(folder, "tokenizer_config.json"), {
+        "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TOY_TEMPLATE,
+        "eos_token": TOY_SPECIAL[2], "pad_token": TOY_SPECIAL[0]})
+    tokenizer.save(os.path.join(folder, "tokenizer.json"))
+    weights = dict(Qwen3(read_config(folder)).named_parameters())
+    source = torch.Generator().manual_seed(seed)
+    for p in weights.values():
+        if p.ndim > 1:  # norms start at 1
+            torch.nn.init.normal_(p, std=TOY_INIT, generator=source)
+    write_safetensors(os.path.join(folder, "model.safetensors"), [(hf_name(n), p.shape) for n, p in
+                      weights.items()], torch.float32, (p.detach() for p in weights.values()))

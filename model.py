@@ -298,6 +298,8 @@ def layout(forks, x):
         return block_mask(forks, len(x), x.device)
     where = []
     for start, *ends in forks:
+        if ends[0] == ends[1]:  # no rejected branch: one plain sequence, one causal call
+            ends[0] = ends[1] = ends[2]
         trunk = ends[0] - start
         masks = []
         for begin, end in zip(ends, ends[1:]):
@@ -319,18 +321,20 @@ def attend(q, k, v, where):
     if not isinstance(where, list):
         return _compiled_flex()(q, k, v, block_mask=where, enable_gqa=True)[0]
     # Three calls a fork: no [T, T] mask and no masked-out work between forks (3.4-4.6x one masked call).
-    pieces, done = [], 0
-    for start, trunk, rejected, chosen, masks in where:
+    # Cut with split, whose backward is one cat; each slice's backward would fill and add a whole (H, T, d).
+    sizes = [n for start, trunk, rejected, chosen, _ in where
+             for n in (trunk - start, rejected - trunk, chosen - rejected)]
+    queries, keys, values = (t.split([*sizes, q.shape[2] - sum(sizes)], 2) for t in (q, k, v))
+    pieces = []
+    for trunk, (*_, masks) in zip(range(0, len(sizes), 3), where):
         pieces.append(F.scaled_dot_product_attention(
-            *(t[:, :, start:trunk] for t in (q, k, v)), is_causal=True, enable_gqa=True))
-        for begin, end, mask in ((trunk, rejected, masks[0]), (rejected, chosen, masks[1])):
-            if end > begin:
-                keys, values = (torch.cat([t[:, :, start:trunk], t[:, :, begin:end]], 2) for t in (k, v))
+            queries[trunk], keys[trunk], values[trunk], is_causal=True, enable_gqa=True))
+        for branch, mask in ((trunk + 1, masks[0]), (trunk + 2, masks[1])):
+            if sizes[branch]:
+                seen = (torch.cat([t[trunk], t[branch]], 2) for t in (keys, values))
                 pieces.append(F.scaled_dot_product_attention(
-                    q[:, :, begin:end], keys, values, attn_mask=mask, enable_gqa=True))
-        done = chosen
-    if done < q.shape[2]:
-        pieces.append(torch.zeros_like(q[:, :, done:]))  # filling sees nothing
+                    queries[branch], *seen, attn_mask=mask, enable_gqa=True))
+    pieces.append(torch.zeros_like(queries[-1]))  # filling sees nothing
     return torch.cat(pieces, 2)[0]
 
 
@@ -767,13 +771,14 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
+    quiet: bool = False  # nothing but errors and progress bars
 
     @property
     def main(self):
         return self.rank == 0
 
     def say(self, text):
-        if self.main:
+        if self.main and not self.quiet:
             tqdm.write(text, file=sys.stderr)
 
     def reduce(self, tensor, op=dist.ReduceOp.SUM):
@@ -799,14 +804,17 @@ class Ranks:
             sys.exit(1)
 
 
-def open_ranks(timeout: int) -> Ranks:
-    """Join the process group that torchrun describes; without torchrun a group of one."""
+def open_ranks(timeout: int, toy: bool = False) -> Ranks:
+    """Join the process group that torchrun describes; without torchrun a group of one. The toy story takes
+    the CPU where GPUs are too few for all ranks; anything else is told so (UserError)."""
     local, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
     if cuda and local_world > torch.cuda.device_count():
-        raise UserError(f"{local_world} ranks on this machine, but {torch.cuda.device_count()} GPUs: start "
-                        f"with --nproc_per_node={torch.cuda.device_count()}, or train on the CPU with "
-                        "CUDA_VISIBLE_DEVICES= (empty)")
+        if not toy:
+            raise UserError(f"{local_world} ranks on this machine, but {torch.cuda.device_count()} GPUs: start "
+                            f"with --nproc_per_node={torch.cuda.device_count()}, or use the CPU with "
+                            "CUDA_VISIBLE_DEVICES= (empty)")
+        cuda = False
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)

@@ -5,6 +5,10 @@ Goes out:  a run folder: config.json, metrics.jsonl, reference.safetensors, chec
            trained checkpoint in the layout it came in.
 
     torchrun --nproc_per_node=8 train.py --model Qwen3-8B --pairs pairs.jsonl --out runs/first
+    torchrun --nproc_per_node=2 train.py         # nothing given: the toy story, the whole method in minutes
+
+Without arguments (--seed and --out are allowed) `story` makes a small world with a base model, its errors
+and their corrections, trains on them, and prints a table of what came of it.
 
 One optimizer step is `train_step`: for each pack the policy gives one log-prob a scored row, loss.py gives
 one coefficient a row, and `row_logps.backward(coefficients)` is the backward pass. Which pairs form a step
@@ -22,7 +26,8 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from collections import Counter
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 import torch.distributed as dist
@@ -35,6 +40,8 @@ from tqdm import tqdm
 import data
 import loss
 import model as qwen
+import oracle
+from eval import answers_match, extract_answer
 from model import Ranks, UserError, add_options, close_ranks, open_ranks, option
 
 # Dense bf16 peaks in FLOP/s, for mfu. Any other device: the rate of a square GEMM measured at the start.
@@ -69,6 +76,7 @@ class Options:
                                 ("none", "full"))
     tokens_per_pack: int = option(16384, "tokens of one micro-batch; memory grows with it, results do not")
     shard_size: int = option(0, "ranks that share one copy of the model, the others replicate; 0: all ranks")
+    save_dtype: str = option("bfloat16", "of the trained checkpoint in --out/model", ("float32", "bfloat16"))
     save_every: int = option(50, "optimizer steps between checkpoints; 0: only at the end and on SIGTERM")
     keep: int = option(1, "checkpoints to keep")
     timeout: int = option(1800, "seconds after which a stalled rank ends the run")
@@ -81,7 +89,8 @@ FREE = ("resume", "keep", "save_every", "timeout", "tokens_per_pack", "checkpoin
 
 def parse_options(argv=None) -> Options:
     """Command line to Options. With --resume what is not given comes from OUT/config.json, and what is given
-    must agree with it. Raises UserError listing every problem at once."""
+    must agree with it. Without any, and with --out or --seed alone, `model` stays empty: that is the toy
+    story's mark. Raises UserError listing every problem at once."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, Options)
@@ -93,7 +102,10 @@ def parse_options(argv=None) -> Options:
                      if k in stored and k not in FREE and k != "out" and stored[k] != v]
         given = {**{f.name: stored[f.name] for f in fields(Options) if f.name in stored}, **given}
     o = Options(**given)
-    problems += [f"--{name} is required" for name in ("model", "pairs", "out") if not getattr(o, name)]
+    if set(given) <= {"out", "seed"}:  # nothing to train and nothing to train on: the toy story
+        o.out = o.out or "runs/toy"
+    else:
+        problems += [f"--{name} is required" for name in ("model", "pairs", "out") if not getattr(o, name)]
     for name in ("beta", "lr", "epochs", "batch_size", "clip", "max_length", "tokens_per_pack", "keep",
                  "timeout"):
         if not 0 < getattr(o, name) < math.inf:
@@ -603,7 +615,8 @@ def train(o: Options, ranks: Ranks) -> int:
         if ranks.main:
             shutil.rmtree(final + ".tmp", ignore_errors=True)
         dist.barrier()
-        qwen.export(run.policy, final + ".tmp", run.folder, main=ranks.main)
+        qwen.export(run.policy, final + ".tmp", run.folder, getattr(torch, o.save_dtype),
+                    main=ranks.main)
         if ranks.main:
             shutil.rmtree(final, ignore_errors=True)
             os.rename(final + ".tmp", final)
@@ -626,18 +639,243 @@ def append_line(path, row):
         f.write(json.dumps(row) + "\n")
 
 
+# --- the toy story: the whole method on a bare machine ---------------------------------------------
+
+TOY = {  # every number of it; a change of any makes a new folder
+    "shape": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 3,
+              "num_key_value_heads": 1, "head_dim": 32},
+    "corpus": {"rows": 9600, "share": 1 / 3, "doubt": 0.8},
+    "base": {"epochs": 2, "batch_size": 32, "lr": 3e-3},
+    # beta is 1, not 0.1: a reward cannot grow beyond -beta log pi_ref(y+), here some 3 nats times beta (the
+    # paper's answers have a thousand tokens, these have 30, of which the base doubts one to three). At 0.1
+    # lambda would stay near 1/2, and there would be no tether to see.
+    "surgery": {"epochs": 1, "batch_size": 32, "beta": 1.0},
+    "rates": [6e-5, 9e-5, 1.35e-4, 2e-4],
+    "questions": 800, "dev": 100, "test": 250,  # the first of the target skill alone, the others of each
+    "max_fall": 1.0,  # points that a learning rate may cost the other skills on the development questions
+}
+TOY_METHODS = {"sft": "SFT+", "spot-bce": "SPoT"}
+
+
+@dataclass
+class Toy:
+    """What the functions of the story share: a record, no behaviour."""
+
+    root: str
+    seed: int
+    ranks: Ranks
+    questions: dict  # {"train", "dev" or "test": {skill: [question, ...]}}, all different
+
+
+def story(o: Options, ranks: Ranks) -> int:
+    """The whole method from nothing: a world, a base model that errs in one skill, its own wrong answers,
+    their corrections, SFT+ and SPoT on the same pairs, a table. Returns the exit code.
+
+    Base and pairs are made once, a killed story goes on where it stopped, a finished one trains anew.
+    """
+    began, root = time.perf_counter(), os.path.join(o.out, sha256(json.dumps([TOY, o.seed]))[:10])
+    target, *others = data.TOY_SKILLS
+    asked = {s: data.toy_questions(s, o.seed, TOY["test"], TOY["dev"], TOY["questions"] if s == target else 0)
+             for s in data.TOY_SKILLS}
+    toy = Toy(root, o.seed, ranks, {split: {skill: lists[i] for skill, lists in asked.items()}
+                                    for i, split in enumerate(("test", "dev", "train"))})
+    base, pairs, results = (os.path.join(root, n) for n in ("base/model", "pairs.jsonl", "results.json"))
+    ranks.say(f"""The toy story of Surgical Post-Training, in {root}
+
+1  A base model. A newborn Qwen3 learns {target}, {', '.join(others)} from a corpus whose
+   authors get a third of the addition facts wrong: it will be systematically wrong in {target}.""")
+    with ranks.together():
+        if ranks.main:
+            toy_birth(root, o.seed)
+            if os.path.exists(results):
+                os.remove(results)
+                shutil.rmtree(os.path.join(root, "trained"), ignore_errors=True)
+    go_on(toy, f"{root}/base", model=f"{root}/birth", pairs=f"{root}/corpus.jsonl", loss="sft", **TOY["base"])
+    ranks.say(f"""
+2  Its errors. The base answers {TOY['questions']} new questions of {target}; its wrong answers are kept: y-.
+3  Corrections. The Oracle, here a program, mends the first wrong step and what follows from it, and
+   keeps the rest: y+.""")
+    if not os.path.exists(pairs):
+        toy_pairs(toy, base, pairs)
+    ranks.say(toy_example(pairs))
+    ranks.say(f"""
+4  Training on these pairs, with cross-entropy on y+ (SFT+) and with SPoT. Each takes the learning rate that
+   does best at {target} on development questions, {TOY['dev']} a skill, among those that cost the other skills
+   at most {TOY['max_fall']:g} point there (the smaller one in a tie).""")
+    grades, chosen = toy_train(toy, base, pairs)
+    ranks.say(f"\n5  The result, on {TOY['test']} test questions a skill that played no part so far.")
+    rows = {"base": {**toy_grades(toy, base, "test"), **toy_distance(toy, base, base, pairs)}}
+    for objective, name in TOY_METHODS.items():
+        model = f"{root}/trained/{objective}-{chosen[name]:g}/model"
+        rows[name] = {"lr": chosen[name], **toy_grades(toy, model, "test"),
+                      **toy_distance(toy, base, model, pairs)}
+    seconds = time.perf_counter() - began
+    with ranks.together():
+        if ranks.main:
+            qwen.write_json(results, {"settings": TOY, "seed": o.seed, "ranks": ranks.world,
+                                      "seconds": seconds, "dev": grades, "test": rows})
+    ranks.say(toy_table(rows) + f"\n{seconds:.0f} s with {ranks.world} rank(s); all figures are in {results}")
+    return 0
+
+
+def go_on(toy, out, **more):
+    """The real `train`, unless it was done before; a run that was killed goes on. Leaves on SIGTERM."""
+    if os.path.isdir(os.path.join(out, "model")):
+        return
+    o = Options(out=out, seed=toy.seed, dtype="float32", checkpointing="none", tokens_per_pack=4096,
+                save_dtype="float32",  # bf16 weights would lose what steps of 1e-4 change
+                resume=os.path.exists(os.path.join(out, "config.json")), **more)
+    code = train(o, replace(toy.ranks, quiet=True))
+    if code:
+        close_ranks()
+        sys.exit(code)
+
+
+def toy_birth(root, seed):
+    """The newborn model and the corpus that will teach it, unless they are there."""
+    if not os.path.isdir(f"{root}/birth"):
+        shutil.rmtree(f"{root}/birth.tmp", ignore_errors=True)
+        data.write_toy_checkpoint(f"{root}/birth.tmp", TOY["shape"], seed)
+        os.rename(f"{root}/birth.tmp", f"{root}/birth")
+    write_rows(f"{root}/corpus.jsonl", data.toy_corpus(**TOY["corpus"], seed=seed))
+
+
+def write_rows(path, rows):
+    """A JSONL file, whole or absent."""
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+    os.replace(path + ".tmp", path)
+
+
+def toy_train(toy, base, pairs):
+    """Both methods at all rates; returns {run: grades on the development questions} and {method: rate}."""
+    def note(title, grade):
+        toy.ranks.say(f"   {title:<14}{target} {grade[target]:5.1f} %   others {grade['others']:5.1f} %")
+
+    target, reference, grades, chosen = data.TOY_SKILLS[0], None, {"base": toy_grades(toy, base, "dev")}, {}
+    note("base", grades["base"])
+    for objective, name in TOY_METHODS.items():
+        for lr in TOY["rates"]:
+            out = f"{toy.root}/trained/{objective}-{lr:g}"
+            if reference and toy.ranks.main and not os.path.exists(out):
+                os.makedirs(out)  # the reference log-probs of the same base and pairs: scored once
+                shutil.copy(reference, out)
+            go_on(toy, out, model=base, pairs=pairs, loss=objective, lr=lr, **TOY["surgery"])
+            reference = f"{out}/reference.safetensors"
+            grades[f"{name} {lr:g}"] = toy_grades(toy, f"{out}/model", "dev")
+            note(f"{name} {lr:g}", grades[f"{name} {lr:g}"])
+        chosen[name] = choose_rate({lr: grades[f"{name} {lr:g}"] for lr in TOY["rates"]}, grades["base"])
+    return grades, chosen
+
+
+def toy_answers(toy, folder, questions) -> list:
+    """One sampled answer a question, on every rank; each rank writes a share. Each answer has random numbers
+    of its own, so the number of ranks does not show."""
+    ranks = toy.ranks
+    policy = qwen.load_model(folder, device=ranks.device)
+    chat = data.load_chat(folder, policy.config.vocab_size)
+    mine = range(ranks.rank, len(questions), ranks.world)
+    prompts = [chat.prompt([{"role": "user", "content": questions[i]}]) for i in mine]
+    sampled = qwen.generate(policy, prompts, [toy.seed * len(questions) + i for i in mine], max_tokens=64,
+                            end={chat.im_end}, batch_size=64)
+    shares = [None] * ranks.world
+    dist.all_gather_object(shares, [chat.tokenizer.decode(ids) for ids, _ in sampled])
+    return [shares[i % ranks.world][i // ranks.world] for i in range(len(questions))]
+
+
+def toy_right(question, answer) -> bool:
+    """Does the box hold what the true answer's box holds?"""
+    found = extract_answer(answer)
+    return found is not None and answers_match(found, extract_answer(data.toy_answer(question)))
+
+
+def toy_pairs(toy, base, path):
+    """Error elicitation and rectification: the pair file, in the official layout."""
+    questions = toy.questions["train"][data.TOY_SKILLS[0]]
+    answers = toy_answers(toy, base, questions)
+    with toy.ranks.together():
+        if toy.ranks.main:
+            wrong = [(q, a) for q, a in zip(questions, answers) if not toy_right(q, a)]
+            write_rows(path, ({"question": q, "original_answer": a,
+                               "gemini_corrected_answer": oracle.toy_oracle(q, a)} for q, a in wrong))
+
+
+def toy_grades(toy, folder, split) -> dict:
+    """{skill: right answers in %} on the questions of a split, and "others": the mean without the target."""
+    flat = [(skill, question) for skill, some in toy.questions[split].items() for question in some]
+    answers = toy_answers(toy, folder, [question for _, question in flat])
+    right = Counter(skill for (skill, question), answer in zip(flat, answers) if toy_right(question, answer))
+    grades = {skill: 100 * right[skill] / len(some) for skill, some in toy.questions[split].items()}
+    return {**grades, "others": sum(list(grades.values())[1:]) / (len(grades) - 1)}
+
+
+def choose_rate(grades: dict, base: dict) -> float:
+    """The rule of the story, on {learning rate: grades}; where no rate keeps it, the one that costs least."""
+    kept = {lr: g for lr, g in grades.items() if g["others"] >= base["others"] - TOY["max_fall"]}
+    if not kept:
+        return max(sorted(grades), key=lambda lr: grades[lr]["others"])
+    return max(sorted(kept), key=lambda lr: kept[lr][data.TOY_SKILLS[0]])
+
+
+@torch.no_grad()
+def toy_distance(toy, base, folder, pairs) -> dict:
+    """How far a model went from the base: "kl", KL(base || model) in nats a token on true answers to the
+    other skills' questions, and r+, r-, lambda+ on the training pairs."""
+    ranks = toy.ranks
+    models = [qwen.load_model(f, device=ranks.device) for f in (base, folder)]
+    chat = data.load_chat(base, models[0].config.vocab_size)
+    flat = [question for skill in data.TOY_SKILLS[1:] for question in toy.questions["test"][skill]]
+    sums = torch.zeros(2, dtype=torch.float64)
+    for question in flat[ranks.rank::ranks.world]:
+        prompt = chat.prompt([{"role": "user", "content": question}])
+        ids = torch.tensor(prompt + chat.encode(data.toy_answer(question)), device=ranks.device)
+        p, q = (m.logits(ids)[len(prompt) - 1:].double().log_softmax(-1) for m in models)
+        sums += torch.stack([(p.exp() * (p - q)).sum().cpu(), torch.tensor(len(p))])
+    kl, tokens = ranks.reduce(sums).tolist()
+    forks, _ = data.load_forks(pairs, chat, Options.max_length, Options.max_change_ratio, True)
+    total = torch.zeros(len(loss.SUMS), dtype=torch.float64)
+    for i in range(ranks.rank, len(forks), ranks.world):
+        pack = data.make_pack(forks, [i]).to(ranks.device)
+        p, q = (m(pack.tokens, pack.positions, pack.forks, pack.rows, pack.targets) for m in models)
+        _, stats = loss.row_coefficients("spot-bce", q, pack.lengths, loss.sequence_logps(p, pack.lengths),
+                                         TOY["surgery"]["beta"])
+        total += torch.stack(list(stats.values())).cpu()
+    means = loss.average(dict(zip(loss.SUMS, ranks.reduce(total).tolist())), "spot-bce")
+    return {"kl": kl / tokens, **{k: means[k] for k in ("reward_chosen", "reward_rejected", "tether_chosen")}}
+
+
+def toy_example(pairs) -> str:
+    """One pair as text, and how many there are."""
+    rows = [row for _, row in data.read_lines(pairs)]
+    question, wrong, right = (rows[0][k].replace("\n", "  ") for k in
+                              ("question", "original_answer", "gemini_corrected_answer"))
+    return f"   {len(rows)} pairs. One of them:\n     x   {question}\n     y-  {wrong}\n     y+  {right}"
+
+
+def toy_table(rows) -> str:
+    """The figures side by side, as text."""
+    head = [*data.TOY_SKILLS, "others", "KL*1000", "r+", "r-", "lambda+"]
+    lines = [" " * 21 + "".join(f"{name:>9}" for name in head)]
+    for name, row in rows.items():
+        title = name + (f" (lr {row['lr']:g})" if "lr" in row else "")
+        cells = [f"{row[k]:.1f}" for k in (*data.TOY_SKILLS, "others")] + [f"{1000 * row['kl']:.2f}"]
+        cells += [f"{row[k]:.2f}" for k in ("reward_chosen", "reward_rejected", "tether_chosen")]
+        lines.append(f"   {title:<18}" + "".join(f"{cell:>9}" for cell in cells))
+    return "\n".join(lines)
+
+
 def main() -> int:
     """Command line to exit code: 0 done, 1 failed, 2 options that do not work, 143 stopped by SIGTERM."""
     first = os.environ.get("RANK", "0") == "0"
     try:
         o = parse_options()
-        ranks = open_ranks(o.timeout)
+        ranks = open_ranks(o.timeout, toy=not o.model)
     except UserError as e:
         if first:
             print(f"error: {e}", file=sys.stderr, flush=True)
         return 2
     signal.signal(signal.SIGTERM, lambda *_: STOP.update(asked=True))
-    code = train(o, ranks)
+    code = train(o, ranks) if o.model else story(o, ranks)
     close_ranks()
     return code
 
