@@ -3,13 +3,15 @@
 Comes in:  questions as chat messages and a model, our own or one behind an OpenAI-compatible server; the
            text of a response, and a gold answer as the benchmark files write it (LaTeX or plain).
 Goes out:  `sample`: every answer, kept in a log as it comes; `extract_answer`: the answer that a text
-           commits itself to, or None; `answers_match`: True or False.
+           commits itself to, or None; `answers_match`: True or False; rows, prompts and graders of the
+           tasks (math, Connect4, GPQA); means with honest error bars.
 """
 
 import cmath
 import email.utils
 import fcntl
 import glob
+import hashlib
 import itertools
 import json
 import math
@@ -29,7 +31,9 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 from http.client import HTTPException, IncompleteRead
+from numbers import Real
 
+import numpy as np
 from tqdm import tqdm
 
 import data
@@ -1028,3 +1032,350 @@ def proportional(a, b, keep_sign, work):
     ratios = [r for r in apply(work, "/", *differences) if r is not None]
     ratio = inexact(ratios[0])[0] if len(ratios) >= 3 and agree(ratios[:1], ratios) else 0
     return ratio.real > 0 if keep_sign else ratio != 0
+
+
+# --- math: gold answers and their rows ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gold:
+    """What a right answer is: `text`, and for some rows of OlympiadBench more."""
+
+    text: str
+    several: bool = False  # the text lists several answers; all must be given, in any order
+    tolerance: Fraction = Fraction(0)  # a number may be off by so much
+
+
+def gold_answer(row: dict) -> str:
+    """The gold answer from whatever field this data set keeps it in; a whole solution gives its last box or
+    its `####` line. Raises UserError where there is none."""
+    if row.get("final_answer") is not None:  # OlympiadBench; its field `solution` is a list of proofs
+        parts = row["final_answer"]
+        if not isinstance(parts, list) or not parts or not all(isinstance(x, str) for x in parts):
+            raise UserError(f"'final_answer': a list of strings expected, found {parts!r:.60}")
+        key, value = "final_answer", ", ".join(parts)
+    else:
+        keys = ("answer", "solution", "ground_truth", "label")
+        key = next((k for k in keys if row.get(k) is not None), None)
+        value = row.get(key)
+        if key is None and isinstance(row.get("reward_model"), dict):
+            key, value = "reward_model.ground_truth", row["reward_model"].get("ground_truth")
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value in (math.inf, -math.inf):
+        raise UserError("a gold answer expected in answer, solution, ground_truth, label or "
+                        f"reward_model.ground_truth: a string or a number, found {value!r:.60}")
+    text = data.check_text(str(value), repr(key)).strip()
+    gold = extract_answer(text) if "boxed" in text or "####" in text else text
+    if not gold or len(gold) > MAX_CHARS or value != value:
+        raise UserError(f"{key!r}: no final answer in it (\\boxed{{}}, ####, or the bare answer expected), "
+                        f"found {text!r:.60}")
+    return gold
+
+
+def math_gold(row: dict) -> Gold:
+    """The gold answer of a row of any math set, with OlympiadBench's fields is_multiple_answer, error (the
+    tolerance) and unit. Leading zeros (AIME) and floats (AMC) need no care: answers are compared as numbers.
+    Raises UserError naming the field."""
+    text = gold_answer(row)
+    if row.get("final_answer") is None:  # elsewhere `error` and `unit` may be anything
+        return Gold(text)
+    several, unit, error = (row.get(k) for k in ("is_multiple_answer", "unit", "error"))
+    if not isinstance(several, bool | None):
+        raise UserError(f"'is_multiple_answer': true or false expected, found {several!r:.60}")
+    if not isinstance(unit, str | None):
+        raise UserError(f"'unit': a string or null expected, found {unit!r:.60}")
+    several = bool(several) or len(row["final_answer"]) > 1
+    if several:
+        text = re.sub(r"(?<!\{),\s*", ", ", text)  # 5,150 are two answers here
+    try:
+        tolerance = Fraction(str(float(str(error or 0))))  # "1e-1" is 1/10; the float bounds the work
+    except ValueError:
+        tolerance = Fraction(-1)
+    if tolerance < 0:
+        raise UserError(f"'error': one positive number or null expected, found {error!r:.60}")
+    return Gold(f"{text} {(unit or '').strip('$ ')}".strip(), several, tolerance)
+
+
+def grade_math(text: str, gold: Gold) -> bool:
+    """Whether a response ends in the right answer. Several answers may also stand in several boxes, if
+    those are in one line, the last that has a box."""
+    found = extract_answer(text)
+    if found is None:
+        return False
+    answers = [found]
+    if gold.several:
+        line = ([""] + [x for x in text.rpartition("</think>")[2].split("\n") if BOX.search(x)])[-1]
+        at = [m.start() for m in BOX.finditer(line)]
+        answers.append(", ".join(last_boxed(line[i:j]) for i, j in zip(at, [*at[1:], None])))
+    return any(answers_match(x, gold.text) or gold.tolerance > 0 and within(x, gold) for x in answers)
+
+
+def within(pred, gold):
+    """Whether every number of the one is near one of the other, and the reverse."""
+    try:
+        p, g = (listed(read_answer(bare_answer(x), [MAX_WORK])) for x in (pred, gold.text))
+        return (all(any(near(x, y, gold.tolerance) for y in g) for x in p)
+                and all(any(near(x, y, gold.tolerance) for x in p) for y in g))
+    except (NotMath, ArithmeticError):
+        return False
+
+
+def near(a, b, tolerance):
+    a, b = (x.value if isinstance(x, Statement) else x for x in (a, b))
+    if not all(isinstance(x, Quantity) and x.values and x.values[0] is not None for x in (a, b)):
+        return False
+    if len(a.values) > 1 or len(b.values) > 1 or a.unit and b.unit and a.unit != b.unit:
+        return False
+    x, y = a.values[0], b.values[0]
+    if not (isinstance(x, Fraction) and isinstance(y, Fraction)):
+        x, y = inexact(x)[0], inexact(y)[0]
+    return abs(x - y) <= tolerance
+
+
+# --- Connect4 -------------------------------------------------------------------------------------
+
+# A board is 6 rows of 7 cells, row 0 lowest; a cell is "X", "O" or "_". X plays first.
+CONNECT4_PROMPT = """You play Connect Four on a board of 6 rows and 7 columns. A disc falls to the lowest \
+empty cell of its column; four or more discs of one player in a row, horizontally, vertically or diagonally, \
+win. The board is written as (row,column):disc, row 0 being the lowest and column 0 the leftmost, with X and \
+O for the players' discs and _ for an empty cell.
+{state}
+Look at every valid move, and at all four lines through its cell, before you decide. Write down all valid \
+moves with which you would win at once, and all valid moves with which your opponent would win at once if it \
+were their turn now, in exactly this form, None standing for an empty list:
+[Intermediate Thinking Results 1: (row,column), (row,column)]
+[Intermediate Thinking Results 2: None]
+The first line is about you, the second about your opponent. End with your move in this form:
+Chosen Move: (row,column)"""
+CONNECT4_TRIVIAL = "[Intermediate Thinking Results 1: None]\n[Intermediate Thinking Results 2: None]"
+CONNECT4_RESULTS = [re.compile(rf"intermediate thinking results {n} *:([^\]\n]{{0,1000}})\]") for n in (1, 2)]
+
+
+def connect4_state(board: list, player: str) -> str:
+    """The position as the official file writes it; `player` ("X" or "O") is to move."""
+    rows = ["".join(f"({r},{c}):{board[r][c]} " for c in range(7)) for r in reversed(range(6))]
+    moves = [f"({r},{c})" for r, c in valid_moves(board)]
+    return ("\nCurrent Game Board: \n" + "\n".join(rows)
+            + f"\n\nCurrent valid moves for player {player}: {moves}\nYou are player {player}, please choose "
+              "the best move considering the current board state.\n")
+
+
+def read_connect4(text: str) -> tuple[list, str]:
+    """(board, player to move) of a state; raises UserError unless `connect4_state` gives this very text."""
+    discs = {(int(r), int(c)): disc for r, c, disc in re.findall(r"\(([0-5]),([0-6])\):([XO])", text)}
+    board = [[discs.get((r, c), "_") for c in range(7)] for r in range(6)]
+    floating = [(r, c) for r, c in discs if r and board[r - 1][c] == "_"]
+    if floating:
+        raise UserError(f"'state': the disc at {min(floating)} has nothing under it")
+    player = "O" if "You are player O" in text else "X"
+    found, expected = text.split("\n"), connect4_state(board, player).split("\n")
+    for number, (line, wanted) in enumerate(itertools.zip_longest(found, expected), 1):
+        if line != wanted:
+            raise UserError(f"'state': line {number} of the text should be {wanted!r}, found {line!r:.120}")
+    return board, player
+
+
+def valid_moves(board):
+    """The lowest empty cell of each column that has one, by column."""
+    lowest = (next((r for r in range(6) if board[r][c] == "_"), None) for c in range(7))
+    return [(r, c) for c, r in enumerate(lowest) if r is not None]
+
+
+def winning_moves(board: list, player: str) -> list[tuple[int, int]]:
+    """The valid moves, by column, with which `player` would at once have four or more in a row; whose turn
+    it is does not matter."""
+    return [(r, c) for r, c in valid_moves(board) if wins(board, r, c, player)]
+
+
+def wins(board, row, col, player):
+    """Whether a disc of the player at this cell makes four or more in a row; what lies there is not read."""
+    def reach(r, c, dr, dc):  # how many own discs follow in this direction
+        r, c = r + dr, c + dc
+        return 1 + reach(r, c, dr, dc) if 0 <= r < 6 and 0 <= c < 7 and board[r][c] == player else 0
+
+    return any(reach(row, col, dr, dc) + reach(row, col, -dr, -dc) >= 3
+               for dr, dc in ((0, 1), (1, 0), (1, 1), (1, -1)))
+
+
+def connect4_labels(board, player):
+    """[mine, opponent's] winning moves as the official file has them, [[row, col], ...] each."""
+    return [[list(move) for move in winning_moves(board, who)] for who in (player, "XO"[player == "X"])]
+
+
+def connect4_rows(count: int, seed: int) -> list[dict]:
+    """`count` rows {"state", "answer"} in the official layout: one position each, any but the end, of a game
+    of two random players. All states differ, and of any first n rows at most a fifth has both lists empty
+    (the paper's filter), so that fewer rows of a seed are the first of more. Raises UserError unless
+    count >= 1."""
+    if count < 1:
+        raise UserError(f"{count} Connect4 states wanted: one or more expected")
+    rng, rows, seen, easy = random.Random(seed), [], set(), 0
+    while len(rows) < count:
+        board, player, over, positions = [["_"] * 7 for _ in range(6)], "X", False, []
+        while not over:
+            positions.append(([row[:] for row in board], player))
+            r, c = rng.choice(valid_moves(board))
+            over = wins(board, r, c, player) or len(positions) == 42
+            board[r][c], player = player, "XO"[player == "X"]
+        board, player = rng.choice(positions)
+        state, answer = connect4_state(board, player), connect4_labels(board, player)
+        if state not in seen and (answer != [[], []] or 5 * (easy + 1) <= len(rows) + 1):
+            seen.add(state)
+            easy += answer == [[], []]
+            rows.append({"state": state, "answer": answer})
+    return rows
+
+
+def connect4_file(path: str) -> list[dict]:
+    """The rows of a file in the official layout. Raises UserError, naming the line, for a state that is not
+    in this layout and for labels that are not those of the rules."""
+    def parse(row, line):
+        state = data.check_text(row.get("state"), "'state'")
+        answer = connect4_labels(*read_connect4(state))
+        if row.get("answer") != answer:
+            raise UserError(f"'answer': by the rules it is {answer}, found {row.get('answer')!r:.100}")
+        return {"state": state, "answer": answer}
+
+    return data.read_rows(path, parse, skip_malformed=False)[0]
+
+
+def grade_connect4(text: str, answer: list) -> dict:
+    """{"mine", "opponent", "joint", "no answer"}, each 0 or 1, for a response and its [mine, opponent's].
+
+    As in the published scorer upper case does not matter, the first result of each kind counts, and the
+    cells are compared as multisets. Different from it: thinking is dropped; spaces inside (r, c) are read;
+    a result that holds neither cells nor None is wrong, not an empty list. Where a result is missing, that
+    question is wrong and "no answer" is 1.
+    """
+    text = text.rpartition("</think>")[2].lower()
+    found = [None if "<think>" in text else pattern.search(text) for pattern in CONNECT4_RESULTS]
+    right = []
+    for m, gold in zip(found, answer):
+        cells = re.findall(r"\(\s*(\d+)\s*,\s*(\d+)\s*\)", m[1]) if m else []
+        said = m is not None and bool(cells) != ("none" in m[1])
+        right.append(int(said and Counter((int(r), int(c)) for r, c in cells) == Counter(map(tuple, gold))))
+    return {"mine": right[0], "opponent": right[1], "joint": min(right), "no answer": int(None in found)}
+
+
+def connect4_reference(rows: list[dict]) -> dict:
+    """The scores of answering None to both questions of every row: what costs no look at the board."""
+    grades = [grade_connect4(CONNECT4_TRIVIAL, row["answer"]) for row in rows]
+    return {k: sum(grade[k] for grade in grades) / len(grades) for k in grades[0]}
+
+
+# --- GPQA -----------------------------------------------------------------------------------------
+
+GPQA_PROMPT = """Answer this multiple-choice question. Think step by step, then end with one last line that \
+gives the letter of your choice in exactly this form: "Answer": "C"
+
+"""
+HUB_KEYS = ["Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"]
+CHOICES = [re.compile(pattern) for pattern in (
+    r'(?i:"answer")\s*:\s*"\(?([A-D])\)?\.?"',  # the form that the prompt asks for
+    r"\\boxed\s*\{\s*(?:\\\w+\s*\{)?[\s($]*([A-D])\s*[}).:]",
+    # Not the article of "the answer is A good one", nor a part of the name C-H.
+    r"(?i:\banswer\b[*\"]*\s*(?:is|be|:))(?:[\s:*_\"'($\[]|\\(?:boxed|text\w*)\s*\{|(?i:option|choice)\b)*"
+    r"([A-D])(?![\w'’–-]|[ \t]+(?!because\b|since\b|as\b)[a-z])")]
+
+
+def gpqa_file(path: str) -> list[dict]:
+    """Rows {"prompt", "answer": a letter} of a JSONL file of four-choice questions: with the hub's keys
+    (Question, Correct Answer, Incorrect Answer 1 to 3), or question, choices and answer, an index from 0.
+
+    Choices are ordered by a hash of question and choice: a shuffle that is the same on every machine and
+    whatever their order in the file. Raises UserError naming line and field.
+    """
+    def parse(row, line):
+        if "Question" in row:
+            fields, right = [(repr(key), row.get(key)) for key in HUB_KEYS], 0
+        else:
+            choices, right = row.get("choices"), row.get("answer")
+            if not isinstance(choices, list) or len(choices) != 4:
+                raise UserError(f"{HUB_KEYS!r}, or 'question', 'choices' (a list of four) and 'answer' "
+                                f"expected, found {sorted(row)!r:.80} with choices {choices!r:.60}")
+            if type(right) is not int or not 0 <= right < 4:
+                raise UserError(f"'answer': an index from 0 to 3 expected, found {right!r:.60}")
+            fields = [("'question'", row.get("question")), *(("'choices'", choice) for choice in choices)]
+        question, *choices = (data.check_text(value, name).strip() for name, value in fields)
+        if not question or not all(choices) or choices.count(choices[right]) > 1:
+            raise UserError("the question or a choice is empty, or the right choice is there twice")
+        order = sorted(choices, key=lambda c: hashlib.sha256(json.dumps([question, c]).encode()).digest())
+        shown = "\n".join(f"{letter}) {choice}" for letter, choice in zip("ABCD", order))
+        letter = "ABCD"[order.index(choices[right])]
+        return {"prompt": f"{GPQA_PROMPT}{question}\n\n{shown}", "answer": letter}
+
+    return data.read_rows(path, parse, skip_malformed=False)[0]
+
+
+def choice_letter(text: str) -> str | None:
+    """The letter "A" to "D" that a response chooses, or None: the last `"Answer": "C"`, else the last
+    \\boxed{C}, else the last "answer is (C)" or "Answer: C", else a letter alone on the last line. Thinking
+    is dropped."""
+    text = text.rpartition("</think>")[2]
+    if "<think>" in text:
+        return None
+    bare = text.rstrip().split("\n")[-1].strip("*_()$. \t\r")
+    found = [letters[-1] for letters in (pattern.findall(text) for pattern in CHOICES) if letters]
+    return [*found, bare if bare in tuple("ABCD") else None][0]
+
+
+# --- statistics -----------------------------------------------------------------------------------
+
+
+def question_mean(name, scores):
+    """The mean over the samples of one question."""
+    scores = list(scores)
+    if not scores or not all(isinstance(x, Real | np.bool_) and math.isfinite(x) for x in scores):
+        raise UserError(f"question {name!r}: one or more finite scores expected, found {scores!r:.60}")
+    return math.fsum(scores) / len(scores)
+
+
+def clustered(scores: list) -> tuple[float, float | None]:
+    """(mean, its standard error) of per-question lists of scores, in the scores' unit.
+
+    Samples of one question are no independent evidence, so the error is that of n questions, clusters, not
+    of all samples: s / sqrt(n) with s the standard deviation (n - 1) of the questions' means. That is the
+    cluster-robust error of the plain mean (Miller 2024, arXiv 2411.00640) with the n / (n - 1) of a sample,
+    where all questions have equally many samples. Where they have not, every question still counts once, so
+    that a question whose samples failed does not lose weight. None: one question has no spread. Raises
+    UserError where there is no score, or one that is no number.
+    """
+    if not scores:
+        raise UserError("no question has a score")
+    means = np.array([question_mean(i, s) for i, s in enumerate(scores)])
+    error = means.std(ddof=1) / math.sqrt(len(means)) if len(means) > 1 else None
+    return float(means.mean()), None if error is None else float(error)
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The unbiased estimate of the chance that one or more of k samples is right, where c of n were: the
+    share of the k-subsets that hold a right one (Chen et al. 2021, arXiv 2107.03374). In integers, so exact
+    up to the last rounding for any n. Raises UserError unless 0 <= c <= n and 1 <= k <= n."""
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise UserError(f"pass@{k} of {n} samples with {c} right: 0 <= right <= samples and 1 <= k <= "
+                        "samples expected")
+    subsets = math.comb(n, k)
+    return (subsets - math.comb(n - c, k)) / subsets
+
+
+def paired_bootstrap(a: dict, b: dict, seed: int, resamples: int = 10_000) -> tuple:
+    """(difference, low, high, p) of two models by {question: its scores}: mean of b - mean of a, over the
+    questions that are in both; the 95 % percentile interval; and the two-sided p of no difference, which is
+    below 0.05 where the interval leaves 0 out.
+
+    Questions are drawn with replacement and keep both models' scores together, so what makes a question
+    hard for both cancels out. With a few questions only, the interval is somewhat too narrow. Raises
+    UserError where fewer than two questions are in both.
+    """
+    both = [q for q in a if q in b]
+    if len(both) < 2:
+        raise UserError(f"{len(both)} questions are in both results, of {len(a)} and {len(b)}: two or more "
+                        "are needed to compare them")
+    differences = np.array([question_mean(q, b[q]) - question_mean(q, a[q]) for q in both])
+    # To draw n questions is to draw how often each distinct difference occurs; there are few of those.
+    values, counts = np.unique(differences, return_counts=True)
+    rng, n = np.random.default_rng(seed), len(both)
+    blocks = [min(1000, resamples - done) for done in range(0, resamples, 1000)]  # bounds the memory
+    means = np.concatenate([rng.multinomial(n, counts / n, size) @ values / n for size in blocks])
+    low, high = np.quantile(means, (0.025, 0.975))
+    beyond = int(min(np.sum(means <= 1e-12), np.sum(means >= -1e-12)))  # a 0 may be summed to 1e-17
+    return float(differences.mean()), float(low), float(high), min(1.0, 2 * (1 + beyond) / (1 + resamples))

@@ -28,7 +28,7 @@ import torch
 import data
 import eval as evaluation
 import model as qwen
-from eval import Own, Request, Sampling, Server, answers_match, extract_answer
+from eval import Own, Request, Sampling, Server, answers_match, extract_answer, gold_answer
 from model import Ranks, UserError, add_options, close_ranks, open_ranks, option
 
 START, END = "=== CORRECTED STARTED ===", "=== CORRECTED ENDED ==="
@@ -81,24 +81,6 @@ class Item:
     @property
     def messages(self):
         return data.prompt_messages({"question": self.question}, "question")
-
-
-def gold_answer(row: dict) -> str:
-    """The gold answer from whatever field this data set keeps it in; a whole solution gives its last box or
-    its `####` line. Raises UserError where there is none."""
-    key = next((k for k in ("answer", "solution", "ground_truth", "label") if row.get(k) is not None), None)
-    value = row[key] if key else None
-    if key is None and isinstance(row.get("reward_model"), dict):
-        key, value = "reward_model.ground_truth", row["reward_model"].get("ground_truth")
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise UserError("a gold answer expected in answer, solution, ground_truth, label or "
-                        f"reward_model.ground_truth: a string or a number, found {value!r:.60}")
-    text = data.check_text(str(value), repr(key)).strip()
-    gold = extract_answer(text) if "boxed" in text or "####" in text else text
-    if not gold or len(gold) > evaluation.MAX_CHARS:
-        raise UserError(f"{key!r}: no final answer in it (\\boxed{{}}, ####, or the bare answer expected), "
-                        f"found {text!r:.60}")
-    return gold
 
 
 def item_id(row, line):
