@@ -3,10 +3,15 @@
 Comes in:  questions as chat messages and a model, our own or one behind an OpenAI-compatible server; the
            text of a response, and a gold answer as the benchmark files write it (LaTeX or plain).
 Goes out:  `sample`: every answer, kept in a log as it comes; `extract_answer`: the answer that a text
-           commits itself to, or None; `answers_match`: True or False; `ifeval_verdicts`: which instructions a
-           text follows.
+           commits itself to, or None; `answers_match`: True or False; `evaluate`: the paper's table with
+           honest error bars; `retention`: how far a model went from its base.
+
+    torchrun --nproc_per_node=8 eval.py --model runs/first/model --tasks aime24,math500,connect4 --out out/A
+    python eval.py compare out/A out/B
+    torchrun --nproc_per_node=8 eval.py retention --model runs/first/model --base Qwen3-8B --texts texts.jsonl
 """
 
+import argparse
 import cmath
 import email.utils
 import fcntl
@@ -22,23 +27,26 @@ import queue
 import random
 import re
 import socket
+import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 import zlib
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from http.client import HTTPException, IncompleteRead
+from numbers import Real
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 import data
 import model as qwen
-from model import Ranks, UserError, option
+from model import Ranks, UserError, add_options, close_ranks, open_ranks, option
 
 # --- sampling: the own model or a server, every answer kept as it comes ---------------------------
 
@@ -1114,3 +1122,692 @@ def ifeval_verdicts(response: str, instruction_ids: list[str], kwargs: list[dict
         strict.append(any(check(text, **given) for text in variants if text == response))
         loose.append(strict[-1] or any(check(text, **given) for text in variants))
     return strict, loose
+
+
+# --- math: gold answers and their rows ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gold:
+    """What a right answer is: `text`, and for some rows of OlympiadBench more."""
+
+    text: str
+    several: bool = False  # the text lists several answers; all must be given, in any order
+    tolerance: Fraction = Fraction(0)  # a number may be off by so much
+
+
+def gold_answer(row: dict) -> str:
+    """The gold answer from whatever field this data set keeps it in; a whole solution gives its last box or
+    its `####` line. Raises UserError where there is none."""
+    if row.get("final_answer") is not None:  # OlympiadBench; its field `solution` is a list of proofs
+        parts = row["final_answer"]
+        if not isinstance(parts, list) or not parts or not all(isinstance(x, str) for x in parts):
+            raise UserError(f"'final_answer': a list of strings expected, found {parts!r:.60}")
+        key, value = "final_answer", ", ".join(parts)
+    else:
+        keys = ("answer", "solution", "ground_truth", "label")
+        key = next((k for k in keys if row.get(k) is not None), None)
+        value = row.get(key)
+        if key is None and isinstance(row.get("reward_model"), dict):
+            key, value = "reward_model.ground_truth", row["reward_model"].get("ground_truth")
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value in (math.inf, -math.inf):
+        raise UserError("a gold answer expected in answer, solution, ground_truth, label or "
+                        f"reward_model.ground_truth: a string or a number, found {value!r:.60}")
+    text = data.check_text(str(value), repr(key)).strip()
+    gold = extract_answer(text) if "boxed" in text or "####" in text else text
+    if not gold or len(gold) > MAX_CHARS or value != value:
+        raise UserError(f"{key!r}: no final answer in it (\\boxed{{}}, ####, or the bare answer expected), "
+                        f"found {text!r:.60}")
+    return gold
+
+
+def math_gold(row: dict) -> Gold:
+    """The gold answer of a row of any math set, with OlympiadBench's fields is_multiple_answer, error (the
+    tolerance) and unit. Leading zeros (AIME) and floats (AMC) need no care: answers are compared as numbers.
+    Raises UserError naming the field."""
+    text = gold_answer(row)
+    if row.get("final_answer") is None:  # elsewhere `error` and `unit` may be anything
+        return Gold(text)
+    several, unit, error = (row.get(k) for k in ("is_multiple_answer", "unit", "error"))
+    if not isinstance(several, bool | None):
+        raise UserError(f"'is_multiple_answer': true or false expected, found {several!r:.60}")
+    if not isinstance(unit, str | None):
+        raise UserError(f"'unit': a string or null expected, found {unit!r:.60}")
+    several = bool(several) or len(row["final_answer"]) > 1
+    if several:
+        text = re.sub(r"(?<!\{),\s*", ", ", text)  # 5,150 are two answers here
+    try:
+        tolerance = Fraction(str(float(str(error or 0))))  # "1e-1" is 1/10; the float bounds the work
+    except ValueError:
+        tolerance = Fraction(-1)
+    if tolerance < 0:
+        raise UserError(f"'error': one positive number or null expected, found {error!r:.60}")
+    return Gold(f"{text} {(unit or '').strip('$ ')}".strip(), several, tolerance)
+
+
+def grade_math(text: str, gold: Gold) -> bool:
+    """Whether a response ends in the right answer. Several answers may also stand in several boxes, if
+    those are in one line, the last that has a box."""
+    found = extract_answer(text)
+    if found is None:
+        return False
+    answers = [found]
+    if gold.several:
+        line = ([""] + [x for x in text.rpartition("</think>")[2].split("\n") if BOX.search(x)])[-1]
+        at = [m.start() for m in BOX.finditer(line)]
+        answers.append(", ".join(last_boxed(line[i:j]) for i, j in zip(at, [*at[1:], None])))
+    return any(answers_match(x, gold.text) or gold.tolerance > 0 and within(x, gold) for x in answers)
+
+
+def within(pred, gold):
+    """Whether every number of the one is near one of the other, and the reverse."""
+    try:
+        both = [read(tokenize(bare_answer(x))) for x in (pred, gold.text)]
+    except (ValueError, ArithmeticError, RecursionError):
+        return False
+    p, g = ([x.items[0] if x.kind == "=" and x.items else x for x in (a.items if a.kind == "list" else [a])]
+            for a in both)
+    return all(any(near(x, y, gold.tolerance) for y in g) for x in p) and all(
+        any(near(x, y, gold.tolerance) for x in p) for y in g)
+
+
+def near(a, b, tolerance):
+    if a.kind != "leaf" or b.kind != "leaf" or None in (*a.values, *b.values) or a.unit and b.unit != a.unit:
+        return False
+    return all(abs(x - y) <= tolerance for x, y in zip(a.values, b.values))
+
+
+# --- Connect4 -------------------------------------------------------------------------------------
+
+# A board is 6 rows of 7 cells, row 0 lowest; a cell is "X", "O" or "_". X plays first.
+CONNECT4_PROMPT = """You play Connect Four on a board of 6 rows and 7 columns. A disc falls to the lowest \
+empty cell of its column; four or more discs of one player in a row, horizontally, vertically or diagonally, \
+win. The board is written as (row,column):disc, row 0 being the lowest and column 0 the leftmost, with X and \
+O for the players' discs and _ for an empty cell.
+{state}
+Look at every valid move, and at all four lines through its cell, before you decide. Write down all valid \
+moves with which you would win at once, and all valid moves with which your opponent would win at once if it \
+were their turn now, in exactly this form, None standing for an empty list:
+[Intermediate Thinking Results 1: (row,column), (row,column)]
+[Intermediate Thinking Results 2: None]
+The first line is about you, the second about your opponent. End with your move in this form:
+Chosen Move: (row,column)"""
+CONNECT4_TRIVIAL = "[Intermediate Thinking Results 1: None]\n[Intermediate Thinking Results 2: None]"
+CONNECT4_RESULTS = [re.compile(rf"intermediate thinking results {n} *:([^\]\n]{{0,1000}})\]") for n in (1, 2)]
+
+
+def connect4_state(board: list, player: str) -> str:
+    """The position as the official file writes it; `player` ("X" or "O") is to move."""
+    rows = ["".join(f"({r},{c}):{board[r][c]} " for c in range(7)) for r in reversed(range(6))]
+    moves = [f"({r},{c})" for r, c in valid_moves(board)]
+    return ("\nCurrent Game Board: \n" + "\n".join(rows)
+            + f"\n\nCurrent valid moves for player {player}: {moves}\nYou are player {player}, please choose "
+              "the best move considering the current board state.\n")
+
+
+def read_connect4(text: str) -> tuple[list, str]:
+    """(board, player to move) of a state; raises UserError unless `connect4_state` gives this very text."""
+    discs = {(int(r), int(c)): disc for r, c, disc in re.findall(r"\(([0-5]),([0-6])\):([XO])", text)}
+    board = [[discs.get((r, c), "_") for c in range(7)] for r in range(6)]
+    floating = [(r, c) for r, c in discs if r and board[r - 1][c] == "_"]
+    if floating:
+        raise UserError(f"'state': the disc at {min(floating)} has nothing under it")
+    player = "O" if "You are player O" in text else "X"
+    found, expected = text.split("\n"), connect4_state(board, player).split("\n")
+    for number, (line, wanted) in enumerate(itertools.zip_longest(found, expected), 1):
+        if line != wanted:
+            raise UserError(f"'state': line {number} of the text should be {wanted!r}, found {line!r:.120}")
+    return board, player
+
+
+def valid_moves(board):
+    """The lowest empty cell of each column that has one, by column."""
+    lowest = (next((r for r in range(6) if board[r][c] == "_"), None) for c in range(7))
+    return [(r, c) for c, r in enumerate(lowest) if r is not None]
+
+
+def winning_moves(board: list, player: str) -> list[tuple[int, int]]:
+    """The valid moves, by column, with which `player` would at once have four or more in a row; whose turn
+    it is does not matter."""
+    return [(r, c) for r, c in valid_moves(board) if wins(board, r, c, player)]
+
+
+def wins(board, row, col, player):
+    """Whether a disc of the player at this cell makes four or more in a row; what lies there is not read."""
+    def reach(r, c, dr, dc):  # how many own discs follow in this direction
+        r, c = r + dr, c + dc
+        return 1 + reach(r, c, dr, dc) if 0 <= r < 6 and 0 <= c < 7 and board[r][c] == player else 0
+
+    return any(reach(row, col, dr, dc) + reach(row, col, -dr, -dc) >= 3
+               for dr, dc in ((0, 1), (1, 0), (1, 1), (1, -1)))
+
+
+def connect4_labels(board, player):
+    """[mine, opponent's] winning moves as the official file has them, [[row, col], ...] each."""
+    return [[list(move) for move in winning_moves(board, who)] for who in (player, "XO"[player == "X"])]
+
+
+def connect4_rows(count: int, seed: int) -> list[dict]:
+    """`count` rows {"state", "answer"} in the official layout: one position each, any but the end, of a game
+    of two random players. All states differ, and of any first n rows at most a fifth has both lists empty
+    (the paper's filter), so that fewer rows of a seed are the first of more. Raises UserError unless
+    count >= 1."""
+    if count < 1:
+        raise UserError(f"{count} Connect4 states wanted: one or more expected")
+    rng, rows, seen, easy = random.Random(seed), [], set(), 0
+    while len(rows) < count:
+        board, player, over, positions = [["_"] * 7 for _ in range(6)], "X", False, []
+        while not over:
+            positions.append(([row[:] for row in board], player))
+            r, c = rng.choice(valid_moves(board))
+            over = wins(board, r, c, player) or len(positions) == 42
+            board[r][c], player = player, "XO"[player == "X"]
+        board, player = rng.choice(positions)
+        state, answer = connect4_state(board, player), connect4_labels(board, player)
+        if state not in seen and (answer != [[], []] or 5 * (easy + 1) <= len(rows) + 1):
+            seen.add(state)
+            easy += answer == [[], []]
+            rows.append({"state": state, "answer": answer})
+    return rows
+
+
+def connect4_file(path: str) -> list[dict]:
+    """The rows of a file in the official layout. Raises UserError, naming the line, for a state that is not
+    in this layout and for labels that are not those of the rules."""
+    def parse(row, line):
+        state = data.check_text(row.get("state"), "'state'")
+        answer = connect4_labels(*read_connect4(state))
+        if row.get("answer") != answer:
+            raise UserError(f"'answer': by the rules it is {answer}, found {row.get('answer')!r:.100}")
+        return {"state": state, "answer": answer}
+
+    return data.read_rows(path, parse, skip_malformed=False)[0]
+
+
+def grade_connect4(text: str, answer: list) -> dict:
+    """{"mine", "opponent", "joint", "no answer"}, each 0 or 1, for a response and its [mine, opponent's].
+
+    As in the published scorer upper case does not matter, the first result of each kind counts, and the
+    cells are compared as multisets. Different from it: thinking is dropped; spaces inside (r, c) are read;
+    a result that holds neither cells nor None is wrong, not an empty list. Where a result is missing, that
+    question is wrong and "no answer" is 1.
+    """
+    text = text.rpartition("</think>")[2].lower()
+    found = [None if "<think>" in text else pattern.search(text) for pattern in CONNECT4_RESULTS]
+    right = []
+    for m, gold in zip(found, answer):
+        cells = re.findall(r"\(\s*(\d+)\s*,\s*(\d+)\s*\)", m[1]) if m else []
+        said = m is not None and bool(cells) != ("none" in m[1])
+        right.append(int(said and Counter((int(r), int(c)) for r, c in cells) == Counter(map(tuple, gold))))
+    return {"mine": right[0], "opponent": right[1], "joint": min(right), "no answer": int(None in found)}
+
+
+def connect4_reference(rows: list[dict]) -> dict:
+    """The scores of answering None to both questions of every row: what costs no look at the board."""
+    grades = [grade_connect4(CONNECT4_TRIVIAL, row["answer"]) for row in rows]
+    return {k: sum(grade[k] for grade in grades) / len(grades) for k in grades[0]}
+
+
+# --- GPQA -----------------------------------------------------------------------------------------
+
+GPQA_PROMPT = """Answer this multiple-choice question. Think step by step, then end with one last line that \
+gives the letter of your choice in exactly this form: "Answer": "C"
+
+"""
+HUB_KEYS = ["Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"]
+CHOICES = [re.compile(pattern) for pattern in (
+    r'(?i:"answer")\s*:\s*"\(?([A-D])\)?\.?"',  # the form that the prompt asks for
+    r"\\boxed\s*\{\s*(?:\\\w+\s*\{)?[\s($]*([A-D])\s*[}).:]",
+    # Not the article of "the answer is A good one", nor a part of the name C-H.
+    r"(?i:\banswer\b[*\"]*\s*(?:is|be|:))(?:[\s:*_\"'($\[]|\\(?:boxed|text\w*)\s*\{|(?i:option|choice)\b)*"
+    r"([A-D])(?![\w'’–-]|[ \t]+(?!because\b|since\b|as\b)[a-z])")]
+
+
+def gpqa_file(path: str) -> list[dict]:
+    """Rows {"prompt", "answer": a letter} of a JSONL file of four-choice questions: with the hub's keys
+    (Question, Correct Answer, Incorrect Answer 1 to 3), or question, choices and answer, an index from 0.
+
+    Choices are ordered by a hash of question and choice: a shuffle that is the same on every machine and
+    whatever their order in the file. Raises UserError naming line and field.
+    """
+    def parse(row, line):
+        if "Question" in row:
+            fields, right = [(repr(key), row.get(key)) for key in HUB_KEYS], 0
+        else:
+            choices, right = row.get("choices"), row.get("answer")
+            if not isinstance(choices, list) or len(choices) != 4:
+                raise UserError(f"{HUB_KEYS!r}, or 'question', 'choices' (a list of four) and 'answer' "
+                                f"expected, found {sorted(row)!r:.80} with choices {choices!r:.60}")
+            if type(right) is not int or not 0 <= right < 4:
+                raise UserError(f"'answer': an index from 0 to 3 expected, found {right!r:.60}")
+            fields = [("'question'", row.get("question")), *(("'choices'", choice) for choice in choices)]
+        question, *choices = (data.check_text(value, name).strip() for name, value in fields)
+        if not question or not all(choices) or choices.count(choices[right]) > 1:
+            raise UserError("the question or a choice is empty, or the right choice is there twice")
+        order = sorted(choices, key=lambda c: hashlib.sha256(json.dumps([question, c]).encode()).digest())
+        shown = "\n".join(f"{letter}) {choice}" for letter, choice in zip("ABCD", order))
+        letter = "ABCD"[order.index(choices[right])]
+        return {"prompt": f"{GPQA_PROMPT}{question}\n\n{shown}", "answer": letter}
+
+    return data.read_rows(path, parse, skip_malformed=False)[0]
+
+
+def choice_letter(text: str) -> str | None:
+    """The letter "A" to "D" that a response chooses, or None: the last `"Answer": "C"`, else the last
+    \\boxed{C}, else the last "answer is (C)" or "Answer: C", else a letter alone on the last line. Thinking
+    is dropped."""
+    text = text.rpartition("</think>")[2]
+    if "<think>" in text:
+        return None
+    bare = text.rstrip().split("\n")[-1].strip("*_()$. \t\r")
+    found = [letters[-1] for letters in (pattern.findall(text) for pattern in CHOICES) if letters]
+    return [*found, bare if bare in tuple("ABCD") else None][0]
+
+
+# --- statistics -----------------------------------------------------------------------------------
+
+
+def question_mean(name, scores):
+    """The mean over the samples of one question."""
+    scores = list(scores)
+    if not scores or not all(isinstance(x, Real | np.bool_) and math.isfinite(x) for x in scores):
+        raise UserError(f"question {name!r}: one or more finite scores expected, found {scores!r:.60}")
+    return math.fsum(scores) / len(scores)
+
+
+def clustered(scores: list, weights: list | None = None) -> tuple[float, float | None]:
+    """(mean, its standard error) of per-question lists of scores, in the scores' unit.
+
+    Samples of one question are no independent evidence, so the error is that of n questions, clusters, not
+    of all samples: s / sqrt(n) with s the standard deviation (n - 1) of the questions' means. That is the
+    cluster-robust error of the plain mean with its n / (n - 1) correction (Miller 2024, arXiv 2411.00640,
+    eq. 4) where all questions have equally many samples. Where they have not, every question still counts
+    once, so that a question whose samples failed does not lose weight. With weights (a text's tokens, a
+    prompt's instructions) it is the weighted mean and the error of a ratio, the same thing for equal weights.
+    None: one question has no spread. Raises UserError where there is no score, or one that is no number.
+    """
+    if not scores:
+        raise UserError("no question has a score")
+    means = np.array([question_mean(i, s) for i, s in enumerate(scores)])
+    weights, n = np.ones(len(means)) if weights is None else np.array(weights, dtype=float), len(means)
+    mean = (weights * means).sum() / weights.sum()
+    if n == 1:
+        return float(mean), None
+    spread = np.sqrt(((weights * (means - mean)) ** 2).sum() * n / (n - 1)) / weights.sum()
+    return float(mean), float(spread)
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The unbiased estimate of the chance that one or more of k samples is right, where c of n were: the
+    share of the k-subsets that hold a right one (Chen et al. 2021, arXiv 2107.03374). In integers, so exact
+    up to the last rounding for any n. Raises UserError unless 0 <= c <= n and 1 <= k <= n."""
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise UserError(f"pass@{k} of {n} samples with {c} right: 0 <= right <= samples and 1 <= k <= "
+                        "samples expected")
+    subsets = math.comb(n, k)
+    return (subsets - math.comb(n - c, k)) / subsets
+
+
+def paired_bootstrap(a: dict, b: dict, seed: int, resamples: int = 10_000) -> tuple:
+    """(difference, low, high, p) of two models by {question: its scores}: mean of b - mean of a, over the
+    questions that are in both; the 95 % percentile interval; and the two-sided p of no difference, which is
+    below 0.05 where the interval leaves 0 out.
+
+    Questions are drawn with replacement and keep both models' scores together, so what makes a question
+    hard for both cancels out. With a few questions only, the interval is somewhat too narrow. Raises
+    UserError where fewer than two questions are in both.
+    """
+    both = [q for q in a if q in b]
+    if len(both) < 2:
+        raise UserError(f"{len(both)} questions are in both results, of {len(a)} and {len(b)}: two or more "
+                        "are needed to compare them")
+    differences = np.array([question_mean(q, b[q]) - question_mean(q, a[q]) for q in both])
+    # To draw n questions is to draw how often each distinct difference occurs; there are few of those.
+    values, counts = np.unique(differences, return_counts=True)
+    rng, n = np.random.default_rng(seed), len(both)
+    blocks = [min(1000, resamples - done) for done in range(0, resamples, 1000)]  # bounds the memory
+    means = np.concatenate([rng.multinomial(n, counts / n, size) @ values / n for size in blocks])
+    low, high = np.quantile(means, (0.025, 0.975))
+    beyond = int(min(np.sum(means <= 1e-12), np.sum(means >= -1e-12)))  # a 0 may be summed to 1e-17
+    return float(differences.mean()), float(low), float(high), min(1.0, 2 * (1 + beyond) / (1 + resamples))
+
+
+# --- tasks ----------------------------------------------------------------------------------------
+
+MATH_SETS = ("aime24", "aime25", "amc23", "math500", "minerva", "olympiadbench", "gsm8k")
+GROUPS = {"in-domain": MATH_SETS[:6], "OOD": ("gpqa", "connect4"), "IF": ("ifeval",)}  # the paper's table
+SAMPLES = {"aime24": 16, "aime25": 16, "amc23": 16, "connect4": 1}  # the paper's k; 5 for all others
+
+
+@dataclass
+class Task:
+    """One benchmark: what is asked, and how an answer is scored."""
+
+    name: str
+    rows: list  # (id, user turn, what `grade` compares with)
+    grade: object  # (text, gold) -> {metric: 0 to 1}; the first metric is the headline
+    weights: dict = field(default_factory=dict)  # {metric: one weight a row}, where rows do not count alike
+    reference: dict = field(default_factory=dict)  # scores of an answer that costs no thought
+
+
+def load_task(spec: str, folder: str) -> Task:
+    """A task by its name, from folder/NAME.jsonl, or `NAME=PATH`; any other NAME=PATH is a math set of the
+    user's own (question and gold in the fields that oracle.py reads). Raises UserError naming file and line.
+    """
+    name, given, path = spec.partition("=")
+    path = path or os.path.join(folder, f"{name}.jsonl")
+    if name == "connect4":
+        rows = connect4_file(path) if given or os.path.exists(path) else connect4_rows(500, seed=0)
+        asked = [(str(i), CONNECT4_PROMPT.replace("{state}", row["state"]), row["answer"])
+                 for i, row in enumerate(rows)]
+        return Task(name, asked, grade_connect4, reference=connect4_reference(rows))
+    if name == "gpqa":
+        asked = [(str(i), row["prompt"], row["answer"]) for i, row in enumerate(gpqa_file(path))]
+        return Task(name, asked, lambda text, gold: {"accuracy": choice_letter(text) == gold,
+                                                     "no answer": choice_letter(text) is None})
+    if name == "ifeval":
+        rows = read_unique(path, parse_ifeval)
+        counts = [len(gold[0]) for _, _, gold in rows]
+        return Task(name, rows, grade_ifeval, {"instruction strict": counts, "instruction loose": counts})
+    if name not in MATH_SETS and not given:
+        raise UserError(f"--tasks: {name!r} is unknown; {', '.join((*MATH_SETS, *GROUPS['OOD'], 'ifeval'))} "
+                        "or NAME=FILE.jsonl expected")
+    return Task(name, read_unique(path, parse_math), lambda text, gold: {
+        "accuracy": grade_math(text, gold), "no answer": extract_answer(text) is None})
+
+
+def read_unique(path, parse):
+    """Rows (id, ...) of a task's file; ids must differ."""
+    rows, dropped = data.read_rows(path, parse, skip_malformed=False)
+    twice = [k for k, n in Counter(row[0] for row in rows).items() if n > 1]
+    if twice:
+        raise UserError(f"{path}: {len(twice)} ids occur more than once, first {', '.join(twice[:5])}")
+    return rows
+
+
+def item_id(row, line):
+    """The row's own id or index, else its line number."""
+    value = next((row[k] for k in ("id", "index") if row.get(k) is not None), line)
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise UserError(f'"id": a string or an integer expected, found {value!r:.60}')
+    return str(value)
+
+
+def parse_math(row, line):
+    key = next((k for k in ("question", "problem", "prompt") if isinstance(row.get(k), str)), None)
+    if key is None:
+        raise UserError(f"a string in question, problem or prompt expected, found {sorted(row)!r:.100}")
+    return item_id(row, line), INSTRUCTION.replace("{question}", data.check_text(row[key], repr(key))), math_gold(row)
+
+
+def parse_ifeval(row, line):
+    ids, arguments = row.get("instruction_id_list"), row.get("kwargs")
+    if not isinstance(ids, list) or not isinstance(arguments, list) or not 0 < len(ids) == len(arguments):
+        raise UserError("'instruction_id_list' and 'kwargs': two lists of one length expected, found "
+                        f"{ids!r:.60} and {arguments!r:.60}")
+    ifeval_verdicts("x", ids, arguments)  # raises for what it does not know
+    return str(row.get("key", line)), data.check_text(row.get("prompt"), "'prompt'"), (ids, arguments)
+
+
+def grade_ifeval(text, gold):
+    """Prompt level: all instructions kept; instruction level: the share that was kept."""
+    strict, loose = ifeval_verdicts(text.rpartition("</think>")[2], *gold)
+    return {"prompt strict": all(strict), "instruction strict": sum(strict) / len(strict),
+            "prompt loose": all(loose), "instruction loose": sum(loose) / len(loose)}
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+
+def evaluate(policy, tasks: list, out: str, sampling: Sampling, ranks: Ranks, samples: int = 0, seed: int = 0
+             ) -> dict:
+    """Sample and score tasks; every answer is kept in out/TASK/raw-*.jsonl, and asked once.
+
+    samples: answers a question; 0: the paper's number for each task. Returns (on the main rank) and writes
+    results.json: {task: {"questions", "samples", "metrics": {metric: [mean, standard error]}, "pass@k",
+    "cut off", "empty", "tokens", "unanswered", "reference", "scores": {question id: [headline scores]}}}.
+    Metrics and shares are from 0 to 1. Answers that a server failed to give are left out of all means, and
+    counted in "unanswered".
+    """
+    results = {}
+    for task in tasks:
+        k = samples or SAMPLES.get(task.name, 5)
+        wanted = [[request_for(f"{name}/{i}", [{"role": "user", "content": turn}], seed) for i in range(k)]
+                  for name, turn, _ in task.rows]
+        records = sample(policy, [r for row in wanted for r in row], os.path.join(out, task.name), sampling,
+                         ranks, task.name)
+        with ranks.together():
+            if ranks.main:
+                results[task.name] = score_task(task, [[records.get(r.key, {}) for r in row] for row in wanted])
+                ranks.say(f"{task.name}: " + describe(results[task.name]))
+                qwen.write_json(os.path.join(out, "results.json"), results)
+    with ranks.together():
+        if ranks.main:
+            table = results_table(results)
+            with open(os.path.join(out, "results.md"), "w", encoding="utf-8") as f:
+                f.write(table + "\n")
+            ranks.say("\n" + table)
+    return results
+
+
+def score_task(task: Task, records: list) -> dict:
+    """The figures of one task from its records, a list a row; see `evaluate`."""
+    answered = [[r for r in row if "text" in r] for row in records]
+    flat = [r for row in answered for r in row]
+    if not flat:
+        raise UserError(f"{task.name}: not one answer arrived; start again to ask once more")
+    grades = [[task.grade(r["text"], gold) for r in row] for row, (*_, gold) in zip(answered, task.rows)]
+    names = list(next(g for row in grades for g in row))
+    kept = [i for i, row in enumerate(grades) if row]
+    metrics = {}
+    for name in names:
+        weights = task.weights.get(name)
+        metrics[name] = clustered([[float(g[name]) for g in grades[i]] for i in kept],
+                                  weights and [weights[i] for i in kept])
+    scores = {task.rows[i][0]: [float(g[names[0]]) for g in grades[i]] for i in kept}
+    k = min(map(len, scores.values()))
+    best = [pass_at_k(len(s), sum(map(round, s)), k) for s in scores.values()]
+    return {"questions": len(task.rows), "samples": max(map(len, records)), "metrics": metrics,
+            f"pass@{k}": sum(best) / len(best),
+            "cut off": sum(r["finish"] == "length" for r in flat) / len(flat),
+            "empty": sum(not r["text"].strip() for r in flat) / len(flat),
+            "tokens": sum(r["tokens"] for r in flat) / len(flat),
+            "unanswered": sum(map(len, records)) - len(flat), "reference": task.reference, "scores": scores}
+
+
+def describe(result):
+    """One line of a task's figures."""
+    shown = [f"{name} {figure(*value)}" for name, value in result["metrics"].items()]
+    shown += [f"{k} {100 * v:.1f}" for k, v in result.items() if k.startswith("pass@") or k in ("cut off", "empty")]
+    shown += [f"{result['tokens']:.0f} tokens an answer"]
+    shown += [f"answering None gives {100 * result['reference']['joint']:.1f}"] * bool(result["reference"])
+    shown += [f"{result['unanswered']} UNANSWERED (start again to ask them)"] * bool(result["unanswered"])
+    return ", ".join(shown)
+
+
+def figure(mean, error):
+    return f"{100 * mean:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+
+
+def results_table(results: dict) -> str:
+    """The headline figures in %, with standard errors, as the paper lays them out: in-domain, OOD, IF, and
+    the mean of each group and of all nine where all of a group's tasks are there."""
+    headline = {name: list(r["metrics"].values())[0] for name, r in results.items()}
+    ordered = [name for group in GROUPS.values() for name in group if name in headline]
+    ordered += [name for name in headline if name not in ordered]
+    cells = [(name, figure(*headline[name])) for name in ordered]
+    means = {group: [headline[n][0] for n in names] for group, names in GROUPS.items()
+             if all(n in headline for n in names)}
+    cells += [(group, f"{100 * sum(v) / len(v):.1f}") for group, v in means.items() if len(v) > 1]
+    if len(means) == len(GROUPS):
+        everything = [x for v in means.values() for x in v]
+        cells.append(("overall", f"{100 * sum(everything) / len(everything):.1f}"))
+    return "\n".join("| " + " | ".join(row) + " |" for row in
+                     ([c[0] for c in cells], ["---"] * len(cells), [c[1] for c in cells]))
+
+
+def compare_runs(folders: list, seed: int = 0) -> str:
+    """A Markdown table of two finished evaluations: differences of the headline figures in points, B - A,
+    with 95 % intervals by paired bootstrap over questions."""
+    a, b = (qwen.read_json(os.path.join(folder, "results.json")) for folder in folders)
+    both = [name for name in a if name in b]
+    if not both:
+        raise UserError(f"{folders[0]} has {', '.join(a)}, {folders[1]} has {', '.join(b)}: no task in common")
+    lines = ["| task | questions | A | B | B - A | 95 % | p |", "|---|---|---|---|---|---|---|"]
+    for name in both:
+        difference, low, high, p = paired_bootstrap(a[name]["scores"], b[name]["scores"], seed)
+        first, second = (100 * list(r[name]["metrics"].values())[0][0] for r in (a, b))
+        lines.append(f"| {name} | {len(a[name]['scores'].keys() & b[name]['scores'].keys())} | {first:.1f} | "
+                     f"{second:.1f} | {100 * difference:+.1f} | {100 * low:+.1f} to {100 * high:+.1f} | {p:.3f} |")
+    return "\n".join(lines)
+
+
+# --- retention ------------------------------------------------------------------------------------
+
+ROWS_AT_ONCE = 256  # of logits, twice, in fp32: 0.3 GB at Qwen3's vocabulary
+
+
+def read_sequences(path: str, chat: data.Chat, max_length: int) -> list:
+    """(ids, first) of every row: a text ("text"), scored from its second token, or a pair, whose y+ is scored
+    after its prompt. Longer ones are cut: every token's context stays whole."""
+    def parse(row, line):
+        if "text" in row:
+            ids, first = chat.encode(data.check_text(row["text"], "'text'")), 1
+        else:
+            pair = data.parse_row(row, line)
+            prompt = chat.prompt(pair.messages)
+            ids, first = [*prompt, *chat.encode(pair.chosen), chat.im_end], len(prompt)
+        return (ids[:max_length], first) if len(ids[:max_length]) > first else "nothing to score"
+
+    rows, dropped = data.read_rows(path, parse, skip_malformed=False)
+    if not rows:
+        raise UserError(f"{path}: no row has a token to score ({dict(dropped)})")
+    return rows
+
+
+@torch.no_grad()
+def retention(model: qwen.Qwen3, base: qwen.Qwen3, sequences: list, ranks: Ranks, title: str = "retention") -> dict:
+    """How far a model went from its base on given texts, over the full vocabulary.
+
+    sequences  [(ids, first)]: ids[first:] are scored, first >= 1
+    returns    {"tokens", "logp", "logp_base", "kl"}: mean log-probability of the given tokens, and mean
+               KL(base || model) of the next-token distributions, both in nats a token, as (mean, standard
+               error clustered by sequence)
+    Each rank takes a share; logits are held for ROWS_AT_ONCE tokens at a time.
+    """
+    if model.config.vocab_size != base.config.vocab_size:
+        raise UserError(f"vocabularies of {model.config.vocab_size} and {base.config.vocab_size} tokens: "
+                        "no KL between them")
+    sums = torch.zeros(len(sequences), 3, dtype=torch.float64)
+    mine = range(ranks.rank, len(sequences), ranks.world)
+    for i in tqdm(mine, disable=not ranks.main, desc=title, unit="text"):
+        ids, first = sequences[i]
+        tokens = torch.tensor(ids, device=ranks.device)
+        where = torch.arange(len(ids), device=ranks.device), [(0, len(ids), len(ids), len(ids))]
+        hidden = [m.norm(m.trunk(tokens, *where))[first - 1:-1].split(ROWS_AT_ONCE) for m in (model, base)]
+        for p, q, target in zip(*hidden, tokens[first:].split(ROWS_AT_ONCE)):
+            p, q = ((h @ m.head_weight().T).float().log_softmax(-1) for h, m in ((p, model), (q, base)))
+            kl = (q.exp() * (q - p)).sum(-1)
+            at_target = (x.gather(1, target[:, None])[:, 0] for x in (p, q))
+            sums[i] += torch.stack([x.double().sum().cpu() for x in (*at_target, kl)])
+    lengths = [len(ids) - first for ids, first in sequences]
+    means = (ranks.reduce(sums) / torch.tensor(lengths)[:, None]).T.tolist()
+    figures = {name: clustered([[x] for x in some], lengths) for name, some in
+               zip(("logp", "logp_base", "kl"), means)}
+    return {"tokens": sum(lengths), **figures}
+
+
+# --- command line: tasks, comparison, retention ---------------------------------------------------
+
+
+@dataclass
+class EvalOptions(Asking):
+    """Options of an evaluation."""
+
+    tasks: str = option("", "comma-separated: " + ", ".join((*MATH_SETS, *GROUPS["OOD"], "ifeval"))
+                        + ", or NAME=FILE.jsonl (required)")
+    data: str = option("data/eval", "folder of NAME.jsonl files; connect4 needs none")
+    samples: int = option(0, "answers per question; 0: the paper's (16 for aime24, aime25, amc23, 1 for "
+                          "connect4, else 5)")
+    limit: int = option(0, "only the first that many questions of each task; 0: all")
+
+
+@dataclass
+class RetentionOptions:
+    """Options of `python eval.py retention`."""
+
+    model: str = option("", "checkpoint folder or hub id (required)")
+    base: str = option("", "the model before training (required)")
+    texts: str = option("", "JSONL of {\"text\": ...}, or a pair file, whose y+ is scored (required)")
+    max_length: int = option(4096, "tokens of a text; the rest is cut off")
+    dtype: str = option("bfloat16", "of both models", ("float32", "bfloat16"))
+    timeout: int = option(86400, "seconds after which a stalled rank ends the run")
+
+
+def run_evaluation(o: EvalOptions, ranks: Ranks):
+    """From options to results."""
+    with ranks.together():
+        tasks = [load_task(spec.strip(), o.data) for spec in o.tasks.split(",") if spec.strip()]
+        twice = [name for name, n in Counter(t.name for t in tasks).items() if n > 1]
+        if not tasks or twice:
+            raise UserError(f"--tasks is {o.tasks!r}: one task or more expected, each once")
+        for task in tasks:
+            task.rows = task.rows[:o.limit or None]
+            task.weights = {k: v[:o.limit or None] for k, v in task.weights.items()}
+        policy = open_policy(o, ranks.device)
+        sampling = Sampling(o.temperature, o.top_p, o.top_k, o.max_tokens)
+    with ranks.together():
+        if ranks.main:
+            claim_folder(o.out, {"command": "eval", "seed": o.seed, "asked": identity(policy, o),
+                                 "sampling": asdict(sampling)})
+    evaluate(policy, tasks, o.out, sampling, ranks, o.samples, o.seed)
+
+
+def run_retention(o: RetentionOptions, ranks: Ranks):
+    """From options to one printed line of JSON."""
+    with ranks.together():
+        models = [open_own(name, getattr(torch, o.dtype), ranks.device) for name in (o.model, o.base)]
+        sequences = read_sequences(o.texts, models[1].chat, o.max_length)
+        found = retention(models[0].model, models[1].model, sequences, ranks)
+    if ranks.main:
+        print(json.dumps(found))
+
+
+def parse_command(argv):
+    """(what to run, its options); raises UserError listing every problem at once."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    if argv[:1] == ["compare"]:
+        parser.add_argument("folders", nargs=2, metavar="FOLDER", help="--out of two evaluations, A and B")
+        return None, parser.parse_args(argv[1:])
+    run, record = (run_retention, RetentionOptions) if argv[:1] == ["retention"] else (run_evaluation, EvalOptions)
+    add_options(parser, record)
+    o = record(**vars(parser.parse_args(argv[run is run_retention:])))
+    required = ("model", "base", "texts") if run is run_retention else ("out", "tasks")
+    problems = [f"--{k} is required" for k in required if not getattr(o, k)]
+    if run is run_evaluation:
+        problems += check_asking(o, ("model", "server"))
+    if problems:
+        raise UserError("\n  ".join(["these options do not work:"] + problems))
+    return run, o
+
+
+def main() -> int:
+    """Command line to exit code: 0 done, 1 failed, 2 options that do not work."""
+    try:
+        run, o = parse_command(sys.argv[1:])
+        if run is None:
+            print(compare_runs(o.folders))
+            return 0
+        ranks = open_ranks(o.timeout)
+    except UserError as e:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {e}", file=sys.stderr, flush=True)
+        return 2
+    run(o, ranks)
+    close_ranks()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

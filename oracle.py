@@ -26,7 +26,8 @@ import data
 import eval as evaluation
 import model as qwen
 from eval import (INSTRUCTION, LAST_LINE, Asking, Own, Sampling, Server, answers_match, check_asking,
-                  claim_folder, extract_answer, identity, open_policy, request_for, write_rows)
+                  claim_folder, extract_answer, gold_answer, identity, item_id, open_policy, request_for,
+                  write_rows)
 from model import Ranks, UserError, add_options, close_ranks, open_ranks, option
 
 START, END = "=== CORRECTED STARTED ===", "=== CORRECTED ENDED ==="
@@ -75,32 +76,6 @@ class Item:
     @property
     def messages(self):
         return data.prompt_messages({"question": self.question}, "question")
-
-
-def gold_answer(row: dict) -> str:
-    """The gold answer from whatever field this data set keeps it in; a whole solution gives its last box or
-    its `####` line. Raises UserError where there is none."""
-    key = next((k for k in ("answer", "solution", "ground_truth", "label") if row.get(k) is not None), None)
-    value = row[key] if key else None
-    if key is None and isinstance(row.get("reward_model"), dict):
-        key, value = "reward_model.ground_truth", row["reward_model"].get("ground_truth")
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise UserError("a gold answer expected in answer, solution, ground_truth, label or "
-                        f"reward_model.ground_truth: a string or a number, found {value!r:.60}")
-    text = data.check_text(str(value), repr(key)).strip()
-    gold = extract_answer(text) if "boxed" in text or "####" in text else text
-    if not gold or len(gold) > evaluation.MAX_CHARS:
-        raise UserError(f"{key!r}: no final answer in it (\\boxed{{}}, ####, or the bare answer expected), "
-                        f"found {text!r:.60}")
-    return gold
-
-
-def item_id(row, line):
-    """The row's own id or index, else its line number."""
-    value = next((row[k] for k in ("id", "index") if row.get(k) is not None), line)
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise UserError(f'"id": a string or an integer expected, found {value!r:.60}')
-    return str(value)
 
 
 def read_items(path, parse, skip_malformed):

@@ -1,0 +1,416 @@
+"""The tasks beside the sampler: gold answers, Connect4, GPQA, and the statistics, against brute force."""
+
+import itertools
+import json
+import math
+import random
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import eval as tasks
+from eval import (choice_letter, clustered, connect4_file, connect4_rows, connect4_state, gpqa_file,
+                  grade_connect4, grade_math, math_gold, paired_bootstrap, pass_at_k, read_connect4,
+                  winning_moves)
+from model import UserError
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the public data sets are not here")
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+# --- math: gold answers ---------------------------------------------------------------------------
+
+
+def olympiad(answer, several=False, **fields):
+    return {"question": "q", "solution": ["a proof"], "final_answer": [answer], "is_multiple_answer": several,
+            "unit": None, "error": None, **fields}
+
+
+GRADED = [  # row, responses that are right, responses that are wrong
+    ({"answer": "025"}, [r"\boxed{25}", r"\boxed{025}"], [r"\boxed{250}"]),  # AIME
+    ({"answer": "27.0"}, [r"\boxed{27}"], [r"\boxed{27.1}", "27"]),  # AMC
+    ({"answer": 27.0}, [r"\boxed{27}"], [r"\boxed{2.70}"]),
+    ({"solution": r"so \boxed{4.5e33} erg", "error": 3, "unit": {}}, [r"\boxed{4.5 \times 10^{33}}"],
+     [r"\boxed{4.5}"]),  # Minerva; fields of OlympiadBench mean nothing without final_answer
+    (olympiad("$69$,$84$", True), [r"\boxed{84, 69}", r"\boxed{69} and \boxed{84}",
+                                   r"\boxed{69 \text{ or } 84}", "\\boxed{5}\n\\boxed{\\{69,84\\}}"],
+     [r"\boxed{69}", r"\boxed{69, 84, 85}", "\\boxed{69}\n\\boxed{84}", r"\boxed{69}, \boxed{85}",
+      r"\boxed{69} or \boxed{84", r"<think>\boxed{69} \boxed{84}", "69, 84"]),
+    (olympiad("5,150", True), [r"\boxed{150,5}", r"\boxed{5,150}"], [r"\boxed{5150}", r"\boxed{5}"]),
+    (olympiad("5,150"), [r"\boxed{5150}", r"\boxed{5,150}"], [r"\boxed{5}"]),
+    (olympiad("$(1,2),(3,4)$", True), [r"\boxed{(3,4),(1,2)}", r"$\boxed{(3,4)}$, $\boxed{(1,2)}$"],
+     [r"\boxed{(2,1),(3,4)}", r"\boxed{(1,2)}"]),
+    (olympiad("69", final_answer=["$69$", "$84$"]), [r"\boxed{84,69}"], [r"\boxed{69}"]),
+    (olympiad("3"), [r"\boxed{3}"], [r"\boxed{2} and \boxed{5}", r"\boxed{3, 5}"]),
+    (olympiad("4.2", error="1e-1", unit="%"), [r"\boxed{4.2}", r"\boxed{4.1\%}", r"\boxed{4.3}",
+                                               r"\boxed{x = \frac{21}{5}}", r"\boxed{0.042}"],
+     [r"\boxed{4.31}", r"\boxed{4.0999}", r"\boxed{4.2, 5}", r"\boxed{cat}", r"\boxed{2\pi}", "4.2"]),
+    (olympiad(r"\pi", error=0.01), [r"\boxed{3.14}"], [r"\boxed{3.1}"]),
+    (olympiad("1,2", True, error=0.1), [r"\boxed{2.05,1}"], [r"\boxed{2.05}", r"\boxed{1,2,3}"]),
+    (olympiad("5", unit="$cm^2$"), [r"\boxed{5}", r"\boxed{5 \text{ cm}^2}"],
+     [r"\boxed{5\text{ m}^2}", r"\boxed{5\text{ kg}}"]),
+    (olympiad("90", unit=r"^{\circ}"), [r"\boxed{90^\circ}", r"\boxed{90}"], [r"\boxed{91}"]),
+]
+
+
+@pytest.mark.parametrize("row, right, wrong", GRADED)
+def test_math_rows(row, right, wrong):
+    gold = math_gold(row)
+    assert [text for text in right if not grade_math(text, gold)] == []
+    assert [text for text in wrong if grade_math(text, gold)] == []
+
+
+@pytest.mark.parametrize("row, expected", [
+    (olympiad("1", several="yes"), "'is_multiple_answer'"), (olympiad("1", unit=3), "'unit'"),
+    (olympiad("1", error="small"), "'error'"), (olympiad("1", error=-1), "'error'"),
+    (olympiad("1", error="1e999999999"), "'error'"), (olympiad("1", error=[0.1]), "'error'"),
+    (olympiad("1", final_answer="1"), "'final_answer'"), (olympiad("1", final_answer=[]), "'final_answer'"),
+    (olympiad("1", final_answer=[1]), "'final_answer'"), (olympiad(" "), "'final_answer'"),
+    (olympiad("1", final_answer=None), "a string or a number"), ({"answer": math.inf}, "a gold answer"),
+    ({"answer": math.nan}, "no final answer"), ({}, "a gold answer expected")])
+def test_bad_math_rows(row, expected):
+    with pytest.raises(UserError, match=expected):
+        math_gold(row)
+
+
+@needs_data
+def test_every_shared_gold_is_read_and_right():
+    counts = Counter()
+    for name in ("aime24", "amc23", "math500", "minerva_math", "olympiadbench"):
+        for row in read_jsonl(SHARED / f"math/{name}.jsonl"):
+            gold = math_gold(row)
+            counts[name] += 1
+            counts["several"] += gold.several
+            counts["tolerance"] += gold.tolerance == Fraction(1, 10)
+            answer = row["final_answer"][0].strip("$") if "final_answer" in row else gold.text
+            assert grade_math(f"Therefore, the final answer is: $\\boxed{{{answer}}}$.", gold), row
+            assert not grade_math("I do not know.", gold) and not grade_math(r"\boxed{31.4159}", gold)
+    assert counts == {"aime24": 30, "amc23": 40, "math500": 500, "minerva_math": 272, "olympiadbench": 675,
+                      "several": 94, "tolerance": 1}
+
+
+@needs_data
+def test_several_answers_in_any_order_but_all():
+    """The rows of OlympiadBench whose answers are plain numbers, so that the commas show where to cut."""
+    rng, tried = random.Random(0), 0
+    for row in read_jsonl(SHARED / "math/olympiadbench.jsonl"):
+        parts = [p.strip("$ ") for p in row["final_answer"][0].split(",")]
+        if row["is_multiple_answer"] and all(p.lstrip("-").isdigit() for p in parts):
+            gold, rest = math_gold(row), [p for p in parts if p != parts[0]]
+            tried += 1
+            rng.shuffle(parts)
+            assert grade_math(f"\\boxed{{{', '.join(parts)}}}", gold), row
+            assert grade_math(" and ".join(f"$\\boxed{{{p}}}$" for p in parts), gold), row
+            assert not rest or not grade_math(f"\\boxed{{{', '.join(rest)}}}", gold), row
+            assert not grade_math(f"\\boxed{{{', '.join([*parts, '31'])}}}", gold), row
+    assert tried >= 40
+
+
+# --- Connect4 -------------------------------------------------------------------------------------
+
+# All lines of four cells, as sums of the cells' bits.
+LINES = [sum(1 << 7 * (r + k * dr) + c + k * dc for k in range(4)) for r in range(6) for c in range(7)
+         for dr, dc in ((0, 1), (1, 0), (1, 1), (1, -1)) if r + 3 * dr < 6 and 0 <= c + 3 * dc < 7]
+
+
+def has_four(board, player):
+    """The whole board, line by line."""
+    discs = sum(1 << i for i, cell in enumerate(itertools.chain(*board)) if cell == player)
+    return any([line & discs == line for line in LINES])
+
+
+def brute_winning_moves(board, player):
+    found = []
+    for c in range(7):
+        column = [board[r][c] for r in range(6)]
+        if "_" in column:
+            after = [row[:] for row in board]
+            after[column.index("_")][c] = player
+            found += [(column.index("_"), c)] if has_four(after, player) else []
+    return found
+
+
+def random_board(rng):
+    """Any number of discs on any column: dense boards with several wins too, but no four yet."""
+    while True:
+        heights, share = [rng.randint(0, 6) for _ in range(7)], rng.random()
+        board = [["XO"[rng.random() < share] if r < heights[c] else "_" for c in range(7)] for r in range(6)]
+        if not has_four(board, "X") and not has_four(board, "O"):
+            return board
+
+
+def test_solver_equals_brute_force():
+    assert len(LINES) == 69
+    rng, lengths = random.Random(0), Counter()
+    boards = [random_board(rng) for _ in range(9000)]
+    boards += [read_connect4(row["state"])[0] for row in connect4_rows(1000, seed=1)]
+    for board in boards:
+        for player in "XO":
+            expected = brute_winning_moves(board, player)
+            assert winning_moves(board, player) == expected, board
+            lengths[len(expected)] += 1
+    assert min(lengths[k] for k in range(5)) > 20, lengths
+
+
+def test_five_to_seven_in_a_row_win_too():
+    for gap in range(7):
+        board = [["_"] * 7 for _ in range(6)]
+        board[0] = ["X" if c != gap else "_" for c in range(7)]
+        assert (0, gap) in winning_moves(board, "X") and (0, gap) not in winning_moves(board, "O")
+
+
+def test_states_are_rendered_and_read_back():
+    rng = random.Random(2)
+    for board in [random_board(rng) for _ in range(200)]:
+        for player in "XO":
+            text = connect4_state(board, player)
+            assert read_connect4(text) == (board, player)
+    for old, new, expected in [(":X", ":Y", "line"), ("(0,0)", "(0,9)", "line"), (" \n", "\n", "line 2"),
+                               ("player X", "player O", "line 10"), ("moves", "move", "line 10"),
+                               ("\nYou", "\n\nYou", "line 11")]:
+        with pytest.raises(UserError, match=expected):
+            read_connect4(connect4_state([["X"] * 7] + [["_"] * 7] * 5, "X").replace(old, new, 1))
+    with pytest.raises(UserError, match=r"\(1, 0\) has nothing under it"):
+        read_connect4(connect4_state([["_"] * 7, ["X"] + ["_"] * 6] + [["_"] * 7] * 4, "X"))
+    with pytest.raises(UserError, match="line 2"):
+        read_connect4("")
+
+
+@needs_data
+def test_official_states_are_read_solved_and_rendered_exactly():
+    path = SHARED / "connect4/sample20.jsonl"
+    rows = read_jsonl(path)
+    assert connect4_file(str(path)) == rows and len(rows) == 20
+    for row in rows:
+        board, player = read_connect4(row["state"])
+        assert connect4_state(board, player) == row["state"]
+        both = [brute_winning_moves(board, who) for who in (player, "XO"[player == "X"])]
+        assert [[list(move) for move in moves] for moves in both] == row["answer"]
+
+
+def test_generated_states_meet_the_filter(tmp_path):
+    rows = connect4_rows(500, seed=0)
+    assert len({row["state"] for row in rows}) == len(rows) == 500
+    for count in (5, 50, 500):
+        assert sum(row["answer"] == [[], []] for row in rows[:count]) <= count / 5
+    assert 5 * sum(row["answer"] == [[], []] for row in rows) > 400  # the filter is needed, and used
+    for row in rows:
+        board, player = read_connect4(row["state"])
+        discs = Counter(cell for line in board for cell in line)
+        assert discs["X"] - discs["O"] == (player == "O") and discs["_"] > 0
+        assert not has_four(board, "X") and not has_four(board, "O")
+    assert connect4_rows(100, seed=0) == rows[:100] and connect4_rows(100, seed=1) != rows[:100]
+    assert connect4_file(write_jsonl(tmp_path / "c.jsonl", rows)) == rows
+    with pytest.raises(UserError, match="one or more"):
+        connect4_rows(0, seed=0)
+    wrong = [dict(row) for row in rows[:3]]
+    wrong[1]["answer"] = [[[0, 0]], [[5, 5]]]
+    for bad in (wrong[1], {"state": rows[0]["state"]}, {"answer": [[], []]}, {"state": 3}, {"state": "x"}):
+        with pytest.raises(UserError, match="(?s)1 malformed.*line 2: '(answer|state)'"):
+            connect4_file(write_jsonl(tmp_path / "c.jsonl", [rows[0], bad, rows[2]]))
+
+
+def results(one, two):
+    return (f"[Intermediate Thinking Results 1: {one}]\n[intermediate thinking results 2: {two}]\n"
+            "Chosen Move: (0,1)")
+
+
+@pytest.mark.parametrize("text, mine, opponent, missing", [
+    (results("(1,2), (3,4)", "None"), 1, 1, 0), (results("(3,4),(1, 2)", "none."), 1, 1, 0),
+    (results("(1,2)", "None"), 0, 1, 0), (results("(1,2), (3,4), (3,4)", "None"), 0, 1, 0),
+    (results("None", "None"), 0, 1, 0), (results("(1,2), (3,4)", "(1,2)"), 1, 0, 0),
+    (results("(1,2), (3,4)", "(r,c)"), 1, 0, 0), (results("(1,2), (3,4)", ""), 1, 0, 0),
+    (results("(1,2), (3,4), None", "None"), 0, 1, 0), ("", 0, 0, 1), ("None", 0, 0, 1),
+    ("[Intermediate Thinking Results 1: (1,2), (3,4)]", 1, 0, 1),
+    ("[Intermediate Thinking Results 2: None]", 0, 1, 1),
+    ("[Intermediate Thinking Results 2: None", 0, 0, 1),
+    (results("(1,2), (3,4)", "None") + results("None", "(1,1)"), 1, 1, 0),  # the first counts
+    (f"<think>{results('None', '(0,0)')}</think>{results('(1,2), (3,4)', 'None')}", 1, 1, 0),
+    (f"<think>{results('(1,2), (3,4)', 'None')}", 0, 0, 1),
+])
+def test_connect4_grades(text, mine, opponent, missing):
+    grade = grade_connect4(text, [[[1, 2], [3, 4]], []])
+    assert grade == {"mine": mine, "opponent": opponent, "joint": mine * opponent, "no answer": missing}
+
+
+def test_connect4_answers_of_the_solver_and_the_trivial_one():
+    rows = connect4_rows(200, seed=3)
+    for row in rows:
+        said = [", ".join(f"({r},{c})" for r, c in moves) or "None" for moves in row["answer"]]
+        assert grade_connect4(results(*said), row["answer"])["joint"] == 1
+    empty = [[moves == [] for moves in row["answer"]] for row in rows]
+    assert tasks.connect4_reference(rows) == {
+        "mine": sum(m for m, _ in empty) / 200, "opponent": sum(o for _, o in empty) / 200,
+        "joint": sum(m and o for m, o in empty) / 200, "no answer": 0}
+    assert "[Intermediate Thinking Results 1:" in tasks.CONNECT4_PROMPT and "{state}" in tasks.CONNECT4_PROMPT
+
+
+# --- GPQA -----------------------------------------------------------------------------------------
+
+
+def hub_row(question, right, *wrong):
+    return {"Question": question, "Correct Answer": right,
+            **{f"Incorrect Answer {k}": text for k, text in enumerate(wrong, 1)}, "Record ID": "r"}
+
+
+def test_gpqa_rows_of_both_layouts(tmp_path):
+    hub = [hub_row(f"Question {i}? {{choices}}", f"right {i}\n", "w 1", "w 2", "w 3") for i in range(400)]
+    other = [{"question": f"Question {i}? {{choices}}", "choices": ["w 2", "w 3", f"right {i}", "w 1"],
+              "answer": 2} for i in range(400)]
+    rows = gpqa_file(write_jsonl(tmp_path / "hub.jsonl", hub))
+    assert gpqa_file(write_jsonl(tmp_path / "other.jsonl", other)) == rows
+    for i, row in enumerate(rows):
+        shown = dict(line.split(") ") for line in row["prompt"].split("\n")[-4:])
+        assert shown[row["answer"]] == f"right {i}" and sorted(shown) == list("ABCD")
+        assert sorted(shown.values()) == sorted([f"right {i}", "w 1", "w 2", "w 3"])
+        assert f"Question {i}? {{choices}}" in row["prompt"] and '"Answer": "C"' in row["prompt"]
+    places = Counter(row["answer"] for row in rows)  # 100 each, standard deviation 8.7
+    assert all(70 < places[letter] < 130 for letter in "ABCD"), places
+    orders = {tuple(line[3:6] for line in row["prompt"].split("\n")[-4:]) for row in rows}
+    assert len(orders) == 24
+
+
+@pytest.mark.parametrize("row, expected", [
+    (hub_row("q", "a", "b", "c"), "'Incorrect Answer 3': a string expected"),
+    (hub_row("q", "a", "b", "c", 4), "'Incorrect Answer 3'"), (hub_row("q", "a", "b", "c", "a "), "twice"),
+    (hub_row(" ", "a", "b", "c", "d"), "empty"), (hub_row("q", "a", "b", "", "d"), "empty"),
+    ({"question": "q", "choices": ["a", "b", "c"], "answer": 0}, "a list of four"),
+    ({"question": "q", "choices": ["a", "b", "c", "d"], "answer": 4}, "'answer'"),
+    ({"question": "q", "choices": ["a", "b", "c", "d"], "answer": True}, "'answer'"),
+    ({"question": "q", "choices": ["a", "b", "c", "d"]}, "'answer'"),
+    ({"choices": ["a", "b", "c", "d"], "answer": 1}, "'question'"), ({"problem": "q"}, "expected, found"),
+])
+def test_bad_gpqa_rows(row, expected, tmp_path):
+    good = hub_row("q", "a", "b", "c", "d")
+    with pytest.raises(UserError, match=f"(?s)line 2: .*{expected}"):
+        gpqa_file(write_jsonl(tmp_path / "g.jsonl", [good, row]))
+
+
+@pytest.mark.parametrize("text, letter", [
+    ('"Answer": "C"', "C"), ('I first thought "Answer": "A".\n"Answer": "D"', "D"), ('{"answer": "B"}', "B"),
+    ('"Answer": "C" though \\boxed{D}', "C"), ('"Answer": "(B)"', "B"), ('"Answer": C', "C"),
+    ('"Answer": "$\\boxed{B}$"', "B"), ('"Answer": "C) 3 mol"', "C"), ("**Answer:** C", "C"),
+    ("**Answer**: **(D)**", "D"), ("Answer: C", "C"), ("answer is (C)", "C"),
+    ("The correct answer is: B.", "B"), ("The answer is option **B**", "B"),
+    ("The final answer is $\\boxed{\\text{(A)}}$.", "A"), ("\\boxed{\\textbf{D}}", "D"),
+    ("\\boxed{B) 3 mol}", "B"), ("The answer is\n\nC", "C"), ("The answer is A because it is", "A"),
+    ("so\n(C)", "C"), ("so\n**B.**\n", "B"), ("C", "C"),
+    ("The answer is A good question", None), ("The answer is B cells", None), ("The answer is C-H", None),
+    ("The answer is (c)", None), ('"Answer": "E"', None), ("", None), ("A and B are wrong", None),
+    ("\\boxed{B = 3}", None), ("\\boxed{42}", None), ("\\boxed{A, B}", None), ("an answer: none", None),
+    ("C\nis it", None), ('<think>"Answer": "C"', None), ('<think>"Answer": "C"</think>so', None),
+    ('<think>"Answer": "C"</think>\n"Answer": "A"', "A"),
+    ("The answer is Above", None), ("vitamin\nD3", None),
+])
+def test_choice_letters(text, letter):
+    assert choice_letter(text) == letter
+
+
+@pytest.mark.parametrize("piece", [
+    "\n", " ", "*", "answer is ", "answer: ", '"Answer": "', "\\boxed{ ", "(", "$", "\\boxed{1} ", "answer",
+    "(1,", "option ", "intermediate thinking results 1: "])
+def test_endless_repetition_takes_no_time(piece):
+    """Models do get stuck; a quadratic pattern would hang here."""
+    for text in (piece * (200_000 // len(piece)), "answer is " + piece * (200_000 // len(piece)) + "."):
+        choice_letter(text)
+        grade_connect4(text, [[], []])
+        grade_connect4("[Intermediate Thinking Results 1: " + text, [[], []])
+        grade_math(text, tasks.Gold("1, 2", several=True))
+
+
+# --- statistics -----------------------------------------------------------------------------------
+
+
+def test_standard_error_equals_the_textbook_formula():
+    """Cluster-robust error of the mean of all samples, by pairs of samples, and its n / (n - 1)."""
+    rng = random.Random(0)
+    scores = [[rng.random() < p for _ in range(4)] for p in (0.1, 0.2, 0.5, 0.9, 0.9, 1.0, 0.3)]
+    flat = [(i, float(x)) for i, s in enumerate(scores) for x in s]
+    mean = sum(x for _, x in flat) / len(flat)
+    pairs = sum((x - mean) * (y - mean) for i, x in flat for j, y in flat if i == j)
+    expected = math.sqrt(pairs / len(flat) ** 2 * 7 / 6)
+    assert clustered(scores) == (pytest.approx(mean), pytest.approx(expected))
+    singles = [[x] for x in (0, 1, 1, 0, 1.0)]  # one sample each: s / sqrt(n)
+    assert clustered(singles) == (0.6, pytest.approx(math.sqrt(0.3 / 5)))
+    assert clustered([[1, 1, 1, 1], [0]])[0] == 0.5  # every question counts once
+    assert clustered([[1, 0]]) == (0.5, None)
+    for bad in ([], [[1], []], [[1], ["1"]], [[1], [math.nan]], [[1], [None]]):
+        with pytest.raises(UserError, match="question"):
+            clustered(bad)
+
+
+@pytest.mark.parametrize("samples", [[8], [1, 16]])
+def test_standard_error_equals_the_spread_of_simulated_means(samples):
+    """Questions of two kinds, easy and hard; also with unequal numbers of samples."""
+    rng = np.random.default_rng(0)
+    runs = []
+    for _ in range(600):
+        counts, chances = rng.choice(samples, 40), rng.choice((0.1, 0.9), 40)
+        runs.append(clustered([(rng.random(n) < p).tolist() for n, p in zip(counts, chances)]))
+    means, errors = map(np.array, zip(*runs))
+    assert abs(means.mean() - 0.5) < 3 * means.std() / math.sqrt(600)
+    assert math.sqrt(np.mean(errors**2)) == pytest.approx(means.std(), rel=0.09)  # three standard errors
+    naive = math.sqrt(0.25 / (40 * np.mean(samples)))  # as if all samples were independent
+    assert naive < 0.75 * means.std()
+
+
+def test_pass_at_k_equals_enumeration():
+    for n in range(1, 8):
+        for c in range(n + 1):
+            for k in range(1, n + 1):
+                draws = list(itertools.combinations([1] * c + [0] * (n - c), k))
+                assert pass_at_k(n, c, k) == sum(any(d) for d in draws) / len(draws)
+    assert pass_at_k(20_000, 1, 10_000) == 0.5 and pass_at_k(10_000, 3, 1) == 0.0003
+    assert 0 < 1 - pass_at_k(5000, 40, 3000) < 1e-12
+    for bad in ((4, 5, 1), (4, -1, 1), (4, 2, 0), (4, 2, 5), (0, 0, 1)):
+        with pytest.raises(UserError, match="pass@"):
+            pass_at_k(*bad)
+
+
+def test_bootstrap_equals_all_resamples():
+    """Six questions have 6^6 resamples; all of them against 10,000 drawn."""
+    a = {q: s for q, s in zip("abcdefx", ([0, 1], [0, 0], [0.5], [1, 1], [0, 1], [0.3], [1]))}
+    b = {q: s for q, s in zip("fedcbay", ([0.9], [1, 1], [0, 1], [0.7], [1, 0], [1, 1], [0]))}
+    differences = [np.mean(b[q]) - np.mean(a[q]) for q in "abcdef"]
+    every = np.array(list(itertools.product(differences, repeat=6))).mean(1)
+    difference, low, high, p = paired_bootstrap(a, b, seed=0)
+    assert difference == pytest.approx(np.mean(differences))
+    assert [low, high] == pytest.approx(np.quantile(every, (0.025, 0.975)), abs=0.02)
+    assert p == pytest.approx(2 * min((every < 1e-9).mean(), (every > -1e-9).mean()), abs=0.01)
+    assert paired_bootstrap(a, b, seed=0) == (difference, low, high, p) != paired_bootstrap(a, b, seed=1)
+    reverse = paired_bootstrap(b, a, seed=2)
+    assert reverse[:3] == pytest.approx((-difference, -high, -low), abs=0.02)
+    assert paired_bootstrap(a, a, seed=0) == (0, 0, 0, 1)
+    for x, y in ((0.1 + 0.2, -0.3), (-0.1 - 0.2, 0.3)):  # x + y is 0, were it not for rounding
+        assert paired_bootstrap({1: [0], 2: [0]}, {1: [x], 2: [y]}, seed=0)[3] == 1
+    for other in ({}, {"a": [1]}, {"a": [], "b": [1]}, {"a": ["x"], "b": [1]}):
+        with pytest.raises(UserError, match="question"):
+            paired_bootstrap(a, other, seed=0)
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.06])
+def test_bootstrap_covers_the_true_difference(gain):
+    """300 pairs of models on 100 questions, their scores correlated by the question; nominal 95 %."""
+    rng, covered, significant, resamples = np.random.default_rng(1), 0, 0, 1000
+    for seed in range(300):
+        ease = rng.uniform(0.1, 0.8, (100, 1))
+        a, b = (dict(enumerate((rng.random((100, 4)) < p).tolist())) for p in (ease, ease + gain))
+        _, low, high, p = paired_bootstrap(a, b, seed, resamples)
+        covered += low <= gain <= high
+        significant += p < 0.05
+        # interval and p say the same, but where 0 is at the interval's very end
+        assert (p < 0.05) == (low > 0 or high < 0) or min(abs(low), abs(high)) < 0.01
+    assert 0.91 <= covered / 300 <= 0.98
+    assert significant / 300 < 0.09 if gain == 0 else significant / 300 > 0.3
