@@ -1182,7 +1182,9 @@ def math_gold(row: dict) -> Gold:
         tolerance = Fraction(-1)
     if tolerance < 0:
         raise UserError(f"'error': one positive number or null expected, found {error!r:.60}")
-    return Gold(f"{text} {(unit or '').strip('$ ')}".strip(), several, tolerance)
+    unit = (unit or "").strip("$ ")
+    unit = unit if "\\" in unit or not unit else rf"\text{{{unit}}}"
+    return Gold(f"{text} {unit}".strip(), several, tolerance)
 
 
 def grade_math(text: str, gold: Gold) -> bool:
@@ -1196,6 +1198,7 @@ def grade_math(text: str, gold: Gold) -> bool:
         line = ([""] + [x for x in text.rpartition("</think>")[2].split("\n") if BOX.search(x)])[-1]
         at = [m.start() for m in BOX.finditer(line)]
         answers.append(", ".join(last_boxed(line[i:j]) for i, j in zip(at, [*at[1:], None])))
+        answers = [re.sub(r"(?<!\{),\s*", ", ", x) for x in answers]  # 5,150 are two here
     return any(answers_match(x, gold.text) or gold.tolerance > 0 and within(x, gold) for x in answers)
 
 
@@ -1537,7 +1540,8 @@ def parse_math(row, line):
     key = next((k for k in ("question", "problem", "prompt") if isinstance(row.get(k), str)), None)
     if key is None:
         raise UserError(f"a string in question, problem or prompt expected, found {sorted(row)!r:.100}")
-    return item_id(row, line), INSTRUCTION.replace("{question}", data.check_text(row[key], repr(key))), math_gold(row)
+    question = data.check_text(row[key], repr(key))
+    return item_id(row, line), INSTRUCTION.replace("{question}", question), math_gold(row)
 
 
 def parse_ifeval(row, line):
@@ -1578,7 +1582,8 @@ def evaluate(policy, tasks: list, out: str, sampling: Sampling, ranks: Ranks, sa
                          ranks, task.name)
         with ranks.together():
             if ranks.main:
-                results[task.name] = score_task(task, [[records.get(r.key, {}) for r in row] for row in wanted])
+                by_row = [[records.get(r.key, {}) for r in row] for row in wanted]
+                results[task.name] = score_task(task, by_row)
                 ranks.say(f"{task.name}: " + describe(results[task.name]))
                 qwen.write_json(os.path.join(out, "results.json"), results)
     with ranks.together():
@@ -1618,9 +1623,9 @@ def score_task(task: Task, records: list) -> dict:
 def describe(result):
     """One line of a task's figures."""
     shown = [f"{name} {figure(*value)}" for name, value in result["metrics"].items()]
-    shown += [f"{k} {100 * v:.1f}" for k, v in result.items() if k.startswith("pass@") or k in ("cut off", "empty")]
+    shown += [f"{k} {100 * v:.1f}" for k, v in result.items() if k[:5] in ("pass@", "cut o", "empty")]
     shown += [f"{result['tokens']:.0f} tokens an answer"]
-    shown += [f"answering None gives {100 * result['reference']['joint']:.1f}"] * bool(result["reference"])
+    shown += [f"answering None gives {k} {100 * v:.1f}" for k, v in result["reference"].items() if k == "joint"]
     shown += [f"{result['unanswered']} UNANSWERED (start again to ask them)"] * bool(result["unanswered"])
     return ", ".join(shown)
 
@@ -1652,13 +1657,14 @@ def compare_runs(folders: list, seed: int = 0) -> str:
     a, b = (qwen.read_json(os.path.join(folder, "results.json")) for folder in folders)
     both = [name for name in a if name in b]
     if not both:
-        raise UserError(f"{folders[0]} has {', '.join(a)}, {folders[1]} has {', '.join(b)}: no task in common")
+        raise UserError(f"no task in common: {folders[0]} has {', '.join(a)}, {folders[1]} {', '.join(b)}")
     lines = ["| task | questions | A | B | B - A | 95 % | p |", "|---|---|---|---|---|---|---|"]
     for name in both:
         difference, low, high, p = paired_bootstrap(a[name]["scores"], b[name]["scores"], seed)
         first, second = (100 * list(r[name]["metrics"].values())[0][0] for r in (a, b))
         lines.append(f"| {name} | {len(a[name]['scores'].keys() & b[name]['scores'].keys())} | {first:.1f} | "
-                     f"{second:.1f} | {100 * difference:+.1f} | {100 * low:+.1f} to {100 * high:+.1f} | {p:.3f} |")
+                     f"{second:.1f} | {100 * difference:+.1f} | {100 * low:+.1f} to {100 * high:+.1f} | "
+                     f"{p:.3f} |")
     return "\n".join(lines)
 
 
@@ -1686,7 +1692,7 @@ def read_sequences(path: str, chat: data.Chat, max_length: int) -> list:
 
 
 @torch.no_grad()
-def retention(model: qwen.Qwen3, base: qwen.Qwen3, sequences: list, ranks: Ranks, title: str = "retention") -> dict:
+def retention(model: qwen.Qwen3, base: qwen.Qwen3, sequences: list, ranks: Ranks) -> dict:
     """How far a model went from its base on given texts, over the full vocabulary.
 
     sequences  [(ids, first)]: ids[first:] are scored, first >= 1
@@ -1700,7 +1706,7 @@ def retention(model: qwen.Qwen3, base: qwen.Qwen3, sequences: list, ranks: Ranks
                         "no KL between them")
     sums = torch.zeros(len(sequences), 3, dtype=torch.float64)
     mine = range(ranks.rank, len(sequences), ranks.world)
-    for i in tqdm(mine, disable=not ranks.main, desc=title, unit="text"):
+    for i in tqdm(mine, disable=not ranks.main, desc="retention", unit="text"):
         ids, first = sequences[i]
         tokens = torch.tensor(ids, device=ranks.device)
         where = torch.arange(len(ids), device=ranks.device), [(0, len(ids), len(ids), len(ids))]
@@ -1780,10 +1786,11 @@ def parse_command(argv):
     if argv[:1] == ["compare"]:
         parser.add_argument("folders", nargs=2, metavar="FOLDER", help="--out of two evaluations, A and B")
         return None, parser.parse_args(argv[1:])
-    run, record = (run_retention, RetentionOptions) if argv[:1] == ["retention"] else (run_evaluation, EvalOptions)
+    run, record, required = run_evaluation, EvalOptions, ("tasks",)
+    if argv[:1] == ["retention"]:
+        run, record, required, argv = run_retention, RetentionOptions, ("model", "base", "texts"), argv[1:]
     add_options(parser, record)
-    o = record(**vars(parser.parse_args(argv[run is run_retention:])))
-    required = ("model", "base", "texts") if run is run_retention else ("out", "tasks")
+    o = record(**vars(parser.parse_args(argv)))
     problems = [f"--{k} is required" for k in required if not getattr(o, k)]
     if run is run_evaluation:
         problems += check_asking(o, ("model", "server"))
