@@ -368,7 +368,8 @@ def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks
     todo = [r for r in requests if "text" not in have.get(r.key, {})]
     mine = todo[ranks.rank::ranks.world]
     with ranks.together(), open_log(os.path.join(folder, f"raw-{ranks.rank}.jsonl")) as log:
-        bar = tqdm(total=len(mine), disable=not ranks.main or not todo, desc=title, unit="answer")
+        bar = tqdm(total=len(mine), disable=not ranks.main or not todo, desc=title, unit="answer",
+                   leave=not ranks.quiet)
         count, started = Counter(), time.monotonic()
         outcomes = {}
         for key in have:

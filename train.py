@@ -38,10 +38,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 import data
+import eval as evaluation
 import loss
 import model as qwen
 import oracle
-from eval import answers_match, extract_answer
 from model import Ranks, UserError, add_options, close_ranks, open_ranks, option
 
 # Dense bf16 peaks in FLOP/s, for mfu. Any other device: the rate of a square GEMM measured at the start.
@@ -655,6 +655,7 @@ TOY = {  # every number of it; a change of any makes a new folder
     "max_fall": 1.0,  # points that a learning rate may cost the other skills on the development questions
 }
 TOY_METHODS = {"sft": "SFT+", "spot-bce": "SPoT"}
+TOY_SAMPLING = evaluation.Sampling(max_tokens=64)
 
 
 @dataclass
@@ -679,7 +680,7 @@ def story(o: Options, ranks: Ranks) -> int:
              for s in data.TOY_SKILLS}
     toy = Toy(root, o.seed, ranks, {split: {skill: lists[i] for skill, lists in asked.items()}
                                     for i, split in enumerate(("test", "dev", "train"))})
-    base, pairs, results = (os.path.join(root, n) for n in ("base/model", "pairs.jsonl", "results.json"))
+    base, results = os.path.join(root, "base/model"), os.path.join(root, "results.json")
     ranks.say(f"""The toy story of Surgical Post-Training, in {root}
 
 1  A base model. A newborn Qwen3 learns {target}, {', '.join(others)} from a corpus whose
@@ -695,13 +696,12 @@ def story(o: Options, ranks: Ranks) -> int:
 2  Its errors. The base answers {TOY['questions']} new questions of {target}; its wrong answers are kept: y-.
 3  Corrections. The Oracle, here a program, mends the first wrong step and what follows from it, and
    keeps the rest: y+.""")
-    if not os.path.exists(pairs):
-        toy_pairs(toy, base, pairs)
+    pairs = toy_pairs(toy, base)
     ranks.say(toy_example(pairs))
     ranks.say(f"""
-4  Training on these pairs, with cross-entropy on y+ (SFT+) and with SPoT. Each takes the learning rate that
-   does best at {target} on development questions, {TOY['dev']} a skill, among those that cost the other skills
-   at most {TOY['max_fall']:g} point there (the smaller one in a tie).""")
+4  Training on these pairs, with cross-entropy on y+ (SFT+) and with SPoT. Each takes the learning rate
+   that does best at {target} on development questions, {TOY['dev']} a skill, among those that cost the other
+   skills at most {TOY['max_fall']:g} point there (the smaller one in a tie).""")
     grades, chosen = toy_train(toy, base, pairs)
     ranks.say(f"\n5  The result, on {TOY['test']} test questions a skill that played no part so far.")
     rows = {"base": {**toy_grades(toy, base, "test"), **toy_distance(toy, base, base, pairs)}}
@@ -737,14 +737,7 @@ def toy_birth(root, seed):
         shutil.rmtree(f"{root}/birth.tmp", ignore_errors=True)
         data.write_toy_checkpoint(f"{root}/birth.tmp", TOY["shape"], seed)
         os.rename(f"{root}/birth.tmp", f"{root}/birth")
-    write_rows(f"{root}/corpus.jsonl", data.toy_corpus(**TOY["corpus"], seed=seed))
-
-
-def write_rows(path, rows):
-    """A JSONL file, whole or absent."""
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows)
-    os.replace(path + ".tmp", path)
+    evaluation.write_rows(f"{root}/corpus.jsonl", data.toy_corpus(**TOY["corpus"], seed=seed))
 
 
 def toy_train(toy, base, pairs):
@@ -768,43 +761,34 @@ def toy_train(toy, base, pairs):
     return grades, chosen
 
 
-def toy_answers(toy, folder, questions) -> list:
-    """One sampled answer a question, on every rank; each rank writes a share. Each answer has random numbers
-    of its own, so the number of ranks does not show."""
-    ranks = toy.ranks
-    policy = qwen.load_model(folder, device=ranks.device)
-    chat = data.load_chat(folder, policy.config.vocab_size)
-    mine = range(ranks.rank, len(questions), ranks.world)
-    prompts = [chat.prompt([{"role": "user", "content": questions[i]}]) for i in mine]
-    sampled = qwen.generate(policy, prompts, [toy.seed * len(questions) + i for i in mine], max_tokens=64,
-                            end={chat.im_end}, batch_size=64)
-    shares = [None] * ranks.world
-    dist.all_gather_object(shares, [chat.tokenizer.decode(ids) for ids, _ in sampled])
-    return [shares[i % ranks.world][i // ranks.world] for i in range(len(questions))]
+def toy_item(name, question):
+    """A question as oracle.py and the grader take it."""
+    return oracle.Item(name, question, evaluation.extract_answer(data.toy_answer(question)))
 
 
-def toy_right(question, answer) -> bool:
-    """Does the box hold what the true answer's box holds?"""
-    found = extract_answer(answer)
-    return found is not None and answers_match(found, extract_answer(data.toy_answer(question)))
-
-
-def toy_pairs(toy, base, path):
-    """Error elicitation and rectification: the pair file, in the official layout."""
-    questions = toy.questions["train"][data.TOY_SKILLS[0]]
-    answers = toy_answers(toy, base, questions)
-    with toy.ranks.together():
-        if toy.ranks.main:
-            wrong = [(q, a) for q, a in zip(questions, answers) if not toy_right(q, a)]
-            write_rows(path, ({"question": q, "original_answer": a,
-                               "gemini_corrected_answer": oracle.toy_oracle(q, a)} for q, a in wrong))
+def toy_pairs(toy, base):
+    """Error elicitation and rectification by the real oracle.py; returns the path of the pair file."""
+    quiet = replace(toy.ranks, quiet=True)
+    own = evaluation.open_own(base, torch.float32, toy.ranks.device, batch_size=64)
+    items = [toy_item(str(i), q) for i, q in enumerate(toy.questions["train"][data.TOY_SKILLS[0]])]
+    oracle.elicit(items, f"{toy.root}/errors", own, TOY_SAMPLING, quiet, seed=toy.seed)
+    errors, _ = oracle.read_errors(f"{toy.root}/errors/errors.jsonl")
+    oracle.rectify(errors, f"{toy.root}/pairs", lambda item: oracle.toy_oracle(item.question, item.answer),
+                   own.chat.encode, quiet)
+    return f"{toy.root}/pairs/pairs.jsonl"
 
 
 def toy_grades(toy, folder, split) -> dict:
     """{skill: right answers in %} on the questions of a split, and "others": the mean without the target."""
-    flat = [(skill, question) for skill, some in toy.questions[split].items() for question in some]
-    answers = toy_answers(toy, folder, [question for _, question in flat])
-    right = Counter(skill for (skill, question), answer in zip(flat, answers) if toy_right(question, answer))
+    own = evaluation.open_own(folder, torch.float32, toy.ranks.device, batch_size=64)
+    items = {f"{skill}/{i}": toy_item(f"{skill}/{i}", question)
+             for skill, some in toy.questions[split].items() for i, question in enumerate(some)}
+    requests = [evaluation.request_for(name, item.messages, toy.seed) for name, item in items.items()]
+    records = evaluation.sample(own, requests, f"{os.path.dirname(folder)}/answers-{split}", TOY_SAMPLING,
+                                toy.ranks, split)
+    found = [evaluation.extract_answer(records[r.key]["text"]) or "" for r in requests]
+    right = Counter(name.split("/")[0] for answer, (name, item) in zip(found, items.items())
+                    if evaluation.answers_match(answer, item.gold))
     grades = {skill: 100 * right[skill] / len(some) for skill, some in toy.questions[split].items()}
     return {**grades, "others": sum(list(grades.values())[1:]) / (len(grades) - 1)}
 
@@ -823,15 +807,12 @@ def toy_distance(toy, base, folder, pairs) -> dict:
     other skills' questions, and r+, r-, lambda+ on the training pairs."""
     ranks = toy.ranks
     models = [qwen.load_model(f, device=ranks.device) for f in (base, folder)]
-    chat = data.load_chat(base, models[0].config.vocab_size)
-    flat = [question for skill in data.TOY_SKILLS[1:] for question in toy.questions["test"][skill]]
-    sums = torch.zeros(2, dtype=torch.float64)
-    for question in flat[ranks.rank::ranks.world]:
-        prompt = chat.prompt([{"role": "user", "content": question}])
-        ids = torch.tensor(prompt + chat.encode(data.toy_answer(question)), device=ranks.device)
-        p, q = (m.logits(ids)[len(prompt) - 1:].double().log_softmax(-1) for m in models)
-        sums += torch.stack([(p.exp() * (p - q)).sum().cpu(), torch.tensor(len(p))])
-    kl, tokens = ranks.reduce(sums).tolist()
+    chat, texts = data.load_chat(base, models[0].config.vocab_size), []
+    for skill in data.TOY_SKILLS[1:]:
+        for question in toy.questions["test"][skill]:
+            prompt = chat.prompt([{"role": "user", "content": question}])
+            texts.append((prompt + chat.encode(data.toy_answer(question)), len(prompt)))
+    kl, _ = evaluation.retention(models[1], models[0], texts, ranks)["kl"]
     forks, _ = data.load_forks(pairs, chat, Options.max_length, Options.max_change_ratio, True)
     total = torch.zeros(len(loss.SUMS), dtype=torch.float64)
     for i in range(ranks.rank, len(forks), ranks.world):
@@ -841,7 +822,7 @@ def toy_distance(toy, base, folder, pairs) -> dict:
                                          TOY["surgery"]["beta"])
         total += torch.stack(list(stats.values())).cpu()
     means = loss.average(dict(zip(loss.SUMS, ranks.reduce(total).tolist())), "spot-bce")
-    return {"kl": kl / tokens, **{k: means[k] for k in ("reward_chosen", "reward_rejected", "tether_chosen")}}
+    return {"kl": kl, **{k: means[k] for k in ("reward_chosen", "reward_rejected", "tether_chosen")}}
 
 
 def toy_example(pairs) -> str:
