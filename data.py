@@ -116,11 +116,12 @@ def parse_row(row: dict, line: int) -> Pair:
     if missing:
         raise UserError(f"missing {', '.join(map(repr, missing))}; question, gemini_corrected_answer, "
                         f"original_answer or prompt, chosen, rejected expected, found {sorted(row)!r:.100}")
-    chosen = clean_answer(answer_text(row, chosen_key))
+    prompt = prompt_messages(row, prompt_key)
+    chosen = clean_answer(answer_text(row, chosen_key, prompt))
     if not chosen:
         raise UserError(f"{chosen_key!r} is empty")
-    rejected = clean_answer(answer_text(row, rejected_key)) if row[rejected_key] is not None else ""
-    return Pair(prompt_messages(row, prompt_key), chosen, rejected or None, line)
+    rejected = clean_answer(answer_text(row, rejected_key, prompt)) if row[rejected_key] is not None else ""
+    return Pair(prompt, chosen, rejected or None, line)
 
 
 def check_text(text, where):
@@ -134,14 +135,16 @@ def check_text(text, where):
     return text
 
 
-def answer_text(row, key):
-    """A string, or a list of one assistant message."""
+def answer_text(row, key, prompt):
+    """A string, or a list of messages: the answer alone, or the prompt again and then the answer."""
     value = row[key]
     if isinstance(value, list):
-        if len(value) != 1 or not isinstance(value[0], dict) or value[0].get("role") != "assistant":
-            raise UserError(f"{key!r}: a string or a list of one assistant message expected, "
-                            f"found {value!r:.80}")
-        value = value[0].get("content")
+        last = value[-1] if value else None
+        again = len(value) > 1 and prompt_messages({"prompt": value[:-1]}, "prompt")
+        if not isinstance(last, dict) or last.get("role") != "assistant" or again not in (False, prompt):
+            raise UserError(f"{key!r}: a string, or one assistant message (the prompt's messages may stand "
+                            f"before it) expected, found {value!r:.80}")
+        value = last.get("content")
     return check_text(value, repr(key))
 
 
@@ -216,13 +219,19 @@ def load_chat(folder: str, vocab_size: int) -> Chat:
     tokenizer.encode_special_tokens = True  # text of users and models never becomes a control token
     template_path = os.path.join(folder, "chat_template.jinja")
     if os.path.exists(template_path):
-        with open(template_path, encoding="utf-8") as f:
-            template = f.read()
+        try:
+            with open(template_path, encoding="utf-8") as f:
+                template = f.read()
+        except ValueError as e:
+            raise UserError(f"{template_path}: not UTF-8 text ({e})") from None
     else:
         template_path = os.path.join(folder, "tokenizer_config.json")
         template = read_json(template_path).get("chat_template")
     if not isinstance(template, str) or "<|im_start|>" not in template:
         raise UserError(f"{template_path}: a Qwen3 chat template (with <|im_start|>) expected")
+    if re.search(r"""!=\s*['"]system['"]|You are (?!provided with function)""", template):
+        raise UserError(f"{template_path}: this template adds a system message of its own; only Qwen3's "
+                        "(hybrid or Instruct-2507) are computed here")
     ending = template.split("add_generation_prompt")[-1]
     has_block = re.search(r"<think>(\\n|\n){2}</think>(\\n|\n){2}", ending)
     if "<think>" in ending and not has_block:

@@ -7,7 +7,7 @@ Goes out:  `sample`: every answer, kept in a log as it comes; `extract_answer`: 
            honest error bars; `retention`: how far a model went from its base.
 
     torchrun --nproc_per_node=8 eval.py --model runs/first/model --tasks aime24,math500,connect4 --out out/A
-    python eval.py compare out/A out/B
+    python eval.py compare --a out/A --b out/B
     torchrun --nproc_per_node=8 eval.py retention --model runs/first/model --base Qwen3-8B --texts texts.jsonl
 """
 
@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 import data
 import model as qwen
-from model import Ranks, UserError, add_options, close_ranks, open_ranks, option
+from model import Ranks, UserError, add_options, begin, close_ranks, open_ranks, option
 
 # --- sampling: the own model or a server, every answer kept as it comes ---------------------------
 
@@ -1751,6 +1751,22 @@ class RetentionOptions:
     timeout: int = option(86400, "seconds after which a stalled rank ends the run")
 
 
+@dataclass
+class CompareOptions:
+    """Options of `python eval.py compare`."""
+
+    a: str = option("", "--out of one evaluation (required)")
+    b: str = option("", "--out of another (required)")
+    timeout: int = option(600, "seconds after which a stalled rank ends the run")
+
+
+def run_comparison(o: CompareOptions, ranks: Ranks):
+    """From options to a printed table."""
+    with ranks.together():
+        if ranks.main:
+            print(compare_runs([o.a, o.b]))
+
+
 def run_evaluation(o: EvalOptions, ranks: Ranks):
     """From options to results."""
     with ranks.together():
@@ -1784,17 +1800,15 @@ def parse_command(argv):
     """(what to run, its options); raises UserError listing every problem at once."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    if argv[:1] == ["compare"]:
-        parser.add_argument("folders", nargs=2, metavar="FOLDER", help="--out of two evaluations, A and B")
-        return None, parser.parse_args(argv[1:])
     run, record, required = run_evaluation, EvalOptions, ("tasks",)
-    if argv[:1] == ["retention"]:
+    if argv[:1] == ["compare"]:
+        run, record, required, argv = run_comparison, CompareOptions, ("a", "b"), argv[1:]
+    elif argv[:1] == ["retention"]:
         run, record, required, argv = run_retention, RetentionOptions, ("model", "base", "texts"), argv[1:]
     add_options(parser, record)
     o = record(**vars(parser.parse_args(argv)))
     problems = [f"--{k} is required" for k in required if not getattr(o, k)]
-    if run is run_evaluation:
-        problems += check_asking(o, ("model", "server"))
+    problems += check_asking(o, ("model", "server")) if run is run_evaluation else []
     if problems:
         raise UserError("\n  ".join(["these options do not work:"] + problems))
     return run, o
@@ -1802,16 +1816,7 @@ def parse_command(argv):
 
 def main() -> int:
     """Command line to exit code: 0 done, 1 failed, 2 options that do not work."""
-    try:
-        run, o = parse_command(sys.argv[1:])
-        if run is None:
-            print(compare_runs(o.folders))
-            return 0
-        ranks = open_ranks(o.timeout)
-    except UserError as e:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {e}", file=sys.stderr, flush=True)
-        return 2
+    (run, o), ranks = begin(lambda: parse_command(sys.argv[1:]), lambda found: open_ranks(found[1].timeout))
     run(o, ranks)
     close_ranks()
     return 0

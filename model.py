@@ -14,11 +14,13 @@ import argparse
 import contextlib
 import functools
 import importlib
+import io
 import json
 import math
 import os
 import shutil
 import sys
+import time
 from collections import deque
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
@@ -64,7 +66,7 @@ HARMLESS = {
     "architectures", "model_type", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype",
     "transformers_version", "use_cache", "initializer_range", "max_window_layers", "max_position_embeddings",
     "sliding_window", "_name_or_path", "output_attentions", "output_hidden_states", "return_dict", "id2label",
-    "label2id", "problem_type", "chunk_size_feed_forward", "is_encoder_decoder", "unsloth_fixed",
+    "label2id", "chunk_size_feed_forward", "unsloth_fixed",
 }
 # Keys that would change it, with the only values this file computes.
 ONLY = {
@@ -96,8 +98,8 @@ def read_config(folder: str) -> Config:
             problems.append('"rope_theta" and "rope_parameters" contradict each other')
         raw["rope_theta"] = rope["rope_theta"]
     layer_types = raw.pop("layer_types", None) or []
-    if set(layer_types) - {"full_attention"}:
-        problems.append(f'"layer_types" holds {sorted(set(layer_types))}; only "full_attention" is supported')
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+        problems.append(f'"layer_types" is {layer_types!r:.80}; only "full_attention" is supported')
     raw.setdefault("head_dim", 128)  # HF's default; published files name it
     raw.setdefault("tie_word_embeddings", False)
     values = {}
@@ -105,8 +107,9 @@ def read_config(folder: str) -> Config:
         value = raw.pop(name, None)
         number_or_flag = (int, float) if kind is float else kind
         fits = isinstance(value, number_or_flag) and isinstance(value, bool) == (kind is bool)
-        if not fits or (kind is not bool and not 0 < value < 1e12):
-            problems.append(f'"{name}": a {kind.__name__} above 0 expected, found {value!r}'
+        largest = 1e3 if name == "num_hidden_layers" else 1e12 if kind is float else 2**22
+        if not fits or (kind is not bool and not 0 < value <= largest):
+            problems.append(f'"{name}": a {kind.__name__} above 0 (to {largest:g}) expected, found {value!r}'
                             if kind is not bool else f'"{name}": true or false expected, found {value!r}')
         values[name] = value
     for name, value in raw.items():
@@ -798,7 +801,8 @@ class Ranks:
         first = int(self.reduce(torch.tensor(self.rank if error else self.world), dist.ReduceOp.MIN))
         if first < self.world:
             if self.rank == first:
-                print(f"error: {error}", file=sys.stderr, flush=True)
+                tqdm.write(f"error: {error}", file=sys.stderr)  # clears a progress bar that stands there
+                sys.stderr.flush()
             dist.barrier()  # nobody leaves, and makes torchrun kill the others, before it is printed
             close_ranks()
             sys.exit(1)
@@ -811,9 +815,9 @@ def open_ranks(timeout: int, toy: bool = False) -> Ranks:
     cuda = torch.cuda.is_available()
     if cuda and local_world > torch.cuda.device_count():
         if not toy:
-            raise UserError(f"{local_world} ranks on this machine, but {torch.cuda.device_count()} GPUs: start "
-                            f"with --nproc_per_node={torch.cuda.device_count()}, or use the CPU with "
-                            "CUDA_VISIBLE_DEVICES= (empty)")
+            count = torch.cuda.device_count()
+            raise UserError(f"{local_world} ranks on this machine, but {count} GPUs: start with "
+                            f"--nproc_per_node={count}, or use the CPU with CUDA_VISIBLE_DEVICES= (empty)")
         cuda = False
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
@@ -824,6 +828,25 @@ def open_ranks(timeout: int, toy: bool = False) -> Ranks:
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **alone)
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def begin(parse, join=lambda o: open_ranks(o.timeout)):
+    """(options, Ranks) of a program. What is wrong with the options is said once, by the main rank."""
+    main = os.environ.get("RANK", "0") == "0"
+    try:
+        with contextlib.ExitStack() as stack:
+            if not main:  # argparse speaks for itself
+                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+                stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            o = parse()
+            return o, join(o)
+    except (UserError, SystemExit) as e:
+        code = e.code if isinstance(e, SystemExit) else 2
+        if main and isinstance(e, UserError):
+            print(f"error: {e}", file=sys.stderr, flush=True)
+    if code and not main:
+        time.sleep(30)  # torchrun ends all when one has ended: the main rank must speak first
+    sys.exit(code)
 
 
 def close_ranks():

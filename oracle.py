@@ -28,7 +28,7 @@ import model as qwen
 from eval import (INSTRUCTION, LAST_LINE, Asking, Own, Sampling, Server, answers_match, check_asking,
                   claim_folder, extract_answer, gold_answer, identity, item_id, open_policy, request_for,
                   write_rows)
-from model import Ranks, UserError, add_options, close_ranks, open_ranks, option
+from model import Ranks, UserError, add_options, begin, close_ranks, option
 
 START, END = "=== CORRECTED STARTED ===", "=== CORRECTED ENDED ==="
 _REPAIR = r"""Below are a problem and a student's solution, which ends in a wrong answer.{given}
@@ -437,13 +437,7 @@ def run(o, ranks: Ranks):
 
 def main() -> int:
     """Command line to exit code: 0 done, 1 failed, 2 options that do not work."""
-    try:
-        o = parse_command()
-        ranks = open_ranks(o.timeout)
-    except UserError as e:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {e}", file=sys.stderr, flush=True)
-        return 2
+    o, ranks = begin(parse_command)
     run(o, ranks)
     close_ranks()
     return 0

@@ -42,7 +42,7 @@ import eval as evaluation
 import loss
 import model as qwen
 import oracle
-from model import Ranks, UserError, add_options, close_ranks, open_ranks, option
+from model import Ranks, UserError, add_options, begin, close_ranks, open_ranks, option
 
 # Dense bf16 peaks in FLOP/s, for mfu. Any other device: the rate of a square GEMM measured at the start.
 PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "B200": 2250e12}
@@ -68,7 +68,7 @@ class Options:
     max_length: int = option(8192, "tokens of prompt + one answer; longer pairs are dropped, never cut")
     max_change_ratio: float = option(0.6, "drop pairs with 1 - LCS(y-, y+)/|y+| above this (gamma)")
     skip_malformed: bool = option(False, "drop and count malformed rows instead of stopping")
-    eval_pairs: str = option("", "held-out pair file, scored before training and after each epoch")
+    eval_pairs: str = option("", "held-out pair file, scored after each epoch")
     seed: int = option(0, "order of the pairs")
     dtype: str = option("bfloat16", "of the computation; weights, moments and sums stay float32",
                         ("float32", "bfloat16"))
@@ -83,8 +83,10 @@ class Options:
     resume: bool = option(False, "go on with the run in --out from its last checkpoint")
 
 
-# Options that may differ when a run is resumed: none of them changes the curve beyond floating-point noise.
-FREE = ("resume", "keep", "save_every", "timeout", "tokens_per_pack", "checkpointing", "shard_size")
+# Options that may differ when a run is resumed: none changes the curve beyond floating-point noise.
+# Files may move: their content is what must be the same, and its hash tells.
+FREE = ("resume", "keep", "save_every", "timeout", "tokens_per_pack", "checkpointing", "shard_size", "model",
+        "pairs", "eval_pairs", "out")
 
 
 def parse_options(argv=None) -> Options:
@@ -96,11 +98,16 @@ def parse_options(argv=None) -> Options:
     add_options(parser, Options)
     given = vars(parser.parse_args(argv))
     problems = []
-    if given.get("resume") and given.get("out"):
-        stored = qwen.read_json(os.path.join(given["out"], "config.json")).get("options", {})
-        problems += [f"--{k} is {v!r}, the run in {given['out']} has {stored[k]!r}" for k, v in given.items()
-                     if k in stored and k not in FREE and k != "out" and stored[k] != v]
-        given = {**{f.name: stored[f.name] for f in fields(Options) if f.name in stored}, **given}
+    problems += [f"--{k} holds a NUL character" for k, v in given.items() if isinstance(v, str) and "\0" in v]
+    path = os.path.join(given.get("out", ""), "config.json")
+    if given.get("resume") and not problems and os.path.exists(path):
+        stored = qwen.read_json(path).get("options")
+        kept = {f.name: stored[f.name] for f in fields(Options) if f.name in stored} if stored else {}
+        if any(not isinstance(kept.get(f.name, f.default), (f.type, int)) for f in fields(Options)):
+            raise UserError(f"{path}: no options of this program")
+        problems += [f"--{k} is {v!r}, the run in {given['out']} has {kept[k]!r}" for k, v in given.items()
+                     if k in kept and k not in FREE and kept[k] != v]
+        given = {**kept, **given}
     o = Options(**given)
     if set(given) <= {"out", "seed"}:  # nothing to train and nothing to train on: the toy story
         o.out = o.out or "runs/toy"
@@ -108,8 +115,8 @@ def parse_options(argv=None) -> Options:
         problems += [f"--{name} is required" for name in ("model", "pairs", "out") if not getattr(o, name)]
     for name in ("beta", "lr", "epochs", "batch_size", "clip", "max_length", "tokens_per_pack", "keep",
                  "timeout"):
-        if not 0 < getattr(o, name) < math.inf:
-            problems.append(f"--{name} is {getattr(o, name)}, a number above 0 expected")
+        if not 0 < getattr(o, name) < 1e9:  # also a week in seconds is below
+            problems.append(f"--{name} is {getattr(o, name)}, a number above 0 (and below 1e9) expected")
     for name in ("max_steps", "save_every", "shard_size", "weight_decay", "seed", "max_change_ratio"):
         if not 0 <= getattr(o, name) < math.inf:
             problems.append(f"--{name} is {getattr(o, name)}, a number of 0 or more expected")
@@ -222,6 +229,7 @@ class Run:
     reference: torch.Tensor = None  # (N, 2) fp64, sequence_logps before training
     eval_forks: list = None
     eval_reference: torch.Tensor = None
+    peak_flops: float = math.nan  # of one rank, FLOP/s
 
     def packs(self, batch, forks):
         """This rank's micro-batches of one global batch."""
@@ -294,12 +302,11 @@ def train_step(run: Run, batch, lr: float) -> tuple[dict, bool]:
     run.step += 1
     seconds, tokens = time.perf_counter() - started, sum(map(len, forks))
     metrics |= {"tokens": tokens, "tokens_per_s": tokens / seconds,
-                "mfu": total[-2] / seconds / (PEAK["flops"] * ranks.world), "memory_gb": memory_gb(ranks)}
+                "mfu": total[-2] / seconds / (run.peak_flops * ranks.world), "memory_gb": memory_gb(ranks)}
     return metrics, stop
 
 
 STOP = {"asked": False}  # set by SIGTERM, looked at in the step's all-reduce so that all ranks stop together
-PEAK = {"flops": math.nan}
 
 
 def memory_gb(ranks) -> float:
@@ -318,7 +325,8 @@ def canary(run, largest_reward, mean_loss):
                   + (f", expected {expected:.9f}" if expected else ""))
     if largest_reward != 0 or not same:
         raise UserError("step 0 must give rewards of exactly 0: the forward pass is not deterministic here, "
-                        f"or reference.safetensors is of another model. Delete it in {run.o.out}, try again")
+                        "or reference.safetensors is of another model. Delete that file and go on with "
+                        f"--resume --out {run.o.out}")
 
 
 def evaluate(run: Run) -> dict:
@@ -502,21 +510,33 @@ def whole_checkpoints(out) -> list:
     """Paths of the whole checkpoints of a run, oldest first; a name is given only to whole ones."""
     root = os.path.join(out, "checkpoints")
     names = os.listdir(root) if os.path.isdir(root) else []
-    return [os.path.join(root, n) for n in sorted(n for n in names if re.fullmatch(r"step_\d{6,}", n))]
+    names = [n for n in names if re.fullmatch(r"step_\d{6,}", n)]
+    return [os.path.join(root, n) for n in sorted(names, key=lambda n: int(n[5:]))]
+
+
+def check_hashes(run: Run, kept, where: str):
+    """Raises UserError where a run began with other weights or pairs than those given now."""
+    differ = [k for k in run.hashes if not isinstance(kept, dict) or kept.get(k) != run.hashes[k]]
+    if differ:
+        raise UserError(f"{where} belongs to other {' and '.join(differ)} than given now")
 
 
 def load_checkpoint(run: Run, path: str):
     """Restore weights, moments, step and delta; each rank copies the rows it needs, so that another number
     of ranks works. Raises UserError where a hash or a shape does not agree."""
     ranks = run.ranks
-    state = qwen.read_json(os.path.join(path, "state.json"))
-    if state["hashes"] != run.hashes:
-        differ = [k for k in run.hashes if state["hashes"].get(k) != run.hashes[k]]
-        raise UserError(f"{path} belongs to other {' and '.join(differ)} than given now")
-    files = [os.path.join(path, f"shard_{i}.safetensors") for i in range(state["shards"])]
-    for i, (file, digest) in enumerate(zip(files, state["sha256"])):  # each rank checks its part
-        if i % ranks.world == ranks.rank and file_sha256(file) != digest:
-            raise UserError(f"{file} is corrupt: its hash is not the one in state.json")
+    with ranks.together():
+        state = qwen.read_json(os.path.join(path, "state.json"))
+        kinds = {"step": int, "delta": float, "seen": int, "shards": int, "world": int, "threads": int,
+                 "hashes": dict, "sha256": list}
+        wrong = [k for k, kind in kinds.items() if not isinstance(state.get(k), kind)]
+        if wrong or len(state["sha256"]) != state["shards"]:
+            raise UserError(f"{path}/state.json is no state of this program: {', '.join(wrong) or 'sha256'}")
+        check_hashes(run, state["hashes"], path)
+        files = [os.path.join(path, f"shard_{i}.safetensors") for i in range(state["shards"])]
+        for i, (file, digest) in enumerate(zip(files, state["sha256"])):  # each rank checks its part
+            if i % ranks.world == ranks.rank and file_sha256(file) != digest:
+                raise UserError(f"{file} is corrupt: its hash is not the one in state.json")
     shards = [safe_open(file, framework="pt") for file in files]
     for name, (local, start, end, rows) in checkpoint_tensors(run).items():
         chunk = -(-rows // len(shards))
@@ -544,7 +564,15 @@ def prepare(o: Options, ranks: Ranks) -> Run:
         if taken and not o.resume:
             raise UserError(f"{o.out} holds a run already ({', '.join(taken)}): add --resume to go on with "
                             "it, or choose another --out")
-        folder = qwen.checkpoint_folder(o.model)
+        files = {"pairs": o.pairs, "eval_pairs": o.eval_pairs}
+        missing = [f"--{k} {f}: no such file" for k, f in files.items() if f and not os.path.isfile(f)]
+        missing += [f"--out {o.out} is a file"] * os.path.isfile(o.out)
+        try:
+            folder = qwen.checkpoint_folder(o.model)
+        except UserError as e:
+            missing.insert(0, str(e))
+        if missing:
+            raise UserError("\n  ".join(missing))
         config = qwen.read_config(folder)
         chat = data.load_chat(folder, config.vocab_size)
         limits = (chat, o.max_length, o.max_change_ratio, o.loss in loss.PAIR_OBJECTIVES, o.skip_malformed)
@@ -567,15 +595,14 @@ def prepare(o: Options, ranks: Ranks) -> Run:
 def train(o: Options, ranks: Ranks) -> int:
     """The whole run; returns the exit code."""
     run = prepare(o, ranks)
-    PEAK["flops"] = peak_flops(ranks.device, getattr(torch, o.dtype))
+    run.peak_flops = peak_flops(ranks.device, getattr(torch, o.dtype))
     total = total_steps(run)
     with ranks.together():
         if ranks.main:
             os.makedirs(o.out, exist_ok=True)
-            if not o.resume:
-                qwen.write_json(os.path.join(o.out, "config.json"),
-                                {"options": asdict(o), "hashes": run.hashes, "model": asdict(run.config)})
-    with ranks.together():
+        config_path = os.path.join(o.out, "config.json")
+        if o.resume and os.path.exists(config_path):
+            check_hashes(run, qwen.read_json(config_path).get("hashes"), o.out)
         saved = whole_checkpoints(o.out) if o.resume else []
         if saved:
             load_checkpoint(run, saved[-1])
@@ -583,6 +610,10 @@ def train(o: Options, ranks: Ranks) -> int:
         elif o.resume:
             ranks.say("no whole checkpoint yet: starting from step 0")
     reference_pass(run)
+    with ranks.together():  # not before: until here the same command may simply be given again
+        if ranks.main and not os.path.exists(config_path):
+            qwen.write_json(config_path, {"options": asdict(o), "hashes": run.hashes,
+                                          "model": asdict(run.config)})
     metrics_path, eval_path = (os.path.join(o.out, n) for n in ("metrics.jsonl", "eval.jsonl"))
     with ranks.together():
         if ranks.main:
@@ -602,9 +633,14 @@ def train(o: Options, ranks: Ranks) -> int:
         if run.eval_forks and (run.step % steps_per_epoch(run) == 0 or run.step == total):
             held_out = {"step": run.step, **evaluate(run)}
             ranks.say("held out: " + ", ".join(f"{k} {v:.4g}" for k, v in held_out.items() if v is not None))
-            if ranks.main:
-                append_line(eval_path, held_out)
+            with ranks.together():
+                if ranks.main:
+                    append_line(eval_path, held_out)
         if stop or run.step == total or (o.save_every and run.step % o.save_every == 0):
+            with ranks.together():
+                if not all(bool(qwen.rows_here(p)[0].isfinite().all()) for p in run.policy.parameters()):
+                    raise UserError(f"step {run.step - 1} made weights that are not finite: they are not "
+                                    "saved. Is --lr or --weight_decay too large?")
             save_checkpoint(run)
         if stop and run.step < total:
             ranks.say(f"SIGTERM: saved at step {run.step} of {total}; go on with --resume --out {o.out}")
@@ -627,7 +663,8 @@ def train(o: Options, ranks: Ranks) -> int:
 def keep_steps_before(path, step):
     """Drop the lines of a log that a resumed run will write again."""
     if os.path.exists(path):
-        kept = [row for _, row in data.read_lines(path) if isinstance(row, dict) and row["step"] < step]
+        rows = [row for _, row in data.read_lines(path) if isinstance(row, dict)]
+        kept = [row for row in rows if isinstance(row.get("step"), int) and row["step"] < step]
         with open(path + ".tmp", "w") as f:
             f.writelines(json.dumps(row) + "\n" for row in kept)
         os.replace(path + ".tmp", path)
@@ -847,14 +884,7 @@ def toy_table(rows) -> str:
 
 def main() -> int:
     """Command line to exit code: 0 done, 1 failed, 2 options that do not work, 143 stopped by SIGTERM."""
-    first = os.environ.get("RANK", "0") == "0"
-    try:
-        o = parse_options()
-        ranks = open_ranks(o.timeout, toy=not o.model)
-    except UserError as e:
-        if first:
-            print(f"error: {e}", file=sys.stderr, flush=True)
-        return 2
+    o, ranks = begin(parse_options, lambda o: open_ranks(o.timeout, toy=not o.model))
     signal.signal(signal.SIGTERM, lambda *_: STOP.update(asked=True))
     code = train(o, ranks) if o.model else story(o, ranks)
     close_ranks()
