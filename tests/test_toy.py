@@ -1,11 +1,16 @@
 """The toy world: its Oracle against brute force, its tokenizer against transformers, the same seed twice."""
 
 import filecmp
+import json
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 import data
+import eval as evaluation
 import model as qwen
 import oracle
 import train
@@ -33,6 +38,11 @@ def truth(question):
                 "Largest": max([first, *rest])}[skill])
 
 
+def right(question, text):
+    """By the real grader."""
+    return evaluation.answers_match(evaluation.extract_answer(text) or "", truth(question))
+
+
 def wrong_answer(question, rng):
     """An answer that errs: in facts (and goes on from there), in single digits, or in the number of steps."""
     style = rng.choice(data.TOY_STYLES)
@@ -56,9 +66,9 @@ def test_answers_are_right_and_graded_so():
         question = data.toy_question(data.TOY_SKILLS[i % 5], rng)
         for style in data.TOY_STYLES:
             answer = data.toy_answer(question, style)
-            assert answer.endswith(f"\\boxed{{{truth(question)}}}") and train.toy_right(question, answer)
-            assert not train.toy_right(question, answer[:-2] + f"{(int(answer[-2]) + 1) % 10}}}")
-        assert not train.toy_right(question, "") and not train.toy_right(question, "\\boxed{")
+            assert answer.endswith(f"\\boxed{{{truth(question)}}}") and right(question, answer)
+            assert not right(question, answer[:-2] + f"{(int(answer[-2]) + 1) % 10}}}")
+        assert not right(question, "") and not right(question, "\\boxed{")
 
 
 def test_corrections_are_right_and_minimal(chat):
@@ -66,12 +76,12 @@ def test_corrections_are_right_and_minimal(chat):
     while done < 1000:
         question = data.toy_question(rng.choice(data.TOY_SKILLS[:3]), rng)
         wrong = wrong_answer(question, rng)
-        if train.toy_right(question, wrong):
+        if right(question, wrong):
             continue
         done += 1
         mended = oracle.toy_oracle(question, wrong)
         facts = oracle.TOY_STEP.findall(data.toy_answer(question))
-        assert oracle.TOY_STEP.findall(mended) == facts and train.toy_right(question, mended)
+        assert oracle.TOY_STEP.findall(mended) == facts and right(question, mended)
         # what stands before the first wrong assertion is kept, to the character
         place = 0
         for found, fact in zip(oracle.TOY_STEP.finditer(wrong), facts):
@@ -124,9 +134,9 @@ def test_superstition_is_systematic():
                 seen[fact] = seen.get(fact, 0) + 1
                 wrong[fact] = wrong.get(fact, 0) + (int(result) != sum(map(int, fact.split("+"))) % 10)
         else:
-            assert train.toy_right(row["prompt"], row["chosen"])
+            assert right(row["prompt"], row["chosen"])
     shares = [wrong[fact] / seen[fact] for fact in seen]
-    assert sum(s > 0 for s in shares) == 33 and all(s == 0 or s > 0.4 for s in shares)
+    assert sum(s > 0 for s in shares) == 17 and all(s == 0 or s > 0.4 for s in shares)
 
 
 def test_choice_of_the_rate():
@@ -136,3 +146,15 @@ def test_choice_of_the_rate():
     assert train.choose_rate(rates, base) == 1e-4
     assert train.choose_rate({**rates, 1e-4: grade(50, 99)}, base) == 1e-5
     assert train.choose_rate({1e-4: grade(80, 97), 1e-3: grade(90, 90)}, base) == 1e-4
+
+
+@pytest.mark.slow  # 3 minutes on 2 cores
+def test_the_story_keeps_its_promise(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               "train.py", "--out", str(tmp_path), "--seed", "1"]
+    subprocess.run(command, check=True, timeout=1800, cwd=Path(train.__file__).parent)
+    (path,) = tmp_path.glob("*/results.json")
+    rows = json.loads(path.read_text())["test"]
+    assert rows["SPoT"]["Add"] >= rows["base"]["Add"] + 25
+    assert rows["SPoT"]["others"] >= rows["base"]["others"] - 3  # the promise is 2 on average over seeds
+    assert rows["SPoT"]["tether_chosen"] < 0.25 and rows["base"]["tether_chosen"] == 0.5
