@@ -356,7 +356,7 @@ def test_hostile(i):
         start = time.process_time()
         answers_match(HOSTILE[i], other)
         extract_answer(HOSTILE[i])
-        assert time.process_time() - start < 0.25
+        assert time.process_time() - start < 2  # the worst takes 0.035 s; unbounded work takes for ever
 
 
 def test_too_long_an_answer_equals_only_its_text():
