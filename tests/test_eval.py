@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -37,10 +38,11 @@ def write(path, rows):
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sets")
-    write(folder / "aime24.jsonl", [{"id": i, "problem": f"{i} + {i}?", "answer": f"{2 * i:03}"} for i in range(3)])
+    write(folder / "aime24.jsonl", [{"id": i, "problem": f"{i} + {i}?", "answer": f"{2 * i:03}"}
+                                    for i in range(3)])
     write(folder / "olympiadbench.jsonl", [
-        {"id": 1, "question": "roots?", "final_answer": ["$1$", "$2$"], "is_multiple_answer": True, "unit": None,
-         "error": None}])
+        {"id": 1, "question": "roots?", "final_answer": ["$1$", "$2$"], "is_multiple_answer": True,
+         "unit": None, "error": None}])
     write(folder / "gpqa.jsonl", [{"question": f"q{i}", "choices": [f"a{i}", "b", "c", "d"], "answer": 0}
                                   for i in range(3)])
     write(folder / "ifeval.jsonl", [
@@ -71,8 +73,8 @@ EVERYTHING = "aime24,olympiadbench,gpqa,connect4,ifeval,own={}/own.jsonl"
 
 
 def greedy(sets):
-    return ("--tasks", EVERYTHING.format(sets), "--data", sets, "--temperature", 0, "--samples", 2, "--limit", 3,
-            "--max_tokens", 16, "--dtype", "float32")
+    return ("--tasks", EVERYTHING.format(sets), "--data", sets, "--temperature", 0, "--samples", 2,
+            "--limit", 3, "--max_tokens", 16, "--dtype", "float32")
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +100,9 @@ def test_every_task_goes_from_end_to_end(alone):
 
 
 def test_two_ranks_give_the_same(alone, talker, sets, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", ROOT / "eval.py",
-                           "--model", talker, "--out", tmp_path / "out", *map(str, greedy(sets))],
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                           ROOT / "eval.py", "--model", talker, "--out", tmp_path / "out",
+                           *map(str, greedy(sets))], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert results(tmp_path / "out") == results(alone)
 
@@ -115,7 +117,8 @@ def test_a_server_gives_the_same(alone, talker, sets, tmp_path, monkeypatch, cap
         answer["usage"]["completion_tokens"] = len(found[0]) + found[1]
         return answer
     with Misbehaving(behave) as server:
-        code, err = run_cli(monkeypatch, capsys, "--server", server.url, "--out", tmp_path / "out", *greedy(sets))
+        code, err = run_cli(monkeypatch, capsys, "--server", server.url, "--out", tmp_path / "out",
+                            *greedy(sets))
     assert code == 0, err
     assert results(tmp_path / "out") == results(alone)
 
@@ -130,6 +133,26 @@ def test_a_killed_evaluation_goes_on(alone, talker, sets, tmp_path, monkeypatch,
     code, err = run_cli(monkeypatch, capsys, "--model", talker, "--out", out, *greedy(sets))
     assert code == 0, err
     assert results(out) == results(alone)
+
+
+@pytest.mark.slow
+def test_sigkill_in_mid_evaluation(talker, tmp_path):
+    questions = write(tmp_path / "own.jsonl", [{"question": f"{i} + {i}?", "answer": i} for i in range(120)])
+    command = [sys.executable, ROOT / "eval.py", "--model", talker, "--tasks", f"own={questions}", "--dtype",
+               "float32", "--max_tokens", "32", "--batch_size", "8", "--out"]
+    subprocess.run([*command, tmp_path / "whole"], check=True, capture_output=True)
+    log = tmp_path / "killed" / "own" / "raw-0.jsonl"
+    for lines in (100, 330):
+        process = subprocess.Popen([*command, tmp_path / "killed"], stderr=subprocess.DEVNULL)
+        while not log.exists() or log.read_bytes().count(b"\n") < lines:
+            time.sleep(0.01)
+            assert process.poll() is None
+        process.kill()
+        process.wait()
+        assert not (tmp_path / "killed" / "results.json").exists()
+    subprocess.run([*command, tmp_path / "killed"], check=True, capture_output=True)
+    assert results(tmp_path / "killed") == results(tmp_path / "whole")
+    assert log.read_bytes().count(b"\n") == 600  # five a question, none twice
 
 
 def test_scores_by_hand(sets, tmp_path, monkeypatch, capsys):
@@ -170,8 +193,8 @@ def test_instruction_level_counts_instructions(sets, tmp_path, monkeypatch, caps
 def test_two_evaluations_are_compared(sets, tmp_path, monkeypatch, capsys):
     for name, number in (("a", 7), ("b", 2)):
         with Misbehaving(lambda body, attempt: completion(f"\\boxed{{{number}}}")) as server:
-            run_cli(monkeypatch, capsys, "--server", server.url, "--out", tmp_path / name, "--tasks", "aime24",
-                    "--data", sets, "--samples", 2)
+            run_cli(monkeypatch, capsys, "--server", server.url, "--out", tmp_path / name, "--tasks",
+                    "aime24", "--data", sets, "--samples", 2)
     table = evaluation.compare_runs([str(tmp_path / "a"), str(tmp_path / "b")])
     assert "| aime24 | 3 | 0.0 | 33.3 | +33.3 | +0.0 to +100.0 |" in table
 
@@ -206,7 +229,8 @@ def test_another_models_folder_is_refused(alone, talker, sets, tmp_path, monkeyp
     tiny.write_checkpoint(other, seed=1)
     code, err = run_cli(monkeypatch, capsys, "--model", other, "--out", out, *greedy(sets))
     assert code == 1 and "other settings" in err
-    code, err = run_cli(monkeypatch, capsys, "--model", talker, "--out", out, *greedy(sets), "--temperature", 1)
+    code, err = run_cli(monkeypatch, capsys, "--model", talker, "--out", out, *greedy(sets),
+                        "--temperature", 1)
     assert code == 1 and "other settings" in err
     assert results(out) == results(alone)
 
@@ -222,15 +246,16 @@ def test_retention_equals_a_direct_computation(talker, tmp_path, monkeypatch, ca
         {"text": "The quick brown fox"}, {"text": "a" * 40},
         {"prompt": "1 + 1?", "chosen": "It is 2.", "rejected": "It is 3."}, {"text": "x"}])
     monkeypatch.setattr(evaluation, "ROWS_AT_ONCE", 7)
-    monkeypatch.setattr(sys, "argv", ["eval.py", "retention", "--model", other, "--base", str(talker), "--texts",
-                                      str(texts), "--dtype", "float32"])
+    monkeypatch.setattr(sys, "argv", ["eval.py", "retention", "--model", other, "--base", str(talker),
+                                      "--texts", str(texts), "--dtype", "float32"])
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert evaluation.main() == 0
     found = json.loads(capsys.readouterr().out)
     chat = data.load_chat(str(talker), 265)
     sequences = evaluation.read_sequences(str(texts), chat, 4096)
-    assert [first for _, first in sequences] == [1, 1, len(chat.prompt([{"role": "user", "content": "1 + 1?"}]))]
+    prompt = chat.prompt([{"role": "user", "content": "1 + 1?"}])
+    assert [first for _, first in sequences] == [1, 1, len(prompt)]
     models = [AutoModelForCausalLM.from_pretrained(f, dtype=torch.float64) for f in (other, str(talker))]
     sums, count, per_text = [0.0, 0.0, 0.0], 0, []
     for ids, first in sequences:
