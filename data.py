@@ -229,7 +229,9 @@ def load_chat(folder: str, vocab_size: int) -> Chat:
         template = read_json(template_path).get("chat_template")
     if not isinstance(template, str) or "<|im_start|>" not in template:
         raise UserError(f"{template_path}: a Qwen3 chat template (with <|im_start|>) expected")
-    if re.search(r"""!=\s*['"]system['"]|You are (?!provided with function)""", template):
+    # Qwen3's writes a system turn only where one is given; its own words are all about tools.
+    default = r"""(!=\s*|not\s.{0,60}==\s*)['"]system['"]|system(\\n|\n)[A-Za-z]|You are (?!provided with function)"""
+    if re.search(default, template):
         raise UserError(f"{template_path}: this template adds a system message of its own; only Qwen3's "
                         "(hybrid or Instruct-2507) are computed here")
     ending = template.split("add_generation_prompt")[-1]

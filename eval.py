@@ -26,6 +26,7 @@ import os
 import queue
 import random
 import re
+import signal
 import socket
 import sys
 import threading
@@ -108,12 +109,18 @@ def open_server(url: str, model: str = "", **settings) -> Server:
     """A Server with the key of OPENAI_API_KEY, at `url` or OPENAI_BASE_URL; without a model name the only
     model that the server lists. Raises UserError where there is none or the server cannot be asked."""
     url = (url or os.environ.get("OPENAI_BASE_URL", "")).rstrip("/")
-    if not re.match(r"https?://[^/@\s]+", url):
+    if not re.fullmatch(r"https?://[^/@\s]+(/[^@\s]*)?", url):
         raise UserError(f"--server is {url!r}; an address such as http://localhost:8000/v1 expected (or "
                         "OPENAI_BASE_URL)")
-    server = Server(url, model, os.environ.get("OPENAI_API_KEY", ""), **settings)
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not re.fullmatch(r"[!-~]*", key):
+        raise UserError("OPENAI_API_KEY holds characters that no HTTP header can carry")
+    server = Server(url, model, key, **settings)
     if not model:
-        listed = http(server, "/models").get("data")
+        try:
+            listed = http(server, "/models").get("data")
+        except Refused as e:
+            raise UserError(f"{url}/models: {e}; name the model with --server_model") from None
         names = [m.get("id") for m in listed if isinstance(m, dict)] if isinstance(listed, list) else []
         if len(names) != 1 or not isinstance(names[0], str):
             raise UserError(f"{url} serves {len(names)} models ({', '.join(map(str, names))[:200]}): choose "
@@ -133,7 +140,7 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+RETRIED = {408, 409, 425, 429, *range(500, 600)}
 FATAL = {401: "the key in OPENAI_API_KEY is missing or wrong", 402: "the account has no credit",
          403: "the key in OPENAI_API_KEY may not use this model",
          404: "the address or the model name is wrong", 405: "the address is no chat endpoint"}
@@ -157,13 +164,15 @@ def http(server: Server, path: str, body: dict | None = None) -> dict:
             request = urllib.request.Request(server.url + path, content, headers)
             with opener.open(request, timeout=server.timeout) as answer:
                 value = json.loads(read_all(answer, deadline))
-            if isinstance(value, dict):
+            if isinstance(value, dict) and ("error" not in value or "choices" in value):
                 return value
             problem = "the answer is no JSON object"
+            if isinstance(value, dict):
+                problem = f"an error in an answer with status 200: {hide(server, str(value['error']))[:300]}"
         except urllib.error.HTTPError as e:
             with e:
-                detail = e.read(2000).decode(errors="replace").replace(server.key or "\0", "***")
-            problem = f"HTTP {e.code}: {' '.join(detail.split())[:300]}"
+                detail = error_body(e, deadline)
+            problem = f"HTTP {e.code}: {' '.join(hide(server, detail).split())[:300]}"
             if e.code in FATAL:
                 raise UserError(f"{server.url}{path}: {FATAL[e.code]} ({problem})") from None
             if e.code not in RETRIED:
@@ -171,7 +180,7 @@ def http(server: Server, path: str, body: dict | None = None) -> dict:
             wait = retry_after(e.headers.get("Retry-After"))
         except TimeoutError:
             problem = f"no answer within {server.timeout:g} s"
-        except ValueError:  # also UnicodeDecodeError
+        except (ValueError, RecursionError):  # also UnicodeDecodeError
             problem = "the answer is no JSON"
         except (OSError, HTTPException) as e:  # URLError is an OSError
             reason = getattr(e, "reason", e)
@@ -185,6 +194,18 @@ def http(server: Server, path: str, body: dict | None = None) -> dict:
         if attempt < server.tries - 1:
             time.sleep(max(wait, min(60.0, server.pause * 2**attempt) * random.uniform(0.5, 1.0)))
     raise Refused(f"{problem} (tried {server.tries} times)")
+
+
+def error_body(answer, deadline):
+    try:
+        return read_all(answer, deadline)[:2000].decode(errors="replace")
+    except (OSError, HTTPException, Refused):
+        return ""
+
+
+def hide(server, text):
+    """Text without the key, should a server repeat it. A short one is a dummy, and a part of many words."""
+    return text.replace(server.key, "***") if len(server.key) > 11 else text
 
 
 def read_all(answer, deadline):
@@ -209,7 +230,7 @@ def retry_after(value) -> float:
     except (TypeError, ValueError):
         try:
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             seconds = 0.0
     return min(max(seconds, 0.0), 600.0) if seconds == seconds else 0.0
 
@@ -223,15 +244,19 @@ def ask(server: Server, request, sampling: Sampling) -> dict:
     try:
         answer = http(server, "/chat/completions", body)
         choice = answer["choices"][0]
-        text, tokens = choice["message"].get("content"), (answer.get("usage") or {}).get("completion_tokens")
+        text, usage = choice["message"].get("content"), answer.get("usage")
+        tokens = usage.get("completion_tokens") if isinstance(usage, dict) else 0
+        ending = choice.get("finish_reason")
     except Refused as e:
         return {"error": str(e)}
     except (KeyError, IndexError, TypeError, AttributeError):
         return {"error": "the answer is no chat completion"}
     if text is not None and not isinstance(text, str):
         return {"error": f"the answer's content is a {type(text).__name__}, not text"}
-    text = (text or "").replace(server.key or "\0", "***").encode(errors="replace").decode()
-    finish = "length" if choice.get("finish_reason") == "length" else "stop"
+    if ending not in ("stop", "eos", "length", "", None):  # content_filter, abort, tool_calls: half an answer
+        return {"error": f"the server ended the answer with {str(ending)[:60]!r}"}
+    text = hide(server, text or "").encode(errors="replace").decode()
+    finish = "length" if ending == "length" else "stop"
     return {"text": text, "finish": finish, "tokens": tokens if isinstance(tokens, int) else 0}
 
 
@@ -300,8 +325,12 @@ def read_log(folder: str, keys) -> dict:
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
-                key = record["key"]
-            except (ValueError, TypeError, KeyError):
+                key, text = record["key"], record.get("text", "")
+                if not isinstance(key, str) or not isinstance(text, str) or not (
+                        isinstance(record.get("error"), str) or record["finish"] in ("stop", "length")
+                        and isinstance(record["tokens"], int) and "text" in record):
+                    raise ValueError
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 raise UserError(f"{path}, line {number}: not a record of this program; found {line!r:.80}"
                                 ) from None
             if key not in keys:
@@ -365,6 +394,8 @@ def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks
     with ranks.together():
         os.makedirs(folder, exist_ok=True)
         have = read_log(folder, keys)
+        for path in glob.glob(os.path.join(glob.escape(folder), "raw-*.jsonl")) if ranks.main else ():
+            open_log(path).close()  # raises where a process of an earlier start still lives
     todo = [r for r in requests if "text" not in have.get(r.key, {})]
     mine = todo[ranks.rank::ranks.world]
     with ranks.together(), open_log(os.path.join(folder, f"raw-{ranks.rank}.jsonl")) as log:
@@ -399,8 +430,8 @@ def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks
                 call, workers = lambda request: ask(policy, request, sampling), policy.workers
             wanted = itertools.takewhile(lambda _: not (enough and enough()), mine)
             for request, record in concurrently(call, wanted, workers):
-                tick(record.get("tokens", 0), "error" in record)
                 keep(request, record)
+                tick(record.get("tokens", 0), "error" in record)
         bar.close()
     with ranks.together():
         return read_log(folder, keys)
@@ -428,11 +459,11 @@ class Asking:
     model: str = option("", "ask this Qwen3 checkpoint (folder or hub id), in this process")
     server: str = option("", "ask an OpenAI-compatible server, http://host:port/v1; key: OPENAI_API_KEY")
     server_model: str = option("", "model name at the server; empty: the only one it serves")
-    body: str = option("", "JSON object: more keys of each request to the server")
+    body: str = option("", "JSON object: more keys of each request to the server; null removes one")
     workers: int = option(16, "requests to the server at a time")
     request_timeout: float = option(600.0, "seconds a request may take")
     tries: int = option(6, "attempts per request, with growing pauses")
-    temperature: float = option(0.7, "0: greedy")
+    temperature: float = option(0.7, "0: greedy (an Oracle's server gets this and the next only if given)")
     top_p: float = option(0.8, "keep the likeliest tokens up to this share")
     top_k: int = option(20, "keep that many likeliest tokens; 0: all")
     max_tokens: int = option(32768, "tokens of an answer; longer ones are cut off and counted")
@@ -441,6 +472,21 @@ class Asking:
     seed: int = option(0, "of the samples")
     skip_malformed: bool = option(False, "drop and count malformed rows instead of stopping")
     timeout: int = option(86400, "seconds after which a stalled rank ends the run")
+
+
+def finish(work) -> int:
+    """Run a program's work to its exit code: 0, or 130 where Ctrl-C or SIGTERM ended it."""
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        work()
+    except KeyboardInterrupt:
+        print("\nstopped; what has arrived is kept, and the same command goes on", file=sys.stderr, flush=True)
+        return 130
+    close_ranks()
+    return 0
 
 
 def check_asking(o: Asking, allowed: tuple) -> list:
@@ -466,19 +512,20 @@ def check_asking(o: Asking, allowed: tuple) -> list:
 
 
 def open_policy(o: Asking, device, non_thinking: bool = True):
-    """The Own model or the Server that the options name. non_thinking: tell a server, unless --body does,
-    what vLLM and SGLang understand: Qwen3's template without thinking, and top_k."""
+    """The Own model or the Server that the options name. non_thinking: tell a server what vLLM and SGLang
+    understand, Qwen3's template without thinking and top_k; null in --body takes a key away."""
     if o.model:
         return open_own(o.model, getattr(torch, o.dtype), device, o.batch_size)
     body = {"top_k": o.top_k, "chat_template_kwargs": {"enable_thinking": False}} if non_thinking else {}
+    body |= json.loads(o.body or "{}")
     return open_server(o.server, o.server_model, workers=o.workers, timeout=o.request_timeout, tries=o.tries,
-                       body=json.loads(o.body) if o.body else body)
+                       body={k: v for k, v in body.items() if v is not None})
 
 
 def identity(policy, o: Asking) -> str:
-    """Whose answers these are: a server's model name, or a folder and a hash of its weights."""
-    if not isinstance(policy, Own):
-        return getattr(policy, "model", "a function")
+    """Whose answers these are: a server's model name and --body, or a folder and a hash of its weights."""
+    if isinstance(policy, Server):
+        return f"{policy.model} {json.dumps(policy.body, sort_keys=True)}"
     digest, folder = hashlib.sha256(), qwen.checkpoint_folder(o.model)
     for path in sorted({path for path, _ in qwen.open_tensors(folder).values()}):
         with open(path, "rb") as f:
@@ -537,7 +584,19 @@ def last_boxed(text):
 
 MAX_CHARS, MAX_DEPTH, MAX_COMMAS, MAX_BITS = 400, 25, 60, 3000  # beyond these only the same text is equal
 TEXT, MATRIX = r"\\(?:text|mbox|mathrm|operatorname)\w*\s*", r"\s*\{(?:[pbB]?matrix|array)\}"
+MULTIPLES = {"hundred": "100", "thousand": "1000", "million": "10^6", "billion": "10^9", "trillion": "10^{12}",
+             "dozen": "12"}
+
+
+def repeating(m):
+    """0.1\\overline{6} is (16 - 1) / 90."""
+    once, again = m[1] + m[2], m[1] + m[2] + m[3]
+    return f"({int(again) - int(once)}/{10 ** len(m[2] + m[3]) - 10 ** len(m[2])})"
+
+
 REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in [
+    (r"(?<![\w.])(\d{1,9})\.(\d{0,9})\\(?:overline|bar|dot)\s*\{?(\d{1,9})\}?", repeating),
+    (r"\A([\s$]*\d+)\s*:\s*(\d+[\s$]*)\Z", r"\1/\2"),  # a ratio
     (r"\b(?:square|sq)\s+([a-z]+)", r"\1^2"),  # units
     (TEXT + r"\{[\s~(]*([A-Za-z][A-Za-z\s/.'-]*?)[\s).]*\}", r' "\1" '),  # "words": perhaps a unit
     (TEXT + r"\{([^{}]*)\}", r" \1 "),
@@ -547,6 +606,7 @@ REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in [
     (r"\\mathbb\s*\{?\s*R\s*\}?|\ball real numbers\b", r"(-\\infty,\\infty)"),
     (r"\A\s*([A-Za-z' ]*[A-Za-z]{3}[A-Za-z' ]*|[Nn]o)[.\s]*\Z", r' "\1" '),  # a word, no product of letters
     (r'"?\b(?:and|or)\b"?|\\cup\b', ","),
+    (r'(?<=\d)\s*"?\b(hundred|thousand|million|billion|trillion|dozen)\b', lambda m: "*" + MULTIPLES[m[1]]),
     (r"\\begin" + MATRIX + r"(?:\s*\{[^{}]*\})?", "⟦("),  # a matrix is ⟦(1,2),(3,4)⟧
     (r"(?:\\\\\s*)?\\end" + MATRIX, ")⟧"),
     (r"\\\\", "),("),
@@ -657,8 +717,8 @@ KEYWORDS = {*FUNCTIONS, *OPERATIONS, *CONSTANTS, "sqrt", "infty"}
 BINDING = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 4, "!": 5}  # a sign binds as 3: -x^2 is -(x^2)
 ATOM, STARTS_ATOM = 5, re.compile(r"""[^\W_]|["([{]""").match
 # Variables are (low to high) / denominator: small, near 1 (x^2018 fits a float), medium, large (floor(x/100)
-# is not 0), negative (|x| is not x), of either sign, integers ((-1)^n is real only there); the many small
-# integers are for floor and ceil alone, which else agree too easily.
+# is not 0), negative (|x| is not x), of either sign, integers ((-1)^n is real only there, and floor and ceil
+# agree too easily elsewhere: so many that n and m are even and odd in all combinations).
 POINTS = [(1, 996, 997), (900, 996, 997), (998, 1100, 997), (998, 9000, 997), (99_000, 990_000, 997),
           (-9000, -998, 997), (-2500, 2500, 997), (2, 13, 1), (3, 40, 1), *[(1, 10, 1)] * 12]
 
@@ -689,6 +749,8 @@ def expression(tokens, point, floor=0):
         if tokens[-1][0].isdigit():
             raise ValueError("a number after an operand: 2 3")
         op = tokens.pop() if tokens[-1] in BINDING else "*"
+        if op == tokens[-1] == "!":
+            raise ValueError("a double factorial")
         value = operate(op, value, *([] if op == "!" else [expression(tokens, point, min(BINDING[op], 3))]))
     return value
 
@@ -739,7 +801,11 @@ def function(name, tokens, point):
 def compute(tokens):
     """The values of an expression at all points, None where it is undefined or not mathematics."""
     values = []
-    for point in range(len(POINTS) if {"floor", "ceil"} & {*tokens} else 9):
+    names = (t.lstrip('"') for t in tokens)
+    constant = all(name in KEYWORDS or not name[:1].isalpha() for name in names)
+    for point in range(len(POINTS)):
+        if values and constant:
+            return values * len(POINTS)
         stack = [" ", " ", *reversed(tokens)]
         try:
             value = expression(stack, point)
@@ -800,7 +866,9 @@ def read_relation(tokens):
     parts, signs = split(tokens, RELATIONS)
     if len(parts) != len(signs) + 1 or not any({*signs} <= {*kind} for kind in ("=", "≠", "<≤", ">≥")):
         raise ValueError("a side is empty, or relations are mixed")
-    names = [NAME("".join(p)) for p in parts]
+    # AB = 5 says what a segment is, xy = 6 and |x| = 5 do not say what x is
+    names = [NAME("".join(p)) and p[0] != "abs" and not (len(p) > 1 and all(
+        len(t) == 1 and t.islower() for t in p)) for p in parts]
     if signs[0] in ">≥" or signs[0] == "=" and names[-1] and not names[0]:
         parts, names, signs = parts[::-1], names[::-1], [{">": "<", "≥": "≤"}.get(s, s) for s in signs[::-1]]
     left, right = parts[0], parts[-1]
@@ -831,6 +899,8 @@ def read_leaf(tokens):
 def answers_match(pred: str, gold: str) -> bool:
     """Whether two answers are equal as mathematics (see the head of this file). Takes any strings, never
     raises, and does a bounded amount of work; an empty answer matches nothing."""
+    if max(len(pred), len(gold)) > 20 * MAX_CHARS:
+        return bool(pred.strip()) and pred.strip() == gold.strip()
     pred, gold = bare_answer(pred), bare_answer(gold)
     try:
         pred, gold = tokenize(pred), tokenize(gold)
@@ -877,8 +947,8 @@ def same_leaf(a, b):
     if a.unit and b.unit and a.unit != b.unit:
         return False
     decimals = [x.text for x in (a, b) if "." in x.text]
-    rounded = len(decimals) == 1 and re.fullmatch(r"[+-]? ?0*\.?0*(\d\.?){6,}", decimals[0])
-    slack = Fraction(1, 10 ** len(decimals[0].partition(".")[2])) if rounded else 0  # one in the last place
+    rounded = len(decimals) == 1 and re.fullmatch(r"[+-]? ?[0.]*[1-9](\.?\d){5,}", decimals[0])
+    slack = Fraction(50001, 100000 * 10 ** len(decimals[0].partition(".")[2])) if rounded else 0
     if a.text == b.text or agree(a.values, b.values, slack):
         return True
     if (a.unit == "%") != (b.unit == "%"):
@@ -1146,11 +1216,12 @@ def gold_answer(row: dict) -> str:
             raise UserError(f"'final_answer': a list of strings expected, found {parts!r:.60}")
         key, value = "final_answer", ", ".join(parts)
     else:
-        keys = ("answer", "solution", "ground_truth", "label")
-        key = next((k for k in keys if row.get(k) is not None), None)
-        value = row.get(key)
-        if key is None and isinstance(row.get("reward_model"), dict):
-            key, value = "reward_model.ground_truth", row["reward_model"].get("ground_truth")
+        fields = {k: row.get(k) for k in ("answer", "ground_truth", "label")}
+        if isinstance(row.get("reward_model"), dict):
+            fields["reward_model.ground_truth"] = row["reward_model"].get("ground_truth")
+        fields["solution"] = row.get("solution")  # last: it may be prose
+        key = next((k for k, v in fields.items() if v is not None), None)
+        value = fields.get(key)
     if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value in (math.inf, -math.inf):
         raise UserError("a gold answer expected in answer, solution, ground_truth, label or "
                         f"reward_model.ground_truth: a string or a number, found {value!r:.60}")
@@ -1534,7 +1605,7 @@ def item_id(row, line):
     value = next((row[k] for k in ("id", "index") if row.get(k) is not None), line)
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise UserError(f'"id": a string or an integer expected, found {value!r:.60}')
-    return str(value)
+    return data.check_text(str(value), '"id"')
 
 
 def parse_math(row, line):
@@ -1817,9 +1888,7 @@ def parse_command(argv):
 def main() -> int:
     """Command line to exit code: 0 done, 1 failed, 2 options that do not work."""
     (run, o), ranks = begin(lambda: parse_command(sys.argv[1:]), lambda found: open_ranks(found[1].timeout))
-    run(o, ranks)
-    close_ranks()
-    return 0
+    return finish(lambda: run(o, ranks))
 
 
 if __name__ == "__main__":

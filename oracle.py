@@ -14,6 +14,7 @@ kill loses nothing: start the same command again. `elicit` also runs under torch
 
 import argparse
 import contextlib
+import hashlib
 import importlib.util
 import json
 import os
@@ -26,9 +27,9 @@ import data
 import eval as evaluation
 import model as qwen
 from eval import (INSTRUCTION, LAST_LINE, Asking, Own, Sampling, Server, answers_match, check_asking,
-                  claim_folder, extract_answer, gold_answer, identity, item_id, open_policy, request_for,
-                  write_rows)
-from model import Ranks, UserError, add_options, begin, close_ranks, option
+                  claim_folder, extract_answer, finish, gold_answer, identity, item_id, open_policy,
+                  request_for, write_rows)
+from model import Ranks, UserError, add_options, begin, option
 
 START, END = "=== CORRECTED STARTED ===", "=== CORRECTED ENDED ==="
 _REPAIR = r"""Below are a problem and a student's solution, which ends in a wrong answer.{given}
@@ -141,7 +142,7 @@ def collect(policy, requests, out, sampling, ranks, title, judge, write, enough=
         shown[outcome[0]] += 1
         return dict(shown.most_common(3))
 
-    def finish(records):  # other ranks' answers are still to be judged
+    def conclude(records):  # other ranks' answers are still to be judged
         summary = write(records, {k: outcomes.get(k) or judge(r) for k, r in records.items()})
         qwen.write_json(os.path.join(out, "summary.json"), summary)
         ranks.say("\n".join(f"{n:7}  {what}" for what, n in summary.items()) + f"\n{out}")
@@ -153,10 +154,10 @@ def collect(policy, requests, out, sampling, ranks, title, judge, write, enough=
     except (SystemExit, KeyboardInterrupt):
         with contextlib.suppress(UserError):
             if ranks.main:
-                finish(evaluation.read_log(out, [r.key for r in requests]))
+                conclude(evaluation.read_log(out, [r.key for r in requests]))
         raise
     with ranks.together():
-        return finish(records) if ranks.main else {}
+        return conclude(records) if ranks.main else {}
 
 
 # --- elicit: the policy's own wrong answers -------------------------------------------------------
@@ -216,7 +217,7 @@ def rectify(items: list, out: str, oracle, encode, ranks: Ranks, prompt: str = "
     """Have every wrong answer corrected, keep what is right and a small change.
 
     oracle    a Server or Own model, asked with PROMPTS[prompt]; or a function (Item) -> corrected text,
-              which may raise UserError where it has none
+              which raises where it has none
     encode    text -> token ids, for the change ratio
     target    stop asking once there are that many pairs (those under way still count); 0: ask for all
     Writes pairs.jsonl (official row format) and rejected.jsonl (every other answer with its reason); one
@@ -228,9 +229,10 @@ def rectify(items: list, out: str, oracle, encode, ranks: Ranks, prompt: str = "
 
     def call(request):
         try:
-            return {"text": oracle(asked[request.key]), "finish": "stop", "tokens": 0}
-        except UserError as e:
-            return {"error": str(e)}
+            text = data.check_text(oracle(asked[request.key]), "what the function returned")
+            return {"text": text, "finish": "stop", "tokens": 0}
+        except Exception as e:  # the user's code: whatever it raises, it has no answer to this one
+            return {"error": str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"}
 
     def judge(record):
         return judge_correction(asked[record["key"]], record, encode, prompt, by_function, max_change_ratio)
@@ -306,7 +308,10 @@ def python_function(spec: str):
         raise UserError(f"--function is {spec!r}; FILE.py:NAME with an existing file expected")
     module_spec = importlib.util.spec_from_file_location("user_oracle", path)
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as e:
+        raise UserError(f"--function: {path} cannot be loaded: {type(e).__name__}: {e}") from None
     if not callable(getattr(module, name, None)):
         raise UserError(f"--function: {path} defines no function {name!r}")
     return getattr(module, name)
@@ -331,7 +336,7 @@ def edited_answers(path: str):
 
 # --- the toy world's Oracle -----------------------------------------------------------------------
 
-TOY_STEP = re.compile(r"\d[-+,]\d=\d|\\boxed\{\d*\}")  # what an answer of the toy world asserts
+TOY_STEP = re.compile(r"\d[-+,]\d=\d+|\\boxed\{\d*\}")  # what an answer of the toy world asserts
 
 
 def toy_oracle(question: str, wrong: str) -> str:
@@ -388,6 +393,7 @@ def parse_command(argv=None):
     given = vars(parser.parse_args(argv))
     command = given.pop("command")
     o = (ElicitOptions if command == "elicit" else RectifyOptions)(**given)
+    o.given = given
     problems = [f"--{k} is required" for k in ("questions", "errors") if getattr(o, k, None) == ""]
     problems += check_asking(o, ("model", "server") + ("function", "edited") * (command == "rectify"))
     if command == "rectify" and not (o.tokenizer or o.model):
@@ -420,15 +426,19 @@ def run(o, ranks: Ranks):
             settings["prompt"] = o.prompt
         for reason, count in dropped.items():
             ranks.say(f"{count} rows dropped: {reason}")
-    if isinstance(policy, Server) and not eliciting:
-        sampling = Sampling(None, None, None, None)  # an Oracle has its own best settings; --body sets others
+    if isinstance(policy, Server) and not eliciting:  # an Oracle has its own best settings
+        sampling = Sampling(*(getattr(o, k) if k in o.given else None for k in asdict(sampling)))
     with ranks.together():
         if ranks.main:
+            named = o.edited and "edited by hand" if not eliciting else ""
+            if not eliciting and o.function:
+                with open(o.function.rpartition(":")[0], "rb") as f:
+                    named = f"{o.function} {hashlib.sha256(f.read()).hexdigest()[:16]}"
             claim_folder(o.out, {"command": "elicit" if eliciting else "rectify", **settings,
-                                 "asked": identity(policy, o), "sampling": asdict(sampling)})
-            if not eliciting and o.edited:  # the edited file is the record
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(os.path.join(o.out, "raw-0.jsonl"))
+                                 "asked": named or identity(policy, o), "sampling": asdict(sampling)})
+            if named == "edited by hand":  # the edited file is the record
+                with evaluation.open_log(os.path.join(o.out, "raw-0.jsonl")) as log:
+                    log.truncate(0)
     if eliciting:
         elicit(items, o.out, policy, sampling, ranks, o.samples, o.seed)
     else:
@@ -438,9 +448,7 @@ def run(o, ranks: Ranks):
 def main() -> int:
     """Command line to exit code: 0 done, 1 failed, 2 options that do not work."""
     o, ranks = begin(parse_command)
-    run(o, ranks)
-    close_ranks()
-    return 0
+    return finish(lambda: run(o, ranks))
 
 
 if __name__ == "__main__":

@@ -102,9 +102,12 @@ def parse_options(argv=None) -> Options:
     path = os.path.join(given.get("out", ""), "config.json")
     if given.get("resume") and not problems and os.path.exists(path):
         stored = qwen.read_json(path).get("options")
-        kept = {f.name: stored[f.name] for f in fields(Options) if f.name in stored} if stored else {}
-        if any(not isinstance(kept.get(f.name, f.default), (f.type, int)) for f in fields(Options)):
-            raise UserError(f"{path}: no options of this program")
+        stored = stored if isinstance(stored, dict) else {}
+        kept = {f.name: stored[f.name] for f in fields(Options) if f.name in stored}
+        wrong = [f.name for f in fields(Options) if f.name in kept and not isinstance(
+            kept[f.name], (int, float) if f.type is float else f.type)]
+        if wrong or not kept:
+            raise UserError(f"{path}: no options of this program ({', '.join(wrong) or 'options'})")
         problems += [f"--{k} is {v!r}, the run in {given['out']} has {kept[k]!r}" for k, v in given.items()
                      if k in kept and k not in FREE and kept[k] != v]
         given = {**kept, **given}
@@ -630,17 +633,20 @@ def train(o: Options, ranks: Ranks) -> int:
         bar.update()
         bar.set_postfix(loss=f"{metrics['loss']:.4f}", r_chosen=f"{metrics['reward_chosen']:.3f}",
                         tether=f"{metrics['tether_chosen']:.3f}", refresh=False)
-        if run.eval_forks and (run.step % steps_per_epoch(run) == 0 or run.step == total):
+        saving = stop or run.step == total or bool(o.save_every) and run.step % o.save_every == 0
+        evaluating = run.eval_forks and (run.step % steps_per_epoch(run) == 0 or run.step == total)
+        if saving or evaluating:
+            with ranks.together():
+                if not all(bool(qwen.rows_here(p)[0].isfinite().all()) for p in run.policy.parameters()):
+                    raise UserError(f"step {run.step - 1} made weights that are not finite: they are not "
+                                    "saved. Is --lr or --weight_decay too large?")
+        if evaluating:
             held_out = {"step": run.step, **evaluate(run)}
             ranks.say("held out: " + ", ".join(f"{k} {v:.4g}" for k, v in held_out.items() if v is not None))
             with ranks.together():
                 if ranks.main:
                     append_line(eval_path, held_out)
-        if stop or run.step == total or (o.save_every and run.step % o.save_every == 0):
-            with ranks.together():
-                if not all(bool(qwen.rows_here(p)[0].isfinite().all()) for p in run.policy.parameters()):
-                    raise UserError(f"step {run.step - 1} made weights that are not finite: they are not "
-                                    "saved. Is --lr or --weight_decay too large?")
+        if saving:
             save_checkpoint(run)
         if stop and run.step < total:
             ranks.say(f"SIGTERM: saved at step {run.step} of {total}; go on with --resume --out {o.out}")

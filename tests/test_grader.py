@@ -364,3 +364,20 @@ def test_too_long_an_answer_equals_only_its_text():
     with pytest.raises(ValueError, match="too long"):
         grader.tokenize(long)
     assert answers_match(long, long) and not answers_match(long, long + "+0")
+
+
+DIFFERENT = [
+    (r"(-1)^n", "1"), (r"(-2)^n", "2^n"), (r"\frac{1-(-1)^n}{2}", "0"), (r"(-1)^n a_n", "a_n"),
+    (r"(-1)^{n-1}", "-1"), (r"(-1)^{n+m}", "1"), (r"(-1)^{n+m}", r"(-1)^n"), ("5 million", "5"),
+    (r"0.\overline{3}", r"0.\overline{6}"), (r"3.\overline{0}", "0"), ("0.00005", r"e^{-10}"),
+    ("0.000000", r"\frac{1}{10000000}"), ("0.000001", r"\frac{1}{600000}"), ("0.142858", r"\frac17"),
+    ("1000.001", r"\sqrt{1000000}"), ("|x|=5", "5"), ("xy=6", "6"), ("3!!", "720"), ("6:4", "6")]
+EQUAL = [
+    (r"0.\overline{3}", r"\frac13"), (r"0.1\overline{6}", r"\frac16"), ("5 million", "5000000"),
+    ("6:4", "3:2"), ("3:4", r"\frac34"), ("0.142857", r"\frac17"), (r"(-1)^{2n}", "1"),
+    (r"(-1)^{n+2}", r"(-1)^n"), ("AB=5", "5"), ("0.00123457", r"\frac{1}{810}")]
+
+
+@pytest.mark.parametrize("a, b, equal", [(*p, False) for p in DIFFERENT] + [(*p, True) for p in EQUAL])
+def test_what_a_review_found(a, b, equal):
+    assert answers_match(a, b) is answers_match(b, a) is equal

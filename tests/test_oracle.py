@@ -110,6 +110,11 @@ def test_a_fault_that_passes_is_retried(fault):
 
 LASTING = {
     "429": ((429, {}, b"slow down"), "HTTP 429: slow down (tried 2 times)", 2),
+    "error in a 200": ({"error": {"code": 503}},
+                       "an error in an answer with status 200: {'code': 503} (tried 2 times)", 2),
+    "nested": (b"[" * 100_000, "the answer is no JSON (tried 2 times)", 2),
+    "filtered": (completion("half an ans", "content_filter"),
+                 "the server ended the answer with 'content_filter'", 1),
     "500": ((500, {}, b"oops"), "HTTP 500: oops (tried 2 times)", 2),
     "400": ((400, {}, b"too long"), "HTTP 400: too long", 1),
     "302": ((302, {"Location": "http://127.0.0.1:9/"}, b""), "HTTP 302: ", 1),
@@ -152,7 +157,7 @@ def test_the_only_model_of_a_server_is_found(monkeypatch):
         monkeypatch.setenv("OPENAI_BASE_URL", server.url + "/")
         client = evaluation.open_server("")
         assert client.model == "stand-in" and client.url == server.url and KEY not in repr(client)
-    for url in ("localhost:8000", "ftp://x/v1", "http://"):
+    for url in ("localhost:8000", "ftp://x/v1", "http://", "http://user:password@host/v1"):
         with pytest.raises(UserError, match="an address such as"):
             evaluation.open_server(url)
 
@@ -210,6 +215,59 @@ def verdict_of(text, finish="stop", prompt="correct", answer="It is $\\boxed{5}$
 
 def marked(text):
     return f"Thoughts {oracle.START}\n{text}\n{oracle.END}"
+
+
+def test_a_dummy_key_leaves_answers_alone(monkeypatch, capsys, tmp_path, checkpoint):
+    write_errors(tmp_path / "errors.jsonl")
+    monkeypatch.setenv("OPENAI_API_KEY", "x\n")  # a newline is no part of a key
+    with Misbehaving(good) as server:
+        code, err = rectify(monkeypatch, capsys, tmp_path, server, checkpoint, "--temperature", 0,
+                            "--body", '{"presence_penalty": 1}')
+        assert code == 0 and len(rows(tmp_path / "out" / "pairs.jsonl")) == 8, err
+        headers, body = server.requests[0]
+        assert headers["Authorization"] == "Bearer x" and body["presence_penalty"] == 1
+        assert body["temperature"] == 0 and "top_p" not in body  # sent because it was given
+        code, err = rectify(monkeypatch, capsys, tmp_path, server, checkpoint, "--temperature", 0)
+        assert code == 1 and "other settings" in err
+    monkeypatch.setenv("OPENAI_API_KEY", "k€y")
+    code, err = rectify(monkeypatch, capsys, tmp_path, server, checkpoint)
+    assert code == 1 and "no HTTP header can carry" in err and "k€y" not in err
+
+
+def test_failing_functions_are_outcomes(monkeypatch, capsys, tmp_path, checkpoint):
+    given = write_errors(tmp_path / "errors.jsonl", 5)
+    base = ("rectify", "--errors", tmp_path / "errors.jsonl", "--tokenizer", checkpoint, "--out",
+            tmp_path / "out", "--function", f"{tmp_path / 'mine.py'}:fix")
+    (tmp_path / "mine.py").write_text(
+        "def fix(item):\n    return [None, 7, '\\ud800', item.answer][int(item.id[1:])]\n")
+    code, err = run_cli(monkeypatch, capsys, *base)
+    assert code == 0, err
+    reasons = [r["reason"] for r in rows(tmp_path / "out" / "rejected.jsonl")]
+    parts = ("found NoneType", "found int", "surrogate", "answer is wrong", "IndexError")
+    assert all(part in reason for reason, part in zip(reasons, parts, strict=True))
+    (tmp_path / "mine.py").write_text("def fix(item):\n    return item.gold\n")
+    code, err = run_cli(monkeypatch, capsys, *base)  # another function in the folder of the first
+    assert code == 1 and "other settings" in err
+    code, err = run_cli(monkeypatch, capsys, *base[:-2], "--edited", tmp_path / "errors.jsonl")
+    assert code == 1 and "other settings" in err and len(rows(tmp_path / "out" / "raw-0.jsonl")) == len(given)
+    (tmp_path / "mine.py").write_text("def fix(")
+    code, err = run_cli(monkeypatch, capsys, *base)
+    assert code == 1 and "cannot be loaded: SyntaxError" in err
+
+
+def test_sigterm_keeps_what_has_arrived(tmp_path, checkpoint):
+    write_errors(tmp_path / "errors.jsonl", 30)
+    with Misbehaving(lambda b, n: good(b, n) if len(server.requests) <= 20 else "hang") as server:
+        command = [sys.executable, ROOT / "oracle.py", "rectify", "--errors", tmp_path / "errors.jsonl",
+                   "--out", tmp_path / "out", "--tokenizer", checkpoint, "--server", server.url, "--workers", "2"]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        while len(server.requests) < 22:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=20)
+        assert process.returncode == 130 and "the same command goes on" in err and "Traceback" not in err
+    assert len(rows(tmp_path / "out" / "pairs.jsonl")) == 20
 
 
 def test_every_flaw_of_a_correction_has_its_reason():
@@ -567,16 +625,19 @@ def test_storm_of_a_thousand_with_three_kills(tmp_path, checkpoint):
 
 def test_a_torn_last_line_does_not_count(tmp_path):
     log = tmp_path / "raw-0.jsonl"
-    log.write_text('{"key": "a", "text": "1"}\n{"key": "b", "te')
-    assert evaluation.read_log(str(tmp_path), ["a", "b"]) == {"a": {"key": "a", "text": "1"}}
+    first = {"key": "a", "text": "1", "finish": "stop", "tokens": 1}
+    log.write_text(json.dumps(first) + '\n{"key": "b", "te')
+    assert evaluation.read_log(str(tmp_path), ["a", "b"]) == {"a": first}
     with evaluation.open_log(str(log)) as f:
-        f.write(b'{"key": "b", "text": "2"}\n')
+        f.write(b'{"key": "b", "error": "no"}\n')
         with pytest.raises(UserError, match="another process"):
             evaluation.open_log(str(log))
     assert set(evaluation.read_log(str(tmp_path), ["a", "b"])) == {"a", "b"}
-    log.write_text('{"key": "a"\n{"key": "b"}\n')
-    with pytest.raises(UserError, match="line 1: not a record"):
-        evaluation.read_log(str(tmp_path), ["a", "b"])
+    for line in ('{"key": "a"', '{"key": "a"}', '{"key": ["a"], "error": "x"}', '{"key": "a", "text": 5}',
+                 "[]", '{"key": "a", "text": "5", "finish": "stop"}', '{"key": "a", "error": 1}'):
+        log.write_text(line + '\n{"key": "b", "error": "x"}\n')
+        with pytest.raises(UserError, match="line 1: not a record"):
+            evaluation.read_log(str(tmp_path), ["a", "b"])
     with pytest.raises(UserError, match="'b', which is not among"):
-        log.write_text('{"key": "b"}\n')
+        log.write_text('{"key": "b", "error": "x"}\n')
         evaluation.read_log(str(tmp_path), ["a"])

@@ -1,0 +1,530 @@
+"""What no curve shows: AdamW by hand, delta across a stop, the canary, caches, refusals, signals."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import data
+import model as qwen
+import tiny
+import train
+from model import UserError
+from test_train import (ROOT, command, kill_workers, merged, metrics, metrics_so_far,
+                        no_process_group_is_left, run, run_here, train_step_of, transformers_gradients, world)
+
+FIXTURES = no_process_group_is_left, world  # pytest looks for them in this module
+
+
+def run_to_error(world, out, *extra):
+    """One rank in this process whose run must end with exit code 1."""
+    ranks = train.open_ranks(60)
+    with pytest.raises(SystemExit) as stop:
+        train.train(train.parse_options(command(world, out, *extra)[2:]), ranks)
+    assert stop.value.code == 1
+
+
+def resume_here(out, *extra):
+    ranks = train.open_ranks(60)
+    assert train.train(train.parse_options(["--resume", "--out", str(out), *extra]), ranks) == 0
+    train.close_ranks()
+
+
+def run_and_stop(monkeypatch, at, world, out, *extra):
+    """As if SIGTERM came right after step `at`: the step after it is the last one."""
+    write = train.append_line
+
+    def write_and_ask(path, row):
+        write(path, row)
+        if path.endswith("metrics.jsonl") and row["step"] == at:
+            train.STOP["asked"] = True
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "append_line", write_and_ask)
+        patch.setitem(train.STOP, "asked", False)
+        ranks = train.open_ranks(60)
+        assert train.train(train.parse_options(command(world, out, *extra)[2:]), ranks) == 143
+    train.close_ranks()
+    assert train_step_of(out) == at + 2 and not os.path.exists(out / "model")
+
+
+def same_checkpoints(one, other):
+    a, b = merged(one), merged(other)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def both_logps(hf, chat, pairs):
+    """(N, 2) log pi of y+ and y- by one plain forward of transformers an answer, differentiable."""
+    def logp(prompt, answer):
+        logps = hf(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1:-1].double().log_softmax(-1)
+        return logps.gather(1, torch.tensor(answer)[:, None]).sum()
+    return torch.stack([torch.stack([logp(chat.prompt(p.messages), chat.encode(text) + [chat.im_end])
+                                     for text in (p.chosen, p.rejected)]) for p in pairs])
+
+
+def with_weights(hf, weights):
+    """Put a checkpoint of ours into a model of transformers."""
+    for name, p in hf.named_parameters():
+        p.data.copy_(weights[name.removeprefix("model.")])
+
+
+# --- 1: the optimizer -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_steps(world, tmp_path_factory):
+    """Warm-up over 3 of 6 steps to 0.03, so 0.01 in step 0 and 0.02 in step 1; stopped there; clipped."""
+    out = tmp_path_factory.mktemp("adamw") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        run_and_stop(patch, 0, world, out, "--lr", "0.03", "--warmup", "0.5", "--max_steps", "6",
+                     "--save_every", "1", "--keep", "2", "--clip", "0.05")
+    start = {k.removeprefix("model."): v.double() for k, v in
+             load_file(os.path.join(world["model"], "model.safetensors")).items()}
+    return out, start, *({k: v.double() for k, v in merged(out, i).items()} for i in (0, 1))
+
+
+def test_first_adamw_step_by_hand(world, two_steps):
+    out, start, first, _ = two_steps
+    norm = metrics(out)[0]["grad_norm"]
+    assert norm > 0.1 and [m["lr"] for m in metrics(out)] == pytest.approx([0.01, 0.02])
+    for name, g in transformers_gradients(world["model"], world["pairs"]).items():
+        g = g.double() * 0.05 / norm
+        scale = g.abs().max()
+        assert (first[name + ".exp_avg"] - 0.1 * g).abs().max() <= 1e-5 * scale, name
+        assert (first[name + ".exp_avg_sq"] - 0.05 * g**2).abs().max() <= 1e-5 * scale**2, name
+        g = first[name + ".exp_avg"] / 0.1  # the same to the last digit, also where it is tiny
+        w = start[name]
+        decay = 0.01 if w.ndim > 1 else 0.0
+        expected = w * (1 - 0.01 * decay) - 0.01 * g / (g.abs() + 1e-8)
+        assert (first[name] - expected).abs().max() <= 4e-7, name
+    assert start.keys() <= first.keys() and len(first) == 3 * len(start)
+
+
+def test_second_gradient_is_of_the_second_batch_alone(world, two_steps):
+    """At rewards that are not 0, and without what the first step left behind."""
+    from transformers import AutoModelForCausalLM
+
+    out, _, first, second = two_steps
+    hf = AutoModelForCausalLM.from_pretrained(world["model"], dtype=torch.float32)
+    chat, (pairs, _) = data.load_chat(world["model"], 265), data.read_pairs(world["pairs"])
+    pairs = [pairs[i] for i in data.epoch_batches(24, 8, 0, 0)[1]]
+    with torch.no_grad():
+        reference = both_logps(hf, chat, pairs)
+    with_weights(hf, first)
+    chosen, rejected = (0.1 * (both_logps(hf, chat, pairs) - reference)).unbind(1)
+    value = -(torch.sigmoid(chosen).log() + torch.sigmoid(-rejected).log()).mean()
+    value.backward()
+    row, gradients = metrics(out)[1], {n.removeprefix("model."): p.grad for n, p in hf.named_parameters()}
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
+    assert (row["loss"], row["grad_norm"]) == pytest.approx((value.item(), norm), rel=1e-4) and norm > 0.1
+    scale = max(g.abs().max() for g in gradients.values()) * 0.05 / norm
+    for name, g in gradients.items():
+        found = (second[name + ".exp_avg"] - 0.9 * first[name + ".exp_avg"]) / 0.1
+        assert (found - g * 0.05 / norm).abs().max() <= 1e-4 * scale, name
+
+
+def test_two_adamw_steps_equal_torchs(two_steps):
+    _, start, first, second = two_steps
+    weights = {name: torch.nn.Parameter(w.clone()) for name, w in start.items()}
+    groups = [{"params": [w for w in weights.values() if w.ndim > 1], "weight_decay": 0.01},
+              {"params": [w for w in weights.values() if w.ndim == 1], "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, foreach=False)
+    for rate, before, after in ((0.01, None, first), (0.02, first, second)):
+        for name, w in weights.items():
+            kept = 0.9 * before[name + ".exp_avg"] if before else 0.0
+            w.grad = (after[name + ".exp_avg"] - kept) / 0.1
+        for group in adamw.param_groups:
+            group["lr"] = rate
+        adamw.step()
+        for name, w in weights.items():
+            assert (w - after[name]).abs().max() <= 1e-6, name
+            found, square = after[name + ".exp_avg_sq"], adamw.state[w]["exp_avg_sq"]
+            assert (found - square).abs().max() <= 1e-5 * square.max(), name
+
+
+# --- 2: delta -------------------------------------------------------------------------------------
+
+
+def test_cumulative_delta_by_hand_and_across_a_stop(world, tmp_path, monkeypatch):
+    """24 pairs in batches of 10: a step of 4 pairs weighs less."""
+    extra = ("--loss", "spot-bco", "--delta", "cumulative", "--batch_size", "10", "--epochs", "3",
+             "--lr", "1e-3")
+    run_here(world, tmp_path / "whole", *extra)
+    rows, total, seen = metrics(tmp_path / "whole"), 0.0, 0
+    assert len(rows) == 9
+    for i, row in enumerate(rows):
+        assert row["delta"] == pytest.approx(total / max(seen, 1), rel=1e-9, abs=1e-12)
+        pairs = (10, 10, 4)[i % 3]
+        total += pairs * (row["reward_chosen"] + row["reward_rejected"]) / 2
+        seen += pairs
+    assert max(abs(row["delta"]) for row in rows) > 1e-3
+    with open(os.path.join(train.whole_checkpoints(tmp_path / "whole")[-1], "state.json")) as f:
+        assert json.load(f)["delta"] == pytest.approx(total / seen, rel=1e-9)
+
+    run_and_stop(monkeypatch, 3, world, tmp_path / "stopped", *extra)
+    assert metrics(tmp_path / "stopped")[-1]["step"] == 4
+    resume_here(tmp_path / "stopped")
+    for key in ("step", "delta", "loss", "reward_chosen", "grad_norm"):
+        assert [m[key] for m in metrics(tmp_path / "stopped")] == [m[key] for m in rows]
+    assert same_checkpoints(tmp_path / "whole", tmp_path / "stopped")
+
+
+# --- 3 and 6: the reference and its canary --------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scored(world, tmp_path_factory):
+    """A finished run of one epoch with held-out pairs, whose reference log-probs others take."""
+    folder = tmp_path_factory.mktemp("scored")
+    options = ("--epochs", "1", "--eval_pairs", tiny.write_pairs(folder / "held_out.jsonl", 9, seed=7))
+    run_here(world, folder / "run", *options)
+    return folder / "run", options
+
+
+def with_reference(scored, out):
+    out.mkdir()
+    shutil.copy(scored[0] / "reference.safetensors", out)
+    return out
+
+
+def tamper(path, change):
+    """Other values under a content hash that fits them."""
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as f:
+        metadata = f.metadata()
+    tensors["pairs"] = change(tensors["pairs"])
+    metadata["content"] = train.sha256(*(memoryview(tensors[k].numpy()) for k in sorted(tensors)))
+    save_file(tensors, path, metadata)
+
+
+def one_bit(tensor):
+    """Of one log-prob of a pair of the first step: the mean loss stays what it must be."""
+    i = data.epoch_batches(24, 8, 0, 0)[0][5]
+    tensor[i, 1] = tensor[i, 1].nextafter(torch.zeros((), dtype=tensor.dtype))
+    return tensor
+
+
+@pytest.mark.parametrize("objective,change", [("spot-bce", lambda t: t - 0.25), ("spot-bce", one_bit),
+                                              ("sft", one_bit)], ids=["all", "one bit", "one bit, sft"])
+def test_canary_stops_a_tampered_reference_and_its_advice_works(world, scored, tmp_path, capsys, objective,
+                                                                change):
+    out = with_reference(scored, tmp_path / "out")
+    tamper(out / "reference.safetensors", change)
+    run_to_error(world, out, *scored[1], "--loss", objective)
+    said = capsys.readouterr().err
+    assert "reference log-probs taken from" in said
+    assert "error: step 0 must give rewards of exactly 0" in said
+    assert f"Delete that file and go on with --resume --out {out}" in said
+    assert not {"model", "model.tmp", "checkpoints"} & set(os.listdir(out))
+    os.remove(out / "reference.safetensors")
+    resume_here(out)
+    if objective == "spot-bce":
+        assert same_checkpoints(scored[0], out)
+
+
+def logged(out):
+    timing = ("tokens_per_s", "mfu", "memory_gb")
+    return [[{k: v for k, v in row.items() if k not in timing} for _, row in data.read_lines(str(out / name))]
+            for name in ("metrics.jsonl", "eval.jsonl")]
+
+
+def test_reference_is_taken_where_nothing_changed(world, scored, tmp_path, capsys):
+    out = with_reference(scored, tmp_path / "out")
+    run_here(world, out, *scored[1])
+    said = capsys.readouterr().err
+    assert said.count(f"reference log-probs taken from {out}/reference.safetensors") == 1
+    assert "reference:" not in said  # the progress bar of scoring
+    assert (out / "reference.safetensors").read_bytes() == (scored[0] / "reference.safetensors").read_bytes()
+    assert logged(out) == logged(scored[0])
+
+
+CHANGED = {"batch_size": "9", "max_steps": "2", "tokens_per_pack": "300", "seed": "1", "dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("changed", [*CHANGED, "pairs", "eval_pairs", "weights"])
+def test_reference_is_computed_anew_where_something_changed(world, scored, tmp_path, capsys, changed):
+    world, extra = dict(world), list(scored[1])
+    if changed == "weights":
+        world["model"] = shutil.copytree(world["model"], tmp_path / "model")
+        weights = load_file(tmp_path / "model" / "model.safetensors")
+        weights["model.layers.1.mlp.up_proj.weight"][3, 4] += 0.5
+        save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    elif changed in ("pairs", "eval_pairs"):  # as many as before, one letter is another
+        source = world["pairs"] if changed == "pairs" else extra[-1]
+        text = open(source).read()
+        end = text.rindex('"}')
+        (tmp_path / "edited").write_text(text[:end - 1] + ("a" if text[end - 1] != "a" else "b") + text[end:])
+        extra += [f"--{changed}", str(tmp_path / "edited")]
+    else:
+        extra += [f"--{changed}", CHANGED[changed]]  # 9 pairs a step: still 3 steps an epoch
+    out = with_reference(scored, tmp_path / "out")
+    world["model"] = str(world["model"])
+    run_here(world, out, *extra)
+    said = capsys.readouterr().err
+    assert "reference log-probs taken from" not in said and "reference:" in said
+    before, now = (load_file(p / "reference.safetensors") for p in (scored[0], out))
+    differ = {k: (before[k] != now[k]).any(1).sum().item() for k in before}
+    if changed in ("pairs", "eval_pairs"):
+        assert differ == {"pairs": 0, "eval_pairs": 0, changed: 1}
+    elif changed == "weights":
+        assert differ == {"pairs": 24, "eval_pairs": 9}
+
+
+# --- 4: numbers that are not finite ---------------------------------------------------------------
+
+
+def test_step_that_is_not_finite_is_named_and_earlier_checkpoints_stay(world, tmp_path, capsys):
+    out = tmp_path / "out"
+    run_to_error(world, out, "--lr", "1e8", "--save_every", "1", "--keep", "9")
+    said = capsys.readouterr().err
+    lines = ", ".join(str(i + 1) for i in data.epoch_batches(24, 8, 0, 0)[1])
+    assert "error: step 1: loss " in said and "not finite, weights left as they were" in said
+    assert f"The step's pairs: lines {lines} of {world['pairs']}\n" in said
+    assert [m["step"] for m in metrics(out)] == [0]
+    assert sorted(os.listdir(out / "checkpoints")) == ["step_000001"]
+    assert not {"model", "model.tmp"} & set(os.listdir(out))
+    with open(out / "checkpoints" / "step_000001" / "state.json") as f:
+        state = json.load(f)
+    assert [train.file_sha256(out / "checkpoints/step_000001/shard_0.safetensors")] == state["sha256"]
+    assert all(t.isfinite().all() for t in merged(out).values())
+
+
+def test_last_step_that_makes_weights_that_are_not_finite_is_refused(world, tmp_path, capsys):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="--lr is 1e[+]300"):
+        train.parse_options(command(world, out, "--lr", "1e300")[2:])
+    run_to_error(world, out, "--max_steps", "1", "--weight_decay", "1e300")
+    assert "error: step 0 made weights that are not finite" in capsys.readouterr().err
+    assert train.whole_checkpoints(out) == [] and not {"model", "model.tmp"} & set(os.listdir(out))
+
+
+# --- 5: held-out numbers by transformers ----------------------------------------------------------
+
+
+def test_held_out_numbers_equal_transformers(world, scored, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    out, held_out = tmp_path / "out", scored[1][-1]
+    run_here(world, out, "--loss", "spot-bco", "--eval_pairs", held_out, "--lr", "1e-3", "--epochs", "3",
+             "--max_steps", "7", "--save_every", "1", "--keep", "9", "--save_dtype", "float32")
+    chat, (pairs, _) = data.load_chat(world["model"], 265), data.read_pairs(held_out)
+    hf = AutoModelForCausalLM.from_pretrained(world["model"], dtype=torch.float32)
+    with torch.no_grad():
+        reference = both_logps(hf, chat, pairs)
+    rows = [row for _, row in data.read_lines(str(out / "eval.jsonl"))]
+    assert [row["step"] for row in rows] == [3, 6, 7]
+    for row in rows:
+        folder = train.whole_checkpoints(out)[row["step"] - 1]
+        with open(os.path.join(folder, "state.json")) as f:
+            state = json.load(f)
+        assert state["step"] == row["step"] and abs(state["delta"]) > 1e-4
+        delta = state["delta"]
+        with_weights(hf, merged(out, row["step"] - 1))
+        with torch.no_grad():
+            r = 0.1 * (both_logps(hf, chat, pairs) - reference)
+        chosen, rejected = r.unbind(1)
+        sigma = torch.sigmoid
+        expected = {"reward_chosen": chosen, "reward_rejected": rejected, "margin": chosen - rejected,
+                    "accuracy": (chosen > rejected).double(), "tether_chosen": 1 - sigma(chosen - delta),
+                    "tether_rejected": sigma(rejected - delta),
+                    "loss": -sigma(chosen - delta).log() - sigma(delta - rejected).log()}
+        for key, value in expected.items():
+            assert row[key] == pytest.approx(value.mean().item(), rel=1e-4), key
+    exported = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(exported.parameters(), hf.parameters(), strict=True))
+
+
+# --- 7: a signal to one rank ----------------------------------------------------------------------
+
+
+def worker(parent, rank):
+    """Process id of one rank of a torchrun of ours: its child that has RANK=rank; None while it starts."""
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/stat") as f, open(f"/proc/{pid}/environ", "rb") as g:
+                above = int(f.read().rpartition(")")[2].split()[1])
+                if above == parent and f"RANK={rank}".encode() in g.read().split(b"\0"):
+                    return int(pid)
+        except OSError:
+            pass
+
+
+def test_sigterm_to_one_rank_stops_both_at_the_same_step(world, tmp_path):
+    extra, out = ("--epochs", "10", "--save_every", "0"), tmp_path / "stopped"
+    run(world, tmp_path / "whole", *extra, ranks=2)
+    process = subprocess.Popen(command(world, out, *extra, ranks=2), cwd=ROOT, stderr=subprocess.PIPE,
+                               text=True)
+    try:
+        while not os.path.exists(out / "metrics.jsonl") or len(metrics_so_far(out)) < 3:
+            assert process.poll() is None, "ended before the signal"
+            time.sleep(0.01)
+        os.kill(worker(process.pid, 1), signal.SIGTERM)
+        said = process.communicate(timeout=60)[1]
+    finally:
+        if process.poll() is None:
+            process.kill()
+            kill_workers(out)
+    step = train_step_of(out)
+    assert process.returncode != 0 and 3 < step < 30
+    assert said.count(f"SIGTERM: saved at step {step} of 30; go on with --resume --out {out}") == 1
+    assert "done:" not in said and not os.path.exists(out / "model")
+    assert sorted(os.listdir(out / "checkpoints" / f"step_{step:06d}")) == [
+        "shard_0.safetensors", "shard_1.safetensors", "state.json"]
+    assert [m["step"] for m in metrics(out)] == list(range(step))
+    done = subprocess.run(command(world, out, *extra, ranks=2) + ["--resume"], cwd=ROOT, capture_output=True,
+                          text=True, timeout=300)
+    assert done.returncode == 0 and f"step_{step:06d}: step {step} of 30" in done.stderr, done.stderr[-3000:]
+    assert same_checkpoints(tmp_path / "whole", out)
+    assert [m["loss"] for m in metrics(out)] == [m["loss"] for m in metrics(tmp_path / "whole")]
+
+
+# --- 8: which checkpoints stay --------------------------------------------------------------------
+
+
+def test_keep_leaves_the_newest_checkpoints(world, tmp_path):
+    out = tmp_path / "out"
+    run_here(world, out, "--max_steps", "5", "--save_every", "1", "--keep", "2")
+    assert sorted(os.listdir(out / "checkpoints")) == ["step_000004", "step_000005"]
+    for i, step in enumerate((4, 5)):
+        with open(os.path.join(train.whole_checkpoints(out)[i], "state.json")) as f:
+            assert json.load(f)["step"] == step
+
+
+def test_checkpoints_come_in_order_of_their_steps(tmp_path):
+    for name in ("step_999999", "step_1000000", "step_000002", "tmp_1000001", "step_x", "step_12"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    found = [os.path.basename(p) for p in train.whole_checkpoints(tmp_path)]
+    assert found == ["step_000002", "step_999999", "step_1000000"]
+    assert train.whole_checkpoints(tmp_path / "none") == []
+
+
+# --- 9: options under torchrun --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag,value,message,late", [
+    ("--lr", "-1", "--lr is -1.0, a number above 0", False),
+    ("--loss", "foo", "argument --loss: invalid choice: 'foo'", True),
+    pytest.param("--lr", "-1", "--lr is -1.0, a number above 0", True, marks=pytest.mark.slow),
+    pytest.param("--loss", "foo", "argument --loss: invalid choice: 'foo'", False, marks=pytest.mark.slow)])
+def test_two_ranks_say_once_what_is_wrong_with_the_options(world, tmp_path, flag, value, message, late):
+    """Late: rank 0 starts a second after rank 1, which must not end the run before rank 0 has spoken."""
+    script = tmp_path / "start.sh"
+    script.write_text(f'#!/bin/sh\n[ "$RANK" = 0 ] && sleep {int(late)}\n'
+                      f'exec "{sys.executable}" train.py "$@"\n')
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    argv = command(world, tmp_path / "out", flag, value, ranks=2)
+    at = argv.index("train.py")
+    argv[at:at + 1] = ["--no-python", str(script)]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    said = done.stdout + done.stderr
+    assert done.returncode != 0
+    assert said.count(message) == 1, said[-3000:]
+    assert not os.path.exists(tmp_path / "out")
+
+
+# --- 10: what is refused and what is not ----------------------------------------------------------
+
+
+def edited_pairs(world, path):
+    rows = [json.loads(line) for line in open(world["pairs"])]
+    rows[20]["original_answer"] += "!"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("changed", ["pairs", "eval_pairs", "weights"])
+def test_resume_without_a_checkpoint_refuses_other_inputs(world, scored, tmp_path, capsys, changed):
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copy(scored[0] / "config.json", out)
+    before = (out / "config.json").read_bytes()
+    other = {"pairs": ("--pairs", edited_pairs(world, tmp_path / "edited.jsonl")),
+             "eval_pairs": ("--eval_pairs", world["pairs"]),
+             "weights": ("--model", tiny.write_checkpoint(tmp_path / "model", seed=1))}[changed]
+    ranks = train.open_ranks(60)
+    with pytest.raises(SystemExit) as stop:
+        train.train(train.parse_options(["--resume", "--out", str(out), *other]), ranks)
+    assert stop.value.code == 1
+    assert f"error: {out} belongs to other {changed} than given now" in capsys.readouterr().err
+    assert os.listdir(out) == ["config.json"] and (out / "config.json").read_bytes() == before
+
+
+def test_resume_from_a_checkpoint_refuses_other_pairs(world, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    run_and_stop(monkeypatch, 0, world, out)
+    os.remove(out / "config.json")  # the checkpoint knows it too
+    edited = {**world, "pairs": edited_pairs(world, tmp_path / "edited.jsonl")}
+    ranks = train.open_ranks(60)
+    with pytest.raises(SystemExit):
+        train.train(train.parse_options(command(edited, out)[2:] + ["--resume"]), ranks)
+    assert "step_000002 belongs to other pairs than given now" in capsys.readouterr().err
+
+
+def test_resume_takes_moved_files(world, scored, tmp_path, monkeypatch):
+    extra = scored[1]
+    run_and_stop(monkeypatch, 0, world, tmp_path / "stopped", *extra)
+    os.rename(tmp_path / "stopped", tmp_path / "moved")
+    moved = {"--model": shutil.copytree(world["model"], tmp_path / "model"),
+             "--pairs": shutil.copy(world["pairs"], tmp_path / "copy.jsonl"),
+             "--eval_pairs": shutil.copy(extra[-1], tmp_path / "held_out.jsonl")}
+    resume_here(tmp_path / "moved", *(str(part) for pair in moved.items() for part in pair))
+    assert same_checkpoints(scored[0], tmp_path / "moved")
+    assert logged(scored[0]) == logged(tmp_path / "moved")
+
+
+QWEN_2_5 = ("{%- if messages[0]['role'] == 'system' %}{{- '<|im_start|>system\\n' + messages[0]['content'] + "
+            "'<|im_end|>\\n' }}{%- else %}{{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. "
+            "You are a helpful assistant.<|im_end|>\\n' }}{%- endif %}")
+QWEN_1_5 = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+            "{{ '<|im_start|>system\\nBe brief.<|im_end|>\\n' }}{% endif %}{% endfor %}")
+
+
+@pytest.mark.parametrize("start", [QWEN_2_5, QWEN_1_5], ids=["Qwen2.5", "Qwen1.5"])
+@pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json"])
+def test_template_with_a_system_message_of_its_own_is_refused(tmp_path, start, file):
+    tiny.write_tokenizer(tmp_path)
+    data.load_chat(str(tmp_path), 265)
+    if file == "chat_template.jinja":
+        (tmp_path / file).write_text(start + tiny.TEMPLATE)
+    else:
+        (tmp_path / file).write_text(json.dumps({"chat_template": start + tiny.TEMPLATE}))
+    with pytest.raises(UserError, match=f"{file}: this template adds a system message of its own"):
+        data.load_chat(str(tmp_path), 265)
+
+
+@pytest.mark.parametrize("key,value", [
+    ("layer_types", 5), ("layer_types", ["sliding_attention"]), ("hidden_size", 10**11),
+    ("hidden_size", "32"), ("hidden_size", 32.0), ("vocab_size", True), ("num_hidden_layers", 20000),
+    ("num_hidden_layers", 0), ("rms_norm_eps", None), ("rms_norm_eps", math.nan), ("rope_parameters", 5),
+    ("head_dim", []),
+    ("tie_word_embeddings", 1)])
+def test_wrong_values_in_config_json_are_named(world, tmp_path, key, value):
+    with open(os.path.join(world["model"], "config.json")) as f:
+        raw = json.load(f)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert qwen.read_config(str(tmp_path)).hidden_size == 32
+    (tmp_path / "config.json").write_text(json.dumps({**raw, key: value}))
+    with pytest.raises(UserError) as e:
+        qwen.read_config(str(tmp_path))
+    assert f'"{key}"' in str(e.value) and str(tmp_path / "config.json") in str(e.value)
+
+
+def test_logs_with_odd_lines_are_cut_all_the_same(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": 0, "loss": 1.0}, {"loss": 2.0}, {"step": "1"}, {"step": None}, {"step": [1]},
+            {"step": 1.5}, {"step": 1, "loss": 3.0}, {"step": 2, "loss": 4.0}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '[1]\nnull\n{"step": 3, "lo')
+    train.keep_steps_before(str(path), 2)
+    assert [row for _, row in data.read_lines(str(path))] == [rows[0], rows[6]]
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+    train.keep_steps_before(str(tmp_path / "none.jsonl"), 2)
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
