@@ -33,7 +33,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
@@ -779,7 +778,8 @@ def atom(tokens, point):
     if word in CONSTANTS:
         return CONSTANTS[word]
     low, high, denominator = POINTS[point]  # fixed by the name alone: the same in every run
-    return Fraction(low + zlib.crc32(ascii(f"{word} {point}").encode()) % (high - low + 1), denominator)
+    chance = hashlib.sha256(ascii(f"{word} {point}").encode()).digest()  # a CRC's parities go together
+    return Fraction(low + int.from_bytes(chance[:4], "little") % (high - low + 1), denominator)
 
 
 def function(name, tokens, point):
@@ -866,8 +866,8 @@ def read_relation(tokens):
     parts, signs = split(tokens, RELATIONS)
     if len(parts) != len(signs) + 1 or not any({*signs} <= {*kind} for kind in ("=", "≠", "<≤", ">≥")):
         raise ValueError("a side is empty, or relations are mixed")
-    # AB = 5 says what a segment is, xy = 6 and |x| = 5 do not say what x is
-    names = [NAME("".join(p)) and p[0] != "abs" and not (len(p) > 1 and all(
+    # AB = 5 says what a segment is, xy = 6 is an equation
+    names = [NAME("".join(p)) and not (len(p) > 1 and all(
         len(t) == 1 and t.islower() for t in p)) for p in parts]
     if signs[0] in ">≥" or signs[0] == "=" and names[-1] and not names[0]:
         parts, names, signs = parts[::-1], names[::-1], [{">": "<", "≥": "≤"}.get(s, s) for s in signs[::-1]]
