@@ -19,7 +19,6 @@ import importlib.util
 import json
 import os
 import re
-import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
 
