@@ -230,7 +230,8 @@ def load_chat(folder: str, vocab_size: int) -> Chat:
     if not isinstance(template, str) or "<|im_start|>" not in template:
         raise UserError(f"{template_path}: a Qwen3 chat template (with <|im_start|>) expected")
     # Qwen3's writes a system turn only where one is given; its own words are all about tools.
-    default = r"""(!=\s*|not\s.{0,60}==\s*)['"]system['"]|system(\\n|\n)[A-Za-z]|You are (?!provided with function)"""
+    default = (r"""(!=\s*|not\s.{0,60}==\s*)['"]system['"]|system(\\n|\n)[A-Za-z]"""
+               r"|You are (?!provided with function)")
     if re.search(default, template):
         raise UserError(f"{template_path}: this template adds a system message of its own; only Qwen3's "
                         "(hybrid or Instruct-2507) are computed here")

@@ -196,6 +196,7 @@ def http(server: Server, path: str, body: dict | None = None) -> dict:
 
 
 def error_body(answer, deadline):
+    """The first 2,000 bytes of an error's body as text; "" where it cannot be read in time."""
     try:
         return read_all(answer, deadline)[:2000].decode(errors="replace")
     except (OSError, HTTPException, Refused):
@@ -482,7 +483,8 @@ def finish(work) -> int:
     try:
         work()
     except KeyboardInterrupt:
-        print("\nstopped; what has arrived is kept, and the same command goes on", file=sys.stderr, flush=True)
+        print("\nstopped; what has arrived is kept, and the same command goes on", file=sys.stderr,
+              flush=True)
         return 130
     close_ranks()
     return 0
@@ -536,7 +538,7 @@ def identity(policy, o: Asking) -> str:
 
 # `tokenize` turns spellings into canonical tokens by two tables; `read` takes lists, tuples and relations
 # apart; the expressions that remain are computed at nine points. Equal are expressions with equal values:
-# exact fractions while that is possible, else floats within 1e-11 of the larger one. No tolerance is absolute,
+# exact fractions while that is possible, else floats within 1e-11 of the larger one. No tolerance is absolute
 # and a float that has lost its digits (sin pi, 1 - cos 10^-9) equals nothing but the same text.
 #
 # Where this differs from math-verify on purpose: a decimal equals an exact value only as its rounding to six
@@ -583,8 +585,8 @@ def last_boxed(text):
 
 MAX_CHARS, MAX_DEPTH, MAX_COMMAS, MAX_BITS = 400, 25, 60, 3000  # beyond these only the same text is equal
 TEXT, MATRIX = r"\\(?:text|mbox|mathrm|operatorname)\w*\s*", r"\s*\{(?:[pbB]?matrix|array)\}"
-MULTIPLES = {"hundred": "100", "thousand": "1000", "million": "10^6", "billion": "10^9", "trillion": "10^{12}",
-             "dozen": "12"}
+MULTIPLES = {"dozen": "12", "hundred": "100", "thousand": "1000", "million": "10^6", "billion": "10^9",
+             "trillion": "10^{12}"}
 
 
 def repeating(m):
@@ -699,6 +701,7 @@ def power(x, n):
 
 
 def factorial(n):
+    """n!, exact for whole n up to 400, else by the gamma function."""
     exact = isinstance(n, Fraction) and n.denominator == 1 and 0 <= n <= 400
     return Fraction(math.factorial(int(n))) if exact else math.gamma(n + 1)
 
@@ -1067,6 +1070,7 @@ def count_sentences(text):
 
 
 def is_json(text):
+    """Whether the text is JSON, alone or in one fence of backticks."""
     try:
         text = re.sub(r"\A(?:```json)?(?:```Json)?(?:```JSON)?(?:```)?", "", text.strip())
         json.loads(text.removesuffix("```").strip())
@@ -1102,6 +1106,7 @@ def keyword_pattern(text, before="", after="", flags=re.IGNORECASE):
 
 
 def compare(count, relation, threshold):
+    """IFEval's two relations: "less than", and "at least" for all others."""
     return count < threshold if relation == "less than" else count >= threshold
 
 
@@ -1287,6 +1292,7 @@ def within(pred, gold):
 
 
 def near(a, b, tolerance):
+    """Whether two numbers differ by no more than the tolerance; units must agree where both have one."""
     if a.kind != "leaf" or b.kind != "leaf" or None in (*a.values, *b.values) or a.unit and b.unit != a.unit:
         return False
     return all(abs(x - y) <= tolerance for x, y in zip(a.values, b.values))
@@ -1609,6 +1615,7 @@ def item_id(row, line):
 
 
 def parse_math(row, line):
+    """A row of a math set as (id, user turn, Gold); raises UserError naming the field."""
     key = next((k for k in ("question", "problem", "prompt") if isinstance(row.get(k), str)), None)
     if key is None:
         raise UserError(f"a string in question, problem or prompt expected, found {sorted(row)!r:.100}")
@@ -1617,6 +1624,7 @@ def parse_math(row, line):
 
 
 def parse_ifeval(row, line):
+    """A row of IFEval as (id, user turn, (instructions, arguments)); raises UserError."""
     ids, arguments = row.get("instruction_id_list"), row.get("kwargs")
     if not isinstance(ids, list) or not isinstance(arguments, list) or not 0 < len(ids) == len(arguments):
         raise UserError("'instruction_id_list' and 'kwargs': two lists of one length expected, found "
@@ -1697,12 +1705,13 @@ def describe(result):
     shown = [f"{name} {figure(*value)}" for name, value in result["metrics"].items()]
     shown += [f"{k} {100 * v:.1f}" for k, v in result.items() if k[:5] in ("pass@", "cut o", "empty")]
     shown += [f"{result['tokens']:.0f} tokens an answer"]
-    shown += [f"answering None gives {k} {100 * v:.1f}" for k, v in result["reference"].items() if k == "joint"]
+    shown += [f"answering None gives {100 * v:.1f}" for k, v in result["reference"].items() if k == "joint"]
     shown += [f"{result['unanswered']} UNANSWERED (start again to ask them)"] * bool(result["unanswered"])
     return ", ".join(shown)
 
 
 def figure(mean, error):
+    """A share and its standard error as text, in %."""
     return f"{100 * mean:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 

@@ -452,6 +452,7 @@ def generate(model: Qwen3, prompts, seeds, *, max_tokens, temperature=0.7, top_p
 
 
 def check_generate(model, prompts, seeds, max_tokens, temperature, top_p, top_k, batch_size):
+    """Raises one UserError that lists every wrong argument of `generate`."""
     problems = [f"{name} {found}, {wanted} expected" for name, found, wanted, fits in (
         ("seeds:", len(seeds), f"{len(prompts)}, one a prompt,", len(seeds) == len(prompts)),
         ("max_tokens", max_tokens, "1 or more", max_tokens >= 1),

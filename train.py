@@ -568,7 +568,8 @@ def prepare(o: Options, ranks: Ranks) -> Run:
             raise UserError(f"{o.out} holds a run already ({', '.join(taken)}): add --resume to go on with "
                             "it, or choose another --out")
         files = {"pairs": o.pairs, "eval_pairs": o.eval_pairs}
-        missing = [f"--{k} {f}: cannot be read: no such file" for k, f in files.items() if f and not os.path.isfile(f)]
+        missing = [f"--{k} {f}: cannot be read: no such file" for k, f in files.items()
+                   if f and not os.path.isfile(f)]
         missing += [f"--out {o.out} is a file"] * os.path.isfile(o.out)
         try:
             folder = qwen.checkpoint_folder(o.model)

@@ -129,7 +129,7 @@ R, V, D = map(int, sys.argv[1:])
 a, b = torch.randn(64, D, requires_grad=True), torch.randn(64, D, requires_grad=True)
 loss.linear_logps(a, b, torch.arange(64)).sum().backward()
 h, t = torch.randn(R, D).requires_grad_(), torch.randint(0, V, (R,))
-w = torch.randn(V, D).div_(D**0.5).requires_grad_()  # logits of a model's size: else all is denormal, and slow
+w = torch.randn(V, D).div_(D**0.5).requires_grad_()  # larger logits: all is denormal, and slow
 start = peak()
 loss.linear_logps(h, w, t).sum().backward()
 print(peak() - start - 4 * (h.numel() + w.numel()))  # the two gradients are results, not temporaries

@@ -259,7 +259,8 @@ def test_sigterm_keeps_what_has_arrived(tmp_path, checkpoint):
     write_errors(tmp_path / "errors.jsonl", 30)
     with Misbehaving(lambda b, n: good(b, n) if len(server.requests) <= 20 else "hang") as server:
         command = [sys.executable, ROOT / "oracle.py", "rectify", "--errors", tmp_path / "errors.jsonl",
-                   "--out", tmp_path / "out", "--tokenizer", checkpoint, "--server", server.url, "--workers", "2"]
+                   "--out", tmp_path / "out", "--tokenizer", checkpoint, "--server", server.url,
+                   "--workers", "2"]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         while len(server.requests) < 22:
             time.sleep(0.01)
