@@ -154,7 +154,8 @@ def build_policy(folder, config, o: Options, ranks: Ranks):
         fully_shard(policy.lm_head, **how)
     fully_shard(policy, reshard_after_forward=False, **how)
     for unit in policy.modules():
-        if isinstance(unit, FSDPModule):  # sum gradients: we divide by our own global counts
+        # Sum gradients: we divide by our own global counts. One rank alone would divide by 1, at a cost.
+        if isinstance(unit, FSDPModule) and ranks.world > 1:
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)  # without it gloo dies on the factor
     policy.to_empty(device=ranks.device)
