@@ -76,10 +76,10 @@ def read_pairs(path: str, skip_malformed: bool = False) -> tuple[list[Pair], Cou
     return read_rows(path, parse, skip_malformed)
 
 
-def read_rows(path: str, parse, skip_malformed: bool) -> tuple[list, Counter]:
+def read_rows(path: str, parse, skip_malformed: bool | None = None) -> tuple[list, Counter]:
     """All rows of a JSONL file through `parse(row, line)`, which returns a record, or a string: the reason to
     drop the row, or raises UserError. Returns the records and a count of dropped rows by reason. Raises one
-    UserError with the first malformed rows, or, with skip_malformed, counts them."""
+    UserError with the first malformed rows, or, with skip_malformed, counts them (None: not to be had)."""
     kept, dropped, problems = [], Counter(), []
     for number, row in read_lines(path):
         try:
@@ -97,8 +97,8 @@ def read_rows(path: str, parse, skip_malformed: bool) -> tuple[list, Counter]:
     elif problems:
         more = len(problems) - SHOWN_PROBLEMS
         shown = problems[:SHOWN_PROBLEMS] + [f"... and {more} more"] * (more > 0)
-        raise UserError(f"{path}: {len(problems)} malformed rows (--skip_malformed drops them):\n  "
-                        + "\n  ".join(shown))
+        advice = "" if skip_malformed is None else " (--skip_malformed drops them)"
+        raise UserError(f"{path}: {len(problems)} malformed rows{advice}:\n  " + "\n  ".join(shown))
     if not kept and not dropped:
         raise UserError(f"{path}: the file is empty, one JSON object a line expected")
     return kept, +dropped

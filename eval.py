@@ -470,7 +470,6 @@ class Asking:
     batch_size: int = option(32, "answers the own model writes at a time")
     dtype: str = option("bfloat16", "of the own model", ("float32", "bfloat16"))
     seed: int = option(0, "of the samples")
-    skip_malformed: bool = option(False, "drop and count malformed rows instead of stopping")
     timeout: int = option(86400, "seconds after which a stalled rank ends the run")
 
 
@@ -524,14 +523,15 @@ def open_policy(o: Asking, device, non_thinking: bool = True):
 
 
 def identity(policy, o: Asking) -> str:
-    """Whose answers these are: a server's model name and --body, or a folder and a hash of its weights."""
+    """Whose answers these are: a server's model name and --body, or a folder, a hash of its weights and the
+    type of the computation."""
     if isinstance(policy, Server):
         return f"{policy.model} {json.dumps(policy.body, sort_keys=True)}"
     digest, folder = hashlib.sha256(), qwen.checkpoint_folder(o.model)
     for path in sorted({path for path, _ in qwen.open_tensors(folder).values()}):
         with open(path, "rb") as f:
             digest.update(hashlib.file_digest(f, "sha256").digest())
-    return f"{os.path.basename(os.path.abspath(folder))} {digest.hexdigest()[:16]}"
+    return f"{os.path.basename(os.path.abspath(folder))} {digest.hexdigest()[:16]} {o.dtype}"
 
 
 # --- grading: which answer does a text commit itself to? ------------------------------------------
@@ -557,15 +557,21 @@ STATED = re.compile(
 def extract_answer(text: str) -> str | None:
     """What the last box of a response holds, else what the last "answer is", "Answer:" or "####" states.
     Thinking is dropped; a text that ends inside <think> or its last box was cut off and has no answer."""
-    text = text.rpartition("</think>")[2]
+    text = after_thinking(text)
     answer, stated = last_boxed(text), [m.end() for m in STATED.finditer(text)]
-    if "<think>" in text or answer is None and not stated:
+    if answer is None and not stated:
         return None
     if answer is None:
         rest = text[stated[-1]:].split("\n")[0].split("<|")[0]
         formula = re.match(r"\$+[^$]+\$+|\\\(.+?\\\)|\\\[.+?\\\]", rest)
         answer = formula[0] if formula else re.split(r"[.;]\s|,?\s(?:because|since)\b", rest)[0].strip(".* ")
     return answer.strip() or None
+
+
+def after_thinking(text):
+    """What a response says once its thinking has ended: nothing, where it was cut off before that."""
+    _, thought, said = text.rpartition("</think>")
+    return "" if "<think>" in said else said.lstrip() if thought else said
 
 
 def last_boxed(text):
@@ -731,6 +737,8 @@ def operate(op, *args):
     if op in OPERATIONS:
         value, scale = OPERATIONS[op](*args), max(map(abs, args)) if op in "+-" else 0
     else:
+        if op in ("sin", "cos", "tan") and abs(args[0]) > 1e5:
+            raise ArithmeticError("digits lost")
         value = getattr(cmath if isinstance(args[0], complex) else math, op)(args[0])
         scale = min(1, abs(args[0]))
     if isinstance(value, Fraction):
@@ -1272,7 +1280,7 @@ def grade_math(text: str, gold: Gold) -> bool:
         return False
     answers = [found]
     if gold.several:
-        line = ([""] + [x for x in text.rpartition("</think>")[2].split("\n") if BOX.search(x)])[-1]
+        line = ([""] + [x for x in after_thinking(text).split("\n") if BOX.search(x)])[-1]
         at = [m.start() for m in BOX.finditer(line)]
         answers.append(", ".join(last_boxed(line[i:j]) for i, j in zip(at, [*at[1:], None])))
         answers = [re.sub(r"(?<!\{),\s*", ", ", x) for x in answers]  # 5,150 are two here
@@ -1402,7 +1410,7 @@ def connect4_file(path: str) -> list[dict]:
             raise UserError(f"'answer': by the rules it is {answer}, found {row.get('answer')!r:.100}")
         return {"state": state, "answer": answer}
 
-    return data.read_rows(path, parse, skip_malformed=False)[0]
+    return data.read_rows(path, parse)[0]
 
 
 def grade_connect4(text: str, answer: list) -> dict:
@@ -1413,8 +1421,8 @@ def grade_connect4(text: str, answer: list) -> dict:
     a result that holds neither cells nor None is wrong, not an empty list. Where a result is missing, that
     question is wrong and "no answer" is 1.
     """
-    text = text.rpartition("</think>")[2].lower()
-    found = [None if "<think>" in text else pattern.search(text) for pattern in CONNECT4_RESULTS]
+    text = after_thinking(text).lower()
+    found = [pattern.search(text) for pattern in CONNECT4_RESULTS]
     right = []
     for m, gold in zip(found, answer):
         cells = re.findall(r"\(\s*(\d+)\s*,\s*(\d+)\s*\)", m[1]) if m else []
@@ -1437,15 +1445,18 @@ gives the letter of your choice in exactly this form: "Answer": "C"
 """
 HUB_KEYS = ["Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"]
 CHOICES = [re.compile(pattern) for pattern in (
-    r'(?i:"answer")\s*:\s*"\(?([A-D])\)?\.?"',  # the form that the prompt asks for
+    r"""(?i:["'“”‘’]answer["'“”‘’])\s*:\s*["'“”‘’]\(?([A-D])\)?\.?["'“”‘’]""",  # as the prompt asks for
     r"\\boxed\s*\{\s*(?:\\\w+\s*\{)?[\s($]*([A-D])\s*[}).:]",
-    # Not the article of "the answer is A good one", nor a part of the name C-H.
-    r"(?i:\banswer\b[*\"]*\s*(?:is|be|:))(?:[\s:*_\"'($\[]|\\(?:boxed|text\w*)\s*\{|(?i:option|choice)\b)*"
-    r"([A-D])(?![\w'’–-]|[ \t]+(?!because\b|since\b|as\b)[a-z])")]
+    r"(?i:<answer>)[\s(]*([A-D])[\s).]*(?i:</answer>)",
+    # Not the article of "the answer is A good one", nor a part of the name C-H, nor the first of two.
+    r"(?i:\b(?:answer|option|choice)\b[*\"']*\s*(?:is|be|(?:would|should|must)\s+be|:))"
+    r"(?:[\s:*_\"'($\[]|\\\(|\\(?:boxed|text\w*)\s*\{|(?i:option|choice)\b)*"
+    r"([A-D])(?![\w'’–-]|[ \t]+(?!because\b|since\b|as\b)[a-z]|\)?\s*[,/(]\s*\(?[A-D]\b)",
+    r"(?i:\b(?:option|choice))[\s(*]+([A-D])\b[)*]*\s+(?i:is\s+(?:the\s+)?(?:correct|right|best)\b)")]
 
 
-def gpqa_file(path: str) -> list[dict]:
-    """Rows {"prompt", "answer": a letter} of a JSONL file of four-choice questions: with the hub's keys
+def gpqa_file(path: str) -> list[tuple]:
+    """Rows (id, user turn, right letter) of a JSONL file of four-choice questions: with the hub's keys
     (Question, Correct Answer, Incorrect Answer 1 to 3), or question, choices and answer, an index from 0.
 
     Choices are ordered by a hash of question and choice: a shuffle that is the same on every machine and
@@ -1468,18 +1479,16 @@ def gpqa_file(path: str) -> list[dict]:
         order = sorted(choices, key=lambda c: hashlib.sha256(json.dumps([question, c]).encode()).digest())
         shown = "\n".join(f"{letter}) {choice}" for letter, choice in zip("ABCD", order))
         letter = "ABCD"[order.index(choices[right])]
-        return {"prompt": f"{GPQA_PROMPT}{question}\n\n{shown}", "answer": letter}
+        return item_id(row, line), f"{GPQA_PROMPT}{question}\n\n{shown}", letter
 
-    return data.read_rows(path, parse, skip_malformed=False)[0]
+    return read_unique(path, parse)
 
 
 def choice_letter(text: str) -> str | None:
     """The letter "A" to "D" that a response chooses, or None: the last `"Answer": "C"`, else the last
     \\boxed{C}, else the last "answer is (C)" or "Answer: C", else a letter alone on the last line. Thinking
     is dropped."""
-    text = text.rpartition("</think>")[2]
-    if "<think>" in text:
-        return None
+    text = after_thinking(text)
     bare = text.rstrip().split("\n")[-1].strip("*_()$. \t\r")
     found = [letters[-1] for letters in (pattern.findall(text) for pattern in CHOICES) if letters]
     return [*found, bare if bare in tuple("ABCD") else None][0]
@@ -1576,6 +1585,8 @@ def load_task(spec: str, folder: str) -> Task:
     user's own (question and gold in the fields that oracle.py reads). Raises UserError naming file and line.
     """
     name, given, path = spec.partition("=")
+    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name) or name.endswith((".json", ".md")):  # the name of a folder
+        raise UserError(f"--tasks: {name!r} is no name; letters, digits, '-', '_' and '.' expected")
     path = path or os.path.join(folder, f"{name}.jsonl")
     if name == "connect4":
         rows = connect4_file(path) if given or os.path.exists(path) else connect4_rows(500, seed=0)
@@ -1583,8 +1594,7 @@ def load_task(spec: str, folder: str) -> Task:
                  for i, row in enumerate(rows)]
         return Task(name, asked, grade_connect4, reference=connect4_reference(rows))
     if name == "gpqa":
-        asked = [(str(i), row["prompt"], row["answer"]) for i, row in enumerate(gpqa_file(path))]
-        return Task(name, asked, lambda text, gold: {"accuracy": choice_letter(text) == gold,
+        return Task(name, gpqa_file(path), lambda text, gold: {"accuracy": choice_letter(text) == gold,
                                                      "no answer": choice_letter(text) is None})
     if name == "ifeval":
         rows = read_unique(path, parse_ifeval)
@@ -1594,12 +1604,13 @@ def load_task(spec: str, folder: str) -> Task:
         raise UserError(f"--tasks: {name!r} is unknown; {', '.join((*MATH_SETS, *GROUPS['OOD'], 'ifeval'))} "
                         "or NAME=FILE.jsonl expected")
     return Task(name, read_unique(path, parse_math), lambda text, gold: {
-        "accuracy": grade_math(text, gold), "no answer": extract_answer(text) is None})
+        "accuracy": grade_math(text, gold), "no answer": extract_answer(text) is None,
+        "no box": last_boxed(after_thinking(text)) is None})
 
 
 def read_unique(path, parse):
     """Rows (id, ...) of a task's file; ids must differ."""
-    rows, dropped = data.read_rows(path, parse, skip_malformed=False)
+    rows, dropped = data.read_rows(path, parse)
     twice = [k for k, n in Counter(row[0] for row in rows).items() if n > 1]
     if twice:
         raise UserError(f"{path}: {len(twice)} ids occur more than once, first {', '.join(twice[:5])}")
@@ -1608,7 +1619,8 @@ def read_unique(path, parse):
 
 def item_id(row, line):
     """The row's own id or index, else its line number."""
-    value = next((row[k] for k in ("id", "index") if row.get(k) is not None), line)
+    keys = ("id", "index", "key", "Record ID")
+    value = next((row[k] for k in keys if row.get(k) is not None), f"line {line}")
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise UserError(f'"id": a string or an integer expected, found {value!r:.60}')
     return data.check_text(str(value), '"id"')
@@ -1630,12 +1642,12 @@ def parse_ifeval(row, line):
         raise UserError("'instruction_id_list' and 'kwargs': two lists of one length expected, found "
                         f"{ids!r:.60} and {arguments!r:.60}")
     ifeval_verdicts("x", ids, arguments)  # raises for what it does not know
-    return str(row.get("key", line)), data.check_text(row.get("prompt"), "'prompt'"), (ids, arguments)
+    return item_id(row, line), data.check_text(row.get("prompt"), "'prompt'"), (ids, arguments)
 
 
 def grade_ifeval(text, gold):
     """Prompt level: all instructions kept; instruction level: the share that was kept."""
-    strict, loose = ifeval_verdicts(text.rpartition("</think>")[2], *gold)
+    strict, loose = ifeval_verdicts(after_thinking(text), *gold)
     return {"prompt strict": all(strict), "instruction strict": sum(strict) / len(strict),
             "prompt loose": all(loose), "instruction loose": sum(loose) / len(loose)}
 
@@ -1648,12 +1660,14 @@ def evaluate(policy, tasks: list, out: str, sampling: Sampling, ranks: Ranks, sa
     """Sample and score tasks; every answer is kept in out/TASK/raw-*.jsonl, and asked once.
 
     samples: answers a question; 0: the paper's number for each task. Returns (on the main rank) and writes
-    results.json: {task: {"questions", "samples", "metrics": {metric: [mean, standard error]}, "pass@k",
-    "cut off", "empty", "tokens", "unanswered", "reference", "scores": {question id: [headline scores]}}}.
+    results.json, where tasks of an earlier call stay: {task: {"questions", "samples",
+    "metrics": {metric: [mean, standard error]}, "pass@k", "cut off", "empty", "tokens", "unanswered", "reference", "asked": {question id: a hash of its turn},
+    "scores": {question id: [headline scores]}}}.
     Metrics and shares are from 0 to 1. Answers that a server failed to give are left out of all means, and
     counted in "unanswered".
     """
-    results = {}
+    path = os.path.join(out, "results.json")
+    results = qwen.read_json(path) if ranks.main and os.path.exists(path) else {}  # of tasks asked before
     for task in tasks:
         k = samples or SAMPLES.get(task.name, 5)
         wanted = [[request_for(f"{name}/{i}", [{"role": "user", "content": turn}], seed) for i in range(k)]
@@ -1665,7 +1679,7 @@ def evaluate(policy, tasks: list, out: str, sampling: Sampling, ranks: Ranks, sa
                 by_row = [[records.get(r.key, {}) for r in row] for row in wanted]
                 results[task.name] = score_task(task, by_row)
                 ranks.say(f"{task.name}: " + describe(results[task.name]))
-                qwen.write_json(os.path.join(out, "results.json"), results)
+                qwen.write_json(path, results)
     with ranks.together():
         if ranks.main:
             table = results_table(results)
@@ -1680,7 +1694,9 @@ def score_task(task: Task, records: list) -> dict:
     answered = [[r for r in row if "text" in r] for row in records]
     flat = [r for row in answered for r in row]
     if not flat:
-        raise UserError(f"{task.name}: not one answer arrived; start again to ask once more")
+        reasons = Counter(r.get("error", "not asked") for row in records for r in row)
+        raise UserError(f"{task.name}: not one answer arrived ({reasons.most_common(1)[0][0]:.200}); start again "
+                        "to ask once more")
     grades = [[task.grade(r["text"], gold) for r in row] for row, (*_, gold) in zip(answered, task.rows)]
     names = list(next(g for row in grades for g in row))
     kept = [i for i, row in enumerate(grades) if row]
@@ -1697,7 +1713,9 @@ def score_task(task: Task, records: list) -> dict:
             "cut off": sum(r["finish"] == "length" for r in flat) / len(flat),
             "empty": sum(not r["text"].strip() for r in flat) / len(flat),
             "tokens": sum(r["tokens"] for r in flat) / len(flat),
-            "unanswered": sum(map(len, records)) - len(flat), "reference": task.reference, "scores": scores}
+            "unanswered": sum(map(len, records)) - len(flat), "reference": task.reference,
+            "asked": {name: hashlib.sha256(turn.encode()).hexdigest()[:12] for name, turn, _ in task.rows},
+            "scores": scores}
 
 
 def describe(result):
@@ -1734,19 +1752,31 @@ def results_table(results: dict) -> str:
 
 def compare_runs(folders: list, seed: int = 0) -> str:
     """A Markdown table of two finished evaluations: differences of the headline figures in points, B - A,
-    with 95 % intervals by paired bootstrap over questions."""
+    with 95 % intervals by paired bootstrap over the questions that both answered. A and B are of those alone.
+    Below 20 questions the bootstrap's p is too small, and left out. What cannot be compared is said."""
     a, b = (qwen.read_json(os.path.join(folder, "results.json")) for folder in folders)
-    both = [name for name in a if name in b]
-    if not both:
-        raise UserError(f"no task in common: {folders[0]} has {', '.join(a)}, {folders[1]} {', '.join(b)}")
-    lines = ["| task | questions | A | B | B - A | 95 % | p |", "|---|---|---|---|---|---|---|"]
-    for name in both:
-        difference, low, high, p = paired_bootstrap(a[name]["scores"], b[name]["scores"], seed)
-        first, second = (100 * list(r[name]["metrics"].values())[0][0] for r in (a, b))
-        lines.append(f"| {name} | {len(a[name]['scores'].keys() & b[name]['scores'].keys())} | {first:.1f} | "
-                     f"{second:.1f} | {100 * difference:+.1f} | {100 * low:+.1f} to {100 * high:+.1f} | "
-                     f"{p:.3f} |")
-    return "\n".join(lines)
+    notes, rows = [], []
+    settings = [qwen.read_json(os.path.join(folder, "settings.json")) for folder in folders]
+    notes += [f"{k} differs: {settings[0].get(k)} and {settings[1].get(k)}" for k in ("sampling", "seed")
+              if settings[0].get(k) != settings[1].get(k)]
+    for name in (name for name in a if name in b):
+        both = [q for q in a[name]["scores"] if q in b[name]["scores"]
+                and a[name]["asked"][q] == b[name]["asked"][q]]
+        if len(both) < 2:
+            notes.append(f"{name} is left out: {len(both)} questions were asked in both")
+            continue
+        some = [{q: r[name]["scores"][q] for q in both} for r in (a, b)]
+        difference, low, high, p = paired_bootstrap(*some, seed)
+        first, second = (100 * clustered(list(scores.values()))[0] for scores in some)
+        rows.append(f"| {name} | {len(both)} | {first:.1f} | {second:.1f} | {100 * difference:+.1f} | "
+                    f"{100 * low:+.1f} to {100 * high:+.1f} | {f'{p:.3f}' if len(both) >= 20 else '-'} |")
+        others = [r[name]["questions"] - len(both) for r in (a, b)]
+        notes += [f"{name}: {others[0]} questions of A and {others[1]} of B have no partner"] * any(others)
+    if not rows:
+        raise UserError(f"nothing to compare: {folders[0]} has {', '.join(a)}, {folders[1]} {', '.join(b)}"
+                        + "".join(f"\n  {note}" for note in notes))
+    return "\n".join(["| task | questions | A | B | B - A | 95 % | p |", "|---|---|---|---|---|---|---|", *rows,
+                      *(f"\n{note}" for note in notes)])
 
 
 # --- retention ------------------------------------------------------------------------------------
@@ -1754,22 +1784,33 @@ def compare_runs(folders: list, seed: int = 0) -> str:
 ROWS_AT_ONCE = 256  # of logits, twice, in fp32: 0.3 GB at Qwen3's vocabulary
 
 
-def read_sequences(path: str, chat: data.Chat, max_length: int) -> list:
+def read_sequences(path: str, chat: data.Chat, max_length: int) -> tuple[list, str]:
     """(ids, first) of every row: a text ("text"), scored from its second token, or a pair, whose y+ is scored
-    after its prompt. Longer ones are cut: every token's context stays whole."""
+    after its prompt; and what was cut and dropped, as text. Longer ones are cut: every token's context stays
+    whole."""
+    cut = 0
+
     def parse(row, line):
         if "text" in row:
             ids, first = chat.encode(data.check_text(row["text"], "'text'")), 1
+        elif row.get("is_correct") is False:
+            return "correction is wrong (is_correct: false)"
         else:
             pair = data.parse_row(row, line)
             prompt = chat.prompt(pair.messages)
             ids, first = [*prompt, *chat.encode(pair.chosen), chat.im_end], len(prompt)
-        return (ids[:max_length], first) if len(ids[:max_length]) > first else "nothing to score"
+        if len(ids[:max_length]) <= first:
+            return "nothing to score"
+        nonlocal cut
+        cut += len(ids) > max_length
+        return ids[:max_length], first
 
-    rows, dropped = data.read_rows(path, parse, skip_malformed=False)
+    rows, dropped = data.read_rows(path, parse)
+    said = f"{path}: {len(rows)} texts, {cut} of them cut at {max_length} tokens"
+    said += "".join(f"; {n} dropped: {reason}" for reason, n in dropped.items())
     if not rows:
-        raise UserError(f"{path}: no row has a token to score ({dict(dropped)})")
-    return rows
+        raise UserError(f"{said}: no row has a token to score")
+    return rows, said
 
 
 @torch.no_grad()
@@ -1785,6 +1826,8 @@ def retention(model: qwen.Qwen3, base: qwen.Qwen3, sequences: list, ranks: Ranks
     if model.config.vocab_size != base.config.vocab_size:
         raise UserError(f"vocabularies of {model.config.vocab_size} and {base.config.vocab_size} tokens: "
                         "no KL between them")
+    # In fp32 whatever the models are: logits rounded to bf16 would add half as much again to a small KL.
+    heads = [m.head_weight().float() for m in (model, base)]
     sums = torch.zeros(len(sequences), 3, dtype=torch.float64)
     mine = range(ranks.rank, len(sequences), ranks.world)
     for i in tqdm(mine, disable=not ranks.main, desc="retention", unit="text"):
@@ -1793,7 +1836,7 @@ def retention(model: qwen.Qwen3, base: qwen.Qwen3, sequences: list, ranks: Ranks
         where = torch.arange(len(ids), device=ranks.device), [(0, len(ids), len(ids), len(ids))]
         hidden = [m.norm(m.trunk(tokens, *where))[first - 1:-1].split(ROWS_AT_ONCE) for m in (model, base)]
         for p, q, target in zip(*hidden, tokens[first:].split(ROWS_AT_ONCE)):
-            p, q = ((h @ m.head_weight().T).float().log_softmax(-1) for h, m in ((p, model), (q, base)))
+            p, q = ((h.float() @ w.T).log_softmax(-1) for h, w in ((p, heads[0]), (q, heads[1])))
             kl = (q.exp() * (q - p)).sum(-1)
             at_target = (x.gather(1, target[:, None])[:, 0] for x in (p, q))
             sums[i] += torch.stack([x.double().sum().cpu() for x in (*at_target, kl)])
@@ -1870,7 +1913,11 @@ def run_retention(o: RetentionOptions, ranks: Ranks):
     """From options to one printed line of JSON."""
     with ranks.together():
         models = [open_own(name, getattr(torch, o.dtype), ranks.device) for name in (o.model, o.base)]
-        sequences = read_sequences(o.texts, models[1].chat, o.max_length)
+        own, other = (m.chat.tokenizer.get_vocab(with_added_tokens=True) for m in models)
+        if own != other:
+            raise UserError(f"{o.model} and {o.base} have different tokenizers: no KL between them")
+        sequences, said = read_sequences(o.texts, models[1].chat, o.max_length)
+        ranks.say(said)
         found = retention(models[0].model, models[1].model, sequences, ranks)
     if ranks.main:
         print(json.dumps(found))
@@ -1889,6 +1936,9 @@ def parse_command(argv):
     o = record(**vars(parser.parse_args(argv)))
     problems = [f"--{k} is required" for k in required if not getattr(o, k)]
     problems += check_asking(o, ("model", "server")) if run is run_evaluation else []
+    for name, least in (("samples", 0), ("limit", 0), ("max_length", 2)):
+        if getattr(o, name, least) < least:
+            problems.append(f"--{name} is {getattr(o, name)}, a number of {least} or more expected")
     if problems:
         raise UserError("\n  ".join(["these options do not work:"] + problems))
     return run, o
@@ -1901,4 +1951,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    qwen.leave(main())
+    qwen.leave(main)

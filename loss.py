@@ -235,7 +235,8 @@ def row_coefficients(objective: str, row_logps: torch.Tensor, lengths: torch.Ten
         r = rewards(sequence_logps(leaf, lengths), reference, beta)
         chosen, rejected = r.unbind(1)
         if objective in TOKEN_OBJECTIVES:
-            losses = {"sft": sft, "dft": dft}[objective](leaf.double()[rows_of_chosen(lengths)])
+            losses = {"sft": sft, "dft": dft}[objective](leaf.double())
+            losses = torch.where(rows_of_chosen(lengths, len(leaf)), losses, 0.0)
         elif objective == "reward-sft":
             losses = reward_sft(chosen)
         elif objective == "dpo":
@@ -248,10 +249,10 @@ def row_coefficients(objective: str, row_logps: torch.Tensor, lengths: torch.Ten
     return coefficients, diagnose(loss.detach(), r.detach(), tether_at, coefficients, lengths)
 
 
-def rows_of_chosen(lengths: torch.Tensor) -> torch.Tensor:
-    """(R,) bool: the rows that belong to y+, that is trunk and chosen branch, not the rejected one."""
-    is_chosen = torch.tensor([True, False, True], device=lengths.device).repeat(len(lengths))
-    return is_chosen.repeat_interleave(lengths.flatten())
+def rows_of_chosen(lengths: torch.Tensor, rows: int) -> torch.Tensor:
+    """(rows,) bool: which rows belong to y+, that is trunk and chosen branch, not the rejected one."""
+    is_chosen = torch.arange(3 * len(lengths), device=lengths.device) % 3 != 1
+    return is_chosen.repeat_interleave(lengths.flatten(), output_size=rows)
 
 
 # --- the running mean delta -----------------------------------------------------------------------
@@ -292,13 +293,14 @@ def diagnose(loss, r, delta, coefficients, lengths) -> dict:
     chosen, rejected = r.unbind(1)
     has = pair.double()
     rejected = torch.where(pair, rejected, 0.0)
-    trunk = torch.tensor([1.0, 0.0, 0.0], device=r.device, dtype=torch.float64).repeat(len(lengths))
-    on_trunk = trunk.repeat_interleave(lengths.flatten())
+    # From arange and with the size told: a list of numbers, or a size to find out, would make a GPU wait.
+    is_trunk = (torch.arange(3 * len(lengths), device=r.device) % 3 == 0).double()
+    on_trunk = is_trunk.repeat_interleave(lengths.flatten(), output_size=len(coefficients))
     values = (loss, chosen.sum(), rejected.sum(), ((chosen - rejected) * has).sum(),
               ((chosen > rejected) * has).sum(), tether(chosen, delta).sum(),
               (tether(-rejected, -delta) * has).sum(), (coefficients.double().abs() * on_trunk).sum(),
               torch.maximum(chosen.abs(), rejected.abs()).amax() if len(r) else r.new_zeros(()),
-              r.new_tensor(len(r)), has.sum(), lengths[:, [0, 2]].sum(), on_trunk.sum())
+              r.new_full((), len(r)), has.sum(), lengths[:, [0, 2]].sum(), on_trunk.sum())
     return {name: torch.as_tensor(value, dtype=torch.float64) for name, value in zip(SUMS, values)}
 
 

@@ -18,6 +18,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -323,8 +324,9 @@ def attend(q, k, v, where):
     q, k, v = q[None], k[None], v[None]
     if not isinstance(where, list):
         return _compiled_flex()(q, k, v, block_mask=where, enable_gqa=True)[0]
-    # 16-bit q, k, v are widened: the CPU's own 16-bit backward takes twice as long as fp32's.
-    dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    # 16-bit q, k, v are widened: the CPU's own 16-bit backward takes twice as long as fp32's. (On a GPU a
+    # prompt comes this way, without a backward.)
+    dtype, wide = q.dtype, q.dtype if q.is_cuda else torch.promote_types(q.dtype, torch.float32)
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
     # Three calls a fork: no [T, T] mask and no masked-out work between forks (3.4-4.6x one masked call).
     # Cut with split, whose backward is one cat; each slice's backward would fill and add a whole (H, T, d).
@@ -828,9 +830,11 @@ def open_ranks(timeout: int, toy: bool = False) -> Ranks:
         torch.cuda.set_device(device)
     else:  # torchrun sets OMP_NUM_THREADS=1, which wastes cores where there are fewer ranks
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+        torch.set_flush_denormal(True)  # most of a sharp softmax is denormal, and those numbers are slow
     backend = "nccl" if cuda else "gloo"
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **alone)
+    how = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    how |= {"device_id": device} if cuda else {}
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **how)
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -853,8 +857,18 @@ def begin(parse, join=lambda o: open_ranks(o.timeout)):
     sys.exit(code)
 
 
-def leave(code: int):
-    """End the process at once: gloo's threads now and then abort the interpreter's own way out."""
+def leave(main):
+    """Run a program to its exit code and end the process at once: gloo's threads now and then abort the
+    interpreter's own way out. What a dead or stalled rank does to the others is said in a line."""
+    try:
+        code = main()
+    except RuntimeError as e:  # gloo's have no class of their own
+        of_peers = isinstance(e, dist.DistError) or re.search("gloo|closed by peer|Timed out waiting", str(e))
+        if not of_peers:
+            raise
+        tqdm.write("error: another rank has died or has not answered within --timeout: "
+                   f"{str(e).splitlines()[0]:.200}", file=sys.stderr)
+        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

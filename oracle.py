@@ -25,9 +25,9 @@ from dataclasses import asdict, dataclass
 import data
 import eval as evaluation
 import model as qwen
-from eval import (INSTRUCTION, LAST_LINE, Asking, Own, Sampling, Server, answers_match, check_asking,
-                  claim_folder, extract_answer, finish, gold_answer, identity, item_id, open_policy,
-                  request_for, write_rows)
+from eval import (INSTRUCTION, LAST_LINE, Asking, Own, Sampling, Server, after_thinking, answers_match,
+                  check_asking, claim_folder, extract_answer, finish, gold_answer, identity, item_id,
+                  open_policy, request_for, write_rows)
 from model import Ranks, UserError, add_options, begin, option
 
 START, END = "=== CORRECTED STARTED ===", "=== CORRECTED ENDED ==="
@@ -275,7 +275,7 @@ def judge_correction(item, record, encode, prompt, by_function, max_change_ratio
         return "request failed: " + record["error"], None
     if record["finish"] == "length":
         return "cut off by the token limit", None
-    text = record["text"].rpartition("</think>")[2]
+    text = after_thinking(record["text"])
     if prompt != "direct" and not by_function:
         if START not in text or END not in text.rpartition(START)[2]:
             return "no text between the markers", None
@@ -366,6 +366,7 @@ class ElicitOptions(Asking):
     samples: int = option(1, "answers per question")
     instruction: str = option(INSTRUCTION, "user turn around {question}; messages are sent as they are")
     limit: int = option(0, "only the first that many questions; 0: all")
+    skip_malformed: bool = option(False, "drop and count malformed rows instead of stopping")
 
 
 @dataclass
@@ -380,6 +381,7 @@ class RectifyOptions(Asking):
                          "in hand, or just the question (positive-only rows)", tuple(PROMPTS))
     max_change_ratio: float = option(0.6, "drop pairs with 1 - LCS(y-, y+)/|y+| above this (gamma)")
     target: int = option(0, "stop asking at that many pairs; 0: ask for all")
+    skip_malformed: bool = option(False, "drop and count malformed rows instead of stopping")
 
 
 def parse_command(argv=None):
@@ -451,4 +453,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    qwen.leave(main())
+    qwen.leave(main)

@@ -81,12 +81,15 @@ class Options:
     keep: int = option(1, "checkpoints to keep")
     timeout: int = option(1800, "seconds after which a stalled rank ends the run")
     resume: bool = option(False, "go on with the run in --out from its last checkpoint")
+    plan: bool = option(False, "train nothing: say what memory and time the run would take on GPUs")
+    gpus: int = option(8, "with --plan: how many GPUs")
+    gpu_memory: float = option(80.0, "with --plan: memory of each, in GB")
 
 
 # Options that may differ when a run is resumed: none changes the curve beyond floating-point noise.
 # Files may move: their content is what must be the same, and its hash tells.
 FREE = ("resume", "keep", "save_every", "timeout", "tokens_per_pack", "checkpointing", "shard_size", "model",
-        "pairs", "eval_pairs", "out")
+        "pairs", "eval_pairs", "out", "plan", "gpus", "gpu_memory")
 
 
 def parse_options(argv=None) -> Options:
@@ -115,9 +118,10 @@ def parse_options(argv=None) -> Options:
     if set(given) <= {"out", "seed"}:  # nothing to train and nothing to train on: the toy story
         o.out = o.out or "runs/toy"
     else:
-        problems += [f"--{name} is required" for name in ("model", "pairs", "out") if not getattr(o, name)]
+        problems += [f"--{name} is required" for name in ("model", "pairs", "out")
+                     if not getattr(o, name) and not (o.plan and name == "out")]
     for name in ("beta", "lr", "epochs", "batch_size", "clip", "max_length", "tokens_per_pack", "keep",
-                 "timeout"):
+                 "timeout", "gpus", "gpu_memory"):
         if not 0 < getattr(o, name) < 1e9:  # also a week in seconds is below
             problems.append(f"--{name} is {getattr(o, name)}, a number above 0 (and below 1e9) expected")
     for name in ("max_steps", "save_every", "shard_size", "weight_decay", "seed", "max_change_ratio"):
@@ -211,6 +215,79 @@ def peak_flops(device, dtype) -> float:
     return 2 * 512**3 / best
 
 
+# --- a plan without a run -------------------------------------------------------------------------
+
+PLANNED_MFU = 0.4  # of PEAKS["H100"]; the best found for dense models of this size is 0.46 (llm-foundry)
+
+
+def block_bytes(c, dtype, cuda) -> int:
+    """What autograd keeps of one block without checkpointing, in bytes a token."""
+    size = torch.empty((), dtype=dtype).element_size()
+    width, query, key = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    # A norm keeps its input in fp32 and the normed value; its product with the weight goes into a linear
+    # layer, or is rotated and goes into attention, which is fp32 on a CPU.
+    norm, attention = 4 + size, size if cuda else 4
+    kept = 2 * width * (norm + size)
+    kept += (query + key) * (norm + attention) + key * attention  # q, k; v
+    kept += 0 if cuda else 2 * key * attention  # branches lay the trunk's keys and values beside their own
+    kept += query * (attention + size)  # attention's output, and as o_proj takes it
+    return kept + 4 * c.intermediate_size * size  # gate, up, silu(gate), product
+
+
+def plan_memory(c, o: Options, ranks: int, tokens: int, rows: int, cuda=True) -> dict:
+    """Peak memory of one rank in bytes, by part: c the Config, `tokens` and `rows` of the largest pack."""
+    with torch.device("meta"):
+        policy = qwen.Qwen3(c)
+    count, block = (sum(p.numel() for p in m.parameters()) for m in (policy, policy.layers[0]))
+    table, size = c.vocab_size * c.hidden_size, torch.empty((), dtype=getattr(torch, o.dtype)).element_size()
+    shards, layers = min(o.shard_size or ranks, ranks), c.num_hidden_layers
+    kept = block_bytes(c, getattr(torch, o.dtype), cuda)
+    full = o.checkpointing == "full"
+    at_once = loss.LOGITS_AT_ONCE * (loss.GPU_FACTOR if cuda else 1)
+    # What comes and goes: at the head, then in the backward of the last block.
+    head = at_once * (4 + 2 * size) + rows * c.hidden_size * (8 + 5 * size) + table * size
+    working = tokens * (3 * c.intermediate_size + 4 * c.hidden_size) * size + full * tokens * kept
+    return {
+        "weights and Adam's moments, fp32": 12 * count // shards,
+        "gradients, fp32": 4 * count // shards,
+        # The root's table stays, of blocks there are two and a buffer; an untied head comes beside it.
+        "gathered weights": (table * (1 if c.tie_word_embeddings else 2) + 3 * block) * size,
+        "gradients on their way to the shards": max(table, block) * (size + 4 + 4 // shards),
+        "activations kept for backward": tokens * layers * (c.hidden_size * size if full else kept),
+        "at work, in the head or in a block": max(head, working),
+    }
+
+
+def plan(o: Options) -> str:
+    """What the run would take: memory a GPU by part, FLOPs, minutes. Reads no weights."""
+    folder = qwen.checkpoint_folder(o.model)
+    config = qwen.read_config(folder)
+    chat = data.load_chat(folder, config.vocab_size)
+    forks, log = data.load_forks(o.pairs, chat, o.max_length, o.max_change_ratio,
+                                 o.loss in loss.PAIR_OBJECTIVES, o.skip_malformed)
+    lengths, run = list(map(len, forks)), Run(o, None, config, folder, forks, *[None] * 4)
+    batches = [b for epoch in range(o.epochs)
+               for b in data.epoch_batches(len(forks), o.batch_size, o.seed, epoch)][:total_steps(run)]
+    packs = [[data.make_pack(forks, pack) for micro in data.split_batch(b, lengths, o.gpus, o.tokens_per_pack)
+              for pack in micro if pack] for b in batches]
+    largest = max((p for batch in packs for p in batch), key=lambda p: p.size)
+    filled = -(-largest.size // run.fill(True)) * run.fill(True)
+    parts = plan_memory(config, o, o.gpus, filled, len(largest.rows))
+    flops = [sum(count_flops(config, p) for p in batch) for batch in packs]
+    first_pass = sum(flops[:steps_per_epoch(run)]) / 3  # the reference pass is forward alone
+    minutes = (sum(flops) + first_pass) / (o.gpus * PLANNED_MFU * PEAKS["H100"]) / 60
+    total = sum(parts.values()) / 1e9
+    lines = [f"  {value / 1e9:8.2f} GB  {name}" for name, value in parts.items()]
+    fits = total < 0.9 * o.gpu_memory  # a tenth is left to CUDA, NCCL and fragments
+    return "\n".join([
+        log, f"{o.gpus} GPU(s) of {o.gpu_memory:g} GB, {o.dtype}, --checkpointing {o.checkpointing}, packs of "
+        f"at most {filled} tokens. A GPU would hold", *lines, f"  {total:8.2f} GB  in all"
+        + ("" if fits else ": TOO MUCH, above nine tenths of its memory"),
+        f"{len(batches)} steps; {sum(flops) / 1e15:.4g} PFLOP in products of training, "
+        f"{first_pass / 1e15:.4g} in the reference pass: {minutes:.1f} minutes at {PLANNED_MFU:.0%} of an "
+        "H100's 989 TFLOP/s. Loading, saving and compiling come on top."])
+
+
 # --- the run --------------------------------------------------------------------------------------
 
 
@@ -238,10 +315,14 @@ class Run:
     def packs(self, batch, forks):
         """This rank's micro-batches of one global batch."""
         plan = data.split_batch(batch, list(map(len, forks)), self.ranks.world, self.o.tokens_per_pack)
-        # On CUDA eight lengths at most up to tokens_per_pack: one compiled attention each.
-        fill = max(128, self.o.tokens_per_pack // 8) if self.ranks.device.type == "cuda" else 1
+        fill = self.fill(self.ranks.device.type == "cuda")
         for micro in plan:
             yield data.make_pack(forks, micro[self.ranks.rank], fill)
+
+    def fill(self, cuda):
+        """Packs are filled up to a multiple of it: on CUDA up to tokens_per_pack there are eight lengths at
+        most, one compiled attention each."""
+        return max(128, self.o.tokens_per_pack // 8) if cuda else 1
 
     def score(self, pack):
         """Row log-probs (R,) of a pack on the device, graph attached."""
@@ -900,10 +981,15 @@ def main() -> int:
     """Command line to exit code: 0 done, 1 failed, 2 options that do not work, 143 stopped by SIGTERM."""
     o, ranks = begin(parse_options, lambda o: open_ranks(o.timeout, toy=not o.model))
     signal.signal(signal.SIGTERM, lambda *_: STOP.update(asked=True))
+    if o.plan:
+        with ranks.together():
+            ranks.say(plan(o))
+        close_ranks()
+        return 0
     code = train(o, ranks) if o.model else story(o, ranks)
     close_ranks()
     return code
 
 
 if __name__ == "__main__":
-    qwen.leave(main())
+    qwen.leave(main)

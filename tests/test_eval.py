@@ -196,13 +196,49 @@ def test_two_evaluations_are_compared(sets, tmp_path, monkeypatch, capsys):
             run_cli(monkeypatch, capsys, "--server", server.url, "--out", tmp_path / name, "--tasks",
                     "aime24", "--data", sets, "--samples", 2)
     table = evaluation.compare_runs([str(tmp_path / "a"), str(tmp_path / "b")])
-    assert "| aime24 | 3 | 0.0 | 33.3 | +33.3 | +0.0 to +100.0 |" in table
+    assert "| aime24 | 3 | 0.0 | 33.3 | +33.3 | +0.0 to +100.0 | - |" in table and "differs" not in table
+
+
+def test_what_cannot_be_compared_is_said(sets, tmp_path, monkeypatch, capsys):
+    """Other questions under the same ids, a task of one question, another sampling; A and B of pairs alone."""
+    rows = [{"question": f"{i}?", "answer": i} for i in range(4)]
+    files = [write(tmp_path / "a.jsonl", rows[:3]),
+             write(tmp_path / "b.jsonl", [*rows[:2], {"question": "other?", "answer": 7}, rows[3]])]
+    for name, file, number in (("a", files[0], 1), ("b", files[1], 7)):
+        with Misbehaving(lambda body, attempt: completion(f"\\boxed{{{number}}}")) as server:
+            code, err = run_cli(monkeypatch, capsys, "--server", server.url, "--out", tmp_path / name, "--tasks",
+                                f"x={file},own={sets / 'own.jsonl'}", "--samples", 1, "--seed", number)
+            assert code == 0, err
+    table = evaluation.compare_runs([str(tmp_path / "a"), str(tmp_path / "b")])
+    assert "| x | 2 | 50.0 | 0.0 | -50.0 |" in table and "seed differs: 1 and 7" in table
+    assert "x: 1 questions of A and 2 of B have no partner" in table and "own is left out: 1 " in table
+
+
+def test_a_second_task_joins_the_first(sets, tmp_path, monkeypatch, capsys):
+    with Misbehaving(lambda body, attempt: completion("The answer is 2")) as server:
+        for task in ("aime24", "gpqa"):
+            run_cli(monkeypatch, capsys, "--server", server.url, "--out", tmp_path / "out", "--data", sets,
+                    "--tasks", task, "--samples", 1)
+    assert list(results(tmp_path / "out")) == ["aime24", "gpqa"]
+    assert "| aime24 | gpqa |" in (tmp_path / "out" / "results.md").read_text()
+    metrics = results(tmp_path / "out")["aime24"]["metrics"]
+    assert metrics["no box"][0] == 1 and metrics["no answer"][0] == 0 and metrics["accuracy"][0] > 0
+
+
+def test_a_dead_server_says_why(sets, tmp_path, monkeypatch, capsys):
+    with Misbehaving(lambda body, attempt: (400, {}, b"model is asleep")) as server:
+        code, err = run_cli(monkeypatch, capsys, "--server", server.url, "--out", tmp_path / "out", "--data",
+                            sets, "--tasks", "aime24", "--samples", 1)
+    assert code == 1 and "not one answer arrived (HTTP 400: model is asleep" in err
 
 
 BAD = {
     "unknown task": (["--tasks", "aime99"], "'aime99' is unknown"),
     "no file": (["--tasks", "math500"], "math500.jsonl: cannot be read"),
     "a task twice": (["--tasks", "aime24,aime24"], "each once"),
+    "a path as a name": (["--tasks", "../x=own.jsonl"], "is no name"),
+    "a result's name": (["--tasks", "results.json=own.jsonl"], "is no name"),
+    "no name": (["--tasks", "=own.jsonl"], "is no name"),
     "no task": (["--tasks", ","], "one task or more"),
     "no gold": ({"question": "q"}, "a gold answer expected"),
     "no question": ({"answer": "4"}, "question, problem or prompt expected"),
@@ -232,6 +268,11 @@ def test_another_models_folder_is_refused(alone, talker, sets, tmp_path, monkeyp
     code, err = run_cli(monkeypatch, capsys, "--model", talker, "--out", out, *greedy(sets),
                         "--temperature", 1)
     assert code == 1 and "other settings" in err
+    code, err = run_cli(monkeypatch, capsys, "--model", talker, "--out", out, *greedy(sets), "--dtype",
+                        "bfloat16")
+    assert code == 1 and "other settings" in err
+    code, err = run_cli(monkeypatch, capsys, "--model", talker, "--out", out, *greedy(sets), "--limit", -1)
+    assert code == 2 and "--limit is -1" in err
     assert results(out) == results(alone)
 
 
@@ -253,7 +294,9 @@ def test_retention_equals_a_direct_computation(talker, tmp_path, monkeypatch, ca
     assert evaluation.main() == 0
     found = json.loads(capsys.readouterr().out)
     chat = data.load_chat(str(talker), 265)
-    sequences = evaluation.read_sequences(str(texts), chat, 4096)
+    sequences, said = evaluation.read_sequences(str(texts), chat, 4096)
+    assert said.endswith("3 texts, 0 of them cut at 4096 tokens; 1 dropped: nothing to score")
+    assert evaluation.read_sequences(str(texts), chat, 10)[1].split(": ", 1)[1].startswith("2 texts, 2 of them cut")
     prompt = chat.prompt([{"role": "user", "content": "1 + 1?"}])
     assert [first for _, first in sequences] == [1, 1, len(prompt)]
     models = [AutoModelForCausalLM.from_pretrained(f, dtype=torch.float64) for f in (other, str(talker))]
@@ -274,6 +317,33 @@ def test_retention_equals_a_direct_computation(talker, tmp_path, monkeypatch, ca
     mean, n = sums[2] / count, len(per_text)
     spread = math.sqrt(sum((kl - mean * tokens) ** 2 for tokens, kl in per_text) * n / (n - 1)) / count
     assert found["kl"][1] == pytest.approx(spread, rel=1e-4)
+
+
+def test_retention_in_bf16_rounds_no_logits(talker):
+    """The same bf16 hidden states through an fp64 head: the KL of what the models say, not of its rounding."""
+    models = [evaluation.open_own(str(talker), torch.bfloat16, "cpu").model for _ in range(2)]
+    with torch.no_grad():
+        models[0].head_weight().mul_(1.01)  # a small step, as in training
+    ids = list(range(60))
+    ranks = qwen.open_ranks(60)
+    found = evaluation.retention(*models, [(ids, 1)], ranks)
+    qwen.close_ranks()
+    with torch.no_grad():
+        p, q = ((m.norm(m.trunk(torch.tensor(ids), torch.arange(60), [(0, 60, 60, 60)]))[:-1].double()
+                 @ m.head_weight().double().T).log_softmax(-1) for m in models)
+    expected = torch.nn.functional.kl_div(p, q, log_target=True, reduction="sum") / 59
+    assert found["kl"][0] == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_retention_refuses_another_tokenizer(talker, tmp_path, monkeypatch, capsys):
+    other = tiny.write_checkpoint(tmp_path / "other")
+    text = (tmp_path / "other" / "tokenizer.json").read_text()
+    (tmp_path / "other" / "tokenizer.json").write_text(text.replace('"<think>"', '"<thinking>"').replace(
+        '"</think>"', '"<think>"').replace('"<thinking>"', '"</think>"'))
+    texts = write(tmp_path / "texts.jsonl", [{"text": "The quick brown fox"}])
+    code, err = run_cli(monkeypatch, capsys, "retention", "--model", other, "--base", talker, "--texts", texts,
+                        "--dtype", "float32")
+    assert code == 1 and "different tokenizers" in err
 
 
 def test_retention_of_a_model_from_itself_is_zero(talker):

@@ -262,23 +262,23 @@ def test_connect4_answers_of_the_solver_and_the_trivial_one():
 
 def hub_row(question, right, *wrong):
     return {"Question": question, "Correct Answer": right,
-            **{f"Incorrect Answer {k}": text for k, text in enumerate(wrong, 1)}, "Record ID": "r"}
+            **{f"Incorrect Answer {k}": text for k, text in enumerate(wrong, 1)}, "Record ID": question[-20:]}
 
 
 def test_gpqa_rows_of_both_layouts(tmp_path):
     hub = [hub_row(f"Question {i}? {{choices}}", f"right {i}\n", "w 1", "w 2", "w 3") for i in range(400)]
     other = [{"question": f"Question {i}? {{choices}}", "choices": ["w 2", "w 3", f"right {i}", "w 1"],
               "answer": 2} for i in range(400)]
-    rows = gpqa_file(write_jsonl(tmp_path / "hub.jsonl", hub))
-    assert gpqa_file(write_jsonl(tmp_path / "other.jsonl", other)) == rows
-    for i, row in enumerate(rows):
-        shown = dict(line.split(") ") for line in row["prompt"].split("\n")[-4:])
-        assert shown[row["answer"]] == f"right {i}" and sorted(shown) == list("ABCD")
+    rows = [row[1:] for row in gpqa_file(write_jsonl(tmp_path / "hub.jsonl", hub))]
+    assert [row[1:] for row in gpqa_file(write_jsonl(tmp_path / "other.jsonl", other))] == rows
+    for i, (prompt, answer) in enumerate(rows):
+        shown = dict(line.split(") ") for line in prompt.split("\n")[-4:])
+        assert shown[answer] == f"right {i}" and sorted(shown) == list("ABCD")
         assert sorted(shown.values()) == sorted([f"right {i}", "w 1", "w 2", "w 3"])
-        assert f"Question {i}? {{choices}}" in row["prompt"] and '"Answer": "C"' in row["prompt"]
-    places = Counter(row["answer"] for row in rows)  # 100 each, standard deviation 8.7
+        assert f"Question {i}? {{choices}}" in prompt and '"Answer": "C"' in prompt
+    places = Counter(answer for _, answer in rows)  # 100 each, standard deviation 8.7
     assert all(70 < places[letter] < 130 for letter in "ABCD"), places
-    orders = {tuple(line[3:6] for line in row["prompt"].split("\n")[-4:]) for row in rows}
+    orders = {tuple(line[3:6] for line in prompt.split("\n")[-4:]) for prompt, _ in rows}
     assert len(orders) == 24
 
 
@@ -312,7 +312,11 @@ def test_bad_gpqa_rows(row, expected, tmp_path):
     ("\\boxed{B = 3}", None), ("\\boxed{42}", None), ("\\boxed{A, B}", None), ("an answer: none", None),
     ("C\nis it", None), ('<think>"Answer": "C"', None), ('<think>"Answer": "C"</think>so', None),
     ('<think>"Answer": "C"</think>\n"Answer": "A"', "A"),
-    ("The answer is Above", None), ("vitamin\nD3", None),
+    ("The answer is Above", None), ("vitamin\nD3", None), ("The answer is: \\(C\\)", "C"),
+    ("The correct option is C.", "C"), ("The correct choice is (C).", "C"), ("Option C is correct.", "C"),
+    ("The answer would be C", "C"), ("<answer>C</answer>", "C"), ("'Answer': 'C'", "C"), ("“Answer”: “C”", "C"),
+    ('"Answer": "A, B"', None), ("Answer: A/B", None), ("The answer is (A)(B)", None), ("Answer: A, B", None),
+    ('"Answer": "The correct option is C"', "C"), ("Option C is not correct", None),
 ])
 def test_choice_letters(text, letter):
     assert choice_letter(text) == letter

@@ -295,6 +295,45 @@ def test_every_objective_trains_and_evaluates(world, tmp_path, objective):
     assert held_out[-1][aim] > 0.2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_planned_activations_are_what_autograd_keeps(dtype):
+    config = qwen.Config(64, 192, 448, 1, 6, 2, 32, 1e-6, 1e4, True)
+    forks = [(0, 120, 190, 256)]
+    x = torch.randn(256, 192, requires_grad=True).to(dtype)
+    block, kept = qwen.Block(config, False).to(dtype), {}
+    cos, sin = qwen.rope_table(torch.arange(256), config, dtype)
+    weights = {p.data_ptr() for p in block.parameters()}
+
+    def keep(t):
+        storage = t.untyped_storage()  # held, else its address would serve twice
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        block(x, cos, sin, qwen.layout(forks, x))
+    seen = sum(storage.nbytes() for storage in kept.values()) / 256
+    assert train.block_bytes(config, dtype, cuda=False) == pytest.approx(seen, rel=0.12)
+
+
+def test_plan_counts_and_writes_nothing(world, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ["--model", world["model"], "--pairs", world["pairs"], "--plan", "--gpus", "2",
+               "--batch_size", "8", "--tokens_per_pack", "512"]
+    text = train.plan(train.parse_options(options))
+    assert "6 steps" in text and "TOO MUCH" not in text and not list(tmp_path.iterdir())
+    assert "TOO MUCH" in train.plan(train.parse_options([*options, "--gpu_memory", "0.001"]))
+    config, chat = qwen.read_config(world["model"]), data.load_chat(world["model"], 265)
+    forks, _ = data.load_forks(world["pairs"], chat, 8192, 0.6, True)
+    flops = 2 * sum(train.count_flops(config, data.make_pack(forks, [i])) for i in range(len(forks)))
+    assert f"{flops / 1e15:.4g} PFLOP in products of training, {flops / 6e15:.4g} in the" in text
+    # what is kept is stated in parts that add up, the state of AdamW by hand: 12 bytes a weight on two GPUs
+    parts = [float(line.split()[0]) for line in text.splitlines() if " GB  " in line]
+    assert sum(parts[:-1]) == pytest.approx(parts[-1], abs=0.04)
+    o = train.Options(dtype="float32", checkpointing="none")
+    weights = sum(p.numel() for p in qwen.load_model(world["model"]).parameters())
+    assert train.plan_memory(config, o, 2, 512, 256)["weights and Adam's moments, fp32"] == 6 * weights
+
+
 def test_learning_rate_by_hand():
     o = train.Options(lr=1.0, warmup=0.2)
     rates = [train.learning_rate(k, 10, o) for k in range(10)]

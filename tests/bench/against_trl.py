@@ -2,9 +2,12 @@
 
     python tests/bench/against_trl.py --model DIR --pairs FILE [--epochs 2] [--repeats 3]
 
-Prints a Markdown table of pairs/s (reference pass included on both sides, loading and saving left out) and
-peak memory, then the losses of both side by side at equal settings. TRL runs with gradient checkpointing on
-and off. Its losses are given twice: tokenised by itself, and with our tokens, so that what differs is named.
+Prints a Markdown table of pairs/s and tokens/s (reference pass included on both sides, loading and saving
+left out; a pair's tokens are those of both whole sequences), of the share of the rate of a 2,048^3 product in
+the same process, and of peak memory; with --losses also the losses of both side by side at equal settings.
+The share counts the products that the pairs need with shared prefixes and without recomputation, the same
+number for both: what TRL does twice or pads is its own affair. TRL runs with gradient checkpointing on and
+off. Its losses are given twice: tokenised by itself, and with our tokens, so that what differs is named.
 Needs requirements-dev.txt. FILE holds rows of the official kind whose pairs all pass the filters.
 """
 
@@ -12,15 +15,12 @@ import argparse
 import json
 import math
 import os
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-sys.path.insert(0, ROOT)
+import common
+
 TRL_BATCH = 4  # pairs a forward; a step accumulates as many as it needs
 
 
@@ -31,13 +31,17 @@ def run_ours(a, checkpointing):
     out = tempfile.mkdtemp()
     train.save_checkpoint = train.qwen.export = lambda *_, **__: None
     train.os.rename = lambda *_: None  # nothing was exported, so there is nothing to rename
-    spent, reference_pass = [], train.reference_pass
+    spent, flops, reference_pass, count_flops = [], [], train.reference_pass, train.count_flops
 
     def timed(run):
         start = time.perf_counter()
         reference_pass(run)
         spent.append(time.perf_counter() - start)
-    train.reference_pass = timed
+
+    def counted(config, pack):
+        flops.append(count_flops(config, pack))
+        return flops[-1]
+    train.reference_pass, train.count_flops = timed, counted
     o = train.parse_options(["--model", a.model, "--pairs", a.pairs, "--out", out, "--dtype", a.dtype, "--lr",
                              str(a.lr), "--warmup", "0", "--batch_size", str(a.batch_size), "--epochs",
                              str(a.epochs), "--checkpointing", checkpointing, "--max_change_ratio", "1",
@@ -45,7 +49,10 @@ def run_ours(a, checkpointing):
     train.train(o, train.open_ranks(600))
     rows = [json.loads(line) for line in open(os.path.join(out, "metrics.jsonl"))]
     spent += [row["tokens"] / row["tokens_per_s"] for row in rows]
-    return {"seconds": sum(spent), "losses": [row["loss"] for row in rows]}
+    forks, _ = train.data.load_forks(a.pairs, train.data.load_chat(a.model, 10**9), 8192, 1.0, True)
+    return {"seconds": sum(spent), "losses": [row["loss"] for row in rows],
+            "flops": sum(flops) * (1 + 1 / (3 * a.epochs)),  # the reference pass is one epoch's forward
+            "tokens": a.epochs * sum(len(f) + len(f.trunk) for f in forks)}
 
 
 def run_trl(a, checkpointing, our_tokens):
@@ -89,19 +96,8 @@ def run_trl(a, checkpointing, our_tokens):
     return {"seconds": seconds, "losses": losses}
 
 
-def child(a, who, checkpointing, **changes):
-    """One run in a process of its own; returns its figures."""
-    settings = {**vars(a), **changes, "child": f"{who} {checkpointing}"}
-    done = subprocess.run([sys.executable, os.path.abspath(__file__), "--settings", json.dumps(settings)],
-                          capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--model", help="checkpoint folder")
     parser.add_argument("--pairs", help="pair file")
     parser.add_argument("--epochs", type=int, default=2, help="of the timed runs [2]")
@@ -109,38 +105,46 @@ def main():
     parser.add_argument("--lr", type=float, default=1e-5, help="peak of the cosine [1e-5]")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="[float32]")
     parser.add_argument("--tokens_per_pack", type=int, default=4096, help="of ours [4096]")
-    parser.add_argument("--repeats", type=int, default=3, help="of the timed runs; 0: losses alone [3]")
-    parser.add_argument("--settings", help=argparse.SUPPRESS)
+    parser.add_argument("--repeats", type=int, default=3, help="of the timed runs; 0: none [3]")
+    parser.add_argument("--losses", action="store_true", help="compare the losses, too")
     a = parser.parse_args()
     if a.settings:
         a = argparse.Namespace(**json.loads(a.settings))
         who, checkpointing = a.child.split()
         result = (run_ours(a, checkpointing) if who == "ours" else
                   run_trl(a, checkpointing, our_tokens=who == "trl-our-tokens"))
-        result["gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        import torch
+        result |= {"gb": common.peak_gb(), "rate": common.gemm_rate(getattr(torch, a.dtype))}
         print(json.dumps(result))
         return
+
+    def child(who, checkpointing, **changes):
+        return common.child(__file__, **{**vars(a), **changes, "child": f"{who} {checkpointing}"})
+
     count = sum(1 for _ in open(a.pairs))
     kinds = [(who, checkpointing) for who in ("ours", "trl") for checkpointing in ("none", "full")]
     results = {kind: [] for kind in kinds}
     for _ in range(a.repeats):
         for kind in kinds:
-            results[kind].append(child(a, *kind))
+            results[kind].append(child(*kind))
     if a.repeats:
-        rate = {k: statistics.median(count * a.epochs / r["seconds"] for r in v) for k, v in results.items()}
-        best = max(rate["trl", c] for c in ("none", "full"))
-        print("| | activation checkpointing | pairs/s | to TRL's best | peak memory GB |")
-        print("|---|---|---|---|---|")
-        for (who, checkpointing), r in results.items():
-            speed = rate[who, checkpointing]
-            memory = max(x["gb"] for x in r)
-            print(f"| {who} | {checkpointing} | {speed:.3f} | {speed / best:.2f} | {memory:.2f} |")
-    # Whole-file batches, so that the order of the pairs does not matter.
-    equal = {"batch_size": count, "epochs": 4, "lr": 1e-4}
-    losses = [child(a, who, "none", **equal)["losses"] for who in ("ours", "trl-our-tokens", "trl")]
-    print("\n| step | ours | TRL, our tokens | TRL, its own tokens |\n|---|---|---|---|")
-    for step, row in enumerate(zip(*losses)):
-        print(f"| {step} | " + " | ".join(f"{x:.6f}" for x in row) + " |")
+        seconds = {k: statistics.median(r["seconds"] for r in v) for k, v in results.items()}
+        best = min(seconds["trl", c] for c in ("none", "full"))
+        work, rows = results["ours", "none"][0], []
+        for kind, r in results.items():
+            rate = statistics.median(x["rate"] for x in r)
+            spent = seconds[kind]
+            rows.append([*kind, f"{count * a.epochs / spent:.3f}", f"{work['tokens'] / spent:.0f}",
+                         f"{best / spent:.2f}", f"{rate / 1e9:.0f}", f"{work['flops'] / spent / rate:.0%}",
+                         f"{max(x['gb'] for x in r):.2f}"])
+        common.table([a.dtype, "activation checkpointing", "pairs/s", "tokens/s", "to TRL's best",
+                      "GEMM GFLOP/s", "share of it", "peak memory GB"], rows)
+    if a.losses:  # whole-file batches, so that the order of the pairs does not matter
+        equal = {"batch_size": count, "epochs": 4, "lr": 1e-4}
+        losses = [child(who, "none", **equal)["losses"] for who in ("ours", "trl-our-tokens", "trl")]
+        print()
+        common.table(["step", "ours", "TRL, our tokens", "TRL, its own tokens"],
+                     [[step, *(f"{x:.6f}" for x in row)] for step, row in enumerate(zip(*losses))])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,337 @@
+"""A run that dies and goes on: killed at random moments, a rank alone, on other world sizes, over two nodes.
+
+Every test starts the real command and compares checkpoints, exported weights and metrics with those of a run
+that nobody disturbed. What is slow has a short form here, and its long one by `pytest -m slow tests/faults`.
+"""
+
+import glob
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+import tiny
+import train
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+OPTIONS = ["--dtype", "float32", "--lr", "1e-4", "--batch_size", "8", "--max_change_ratio", "1", "--loss",
+           "spot-bco", "--checkpointing", "none", "--epochs", "6", "--save_every", "1", "--keep", "2"]
+STEPS = 18
+TIMING = ("tokens_per_s", "mfu", "memory_gb")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    # Wide enough that a checkpoint takes some time to write: else no kill would ever meet one.
+    return {"model": tiny.write_checkpoint(folder / "model", hidden_size=256, intermediate_size=1024),
+            "pairs": tiny.write_pairs(folder / "pairs.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    finish(world, out)
+    return out
+
+
+def command(world, out, *extra, ranks=2):
+    """The command that a user gives and, after a kill, gives again: --resume also starts a run."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
+            "train.py", *given(world, out), *extra]
+
+
+def given(world, out):
+    return ["--model", world["model"], "--pairs", world["pairs"], "--out", str(out), *OPTIONS, "--resume"]
+
+
+def start(*args, **kwargs):
+    return subprocess.Popen(command(*args, **kwargs), cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                            start_new_session=True)
+
+
+def finish(*args, **kwargs):
+    """The command to its end; returns what it said."""
+    process = start(*args, **kwargs)
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, said[-3000:]
+    return said
+
+
+def workers(out):
+    """Process ids of all ranks and launchers that name this run folder."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/cmdline", "rb") as f:
+                if str(out).encode() in f.read():
+                    found.append(int(pid))
+        except OSError:
+            pass
+    return found
+
+
+def rank_of(pid):
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as f:
+            return next((int(v[5:]) for v in f.read().split(b"\0") if v.startswith(b"RANK=")), None)
+    except OSError:
+        return None
+
+
+def send(pids, which):
+    for pid in pids:
+        try:
+            os.kill(pid, which)
+        except OSError:
+            pass
+
+
+def steps_done(out):
+    path = os.path.join(out, "metrics.jsonl")
+    rows = data.read_lines(path) if os.path.exists(path) else []
+    return sum(isinstance(row, dict) for _, row in rows)
+
+
+def merged(folder):
+    shards = [load_file(f) for f in sorted(glob.glob(os.path.join(folder, "shard_*.safetensors")))]
+    return {k: torch.cat([s[k] for s in shards]) for k in shards[0]}
+
+
+def metrics(out):
+    return [{k: v for k, v in row.items() if k not in TIMING}
+            for _, row in data.read_lines(os.path.join(out, "metrics.jsonl"))]
+
+
+def same_end(one, other):
+    a, b = (merged(train.whole_checkpoints(out)[-1]) for out in (one, other))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    a, b = (load_file(os.path.join(out, "model", "model.safetensors")) for out in (one, other))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert metrics(one) == metrics(other)
+
+
+def whole(out):
+    """Steps of the checkpoints that carry a whole one's name; each must be what its hashes say."""
+    found = train.whole_checkpoints(out)
+    for folder in found:
+        with open(os.path.join(folder, "state.json")) as f:
+            state = json.load(f)
+        for i, digest in enumerate(state["sha256"]):
+            assert train.file_sha256(os.path.join(folder, f"shard_{i}.safetensors")) == digest, folder
+    return [int(folder[-6:]) for folder in found]
+
+
+# --- killed at any moment -------------------------------------------------------------------------
+
+# The moment after which the signal comes, within so many seconds.
+MOMENTS = {
+    "start": (lambda out: True, 5.0),
+    "reference pass": (os.path.isdir, 0.2),
+    "step": (lambda out: steps_done(out) > 0, 0.5),
+    "checkpoint": (lambda out: glob.glob(f"{out}/checkpoints/tmp_*"), 0.01),
+    "export": (lambda out: os.path.isdir(f"{out}/model.tmp"), 0.005),
+}
+
+
+def disturb(world, out, moment, rng, how):
+    """Start the command, wait for the moment, send the signal; returns what became of it."""
+    process, (condition, within) = start(world, out), MOMENTS[moment]
+    while process.poll() is None and not condition(out):
+        time.sleep(0.001)
+    time.sleep(rng.uniform(0, within))
+    ended = process.poll() is not None  # before the signal could meet it
+    pids, victim = workers(out), rng.randrange(2)
+    if how == "SIGKILL to all":
+        send([process.pid, *pids], signal.SIGKILL)
+    elif how == "SIGKILL to one":
+        send([pid for pid in pids if rank_of(pid) == victim], signal.SIGKILL)
+    else:
+        send([process.pid], signal.SIGTERM)
+    _, said = process.communicate(timeout=120)  # a dead rank ends the others: no hang
+    send(workers(out), signal.SIGKILL)
+    return "ended before" if ended else ("done" if process.returncode == 0 else "killed"), said
+
+
+def storm(world, undisturbed, out, kills, seed):
+    rng, outcomes, last = random.Random(seed), [], []
+    for i in range(kills):
+        moment = list(MOMENTS)[i % len(MOMENTS)]
+        how = ("SIGKILL to all", "SIGKILL to one", "SIGTERM")[rng.randrange(3)]
+        outcome, said = disturb(world, out, moment, rng, how)
+        now = whole(out) if os.path.isdir(out) else []
+        assert not last or (now and now[-1] >= last[-1]), (last, now)  # the last whole one is never lost
+        assert "corrupt" not in said, said[-2000:]
+        outcomes.append((moment, how, outcome, now[-1] if now else 0))
+        last = now
+        if outcome != "killed" and os.path.isdir(f"{out}/model"):
+            same_end(undisturbed, out)
+            subprocess.run(["rm", "-r", str(out)], check=True)  # begin anew: more kills are asked for
+            last = []
+    finish(world, out)
+    same_end(undisturbed, out)
+    killed = [o for o in outcomes if o[2] == "killed"]
+    print(f"\n{len(killed)} of {kills} tries met a living run; all ended as the undisturbed one")
+    for outcome in outcomes:
+        print("  ", *outcome)
+    return killed
+
+
+def test_killed_in_every_phase_ends_as_undisturbed(world, undisturbed, tmp_path):
+    assert len(storm(world, undisturbed, tmp_path / "run", 5, seed=1)) >= 3
+
+
+@pytest.mark.slow  # some 8 minutes
+def test_fifty_kills(world, undisturbed, tmp_path):
+    killed = storm(world, undisturbed, tmp_path / "run", 50, seed=0)
+    assert len(killed) >= 40 and {k[0] for k in killed} >= {"start", "reference pass", "step", "checkpoint"}
+
+
+def test_a_stalled_rank_ends_the_run_by_its_time_out(world, tmp_path):
+    out = tmp_path / "run"
+    process = start(world, out, "--timeout", "5", "--epochs", "1000")
+    while steps_done(out) < 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    stalled = [pid for pid in workers(out) if rank_of(pid) == 1]
+    send(stalled, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        while any(rank_of(pid) == 0 for pid in workers(out)):  # rank 0 gives up; torchrun then ends all
+            assert time.monotonic() - began < 60
+            time.sleep(0.05)
+        send(stalled, signal.SIGCONT)
+        said = process.communicate(timeout=60)[1]
+    finally:
+        send([process.pid, *workers(out)], signal.SIGKILL)
+    assert process.returncode != 0
+    assert "another rank has died or has not answered within --timeout" in said, said[-3000:]
+    assert whole(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 3, 4])
+def test_a_checkpoint_of_two_ranks_goes_on_elsewhere(world, undisturbed, tmp_path, ranks):
+    out = tmp_path / "run"
+    process = start(world, out)
+    while steps_done(out) < 6:
+        assert process.poll() is None
+        time.sleep(0.01)
+    send([process.pid, *workers(out)], signal.SIGKILL)
+    process.communicate()
+    assert 4 <= whole(out)[-1] < STEPS
+    assert "no longer to the bit" in finish(world, out, ranks=ranks)
+    curves = [[row["loss"] for row in metrics(o)] for o in (undisturbed, out)]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+
+
+# --- two nodes on loopback ------------------------------------------------------------------------
+
+
+def agent(world, out, node, port):
+    """One node of two, two ranks each; the mesh is 2 replicas of 2 shards."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2",
+                "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=spot",
+                "--local_addr=127.0.0.1", f"--rdzv_conf=is_host={1 - node}", "--max_restarts=3"]
+    return subprocess.Popen(
+        [*launcher, "train.py", *given(world, out), "--shard_size", "2", "--timeout", "20"], cwd=ROOT,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={**os.environ, "NODE_OF_TEST": str(node)})
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def of_node(pids, node):
+    def belongs(pid):
+        try:
+            with open(f"/proc/{pid}/environ", "rb") as f:
+                return f"NODE_OF_TEST={node}".encode() in f.read().split(b"\0")
+        except OSError:
+            return False
+    return [pid for pid in pids if belongs(pid)]
+
+
+@pytest.mark.slow
+def test_two_nodes_give_one_nodes_curve(world, undisturbed, tmp_path):
+    out, port = tmp_path / "run", free_port()
+    nodes = [agent(world, out, i, port) for i in range(2)]
+    said = [node.communicate(timeout=300)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said[0][-2000:] + said[1][-2000:]
+    curves = [[row["loss"] for row in metrics(o)] for o in (undisturbed, out)]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_and_comes_back(world, undisturbed, tmp_path):
+    """torchrun's elastic restart: the other node's workers fail, it waits, both go on from the checkpoint."""
+    out, port = tmp_path / "run", free_port()
+    nodes = [agent(world, out, i, port) for i in range(2)]
+    try:
+        while steps_done(out) < 5:
+            assert all(node.poll() is None for node in nodes)
+            time.sleep(0.01)
+        send([nodes[1].pid, *of_node(workers(out), 1)], signal.SIGKILL)
+        nodes[1].wait()
+        kept = whole(out)[-1]
+        time.sleep(2)
+        nodes[1] = agent(world, out, 1, port)
+        said = [node.communicate(timeout=300)[1] for node in nodes]
+    finally:
+        send([*(node.pid for node in nodes), *workers(out)], signal.SIGKILL)
+    assert [node.returncode for node in nodes] == [0, 0], said[0][-3000:] + said[1][-3000:]
+    assert kept >= 3 and any(f"resumed from {out}" in text for text in said)
+    curves = [[row["loss"] for row in metrics(o)] for o in (undisturbed, out)]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+
+
+# --- endurance ------------------------------------------------------------------------------------
+
+
+def endure(world, tmp_path, monkeypatch, steps):
+    """`steps` steps at once and in ten resumed pieces; peak memory in GB after a tenth and at the end."""
+    def go(out):
+        ranks = train.open_ranks(60)
+        code = train.train(train.parse_options(
+            [*given(world, out), "--batch_size", "4", "--epochs", str(steps), "--max_steps", str(steps),
+             "--save_every", "0"]), ranks)
+        train.close_ranks()
+        return code
+    assert go(tmp_path / "whole") == 0
+    write = train.append_line
+
+    def write_and_ask(path, row):
+        write(path, row)
+        train.STOP["asked"] = (row["step"] + 2) % (steps // 10) == 0  # the step after the look is the last
+    monkeypatch.setattr(train, "append_line", write_and_ask)
+    codes = [go(tmp_path / "pieces") for _ in range(10)]
+    assert codes == [143] * 9 + [0]
+    same_end(tmp_path / "whole", tmp_path / "pieces")
+    memory = [row["memory_gb"] for _, row in data.read_lines(str(tmp_path / "whole" / "metrics.jsonl"))]
+    assert len(memory) == steps
+    return memory[steps // 10], memory[-1]
+
+
+def test_ten_pieces_equal_the_whole(world, tmp_path, monkeypatch):
+    endure(world, tmp_path, monkeypatch, 50)
+
+
+@pytest.mark.slow
+def test_two_thousand_steps(tmp_path, monkeypatch):
+    small = {"model": tiny.write_checkpoint(tmp_path / "model"),
+             "pairs": tiny.write_pairs(tmp_path / "pairs.jsonl")}
+    early, late = endure(small, tmp_path, monkeypatch, 2000)
+    print(f"\npeak memory after 200 steps {early:.3f} GB, after 2,000 {late:.3f} GB")
+    assert late < 1.02 * early
