@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from model import Qwen3, UserError, hf_name, read_config, read_json, write_json, write_safetensors
+from model import Qwen3, UserError, hf_name, read_config, read_json, unique, write_json, write_safetensors
 
 SHOWN_PROBLEMS = 8  # of a file; all are counted
+LONGEST_LINE = 2**26  # bytes
 
 
 # --- reading pair files ---------------------------------------------------------------------------
@@ -46,10 +47,13 @@ def read_lines(path: str):
     object yields (number, UserError). Split at newlines alone: U+2028 is legal inside a JSON string."""
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as f:
-            for number, line in enumerate(f, 1):
+            for number, line in enumerate(iter(lambda: f.readline(LONGEST_LINE + 1), b""), 1):
+                if len(line) > LONGEST_LINE:  # a few bytes of .gz can unpack to more than there is memory
+                    raise UserError(f"{path}: line {number} is longer than {LONGEST_LINE >> 20} MiB")
                 if line.strip():
                     try:
-                        value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                        value = json.loads(text, object_pairs_hook=unique)
                         if not isinstance(value, dict):
                             value = UserError(f"a JSON object expected, found {type(value).__name__}")
                     except (ValueError, RecursionError) as e:
@@ -244,6 +248,10 @@ def load_chat(folder: str, vocab_size: int) -> Chat:
     ids = [tokenizer.token_to_id(name) for name in names]
     if None in ids:
         raise UserError(f"{path}: lacks the token {names[ids.index(None)]!r} of its own chat template")
+    added = tokenizer.get_added_tokens_decoder()
+    plain = [n for n, i in zip(names[:2], ids) if i not in added or not added[i].special]
+    if plain:  # text that quotes it would become the token
+        raise UserError(f"{path}: the token {plain[0]!r} is not marked special")
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
     if largest >= vocab_size:
         raise UserError(f"{path}: holds token id {largest}, but the model's vocabulary has {vocab_size} "

@@ -14,6 +14,7 @@ Goes out:  `sample`: every answer, kept in a log as it comes; `extract_answer`: 
 import argparse
 import cmath
 import email.utils
+import errno
 import fcntl
 import glob
 import hashlib
@@ -109,7 +110,7 @@ def open_server(url: str, model: str = "", **settings) -> Server:
     model that the server lists. Raises UserError where there is none or the server cannot be asked."""
     url = (url or os.environ.get("OPENAI_BASE_URL", "")).rstrip("/")
     if not re.fullmatch(r"https?://[^/@\s]+(/[^@\s]*)?", url):
-        raise UserError(f"--server is {url!r}; an address such as http://localhost:8000/v1 expected (or "
+        raise UserError(f"--server is {re.sub('//.*@', '//***@', url)!r}; an address such as http://localhost:8000/v1 expected (or "
                         "OPENAI_BASE_URL)")
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not re.fullmatch(r"[!-~]*", key):
@@ -196,15 +197,17 @@ def http(server: Server, path: str, body: dict | None = None) -> dict:
 
 
 def error_body(answer, deadline):
-    """The first 2,000 bytes of an error's body as text; "" where it cannot be read in time."""
+    """An error's body as text, whole: half a key could not be hidden; "" where it cannot be read in time."""
     try:
-        return read_all(answer, deadline)[:2000].decode(errors="replace")
+        return read_all(answer, deadline).decode(errors="replace")
     except (OSError, HTTPException, Refused):
         return ""
 
 
 def hide(server, text):
-    """Text without the key, should a server repeat it. A short one is a dummy, and a part of many words."""
+    """Text without the key, should a server repeat it, and without what no file can hold. A short key is a
+    dummy, and a part of many words."""
+    text = text.encode(errors="replace").decode()
     return text.replace(server.key, "***") if len(server.key) > 11 else text
 
 
@@ -254,10 +257,10 @@ def ask(server: Server, request, sampling: Sampling) -> dict:
     if text is not None and not isinstance(text, str):
         return {"error": f"the answer's content is a {type(text).__name__}, not text"}
     if ending not in ("stop", "eos", "length", "", None):  # content_filter, abort, tool_calls: half an answer
-        return {"error": f"the server ended the answer with {str(ending)[:60]!r}"}
-    text = hide(server, text or "").encode(errors="replace").decode()
+        return {"error": f"the server ended the answer with {hide(server, str(ending))[:60]!r}"}
+    text, tokens = hide(server, text or ""), tokens if type(tokens) is int and 0 <= tokens < 2**40 else 0
     finish = "length" if ending == "length" else "stop"
-    return {"text": text, "finish": finish, "tokens": tokens if isinstance(tokens, int) else 0}
+    return {"text": text, "finish": finish, "tokens": tokens}
 
 
 def concurrently(call, items, workers: int):
@@ -327,9 +330,11 @@ def read_log(folder: str, keys) -> dict:
                 record = json.loads(line)
                 key, text = record["key"], record.get("text", "")
                 if not isinstance(key, str) or not isinstance(text, str) or not (
-                        isinstance(record.get("error"), str) or record["finish"] in ("stop", "length")
-                        and isinstance(record["tokens"], int) and "text" in record):
+                        isinstance(record["error"], str) if "error" in record else
+                        record["finish"] in ("stop", "length") and type(record["tokens"]) is int
+                        and 0 <= record["tokens"] < 2**40 and "text" in record):
                     raise ValueError
+                text.encode()  # a lone surrogate is no text: a ValueError
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 raise UserError(f"{path}, line {number}: not a record of this program; found {line!r:.80}"
                                 ) from None
@@ -371,7 +376,7 @@ def claim_folder(out, settings):
 
 def write_rows(path, rows):
     """A JSONL file, whole or as it was before."""
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
+    with qwen.writing(path), open(path + ".tmp", "w", encoding="utf-8") as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     os.replace(path + ".tmp", path)
 
@@ -415,7 +420,10 @@ def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks
         def keep(request, record):
             nonlocal outcomes
             record = {"key": request.key, **record}
-            log.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+            with qwen.writing(log.name):
+                if log.write(line) < len(line):  # what is torn does not count when the log is read again
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             outcomes = on_record(record)
             bar.update()
 
@@ -1566,6 +1574,7 @@ def paired_bootstrap(a: dict, b: dict, seed: int, resamples: int = 10_000) -> tu
 
 MATH_SETS = ("aime24", "aime25", "amc23", "math500", "minerva", "olympiadbench", "gsm8k")
 GROUPS = {"in-domain": MATH_SETS[:6], "OOD": ("gpqa", "connect4"), "IF": ("ifeval",)}  # the paper's table
+TASK_NAME = re.compile(r"(?!.*\.(?:json|md)$)\w[\w.-]*", re.ASCII)  # a folder's beside results.json
 SAMPLES = {"aime24": 16, "aime25": 16, "amc23": 16, "connect4": 1}  # the paper's k; 5 for all others
 
 
@@ -1585,7 +1594,7 @@ def load_task(spec: str, folder: str) -> Task:
     user's own (question and gold in the fields that oracle.py reads). Raises UserError naming file and line.
     """
     name, given, path = spec.partition("=")
-    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name) or name.endswith((".json", ".md")):  # the name of a folder
+    if not TASK_NAME.fullmatch(name):
         raise UserError(f"--tasks: {name!r} is no name; letters, digits, '-', '_' and '.' expected")
     path = path or os.path.join(folder, f"{name}.jsonl")
     if name == "connect4":
@@ -1613,17 +1622,18 @@ def read_unique(path, parse):
     rows, dropped = data.read_rows(path, parse)
     twice = [k for k, n in Counter(row[0] for row in rows).items() if n > 1]
     if twice:
-        raise UserError(f"{path}: {len(twice)} ids occur more than once, first {', '.join(twice[:5])}")
+        raise UserError(f"{path}: {len(twice)} ids occur more than once, first {', '.join(twice[:5])} "
+                        "(a row without an id has its line's number)")
     return rows
 
 
 def item_id(row, line):
     """The row's own id or index, else its line number."""
-    keys = ("id", "index", "key", "Record ID")
-    value = next((row[k] for k in keys if row.get(k) is not None), f"line {line}")
+    key = next((k for k in ("id", "index", "key", "Record ID") if row.get(k) is not None), None)
+    value = line if key is None else row[key]
     if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise UserError(f'"id": a string or an integer expected, found {value!r:.60}')
-    return data.check_text(str(value), '"id"')
+        raise UserError(f'"{key}": a string or an integer expected, found {value!r:.60}')
+    return data.check_text(str(value), f'"{key}"')
 
 
 def parse_math(row, line):
@@ -1667,7 +1677,7 @@ def evaluate(policy, tasks: list, out: str, sampling: Sampling, ranks: Ranks, sa
     counted in "unanswered".
     """
     path = os.path.join(out, "results.json")
-    results = qwen.read_json(path) if ranks.main and os.path.exists(path) else {}  # of tasks asked before
+    results = read_results(out) if ranks.main and os.path.exists(path) else {}  # of tasks asked before
     for task in tasks:
         k = samples or SAMPLES.get(task.name, 5)
         wanted = [[request_for(f"{name}/{i}", [{"role": "user", "content": turn}], seed) for i in range(k)]
@@ -1750,12 +1760,29 @@ def results_table(results: dict) -> str:
                      ([c[0] for c in cells], ["---"] * len(cells), [c[1] for c in cells]))
 
 
+def read_results(folder: str) -> dict:
+    """results.json of a finished evaluation, its parts that `compare_runs` and `results_table` need checked."""
+    path = os.path.join(folder, "results.json")
+    results = qwen.read_json(path)
+    for name, r in results.items():
+        try:
+            shares = [x for row in r["scores"].values() for x in row or [None]]
+            shares += [x for mean, error in r["metrics"].values() for x in (mean, error or 0.0)]
+            fits = (TASK_NAME.fullmatch(name) and type(r["questions"]) is int and r["scores"] and r["metrics"]
+                    and all(type(x) in (int, float) and 0 <= x <= 1 for x in shares)
+                    and all(isinstance(r["asked"][q], str) for q in r["scores"]))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            fits = False
+        if not fits:
+            raise UserError(f"{path}: {name!r:.60} is no result of this program")
+    return results
+
+
 def compare_runs(folders: list, seed: int = 0) -> str:
     """A Markdown table of two finished evaluations: differences of the headline figures in points, B - A,
     with 95 % intervals by paired bootstrap over the questions that both answered. A and B are of those alone.
     Below 20 questions the bootstrap's p is too small, and left out. What cannot be compared is said."""
-    a, b = (qwen.read_json(os.path.join(folder, "results.json")) for folder in folders)
-    notes, rows = [], []
+    (a, b), notes, rows = map(read_results, folders), [], []
     settings = [qwen.read_json(os.path.join(folder, "settings.json")) for folder in folders]
     notes += [f"{k} differs: {settings[0].get(k)} and {settings[1].get(k)}" for k in ("sampling", "seed")
               if settings[0].get(k) != settings[1].get(k)]

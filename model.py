@@ -101,6 +101,9 @@ def read_config(folder: str) -> Config:
     layer_types = raw.pop("layer_types", None) or []
     if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         problems.append(f'"layer_types" is {layer_types!r:.80}; only "full_attention" is supported')
+    elif layer_types and len(layer_types) != raw.get("num_hidden_layers"):
+        problems.append(f'"layer_types" names {len(layer_types)} layers, "num_hidden_layers" is '
+                        f'{raw.get("num_hidden_layers")!r:.20}')
     raw.setdefault("head_dim", 128)  # HF's default; published files name it
     raw.setdefault("tie_word_embeddings", False)
     values = {}
@@ -120,7 +123,7 @@ def read_config(folder: str) -> Config:
             problems.append(f'"{name}": {value!r} is not known here and might change the computation')
     if not problems:
         heads, groups = values["num_attention_heads"], values["num_key_value_heads"]
-        if heads % groups or values["head_dim"] % 2:
+        if heads % groups or values["head_dim"] % 2 or heads * values["head_dim"] > 2**22:
             problems.append(f"{heads} query heads on {groups} key heads of width {values['head_dim']}: "
                             "a multiple and an even width expected")
     if problems:
@@ -128,11 +131,20 @@ def read_config(folder: str) -> Config:
     return Config(**values)
 
 
+def unique(pairs: list) -> dict:
+    """For json's object_pairs_hook: of a key that is there twice the last one would win silently."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the object holds {next(k for k in keys if keys.count(k) > 1)!r:.60} twice")
+    return found
+
+
 def read_json(path: str) -> dict:
     """A JSON object from a file, or a UserError naming the file and the place."""
     try:
         with open(path, encoding="utf-8") as f:
-            value = json.load(f)
+            value = json.load(f, object_pairs_hook=unique)
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except (OSError, ValueError, RecursionError) as e:
@@ -629,8 +641,10 @@ def open_tensors(folder: str) -> dict:
             raise UserError(f'{index_path}: "weight_map", an object of file names, expected')
         files = sorted(set(index.values()))
         for f in files:
-            if os.path.basename(f) != f or not f.endswith(".safetensors"):
-                raise UserError(f"{index_path}: file name {f!r} is not a .safetensors file of this folder")
+            fits = os.path.basename(f) == f and f.endswith(".safetensors") and f.isprintable()
+            if not fits or len(f) > 255:
+                raise UserError(f"{index_path}: file name {f!r:.60} is not a .safetensors file of this "
+                                "folder")
     elif os.path.exists(single):
         index, files = None, ["model.safetensors"]
     else:
@@ -663,11 +677,13 @@ def rows_here(p):
 
 
 @torch.no_grad()
-def load_weights(model: Qwen3, folder: str) -> None:
-    """Fill a model, plain or sharded, from a checkpoint: every rank reads only its own rows.
+def load_weights(model: Qwen3, folder: str, device) -> None:
+    """Give a model that was made on the meta device, plain or sharded, memory on `device`, and fill it from a
+    checkpoint: every rank reads only its own rows.
 
-    Strict: raises one UserError that lists all missing, unexpected, mis-shaped and mis-typed tensors. A tied
-    checkpoint may carry lm_head.weight; it is the embedding again, and is not read.
+    Strict, and checked before memory is taken: raises one UserError that lists all missing, unexpected,
+    mis-shaped and mis-typed tensors. A tied checkpoint may carry lm_head.weight; it is the embedding again,
+    and is not read.
     """
     found = open_tensors(folder)
     wanted = {hf_name(n): p for n, p in model.named_parameters()}
@@ -684,8 +700,9 @@ def load_weights(model: Qwen3, folder: str) -> None:
     if problems:
         shown = problems[:20] + [f"... and {len(problems) - 20} more"] * (len(problems) > 20)
         raise UserError(f"{folder}: weights do not fit config.json:\n  " + "\n  ".join(shown))
-    for name, p in wanted.items():
-        local, start, end = rows_here(p)
+    model.to_empty(device=device)
+    for name, p in model.named_parameters():
+        name, (local, start, end) = hf_name(name), rows_here(p)
         if end > start:
             local.copy_(found[name][1][start:end])  # casts
 
@@ -694,8 +711,7 @@ def load_model(folder: str, dtype=torch.float32, device="cpu", checkpointing=Fal
     """A whole, unsharded model from a folder, e.g. for evaluation."""
     with torch.device("meta"):
         model = Qwen3(read_config(folder), checkpointing).to(dtype)
-    model.to_empty(device=device)
-    load_weights(model, folder)
+    load_weights(model, folder, device)
     return model
 
 
@@ -753,7 +769,7 @@ def write_safetensors(path, shapes, dtype, tensors):
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # data starts 8-byte aligned
-    with open(path, "wb") as f:
+    with writing(path), open(path, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
             f.write(tensor.contiguous().cpu().view(torch.uint8).numpy().data)
@@ -761,9 +777,20 @@ def write_safetensors(path, shapes, dtype, tensors):
         os.fsync(f.fileno())
 
 
+@contextlib.contextmanager
+def writing(path):
+    """What fails in it names the file, which a full disk does not do by itself."""
+    try:
+        yield
+    except OSError as e:
+        raise e if e.filename else OSError(e.errno, e.strerror, str(path)) from None
+    except SafetensorError as e:
+        raise UserError(f"{path}: {e}") from None
+
+
 def write_json(path, value):
     """Write JSON so that after a crash the file is whole or absent."""
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
+    with writing(path), open(path + ".tmp", "w", encoding="utf-8") as f:
         json.dump(value, f, indent=2, ensure_ascii=False)
         f.flush()
         os.fsync(f.fileno())

@@ -151,7 +151,7 @@ def collect(policy, requests, out, sampling, ranks, title, judge, write, enough=
         records = evaluation.sample(policy, requests, out, sampling, ranks, title, on_record,
                                     enough and (lambda: enough(outcomes)))
     except (SystemExit, KeyboardInterrupt):
-        with contextlib.suppress(UserError):
+        with contextlib.suppress(UserError, OSError):  # what ended it comes first
             if ranks.main:
                 conclude(evaluation.read_log(out, [r.key for r in requests]))
         raise

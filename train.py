@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -92,6 +92,10 @@ FREE = ("resume", "keep", "save_every", "timeout", "tokens_per_pack", "checkpoin
         "pairs", "eval_pairs", "out", "plan", "gpus", "gpu_memory")
 
 
+def nul(options: dict) -> list:
+    return [f"--{k} holds a NUL character" for k, v in options.items() if isinstance(v, str) and "\0" in v]
+
+
 def parse_options(argv=None) -> Options:
     """Command line to Options. With --resume what is not given comes from OUT/config.json, and what is given
     must agree with it. Without any, and with --out or --seed alone, `model` stays empty: that is the toy
@@ -101,19 +105,21 @@ def parse_options(argv=None) -> Options:
     add_options(parser, Options)
     given = vars(parser.parse_args(argv))
     problems = []
-    problems += [f"--{k} holds a NUL character" for k, v in given.items() if isinstance(v, str) and "\0" in v]
+    problems += nul(given)
     path = os.path.join(given.get("out", ""), "config.json")
     if given.get("resume") and not problems and os.path.exists(path):
         stored = qwen.read_json(path).get("options")
         stored = stored if isinstance(stored, dict) else {}
         kept = {f.name: stored[f.name] for f in fields(Options) if f.name in stored}
-        wrong = [f.name for f in fields(Options) if f.name in kept and not isinstance(
-            kept[f.name], (int, float) if f.type is float else f.type)]
+        wrong = [f.name for f in fields(Options) if f.name in kept and (
+            type(kept[f.name]) not in ((int, float) if f.type is float else (f.type,))
+            or f.metadata["choices"] and kept[f.name] not in f.metadata["choices"])]
         if wrong or not kept:
             raise UserError(f"{path}: no options of this program ({', '.join(wrong) or 'options'})")
         problems += [f"--{k} is {v!r}, the run in {given['out']} has {kept[k]!r}" for k, v in given.items()
                      if k in kept and k not in FREE and kept[k] != v]
         given = {**kept, **given}
+        problems += nul(given)
     o = Options(**given)
     if set(given) <= {"out", "seed"}:  # nothing to train and nothing to train on: the toy story
         o.out = o.out or "runs/toy"
@@ -162,8 +168,7 @@ def build_policy(folder, config, o: Options, ranks: Ranks):
         if isinstance(unit, FSDPModule) and ranks.world > 1:
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)  # without it gloo dies on the factor
-    policy.to_empty(device=ranks.device)
-    qwen.load_weights(policy, folder)
+    qwen.load_weights(policy, folder, ranks.device)
     return policy, mesh
 
 
@@ -280,8 +285,8 @@ def plan(o: Options) -> str:
     lines = [f"  {value / 1e9:8.2f} GB  {name}" for name, value in parts.items()]
     fits = total < 0.9 * o.gpu_memory  # a tenth is left to CUDA, NCCL and fragments
     return "\n".join([
-        log, f"{o.gpus} GPU(s) of {o.gpu_memory:g} GB, {o.dtype}, --checkpointing {o.checkpointing}, packs of "
-        f"at most {filled} tokens. A GPU would hold", *lines, f"  {total:8.2f} GB  in all"
+        log, f"{o.gpus} GPU(s) of {o.gpu_memory:g} GB, {o.dtype}, --checkpointing {o.checkpointing}, packs "
+        f"of at most {filled} tokens. A GPU would hold", *lines, f"  {total:8.2f} GB  in all"
         + ("" if fits else ": TOO MUCH, above nine tenths of its memory"),
         f"{len(batches)} steps; {sum(flops) / 1e15:.4g} PFLOP in products of training, "
         f"{first_pass / 1e15:.4g} in the reference pass: {minutes:.1f} minutes at {PLANNED_MFU:.0%} of an "
@@ -503,11 +508,18 @@ def reference_pass(run: Run):
     usable = torch.zeros(1)
     with ranks.together():
         if ranks.main and os.path.exists(path):
-            with safe_open(path, framework="pt") as f:
-                kept = f.metadata() or {}
-            tensors = load_file(path)
-            if kept.get("content") != sha256(*(memoryview(tensors[k].numpy()) for k in sorted(tensors))):
-                raise UserError(f"{path} is corrupt (its content does not have the hash it names): delete it")
+            try:
+                with safe_open(path, framework="pt") as f:
+                    kept = f.metadata() or {}
+                tensors = load_file(path)
+            except SafetensorError as e:
+                raise UserError(f"{path} is corrupt ({e}): delete it") from None
+            sizes = {"pairs": (len(run.forks), 2), "eval_pairs": (len(run.eval_forks or []), 2)}
+            if kept.get("content") != sha256(*(memoryview(tensors[k].numpy()) for k in sorted(tensors))) or (
+                    kept.get("hashes") == json.dumps(run.hashes) and sizes != {
+                        k: tuple(t.shape) for k, t in tensors.items() if t.dtype == torch.float64}):
+                raise UserError(f"{path} is corrupt (its content does not have the hash it names, or not the "
+                                "size of these pairs): delete it")
             same = kept.get("hashes") == json.dumps(run.hashes) if started else kept.get("key") == key
             usable[0] = float(same)
         if ranks.main and started and not usable[0]:
@@ -533,9 +545,10 @@ def reference_pass(run: Run):
             tensors = {"pairs": run.reference, "eval_pairs": run.eval_reference}
             content = sha256(*(memoryview(tensors[k].numpy()) for k in sorted(tensors)))
             metadata = {"key": key, "hashes": json.dumps(run.hashes), "content": content}
-            save_file(tensors, path + ".tmp", metadata)
-            fsync(path + ".tmp")
-            os.replace(path + ".tmp", path)
+            with qwen.writing(path):
+                save_file(tensors, path + ".tmp", metadata)
+                fsync(path + ".tmp")
+                os.replace(path + ".tmp", path)
 
 
 # --- checkpoints ----------------------------------------------------------------------------------
@@ -566,8 +579,9 @@ def save_checkpoint(run: Run):
     with ranks.together():
         if ranks.rank < shards:  # the first replica writes
             path = os.path.join(beside, f"shard_{shard}.safetensors")
-            save_file({k: t.cpu().contiguous() for k, (t, *_) in checkpoint_tensors(run).items()}, path)
-            fsync(path)
+            with qwen.writing(path):
+                save_file({k: t.cpu().contiguous() for k, (t, *_) in checkpoint_tensors(run).items()}, path)
+                fsync(path)
             mine[shard] = file_sha256(path)
     digests = share_digests(ranks, mine, shards)
     with ranks.together():
@@ -606,6 +620,15 @@ def check_hashes(run: Run, kept, where: str):
         raise UserError(f"{where} belongs to other {' and '.join(differ)} than given now")
 
 
+def open_shard(file) -> dict:
+    """{name: safetensors slice} of a file; raises UserError where it is none."""
+    try:
+        with safe_open(file, framework="pt") as f:
+            return {name: f.get_slice(name) for name in f.keys()}
+    except SafetensorError as e:
+        raise UserError(f"{file} is corrupt: {e}") from None
+
+
 def load_checkpoint(run: Run, path: str):
     """Restore weights, moments, step and delta; each rank copies the rows it needs, so that another number
     of ranks works. Raises UserError where a hash or a shape does not agree."""
@@ -614,22 +637,31 @@ def load_checkpoint(run: Run, path: str):
         state = qwen.read_json(os.path.join(path, "state.json"))
         kinds = {"step": int, "delta": float, "seen": int, "shards": int, "world": int, "threads": int,
                  "hashes": dict, "sha256": list}
-        wrong = [k for k, kind in kinds.items() if not isinstance(state.get(k), kind)]
-        if wrong or len(state["sha256"]) != state["shards"]:
-            raise UserError(f"{path}/state.json is no state of this program: {', '.join(wrong) or 'sha256'}")
+        wrong = [k for k, kind in kinds.items() if type(state.get(k)) is not kind]
+        if not wrong:
+            fits = {"step": os.path.basename(path) == f"step_{state['step']:06d}",
+                    "shards": state["shards"] > 0, "delta": math.isfinite(state["delta"]),
+                    "seen": 0 <= state["seen"] < 2**62,
+                    "sha256": len(state["sha256"]) == state["shards"]}
+            wrong = [k for k, fit in fits.items() if not fit]
+        if wrong:
+            raise UserError(f"{path}/state.json is no state of this program: {', '.join(wrong)}")
         check_hashes(run, state["hashes"], path)
         files = [os.path.join(path, f"shard_{i}.safetensors") for i in range(state["shards"])]
         for i, (file, digest) in enumerate(zip(files, state["sha256"])):  # each rank checks its part
             if i % ranks.world == ranks.rank and file_sha256(file) != digest:
                 raise UserError(f"{file} is corrupt: its hash is not the one in state.json")
-    shards = [safe_open(file, framework="pt") for file in files]
-    for name, (local, start, end, rows) in checkpoint_tensors(run).items():
-        chunk = -(-rows // len(shards))
-        for i, f in enumerate(shards):
-            first, last = min(i * chunk, rows), min((i + 1) * chunk, rows)
-            a, b = max(first, start), min(last, end)
-            if a < b:
-                local[a - start:b - start].copy_(f.get_slice(name)[a - first:b - first])
+    with ranks.together():
+        shards = [open_shard(file) for file in files]
+        for name, (local, start, end, rows) in checkpoint_tensors(run).items():
+            chunk = -(-rows // len(shards))
+            for i, (file, f) in enumerate(zip(files, shards)):
+                first, last = min(i * chunk, rows), min((i + 1) * chunk, rows)
+                if name not in f or f[name].get_shape() != [last - first, *local.shape[1:]]:
+                    raise UserError(f"{file} does not fit: {name} is missing or of another shape")
+                a, b = max(first, start), min(last, end)
+                if a < b:
+                    local[a - start:b - start].copy_(f[name][a - first:b - first])
     for s in run.optimizer.state.values():
         s["step"].fill_(state["step"])
     run.step, run.delta, run.seen = state["step"], state["delta"], state["seen"]
@@ -754,14 +786,14 @@ def keep_steps_before(path, step):
     if os.path.exists(path):
         rows = [row for _, row in data.read_lines(path) if isinstance(row, dict)]
         kept = [row for row in rows if isinstance(row.get("step"), int) and row["step"] < step]
-        with open(path + ".tmp", "w") as f:
+        with qwen.writing(path), open(path + ".tmp", "w") as f:
             f.writelines(json.dumps(row) + "\n" for row in kept)
         os.replace(path + ".tmp", path)
 
 
 def append_line(path, row):
     """Add one JSON line to a log."""
-    with open(path, "a") as f:
+    with qwen.writing(path), open(path, "a") as f:
         f.write(json.dumps(row) + "\n")
 
 

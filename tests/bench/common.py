@@ -53,7 +53,8 @@ def fill(policy):
 
 def open_run(shape, forks, ranks, **options):
     """A train.Run on random weights, reference log-probs scored."""
-    load, qwen.load_weights = qwen.load_weights, lambda policy, _: fill(policy)
+    load = qwen.load_weights
+    qwen.load_weights = lambda policy, _, device: fill(policy.to_empty(device=device))
     try:
         o = train.Options(**{"dtype": "float32", "checkpointing": "none", **options})
         policy, mesh = train.build_policy("", shape, o, ranks)

@@ -247,7 +247,8 @@ def synthetic_run(a, ranks, config, checkpointing, pack):
     """A train.Run with a sharded random policy, as train.prepare makes it of files."""
     o = train.Options(dtype="bfloat16" if a.device.type == "cuda" else "float32", tokens_per_pack=pack,
                       checkpointing=checkpointing, batch_size=10**6)
-    with mock.patch.object(qwen, "load_weights", lambda policy, _: initialise(hf_named(policy))):
+    with mock.patch.object(qwen, "load_weights", lambda policy, _, device: initialise(
+            hf_named(policy.to_empty(device=device)))):
         policy, mesh = train.build_policy("", config, o, ranks)
     optimizer = train.make_optimizer(policy, o)
     return train.Run(o, ranks, config, "", [], policy, mesh, optimizer, {}, step=1)  # step 0 has a canary
@@ -864,7 +865,7 @@ def main():
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.child:
-        qwen.leave(run_child(a))  # gloo's threads can abort the interpreter's own way out
+        qwen.leave(lambda: run_child(a))  # gloo's threads can abort the interpreter's own way out
     parts = a.parts.split(",")
     if set(parts) - set(PARTS):
         parser.error(f"--parts: some of {', '.join(PARTS)} expected, found {a.parts}")
