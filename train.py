@@ -265,6 +265,8 @@ def plan_memory(c, o: Options, ranks: int, tokens: int, rows: int, cuda=True) ->
 
 def plan(o: Options) -> str:
     """What the run would take: memory a GPU by part, FLOPs, minutes. Reads no weights."""
+    if o.shard_size and o.gpus % o.shard_size:
+        raise UserError(f"--shard_size {o.shard_size} does not divide --gpus {o.gpus}")
     folder = qwen.checkpoint_folder(o.model)
     config = qwen.read_config(folder)
     chat = data.load_chat(folder, config.vocab_size)

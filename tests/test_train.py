@@ -322,6 +322,8 @@ def test_plan_counts_and_writes_nothing(world, tmp_path, capfd, monkeypatch):
     text = train.plan(train.parse_options(options))
     assert "6 steps" in text and "TOO MUCH" not in text and not list(tmp_path.iterdir())
     assert "TOO MUCH" in train.plan(train.parse_options([*options, "--gpu_memory", "0.001"]))
+    with pytest.raises(UserError, match="--shard_size 4 does not divide --gpus 2"):
+        train.plan(train.parse_options([*options, "--shard_size", "4"]))
     config, chat = qwen.read_config(world["model"]), data.load_chat(world["model"], 265)
     forks, _ = data.load_forks(world["pairs"], chat, 8192, 0.6, True)
     flops = 2 * sum(train.count_flops(config, data.make_pack(forks, [i])) for i in range(len(forks)))
