@@ -110,7 +110,8 @@ def open_server(url: str, model: str = "", **settings) -> Server:
     model that the server lists. Raises UserError where there is none or the server cannot be asked."""
     url = (url or os.environ.get("OPENAI_BASE_URL", "")).rstrip("/")
     if not re.fullmatch(r"https?://[^/@\s]+(/[^@\s]*)?", url):
-        raise UserError(f"--server is {re.sub('//.*@', '//***@', url)!r}; an address such as http://localhost:8000/v1 expected (or "
+        shown = re.sub("//.*@", "//***@", url)  # a password may stand there
+        raise UserError(f"--server is {shown!r}; an address such as http://localhost:8000/v1 expected (or "
                         "OPENAI_BASE_URL)")
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not re.fullmatch(r"[!-~]*", key):
@@ -1670,9 +1671,9 @@ def evaluate(policy, tasks: list, out: str, sampling: Sampling, ranks: Ranks, sa
     """Sample and score tasks; every answer is kept in out/TASK/raw-*.jsonl, and asked once.
 
     samples: answers a question; 0: the paper's number for each task. Returns (on the main rank) and writes
-    results.json, where tasks of an earlier call stay: {task: {"questions", "samples",
-    "metrics": {metric: [mean, standard error]}, "pass@k", "cut off", "empty", "tokens", "unanswered", "reference", "asked": {question id: a hash of its turn},
-    "scores": {question id: [headline scores]}}}.
+    results.json, where tasks of an earlier call stay: {task: {"questions", "samples", "metrics":
+    {metric: [mean, standard error]}, "pass@k", "cut off", "empty", "tokens", "unanswered", "reference",
+    "asked": {question id: a hash of its turn}, "scores": {question id: [headline scores]}}}.
     Metrics and shares are from 0 to 1. Answers that a server failed to give are left out of all means, and
     counted in "unanswered".
     """
@@ -1705,8 +1706,8 @@ def score_task(task: Task, records: list) -> dict:
     flat = [r for row in answered for r in row]
     if not flat:
         reasons = Counter(r.get("error", "not asked") for row in records for r in row)
-        raise UserError(f"{task.name}: not one answer arrived ({reasons.most_common(1)[0][0]:.200}); start again "
-                        "to ask once more")
+        why = reasons.most_common(1)[0][0]
+        raise UserError(f"{task.name}: not one answer arrived ({why:.200}); start again to ask once more")
     grades = [[task.grade(r["text"], gold) for r in row] for row, (*_, gold) in zip(answered, task.rows)]
     names = list(next(g for row in grades for g in row))
     kept = [i for i, row in enumerate(grades) if row]
@@ -1761,7 +1762,7 @@ def results_table(results: dict) -> str:
 
 
 def read_results(folder: str) -> dict:
-    """results.json of a finished evaluation, its parts that `compare_runs` and `results_table` need checked."""
+    """results.json of a finished evaluation; what `compare_runs` and `results_table` need is checked."""
     path = os.path.join(folder, "results.json")
     results = qwen.read_json(path)
     for name, r in results.items():
@@ -1802,7 +1803,8 @@ def compare_runs(folders: list, seed: int = 0) -> str:
     if not rows:
         raise UserError(f"nothing to compare: {folders[0]} has {', '.join(a)}, {folders[1]} {', '.join(b)}"
                         + "".join(f"\n  {note}" for note in notes))
-    return "\n".join(["| task | questions | A | B | B - A | 95 % | p |", "|---|---|---|---|---|---|---|", *rows,
+    head = ["| task | questions | A | B | B - A | 95 % | p |", "|---|---|---|---|---|---|---|"]
+    return "\n".join([*head, *rows,
                       *(f"\n{note}" for note in notes)])
 
 

@@ -93,6 +93,7 @@ FREE = ("resume", "keep", "save_every", "timeout", "tokens_per_pack", "checkpoin
 
 
 def nul(options: dict) -> list:
+    """Problems of options that no file name can be: the system would end them at the NUL."""
     return [f"--{k} holds a NUL character" for k, v in options.items() if isinstance(v, str) and "\0" in v]
 
 

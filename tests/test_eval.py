@@ -200,14 +200,14 @@ def test_two_evaluations_are_compared(sets, tmp_path, monkeypatch, capsys):
 
 
 def test_what_cannot_be_compared_is_said(sets, tmp_path, monkeypatch, capsys):
-    """Other questions under the same ids, a task of one question, another sampling; A and B of pairs alone."""
+    """Other questions under the same ids, a task of one question, another seed; A and B of pairs alone."""
     rows = [{"question": f"{i}?", "answer": i} for i in range(4)]
     files = [write(tmp_path / "a.jsonl", rows[:3]),
              write(tmp_path / "b.jsonl", [*rows[:2], {"question": "other?", "answer": 7}, rows[3]])]
     for name, file, number in (("a", files[0], 1), ("b", files[1], 7)):
         with Misbehaving(lambda body, attempt: completion(f"\\boxed{{{number}}}")) as server:
-            code, err = run_cli(monkeypatch, capsys, "--server", server.url, "--out", tmp_path / name, "--tasks",
-                                f"x={file},own={sets / 'own.jsonl'}", "--samples", 1, "--seed", number)
+            code, err = run_cli(monkeypatch, capsys, "--server", server.url, "--out", tmp_path / name,
+                                "--tasks", f"x={file},own={sets / 'own.jsonl'}", "--samples", 1, "--seed", number)
             assert code == 0, err
     table = evaluation.compare_runs([str(tmp_path / "a"), str(tmp_path / "b")])
     assert "| x | 2 | 50.0 | 0.0 | -50.0 |" in table and "seed differs: 1 and 7" in table
@@ -296,7 +296,7 @@ def test_retention_equals_a_direct_computation(talker, tmp_path, monkeypatch, ca
     chat = data.load_chat(str(talker), 265)
     sequences, said = evaluation.read_sequences(str(texts), chat, 4096)
     assert said.endswith("3 texts, 0 of them cut at 4096 tokens; 1 dropped: nothing to score")
-    assert evaluation.read_sequences(str(texts), chat, 10)[1].split(": ", 1)[1].startswith("2 texts, 2 of them cut")
+    assert "texts.jsonl: 2 texts, 2 of them cut at 10" in evaluation.read_sequences(str(texts), chat, 10)[1]
     prompt = chat.prompt([{"role": "user", "content": "1 + 1?"}])
     assert [first for _, first in sequences] == [1, 1, len(prompt)]
     models = [AutoModelForCausalLM.from_pretrained(f, dtype=torch.float64) for f in (other, str(talker))]
@@ -320,7 +320,7 @@ def test_retention_equals_a_direct_computation(talker, tmp_path, monkeypatch, ca
 
 
 def test_retention_in_bf16_rounds_no_logits(talker):
-    """The same bf16 hidden states through an fp64 head: the KL of what the models say, not of its rounding."""
+    """The same bf16 hidden states through an fp64 head: the KL of what the models say, not of rounding."""
     models = [evaluation.open_own(str(talker), torch.bfloat16, "cpu").model for _ in range(2)]
     with torch.no_grad():
         models[0].head_weight().mul_(1.01)  # a small step, as in training
@@ -341,8 +341,8 @@ def test_retention_refuses_another_tokenizer(talker, tmp_path, monkeypatch, caps
     (tmp_path / "other" / "tokenizer.json").write_text(text.replace('"<think>"', '"<thinking>"').replace(
         '"</think>"', '"<think>"').replace('"<thinking>"', '"</think>"'))
     texts = write(tmp_path / "texts.jsonl", [{"text": "The quick brown fox"}])
-    code, err = run_cli(monkeypatch, capsys, "retention", "--model", other, "--base", talker, "--texts", texts,
-                        "--dtype", "float32")
+    code, err = run_cli(monkeypatch, capsys, "retention", "--model", other, "--base", talker, "--texts",
+                        texts, "--dtype", "float32")
     assert code == 1 and "different tokenizers" in err
 
 

@@ -314,7 +314,8 @@ def test_bad_gpqa_rows(row, expected, tmp_path):
     ('<think>"Answer": "C"</think>\n"Answer": "A"', "A"),
     ("The answer is Above", None), ("vitamin\nD3", None), ("The answer is: \\(C\\)", "C"),
     ("The correct option is C.", "C"), ("The correct choice is (C).", "C"), ("Option C is correct.", "C"),
-    ("The answer would be C", "C"), ("<answer>C</answer>", "C"), ("'Answer': 'C'", "C"), ("“Answer”: “C”", "C"),
+    ("The answer would be C", "C"), ("<answer>C</answer>", "C"), ("'Answer': 'C'", "C"),
+    ("“Answer”: “C”", "C"),
     ('"Answer": "A, B"', None), ("Answer: A/B", None), ("The answer is (A)(B)", None), ("Answer: A, B", None),
     ('"Answer": "The correct option is C"', "C"), ("Option C is not correct", None),
 ])
