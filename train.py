@@ -278,22 +278,27 @@ def plan(o: Options) -> str:
                for b in data.epoch_batches(len(forks), o.batch_size, o.seed, epoch)][:total_steps(run)]
     packs = [[data.make_pack(forks, pack) for micro in data.split_batch(b, lengths, o.gpus, o.tokens_per_pack)
               for pack in micro if pack] for b in batches]
-    largest = max((p for batch in packs for p in batch), key=lambda p: p.size)
-    filled = -(-largest.size // run.fill(True)) * run.fill(True)
-    parts = plan_memory(config, o, o.gpus, filled, len(largest.rows))
+
+    def filled(pack):
+        return -(-pack.size // run.fill(True)) * run.fill(True)
+
+    largest = max((p for batch in packs for p in batch), key=filled)
+    parts = plan_memory(config, o, o.gpus, filled(largest), len(largest.rows))
     flops = [sum(count_flops(config, p) for p in batch) for batch in packs]
     first_pass = sum(flops[:steps_per_epoch(run)]) / 3  # the reference pass is forward alone
-    minutes = (sum(flops) + first_pass) / (o.gpus * PLANNED_MFU * PEAKS["H100"]) / 60
+    flat = [p for batch in packs for p in batch]
+    fullness = sum(p.size for p in flat) / sum(map(filled, flat))  # what is filling costs as much as a token
+    seconds = (sum(flops) + first_pass) / fullness / (o.gpus * PLANNED_MFU * PEAKS["H100"])
     total = sum(parts.values()) / 1e9
     lines = [f"  {value / 1e9:8.2f} GB  {name}" for name, value in parts.items()]
     fits = total < 0.9 * o.gpu_memory  # a tenth is left to CUDA, NCCL and fragments
     return "\n".join([
         log, f"{o.gpus} GPU(s) of {o.gpu_memory:g} GB, {o.dtype}, --checkpointing {o.checkpointing}, packs "
-        f"of at most {filled} tokens. A GPU would hold", *lines, f"  {total:8.2f} GB  in all"
-        + ("" if fits else ": TOO MUCH, above nine tenths of its memory"),
+        f"of at most {filled(largest)} tokens, {fullness:.0%} full. A GPU would hold", *lines,
+        f"  {total:8.2f} GB  in all" + ("" if fits else ": TOO MUCH, above nine tenths of its memory"),
         f"{len(batches)} steps; {sum(flops) / 1e15:.4g} PFLOP in products of training, "
-        f"{first_pass / 1e15:.4g} in the reference pass: {minutes:.1f} minutes at {PLANNED_MFU:.0%} of an "
-        "H100's 989 TFLOP/s. Loading, saving and compiling come on top."])
+        f"{first_pass / 1e15:.4g} in the reference pass: {seconds / 60:.2g} minutes at {PLANNED_MFU:.0%} of an "
+        "H100's 989 TFLOP/s. Communication, held-out pairs, loading, saving and compiling come on top."])
 
 
 # --- the run --------------------------------------------------------------------------------------

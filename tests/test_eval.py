@@ -207,7 +207,8 @@ def test_what_cannot_be_compared_is_said(sets, tmp_path, monkeypatch, capsys):
     for name, file, number in (("a", files[0], 1), ("b", files[1], 7)):
         with Misbehaving(lambda body, attempt: completion(f"\\boxed{{{number}}}")) as server:
             code, err = run_cli(monkeypatch, capsys, "--server", server.url, "--out", tmp_path / name,
-                                "--tasks", f"x={file},own={sets / 'own.jsonl'}", "--samples", 1, "--seed", number)
+                                "--tasks", f"x={file},own={sets / 'own.jsonl'}", "--samples", 1,
+                                "--seed", number)
             assert code == 0, err
     table = evaluation.compare_runs([str(tmp_path / "a"), str(tmp_path / "b")])
     assert "| x | 2 | 50.0 | 0.0 | -50.0 |" in table and "seed differs: 1 and 7" in table

@@ -98,8 +98,8 @@ def run_trl(a, checkpointing, our_tokens):
 
 def main():
     parser = common.parser(__doc__)
-    parser.add_argument("--model", help="checkpoint folder")
-    parser.add_argument("--pairs", help="pair file")
+    parser.add_argument("--model", help="checkpoint folder (required)")
+    parser.add_argument("--pairs", help="pair file (required)")
     parser.add_argument("--epochs", type=int, default=2, help="of the timed runs [2]")
     parser.add_argument("--batch_size", type=int, default=8, help="pairs a step, of the timed runs [8]")
     parser.add_argument("--lr", type=float, default=1e-5, help="peak of the cosine [1e-5]")
@@ -121,7 +121,12 @@ def main():
     def child(who, checkpointing, **changes):
         return common.child(__file__, **{**vars(a), **changes, "child": f"{who} {checkpointing}"})
 
+    if not a.model or not a.pairs:
+        parser.error("--model and --pairs are required")
     count = sum(1 for _ in open(a.pairs))
+    if a.batch_size % TRL_BATCH or a.losses and count % TRL_BATCH:
+        parser.error(f"--batch_size, and with --losses the number of pairs, must be multiples of {TRL_BATCH}: "
+                     "TRL takes them so many at a time")
     kinds = [(who, checkpointing) for who in ("ours", "trl") for checkpointing in ("none", "full")]
     results = {kind: [] for kind in kinds}
     for _ in range(a.repeats):

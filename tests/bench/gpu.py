@@ -13,7 +13,7 @@
 
 All weights are random, made from the shapes. A part is a process of its own: a crash or a timeout costs that
 part alone, and the exit code is 1 then or where a check fails. What the time does not suffice for is skipped,
-with a line that says so. Needs requirements-dev.txt (transformers). Times are medians after warm-up, with
+with a line that says so; a part skipped whole counts as failed. Needs requirements-dev.txt (transformers). Times are medians after warm-up, with
 the device waited for. GB are 1e9 bytes.
 """
 
@@ -839,7 +839,7 @@ def run_part(a, part, stop, share):
     print(f"\n## {part}", flush=True)
     if stop - time.time() < 15:
         print("\nskipped for want of time", flush=True)
-        return True
+        return False  # nothing was seen of it
     command = [sys.executable, os.path.abspath(__file__), "--child", part, "--until", str(until)]
     env = {**os.environ, "PYTHONUNBUFFERED": "1", **({"CUDA_VISIBLE_DEVICES": ""} if a.small else {})}
     start = time.time()

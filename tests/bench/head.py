@@ -28,7 +28,7 @@ def measure(rows, vocab, width, dtype, repeats, who):
     weight.grad += 1  # touched, so that it is resident
     rate = common.gemm_rate(dtype)
     # A gradient accumulated into .grad is made beside it first: that one is counted on both sides.
-    before = common.peak_gb()
+    before = common.peak_gb(anew=True)
     for _ in range(repeats):
         start = time.perf_counter()
         if who == "ours":
