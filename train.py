@@ -297,8 +297,8 @@ def plan(o: Options) -> str:
         f"of at most {filled(largest)} tokens, {fullness:.0%} full. A GPU would hold", *lines,
         f"  {total:8.2f} GB  in all" + ("" if fits else ": TOO MUCH, above nine tenths of its memory"),
         f"{len(batches)} steps; {sum(flops) / 1e15:.4g} PFLOP in products of training, "
-        f"{first_pass / 1e15:.4g} in the reference pass: {seconds / 60:.2g} minutes at {PLANNED_MFU:.0%} of an "
-        "H100's 989 TFLOP/s. Communication, held-out pairs, loading, saving and compiling come on top."])
+        f"{first_pass / 1e15:.4g} in the reference pass: {seconds / 60:.2g} minutes at {PLANNED_MFU:.0%} of "
+        "an H100's 989 TFLOP/s. Communication, held-out pairs, loading, saving and compiling come on top."])
 
 
 # --- the run --------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@
 
 All weights are random, made from the shapes. A part is a process of its own: a crash or a timeout costs that
 part alone, and the exit code is 1 then or where a check fails. What the time does not suffice for is skipped,
-with a line that says so; a part skipped whole counts as failed. Needs requirements-dev.txt (transformers). Times are medians after warm-up, with
-the device waited for. GB are 1e9 bytes.
+with a line that says so; a part skipped whole counts as failed. Needs requirements-dev.txt (transformers).
+Times are medians after warm-up, with the device waited for. GB are 1e9 bytes.
 """
 
 import argparse
