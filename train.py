@@ -582,7 +582,10 @@ def save_checkpoint(run: Run):
     mine = {}
     with ranks.together():
         if ranks.main:
-            shutil.rmtree(beside, ignore_errors=True)
+            os.makedirs(root, exist_ok=True)
+            for name in os.listdir(root):
+                if name.startswith("tmp_"):  # of a run that was killed
+                    shutil.rmtree(os.path.join(root, name))
             os.makedirs(beside)
     with ranks.together():
         if ranks.rank < shards:  # the first replica writes
@@ -599,11 +602,19 @@ def save_checkpoint(run: Run):
                 "world": ranks.world, "threads": torch.get_num_threads(), "hashes": run.hashes,
                 "sha256": digests})
             fsync(beside)
-            shutil.rmtree(final, ignore_errors=True)  # only ever one from before a resume that repeats it
+            if os.path.isdir(final):  # only ever one from before a resume that repeats it
+                discard(final)
             os.rename(beside, final)
             fsync(root)
             for old in whole_checkpoints(o.out)[:-o.keep]:
-                shutil.rmtree(old)
+                discard(old)
+
+
+def discard(checkpoint):
+    """Delete a checkpoint; its name goes first, so that no kill leaves half of one under a whole one's name."""
+    root, name = os.path.split(checkpoint)
+    os.rename(checkpoint, os.path.join(root, "tmp_" + name))
+    shutil.rmtree(os.path.join(root, "tmp_" + name))
 
 
 def fsync(path):

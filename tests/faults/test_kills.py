@@ -196,6 +196,30 @@ def test_fifty_kills(world, undisturbed, tmp_path):
     assert len(killed) >= 35 and {k[0] for k in killed} >= {"start", "reference pass", "step", "checkpoint"}
 
 
+def test_a_death_in_mid_deletion_leaves_no_half_checkpoint(world, tmp_path, monkeypatch):
+    remove, out = train.shutil.rmtree, tmp_path / "run"
+
+    def die(folder, **kwargs):
+        if "step_000001" in folder:
+            os.remove(os.path.join(folder, "state.json"))
+            raise KeyboardInterrupt
+        remove(folder, **kwargs)
+
+    def go():
+        ranks = train.open_ranks(60)
+        try:
+            return train.train(train.parse_options(given(world, out)), ranks)
+        finally:
+            train.close_ranks()
+    monkeypatch.setattr(train.shutil, "rmtree", die)
+    with pytest.raises(KeyboardInterrupt):
+        go()
+    assert whole(out) == [2, 3]
+    monkeypatch.undo()
+    assert go() == 0 and whole(out) == [STEPS - 1, STEPS]
+    assert sorted(os.listdir(out / "checkpoints")) == [f"step_{n:06d}" for n in (STEPS - 1, STEPS)]
+
+
 def test_a_stalled_rank_ends_the_run_by_its_time_out(world, tmp_path):
     out = tmp_path / "run"
     process = start(world, out, "--timeout", "5", "--epochs", "1000")
