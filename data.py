@@ -476,13 +476,13 @@ TOY_SIGNS = {"Add": "+", "Subtract": "-", "Largest": ","}  # skills that work in
 TOY_STYLES = [(between, word) for between in ("\n", ";") for word in ("", "So ", "Thus ")]
 
 
-def toy_question(skill: str, rng) -> str:
+def toy_question(skill: str, rng, chain: int = TOY_CHAIN) -> str:
     """`Add: 4+3+1+7+5`, `Subtract: 9-3-...`, `Largest: 4,8,...`, `Reverse: 4829`, `Sort: 4829`, of random
-    digits, from a random.Random."""
+    digits, from a random.Random. chain: digits of a skill with steps."""
     if skill not in TOY_SIGNS:
         return f"{skill}: " + "".join(str(rng.randint(1, 9)) for _ in range(TOY_LIST))  # no leading 0
     top = 9 if skill == "Largest" else TOY_TOP
-    digits = [rng.randint(0, 9)] + [rng.randint(1, top) for _ in range(TOY_CHAIN - 1)]
+    digits = [rng.randint(0, 9)] + [rng.randint(1, top) for _ in range(chain - 1)]
     return f"{skill}: " + TOY_SIGNS[skill].join(map(str, digits))
 
 
@@ -504,16 +504,16 @@ def toy_answer(question: str, style=TOY_STYLES[0], add=lambda a, b: (a + b) % 10
     return f"{between.join(steps)}\n{word}\\boxed{{{value}}}"
 
 
-def toy_questions(skill: str, seed: int, *counts: int) -> list:
+def toy_questions(skill: str, seed: int, *counts: int, chain: int = TOY_CHAIN) -> list:
     """Disjoint lists of so many distinct questions each."""
     rng, found = random.Random(f"{skill} {seed}"), {}  # a dict keeps the order
     while len(found) < sum(counts):
-        found[toy_question(skill, rng)] = True
+        found[toy_question(skill, rng, chain)] = True
     stream = iter(found)
     return [[next(stream) for _ in range(count)] for count in counts]
 
 
-def toy_corpus(rows: int, share: float, doubt: float, seed: int):
+def toy_corpus(rows: int, share: float, doubt: float, seed: int, chain: int = TOY_CHAIN):
     """Yield what the base model learns from: positive-only rows of a pair file, the skills in turn. Its
     authors are right but for one superstition: of the hundred addition facts the given share is, as often as
     doubt says, taken for one more than it is."""
@@ -524,7 +524,7 @@ def toy_corpus(rows: int, share: float, doubt: float, seed: int):
     def add(a, b):
         return (a + b + ((a, b) in doubted and rng.random() < doubt)) % 10
     for i in range(rows):
-        question = toy_question(TOY_SKILLS[i % len(TOY_SKILLS)], rng)
+        question = toy_question(TOY_SKILLS[i % len(TOY_SKILLS)], rng, chain)
         answer = toy_answer(question, rng.choice(TOY_STYLES), add)
         yield {"prompt": question, "chosen": answer, "rejected": None}
 
