@@ -191,7 +191,12 @@ class Chat:
 
     def encode(self, text: str) -> list:
         """Ids of plain text; special tokens inside it stay text (a question may quote <|im_end|>)."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as e:  # the library raises bare Exception, and where it panics not even that
+            raise UserError(f"tokenizer.json cannot encode {text!r:.60}: {e}") from None
 
     def prompt(self, messages: list) -> list:
         """Ids of the whole prompt, ready for the answer: transformers' apply_chat_template(messages,
@@ -213,16 +218,19 @@ def load_chat(folder: str, vocab_size: int) -> Chat:
     for a template of another family, a thinking-only one, and a vocabulary larger than the model's.
     """
     path = os.path.join(folder, "tokenizer.json")
-    raw = json.dumps(read_json(path), ensure_ascii=False)
+    spec = read_json(path)
+    check_tokenizer(path, spec)
     try:
-        tokenizer = Tokenizer.from_str(raw)
+        tokenizer = Tokenizer.from_str(json.dumps(spec, ensure_ascii=False))
     except Exception as e:  # the library raises bare Exception
         raise UserError(f"{path}: not a tokenizer the tokenizers package reads: {e}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # text of users and models never becomes a control token
     template_path = os.path.join(folder, "chat_template.jinja")
-    if os.path.exists(template_path):
+    if os.path.lexists(template_path):  # a link to nowhere is an error, not the absence of a template
+        if not os.path.isfile(template_path):
+            raise UserError(f"{template_path}: a file expected")
         try:
             with open(template_path, encoding="utf-8") as f:
                 template = f.read()
@@ -261,6 +269,33 @@ def load_chat(folder: str, vocab_size: int) -> Chat:
         blank = chat.encode("\n\n")
         chat.think = [ids[2], *blank, ids[3], *blank]
     return chat
+
+
+def check_tokenizer(path, spec):
+    """Raises UserError for what no Qwen3 tokenizer has: other parts can end the process, take all its memory
+    or, with dropout, encode one text in many ways."""
+    def kinds(part, inner):
+        part = part if isinstance(part, dict) else {}
+        parts = part.get(inner) if part.get("type") == "Sequence" else [part] * bool(part)
+        return [p.get("type") if isinstance(p, dict) else p for p in parts if p != {}] if (
+            isinstance(parts, list)) else [parts]
+
+    model = spec.get("model") if isinstance(spec.get("model"), dict) else {}
+    vocabulary = model.get("vocab") if isinstance(model.get("vocab"), dict) else {}
+    problems = [f'"{name}" of type {kind!r:.60}, {" or ".join(known)} expected'
+                for name, inner, known in (("normalizer", "normalizers", ("NFC",)),
+                                           ("pre_tokenizer", "pretokenizers", ("Split", "ByteLevel", "Digits")),
+                                           ("decoder", "decoders", ("ByteLevel",)))
+                for kind in kinds(spec.get(name), inner) if kind not in known]
+    if model.get("type", "BPE") != "BPE":
+        problems.append(f'"model" of type {model["type"]!r:.60}, BPE expected')
+    if model.get("dropout"):
+        problems.append(f'"model": "dropout" is {model["dropout"]!r:.60}, null expected')
+    unknown = model.get("unk_token")
+    if unknown is not None and not (isinstance(unknown, str) and unknown in vocabulary):
+        problems.append(f'"model": "unk_token" {unknown!r:.60} is not in the vocabulary')
+    if problems:
+        raise UserError(f"{path} is no Qwen3 tokenizer: " + "; ".join(problems))
 
 
 # --- change ratio ---------------------------------------------------------------------------------

@@ -89,9 +89,9 @@ def read_config(folder: str) -> Config:
         problems.append('"model_type" is missing, "qwen3" expected')
     rope = raw.pop("rope_parameters", None) or {}
     if not isinstance(rope, dict):
-        raise UserError(f'{path}: "rope_parameters": an object expected, found {rope!r}')
+        raise UserError(f'{path}: "rope_parameters": an object expected, found {rope!r:.60}')
     if rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        problems.append(f'"rope_parameters" is {rope!r}; only "rope_type": "default" is supported')
+        problems.append(f'"rope_parameters" is {rope!r:.200}; only "rope_type": "default" is supported')
     elif set(rope) - {"rope_type", "rope_theta", "partial_rotary_factor"}:
         problems.append(f'"rope_parameters" holds {sorted(rope)}; only rope_type, rope_theta are supported')
     if "rope_theta" in rope:
@@ -113,14 +113,14 @@ def read_config(folder: str) -> Config:
         fits = isinstance(value, number_or_flag) and isinstance(value, bool) == (kind is bool)
         largest = 1e3 if name == "num_hidden_layers" else 1e12 if kind is float else 2**22
         if not fits or (kind is not bool and not 0 < value <= largest):
-            problems.append(f'"{name}": a {kind.__name__} above 0 (to {largest:g}) expected, found {value!r}'
-                            if kind is not bool else f'"{name}": true or false expected, found {value!r}')
+            problems.append(f'"{name}": a {kind.__name__} above 0 (to {largest:g}) expected, found {value!r:.60}'
+                            if kind is not bool else f'"{name}": true or false expected, found {value!r:.60}')
         values[name] = value
     for name, value in raw.items():
         if name in ONLY and value not in ONLY[name]:
-            problems.append(f'"{name}" is {value!r}; only {ONLY[name][0]!r} is supported')
+            problems.append(f'"{name}" is {value!r:.60}; only {ONLY[name][0]!r} is supported')
         elif name not in ONLY and name not in HARMLESS and value not in (None, False, [], {}):
-            problems.append(f'"{name}": {value!r} is not known here and might change the computation')
+            problems.append(f'"{name}": {value!r:.60} is not known here and might change the computation')
     if not problems:
         heads, groups = values["num_attention_heads"], values["num_key_value_heads"]
         if heads % groups or values["head_dim"] % 2 or heads * values["head_dim"] > 2**22:
@@ -135,13 +135,16 @@ def unique(pairs: list) -> dict:
     """For json's object_pairs_hook: of a key that is there twice the last one would win silently."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the object holds {next(k for k in keys if keys.count(k) > 1)!r:.60} twice")
+        first = set()
+        twice = next(key for key, _ in pairs if key in first or first.add(key))
+        raise ValueError(f"the object holds {twice!r:.60} twice")
     return found
 
 
 def read_json(path: str) -> dict:
     """A JSON object from a file, or a UserError naming the file and the place."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path}: a file expected")  # opening a pipe would wait for a writer
     try:
         with open(path, encoding="utf-8") as f:
             value = json.load(f, object_pairs_hook=unique)
@@ -653,6 +656,8 @@ def open_tensors(folder: str) -> dict:
     found = {}
     for f in files:
         path = os.path.join(folder, f)
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise UserError(f"{path}: a file expected")
         try:
             handle = safe_open(path, framework="pt")
             for name in handle.keys():
@@ -682,7 +687,7 @@ def load_weights(model: Qwen3, folder: str, device) -> None:
     checkpoint: every rank reads only its own rows.
 
     Strict, and checked before memory is taken: raises one UserError that lists all missing, unexpected,
-    mis-shaped and mis-typed tensors. A tied checkpoint may carry lm_head.weight; it is the embedding again,
+    mis-shaped and mis-typed tensors; then another for the first that is not finite. A tied checkpoint may carry lm_head.weight; it is the embedding again,
     and is not read.
     """
     found = open_tensors(folder)
@@ -705,6 +710,8 @@ def load_weights(model: Qwen3, folder: str, device) -> None:
         name, (local, start, end) = hf_name(name), rows_here(p)
         if end > start:
             local.copy_(found[name][1][start:end])  # casts
+            if not local.isfinite().all():
+                raise UserError(f"{found[name][0]}: {name} holds NaN or infinity")
 
 
 def load_model(folder: str, dtype=torch.float32, device="cpu", checkpointing=False) -> Qwen3:
@@ -734,15 +741,19 @@ def export(model: Qwen3, folder: str, source: str, dtype=torch.bfloat16, shard_b
         used += p.numel() * size
     names = (["model.safetensors"] if len(shards) == 1 else
              [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)])
-    if main:
-        os.makedirs(folder)
+    failed = None
     for file, shard in zip(names, shards):
         whole = ((p.to(dtype).full_tensor() if isinstance(p, DTensor) else p.to(dtype)) for _, p in shard)
-        if main:
-            write_safetensors(os.path.join(folder, file), [(n, p.shape) for n, p in shard], dtype, whole)
-        else:
-            for _ in whole:  # take part in gathering
-                pass
+        if main and not failed:
+            try:
+                os.makedirs(folder, exist_ok=True)
+                write_safetensors(os.path.join(folder, file), [(n, p.shape) for n, p in shard], dtype, whole)
+            except OSError as e:
+                failed = e
+        for _ in whole:  # take part in gathering, on the main rank too: the others wait for it
+            pass
+    if failed:
+        raise failed
     if not main:
         return
     if len(shards) > 1:

@@ -16,6 +16,8 @@ does not depend on the number of ranks; each rank computes its share of the toke
 """
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import json
 import math
@@ -92,9 +94,11 @@ FREE = ("resume", "keep", "save_every", "timeout", "tokens_per_pack", "checkpoin
         "pairs", "eval_pairs", "out", "plan", "gpus", "gpu_memory")
 
 
-def nul(options: dict) -> list:
-    """Problems of options that no file name can be: the system would end them at the NUL."""
-    return [f"--{k} holds a NUL character" for k, v in options.items() if isinstance(v, str) and "\0" in v]
+def unfit(options: dict) -> list:
+    """Problems of options that no JSON file can keep, or no file can have for a name."""
+    texts = {k: v for k, v in options.items() if isinstance(v, str)}
+    return [f"--{k} holds a NUL character" for k, v in texts.items() if "\0" in v] + [
+        f"--{k} {v!r:.60} is not UTF-8 text" for k, v in texts.items() if v.encode(errors="replace").decode() != v]
 
 
 def parse_options(argv=None) -> Options:
@@ -106,7 +110,7 @@ def parse_options(argv=None) -> Options:
     add_options(parser, Options)
     given = vars(parser.parse_args(argv))
     problems = []
-    problems += nul(given)
+    problems += unfit(given)
     path = os.path.join(given.get("out", ""), "config.json")
     if given.get("resume") and not problems and os.path.exists(path):
         stored = qwen.read_json(path).get("options")
@@ -120,7 +124,7 @@ def parse_options(argv=None) -> Options:
         problems += [f"--{k} is {v!r}, the run in {given['out']} has {kept[k]!r}" for k, v in given.items()
                      if k in kept and k not in FREE and kept[k] != v]
         given = {**kept, **given}
-        problems += nul(given)
+        problems += unfit(given)
     o = Options(**given)
     if set(given) <= {"out", "seed"}:  # nothing to train and nothing to train on: the toy story
         o.out = o.out or "runs/toy"
@@ -523,9 +527,10 @@ def reference_pass(run: Run):
             except SafetensorError as e:
                 raise UserError(f"{path} is corrupt ({e}): delete it") from None
             sizes = {"pairs": (len(run.forks), 2), "eval_pairs": (len(run.eval_forks or []), 2)}
-            if kept.get("content") != sha256(*(memoryview(tensors[k].numpy()) for k in sorted(tensors))) or (
-                    kept.get("hashes") == json.dumps(run.hashes) and sizes != {
-                        k: tuple(t.shape) for k, t in tensors.items() if t.dtype == torch.float64}):
+            found = {k: tuple(t.shape) for k, t in tensors.items() if t.dtype == torch.float64}
+            if found.keys() != tensors.keys() or (
+                    kept.get("content") != sha256(*(memoryview(tensors[k].numpy()) for k in sorted(tensors)))
+                    or kept.get("hashes") == json.dumps(run.hashes) and sizes != found):
                 raise UserError(f"{path} is corrupt (its content does not have the hash it names, or not the "
                                 "size of these pairs): delete it")
             same = kept.get("hashes") == json.dumps(run.hashes) if started else kept.get("key") == key
@@ -584,8 +589,8 @@ def save_checkpoint(run: Run):
         if ranks.main:
             os.makedirs(root, exist_ok=True)
             for name in os.listdir(root):
-                if name.startswith("tmp_"):  # of a run that was killed
-                    shutil.rmtree(os.path.join(root, name))
+                if re.fullmatch(r"tmp_(step_)?\d{6,}", name):  # of a run that was killed
+                    remove(os.path.join(root, name))
             os.makedirs(beside)
     with ranks.together():
         if ranks.rank < shards:  # the first replica writes
@@ -614,7 +619,15 @@ def discard(checkpoint):
     """Delete a checkpoint; its name goes first, so that no kill leaves half of one under a whole one's name."""
     root, name = os.path.split(checkpoint)
     os.rename(checkpoint, os.path.join(root, "tmp_" + name))
-    shutil.rmtree(os.path.join(root, "tmp_" + name))
+    remove(os.path.join(root, "tmp_" + name))
+
+
+def remove(path):
+    """Delete a folder, or what stands in its place: of a link only the link."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        os.remove(path)
 
 
 def fsync(path):
@@ -676,8 +689,9 @@ def load_checkpoint(run: Run, path: str):
             chunk = -(-rows // len(shards))
             for i, (file, f) in enumerate(zip(files, shards)):
                 first, last = min(i * chunk, rows), min((i + 1) * chunk, rows)
-                if name not in f or f[name].get_shape() != [last - first, *local.shape[1:]]:
-                    raise UserError(f"{file} does not fit: {name} is missing or of another shape")
+                if name not in f or f[name].get_shape() != [last - first, *local.shape[1:]] or (
+                        f[name].get_dtype() != "F32"):
+                    raise UserError(f"{file} does not fit: {name} is missing, of another shape or type")
                 a, b = max(first, start), min(last, end)
                 if a < b:
                     local[a - start:b - start].copy_(f[name][a - first:b - first])
@@ -729,14 +743,42 @@ def prepare(o: Options, ranks: Ranks) -> Run:
                eval_forks=eval_forks)
 
 
+@contextlib.contextmanager
+def claimed(out, ranks):
+    """The run folder, made and held as long as this block lasts: two runs in one would spoil both."""
+    lock = None
+    with ranks.together():
+        if ranks.main:
+            os.makedirs(out, exist_ok=True)
+            lock = open(os.path.join(out, ".lock"), "w")  # a folder that cannot be written shows here
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.close()
+                raise UserError(f"{out} is being written by another process, perhaps by ranks whose torchrun "
+                                "was killed: wait for it, or end it") from None
+            except OSError:
+                pass  # a file system without locks
+    try:
+        yield
+    finally:
+        if lock:
+            lock.close()
+
+
 def train(o: Options, ranks: Ranks) -> int:
     """The whole run; returns the exit code."""
     run = prepare(o, ranks)
+    with claimed(o.out, ranks):
+        return train_in_folder(run)
+
+
+def train_in_folder(run: Run) -> int:
+    """Reference pass, steps, checkpoints, export, from wherever the folder stands; returns the exit code."""
+    o, ranks = run.o, run.ranks
     run.peak_flops = peak_flops(ranks.device, getattr(torch, o.dtype))
     total = total_steps(run)
     with ranks.together():
-        if ranks.main:
-            os.makedirs(o.out, exist_ok=True)
         config_path = os.path.join(o.out, "config.json")
         if o.resume and os.path.exists(config_path):
             check_hashes(run, qwen.read_json(config_path).get("hashes"), o.out)
@@ -789,13 +831,16 @@ def train(o: Options, ranks: Ranks) -> int:
     final = os.path.join(o.out, "model")
     with ranks.together():
         if ranks.main:
-            shutil.rmtree(final + ".tmp", ignore_errors=True)
-        dist.barrier()
+            remove(final + ".tmp")
+    with ranks.together():
         qwen.export(run.policy, final + ".tmp", run.folder, getattr(torch, o.save_dtype),
                     main=ranks.main)
         if ranks.main:
-            shutil.rmtree(final, ignore_errors=True)
+            remove(final + ".old")
+            if os.path.lexists(final):  # a name is given only to a whole one, whenever a kill comes
+                os.rename(final, final + ".old")
             os.rename(final + ".tmp", final)
+            remove(final + ".old")
     ranks.say(f"done: {final}")
     return 0
 
@@ -866,8 +911,11 @@ def story(o: Options, ranks: Ranks) -> int:
         if ranks.main:
             toy_birth(root, o.seed)
             if os.path.exists(results):
+                remove(f"{root}/trained.old")
+                if os.path.isdir(f"{root}/trained"):
+                    os.rename(f"{root}/trained", f"{root}/trained.old")
                 os.remove(results)
-                shutil.rmtree(os.path.join(root, "trained"), ignore_errors=True)
+                remove(f"{root}/trained.old")
     go_on(toy, f"{root}/base", model=f"{root}/birth", pairs=f"{root}/corpus.jsonl", loss="sft", **TOY["base"])
     ranks.say(f"""
 2  Its errors. The base answers {TOY['questions']} new questions of {target}; its wrong answers are kept: y-.
@@ -935,7 +983,8 @@ def toy_train(toy, base, pairs):
             out = f"{toy.root}/trained/{objective}-{lr:g}"
             if reference and toy.ranks.main and not os.path.exists(out):
                 os.makedirs(out)  # the reference log-probs of the same base and pairs: scored once
-                shutil.copy(reference, out)
+                shutil.copy(reference, f"{out}/reference.tmp")
+                os.rename(f"{out}/reference.tmp", f"{out}/reference.safetensors")
             go_on(toy, out, model=base, pairs=pairs, loss=objective, lr=lr, **TOY["surgery"])
             reference = f"{out}/reference.safetensors"
             grades[f"{name} {lr:g}"] = toy_grades(toy, f"{out}/model", "dev")

@@ -319,7 +319,8 @@ def run_all(folder, s, workers):
         def do(kind, jobs):
             futures = [pool.submit(work, kind, folder, job, s) for job in jobs]
             for future in tqdm(as_completed(futures), total=len(jobs), desc=kind, unit=kind):
-                future.result()  # an error of a worker ends the study here; what is done is kept
+                if future.exception():  # what is done is kept
+                    sys.exit(f"error: a {kind} failed with {future.exception()!r}: see {folder}/workers.log")
             return [future.result() for future in futures]
 
         try:
