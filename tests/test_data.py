@@ -196,6 +196,33 @@ def test_tokenizers_that_do_not_fit_are_refused(folder):
             data.load_chat(str(folder), 261)
 
 
+@pytest.mark.parametrize("part,value,message", [
+    ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}, "'Precompiled', NFC expected"),
+    ("normalizer", {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Replace"}]}, "'Replace'"),
+    ("pre_tokenizer", {"type": "FixedLength", "length": 0}, "'FixedLength', Split or ByteLevel or Digits"),
+    ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [["Split"]]}, r"\['Split'\]"),
+    ("decoder", {"type": "Replace"}, "'Replace', ByteLevel expected"),
+    ("model", {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "b"}, "'WordLevel', BPE expected"),
+    ("model", {"dropout": 0.5}, "\"dropout\" is 0.5, null expected"),
+    ("model", {"unk_token": "nowhere"}, "\"unk_token\" 'nowhere' is not in the vocabulary")])
+def test_parts_that_no_qwen3_tokenizer_has_are_refused(folder, part, value, message):
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    whole = {**raw[part], **value} if part == "model" else value
+    (folder / "tokenizer.json").write_text(json.dumps({**raw, part: whole}))
+    with pytest.raises(UserError, match=message):
+        data.load_chat(str(folder), 261)
+
+
+def test_a_tokenizer_that_gives_up_is_named(folder):
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["pre_tokenizer"] = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated",
+                            "invert": False}
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    chat = data.load_chat(str(folder), 261)
+    with pytest.raises(UserError, match="cannot encode 'xxxx"):
+        chat.encode("x" * 40)
+
+
 def test_what_is_dropped_is_counted_by_reason(folder, tmp_path):
     rows = [TRL, {**TRL, "rejected": "right"}, {**TRL, "rejected": ""}, {**TRL, "chosen": "r" * 300},
             {**TRL, "chosen": "totally different"}, {**TRL, "is_correct": False}]

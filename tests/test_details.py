@@ -231,6 +231,30 @@ def test_canary_stops_a_tampered_reference_and_its_advice_works(world, scored, t
         assert same_checkpoints(scored[0], out)
 
 
+def test_a_reference_of_another_type_is_corrupt(world, scored, tmp_path, capsys):
+    out = with_reference(scored, tmp_path / "out")
+    path = out / "reference.safetensors"
+    with safe_open(path, framework="pt") as f:
+        metadata = f.metadata()
+    save_file({k: t.bfloat16() for k, t in load_file(path).items()}, path, metadata)
+    run_to_error(world, out, *scored[1])
+    assert f"error: {path} is corrupt" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_type_is_refused(world, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    run_and_stop(monkeypatch, 0, world, out)
+    (folder,) = train.whole_checkpoints(str(out))
+    file, state = f"{folder}/shard_0.safetensors", json.load(open(f"{folder}/state.json"))
+    save_file({k: t.to(torch.int8) for k, t in load_file(file).items()}, file)
+    state["sha256"] = [train.file_sha256(file)]
+    json.dump(state, open(f"{folder}/state.json", "w"))
+    ranks = train.open_ranks(60)
+    with pytest.raises(SystemExit):
+        train.train(train.parse_options(["--resume", "--out", str(out)]), ranks)
+    assert "is missing, of another shape or type" in capsys.readouterr().err
+
+
 def logged(out):
     timing = ("tokens_per_s", "mfu", "memory_gb")
     return [[{k: v for k, v in row.items() if k not in timing} for _, row in data.read_lines(str(out / name))]
@@ -434,6 +458,13 @@ def test_two_ranks_say_once_what_is_wrong_with_the_options(world, tmp_path, flag
 # --- 10: what is refused and what is not ----------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["out", "model", "pairs"])
+def test_names_that_are_no_text_are_refused_at_once(name):
+    given = {"model": "m", "pairs": "p", "out": "o", name: "caf\udce9"}
+    with pytest.raises(UserError, match=f"--{name} 'caf.udce9' is not UTF-8 text"):
+        train.parse_options([part for k, v in given.items() for part in (f"--{k}", v)])
+
+
 def edited_pairs(world, path):
     rows = [json.loads(line) for line in open(world["pairs"])]
     rows[20]["original_answer"] += "!"
@@ -455,7 +486,7 @@ def test_resume_without_a_checkpoint_refuses_other_inputs(world, scored, tmp_pat
         train.train(train.parse_options(["--resume", "--out", str(out), *other]), ranks)
     assert stop.value.code == 1
     assert f"error: {out} belongs to other {changed} than given now" in capsys.readouterr().err
-    assert os.listdir(out) == ["config.json"] and (out / "config.json").read_bytes() == before
+    assert sorted(os.listdir(out)) == [".lock", "config.json"] and (out / "config.json").read_bytes() == before
 
 
 def test_resume_from_a_checkpoint_refuses_other_pairs(world, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """model.py against transformers' Qwen3, and against brute-force masks."""
 
 import json
+import math
 import os
 import shutil
 
@@ -277,3 +278,27 @@ def test_export_in_shards_opens_everywhere(checkpoint, tmp_path):
     tokens = torch.randint(0, 131, (20,))
     assert (hf(tokens[None]).logits[0] - ours.logits(tokens)).abs().max() <= 1e-4
     assert (tmp_path / "out" / "generation_config.json").read_text() == '{"eos_token_id": [258]}'
+
+
+def test_a_key_that_is_there_twice_is_found_in_a_large_object(tmp_path):
+    (tmp_path / "config.json").write_text("{" + ", ".join(f'"{i % 50_000}": 0' for i in range(50_001)) + "}")
+    with pytest.raises(UserError, match="holds '0' twice"):
+        qwen.read_json(str(tmp_path / "config.json"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_pipe_in_place_of_a_file_is_refused(checkpoint, tmp_path, name):
+    shutil.copytree(checkpoint, tmp_path / "model")
+    os.remove(tmp_path / "model" / name)
+    os.mkfifo(tmp_path / "model" / name)
+    with pytest.raises(UserError, match=f"{name}: a file expected"):
+        qwen.load_model(str(tmp_path / "model"))
+
+
+def test_a_weight_that_is_no_number_is_named(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "model")
+    weights = load_file(tmp_path / "model/model.safetensors")
+    weights["model.embed_tokens.weight"][7, 3] = math.inf  # a row that perhaps no pair uses
+    save_file(weights, tmp_path / "model/model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="model.embed_tokens.weight holds NaN or infinity"):
+        qwen.load_model(str(tmp_path / "model"))

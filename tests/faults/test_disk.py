@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -225,11 +226,30 @@ def test_a_read_only_disk_is_named_and_the_run_goes_on_elsewhere(world, tmp_path
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         ending = program(train, "--resume", "--out", disk / "run")
         assert ending.code == 1 and isinstance(ending.error, (UserError, OSError))
-        assert str(disk / "run/metrics.jsonl") in ending.said and "Read-only file system" in ending.said
+        assert str(disk / "run/.lock") in ending.said and "Read-only file system" in ending.said
+        assert "reference" not in ending.said  # said before anything long
         shutil.copytree(disk / "run", tmp_path / "run")
     assert program(train, "--resume", "--out", tmp_path / "run").code == 0
     found = last_state(tmp_path / "run")
     assert all(torch.equal(found[k], whole[k]) for k in whole)
+
+
+def test_a_full_disk_at_the_export_of_two_ranks_is_named_at_once(world, tmp_path):
+    """The other rank waits for the main one in a gather, which the main one must not leave."""
+    (tmp_path / "full.py").write_text(f"""import sys
+sys.path.insert(0, {os.path.dirname(train.__file__)!r})
+import model, train
+def full(path, *_):
+    raise OSError(28, "No space left on device", path)
+model.write_safetensors = full
+model.leave(train.main)
+""")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "full.py",
+         *map(str, argv(world)), "--out", tmp_path / "run", "--timeout", "60"], capture_output=True, text=True)
+    assert done.returncode != 0 and "has not answered" not in done.stderr
+    assert f"error: [Errno 28] No space left on device: '{tmp_path}/run/model.tmp/model" in done.stderr
+    assert train.whole_checkpoints(tmp_path / "run")
 
 
 def test_a_small_disk_fills_up_with_checkpoints_and_is_named(world, tmp_path):

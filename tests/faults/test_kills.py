@@ -220,6 +220,61 @@ def test_a_death_in_mid_deletion_leaves_no_half_checkpoint(world, tmp_path, monk
     assert sorted(os.listdir(out / "checkpoints")) == [f"step_{n:06d}" for n in (STEPS - 1, STEPS)]
 
 
+def test_a_death_while_a_model_is_replaced_leaves_a_whole_one(world, undisturbed, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    subprocess.run(["cp", "-r", undisturbed, out], check=True)
+
+    def go():
+        ranks = train.open_ranks(60)
+        try:
+            return train.train(train.parse_options(given(world, out)), ranks)
+        finally:
+            train.close_ranks()
+    remove = train.shutil.rmtree
+
+    def die(folder, **kwargs):
+        if "model" in os.path.basename(folder):
+            os.remove(os.path.join(folder, "tokenizer.json"))
+            raise KeyboardInterrupt
+        remove(folder, **kwargs)
+    monkeypatch.setattr(train.shutil, "rmtree", die)
+    with pytest.raises(KeyboardInterrupt):
+        go()
+    same_end(undisturbed, out)
+    assert os.listdir(out / "model") == os.listdir(undisturbed / "model")
+    monkeypatch.undo()
+    assert go() == 0 and sorted(os.listdir(out)) == sorted(os.listdir(undisturbed))
+
+
+def test_a_run_folder_is_held_by_one_run(world, undisturbed, capsys):
+    ranks = train.open_ranks(60)
+    with train.claimed(undisturbed, ranks):
+        with pytest.raises(SystemExit):
+            train.train(train.parse_options(given(world, undisturbed)), ranks)
+    assert f"error: {undisturbed} is being written by another process" in capsys.readouterr().err
+    ranks = train.open_ranks(60)
+    with train.claimed(undisturbed, ranks):  # free again
+        pass
+    train.close_ranks()
+
+
+def test_what_does_not_belong_among_checkpoints_is_left_alone(world, undisturbed, tmp_path):
+    out = tmp_path / "run"
+    os.makedirs(out / "checkpoints/tmp_notes")
+    (out / "checkpoints/tmp_7").write_text("mine")
+    finish(world, out)
+    same_end(undisturbed, out)
+    assert (out / "checkpoints/tmp_notes").is_dir() and (out / "checkpoints/tmp_7").read_text() == "mine"
+
+
+def test_a_checkpoint_elsewhere_behind_a_link_is_unlinked_not_emptied(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far/state.json").write_text("{}")
+    os.symlink(tmp_path / "far", tmp_path / "step_000001")
+    train.discard(str(tmp_path / "step_000001"))
+    assert sorted(os.listdir(tmp_path)) == ["far"] and os.listdir(tmp_path / "far") == ["state.json"]
+
+
 def test_a_stalled_rank_ends_the_run_by_its_time_out(world, tmp_path):
     out = tmp_path / "run"
     process = start(world, out, "--timeout", "5", "--epochs", "1000")
