@@ -301,21 +301,44 @@ def check_tokenizer(path, spec):
 # --- change ratio ---------------------------------------------------------------------------------
 
 
-def lcs_length(a, b) -> int:
-    """Length of the longest common subsequence of two sequences of hashable items.
-
-    Hyyro's bit-parallel recurrence on Python integers: len(b) steps on len(a)-bit numbers, about 10 ms for
-    8k x 8k. (difflib.SequenceMatcher, which the reference code uses, is greedy and no LCS.)
-    """
+def lcs_rows(a, b):
+    """Hyyro's bit-parallel recurrence on Python integers: yields len(b) + 1 of them, the j-th for b[:j]. Its
+    bit i is 0 where the longest common subsequence with a[:i+1] is one longer than that with a[:i]."""
     where = {}
     for i, token in enumerate(a):
         where[token] = where.get(token, 0) | 1 << i
     full = (1 << len(a)) - 1
-    row = full  # bit i is 0 where the LCS of a[:i+1] is one longer than that of a[:i]
+    row = full
+    yield row
     for token in b:
         hit = row & where.get(token, 0)
         row = ((row + hit) | (row - hit)) & full
+        yield row
+
+
+def lcs_length(a, b) -> int:
+    """Length of the longest common subsequence of two sequences of hashable items.
+
+    len(b) steps on len(a)-bit numbers, about 10 ms for 8k x 8k. (difflib.SequenceMatcher, which the
+    reference code uses, is greedy and no LCS.)
+    """
+    for row in lcs_rows(a, b):
+        pass
     return len(a) - row.bit_count()
+
+
+def lcs_matches(a, b) -> list:
+    """[(i, j), ...], both rising: one longest common subsequence, a[i] == b[j]. len(a) x len(b) bits."""
+    rows, i, j, matches = list(lcs_rows(a, b)), len(a), len(b), []
+    while i and j:
+        if rows[j] >> (i - 1) & 1:  # nothing is lost without a's last
+            i -= 1
+        elif not rows[j - 1] >> (i - 1) & 1:  # nor without b's
+            j -= 1
+        else:
+            i, j = i - 1, j - 1
+            matches.append((i, j))
+    return matches[::-1]
 
 
 def change_ratio(rejected, chosen) -> float:
@@ -336,12 +359,13 @@ class Fork:
     rejected: np.ndarray
     chosen: np.ndarray
     line: int  # in the pair file, to name it in messages
+    ratio: float | None = None  # its change ratio; None without y-
 
     def __len__(self):
         return len(self.trunk) + len(self.rejected) + len(self.chosen)
 
 
-def make_fork(prompt: list, chosen: list, rejected: list | None, line: int = 0) -> Fork:
+def make_fork(prompt: list, chosen: list, rejected: list | None, line: int = 0, ratio=None) -> Fork:
     """Lay out one pair; both answers are whole id lists that end in <|im_end|> and differ."""
     common = 0
     if rejected is not None:
@@ -349,7 +373,7 @@ def make_fork(prompt: list, chosen: list, rejected: list | None, line: int = 0) 
             common += 1
     branch = rejected[common:] if rejected is not None else []
     ids = (np.array(part, dtype=np.int64) for part in (prompt + chosen[:common], branch, chosen[common:]))
-    return Fork(len(prompt), *ids, line)
+    return Fork(len(prompt), *ids, line, ratio)
 
 
 def make_forks(pairs, chat, max_length, max_change_ratio, need_rejected):
@@ -370,13 +394,15 @@ def make_forks(pairs, chat, max_length, max_change_ratio, need_rejected):
         elif chosen == rejected:
             dropped["both answers identical"] += 1
         else:
+            ratio = None
             if rejected is not None:
-                ratios.append(change_ratio(rejected, chosen))
-                if ratios[-1] > max_change_ratio:
+                ratio = change_ratio(rejected, chosen)
+                ratios.append(ratio)
+                if ratio > max_change_ratio:
                     dropped[f"change ratio above {max_change_ratio}"] += 1
                     continue
                 rejected = rejected + [chat.im_end]
-            forks.append(make_fork(prompt, chosen + [chat.im_end], rejected, pair.line))
+            forks.append(make_fork(prompt, chosen + [chat.im_end], rejected, pair.line, ratio))
     return forks, dropped, ratios
 
 

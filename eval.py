@@ -4,11 +4,13 @@ Comes in:  questions as chat messages and a model, our own or one behind an Open
            text of a response, and a gold answer as the benchmark files write it (LaTeX or plain).
 Goes out:  `sample`: every answer, kept in a log as it comes; `extract_answer`: the answer that a text
            commits itself to, or None; `answers_match`: True or False; `evaluate`: the paper's table with
-           honest error bars; `retention`: how far a model went from its base.
+           honest error bars; `retention`: how far a model went from its base; `report`: training runs and
+           evaluations as one HTML file.
 
     torchrun --nproc_per_node=8 eval.py --model runs/first/model --tasks aime24,math500,connect4 --out out/A
     python eval.py compare --a out/A --b out/B
     torchrun --nproc_per_node=8 eval.py retention --model runs/first/model --base Qwen3-8B --texts texts.jsonl
+    python eval.py report runs/first runs/second out/A out/B
 """
 
 import argparse
@@ -18,6 +20,7 @@ import errno
 import fcntl
 import glob
 import hashlib
+import html
 import inspect
 import itertools
 import json
@@ -1876,7 +1879,334 @@ def retention(model: qwen.Qwen3, base: qwen.Qwen3, sequences: list, ranks: Ranks
     return {"tokens": sum(lengths), **figures}
 
 
-# --- command line: tasks, comparison, retention ---------------------------------------------------
+# --- the report -----------------------------------------------------------------------------------
+
+FIGURES = {"loss": "loss", "reward_chosen": "r⁺", "reward_rejected": "r⁻", "margin": "margin r⁺ − r⁻",
+           "accuracy": "accuracy", "tether_chosen": "λ⁺", "tether_rejected": "λ⁻"}
+PARTS = ("trunk", "rejected", "chosen")  # of a fork, in the order of its scored rows
+CHARTS = [  # title, what is drawn (the second one dashed), what the y axis covers at least, shaded bands
+    ("Rewards: r⁺ solid, r⁻ dashed", ("reward_chosen", "reward_rejected"), (0, 0), ()),
+    ("The tether: λ⁺ solid, λ⁻ dashed", ("tether_chosen", "tether_rejected"), (0, 0.5),
+     [(0.25, 0.5, "acquisition: λ near ½, learns"), (0, 0.1, "saturation: λ → 0, stops")]),
+    ("Margin r⁺ − r⁻", ("margin",), (0, 0), ()),
+    ("Accuracy: pairs with r⁺ > r⁻", ("accuracy",), (0, 1), ()),
+    ("Loss (sft, dft: a token; else a pair)", ("loss",), (0, 0), ())]
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>Surgical Post-Training</title><style>%s</style></head><body>
+%s
+</body></html>
+"""
+DRAWN_POINTS = 400  # of a line; a longer run is drawn as means of equal stretches
+SHOWN_TOKENS = 500  # of the trunk, its last, and of each branch, its first
+# --s of a token is its coefficient as a share of the largest: blue below 0, orange above.
+CSS = """
+:root { color-scheme: light dark; --page: #fff; --ink: #1b1d20; --soft: #565b62; --line: #d8dbe0;
+  --band: #0072b21c; --up: 0 114 178; --down: 224 106 0; --c0: #0072b2; --c1: #c95500; --c2: #00805c;
+  --c3: #b0437f; --c4: #806600; --c5: #5b55c0 }
+@media (prefers-color-scheme: dark) { :root { --page: #15171a; --ink: #e9eaec; --soft: #a9aeb6;
+  --line: #383d44; --band: #56b4e926; --up: 40 140 225; --down: 225 105 10; --c0: #56b4e9; --c1: #f08a3c;
+  --c2: #2fc79a; --c3: #e58abb; --c4: #d8bb3c; --c5: #a5a0f5 } }
+body { margin: 0 auto; padding: 1rem; max-width: 80rem; background: var(--page); color: var(--ink);
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem } h3 { font-size: 1rem }
+figure { margin: 1rem 0 0 }
+figcaption { font-weight: 600 } .soft, svg text { color: var(--soft); fill: var(--soft) }
+.grid { display: grid; gap: 0 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 23rem), 1fr)) }
+svg { display: block; width: 100%; font-size: 17px } svg line { stroke: var(--line) }
+svg text { paint-order: stroke; stroke: var(--page); stroke-width: 5px }
+svg .mark { stroke: var(--ink); stroke-dasharray: 2 4 } rect { fill: var(--band) }
+polyline { fill: none; stroke-width: 2.5; stroke-linejoin: round; stroke-linecap: round }
+.wide { overflow-x: auto } table { border-collapse: collapse }
+th, td { padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line); text-align: left;
+  white-space: nowrap } input { position: absolute; opacity: 0 } .look { display: none }
+label { display: inline-block; margin: 0 .3rem .3rem 0; padding: .2rem .7rem; cursor: pointer;
+  border: 1px solid var(--line); border-radius: .4rem }
+input:checked + label { background: var(--ink); color: var(--page) }
+input:focus-visible + label { outline: 3px solid var(--c0) }
+.tokens { margin: 0 0 .6rem; padding-left: .7rem; border-left: 3px solid var(--line); white-space: pre-wrap;
+  font: .95rem/1.9 ui-monospace, monospace }
+.tokens * { unicode-bidi: isolate; font-style: normal; text-decoration: none; border-radius: .2rem;
+  background: linear-gradient(rgb(var(--up) / calc(.6 * max(0, -1 * var(--s, 0)))) 0 0),
+    linear-gradient(rgb(var(--down) / calc(.6 * max(0, var(--s, 0)))) 0 0) }
+.tokens del { text-decoration: line-through 2px }
+.tokens ins { font-weight: 700; text-decoration: underline 2px }
+"""
+
+
+@dataclass
+class Told:
+    """What a run folder says of its run."""
+
+    name: str
+    options: dict  # of config.json; may be empty
+    metrics: list  # the rows of metrics.jsonl: {"step", and FIGURES; None where there is no number}
+    held_out: list  # those of eval.jsonl
+    pair: dict | None  # the first row of surgery.jsonl, and the others
+    looks: list
+
+
+def figures_of(row: dict, keys) -> dict:
+    """Step and figures of a row; None, a gap, for null, NaN, infinity and what no chart can hold. Raises
+    UserError naming the field."""
+    for key in ("step", *keys):
+        if type(row.get(key)) not in (int, float, type(None)):
+            raise UserError(f"{key!r}: a number or null expected, found {row[key]!r:.60}")
+    if type(row.get("step")) is not int or not 0 <= row["step"] < 2**40:
+        raise UserError(f"'step': a count of optimizer steps expected, found {row.get('step')!r:.60}")
+    return {k: row[k] if row.get(k) is not None and abs(row[k]) < 1e30 else None for k in ("step", *keys)}
+
+
+def read_surgery(path: str) -> tuple[dict, list]:
+    """(the watched pair, its looks) as train.py's `look` wrote them; raises UserError naming line and field.
+
+    The pair: lists of token strings "prompt", "trunk", "rejected", "chosen"; "rejected_ids", "chosen_ids";
+    "reference", two log-probs; "change_ratios" of all pairs, counts in 20 bins; "gamma". A look: "step",
+    the two rewards, and "coefficients" and "logps", one a token after the prompt."""
+    rows = []
+
+    def check(row, key, length, kind):
+        value = row.get(key)
+        if not isinstance(value, list) or length not in (len(value), None) or not all(
+                type(x) is kind and (kind is not int or 0 <= x < 2**40) for x in value):
+            raise UserError(f"{key!r}: a list of {'' if length is None else f'{length} '}"
+                            f"{kind.__name__} expected, found {value!r:.60}")
+        return len(value)
+
+    def parse(row, line):
+        if rows:
+            found = figures_of(row, ("reward_chosen", "reward_rejected"))
+            for key in ("coefficients", "logps"):
+                check(row, key, sum(len(rows[0][k]) for k in PARTS), float)
+                found[key] = row[key]
+        else:
+            lengths = {key: check(row, key, None, str) for key in ("prompt", *PARTS)}
+            for key in ("rejected", "chosen"):
+                check(row, f"{key}_ids", lengths[key], int)
+            check(row, "reference", 2, float)
+            check(row, "change_ratios", 20, int)
+            found = {**row, **figures_of({"step": 0, "gamma": row.get("gamma")}, ["gamma"])}
+        rows.append(found)
+        return found
+
+    data.read_rows(path, parse)
+    return rows[0], rows[1:]
+
+
+def read_run(folder: str, name: str) -> Told:
+    """A run folder, of which metrics.jsonl must be there and the rest may be missing."""
+    def read(file, how, otherwise):
+        path = os.path.join(folder, file)
+        return how(path) if os.path.exists(path) else otherwise
+
+    def rows(path):
+        return data.read_rows(path, lambda row, line: figures_of(row, FIGURES))[0]
+
+    options = read("config.json", qwen.read_json, {}).get("options")
+    return Told(name, options if isinstance(options, dict) else {},
+                rows(os.path.join(folder, "metrics.jsonl")),
+                read("eval.jsonl", rows, []), *read("surgery.jsonl", read_surgery, (None, [])))
+
+
+def shown(text: str) -> str:
+    """Text of a file as HTML: markup escaped; controls, marks that turn the direction, and lone surrogates
+    spelled out; newlines visible."""
+    visible = (c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    return html.escape("".join(visible)).replace("\n", "↵<br>")
+
+
+def number(x) -> str:
+    """Four digits; 0 without a sign."""
+    return "–" if x is None or x != x else f"{x + 0.0:.4g}".replace("-", "−")
+
+
+def ticks(low: float, high: float) -> list:
+    """Some five round numbers around low to high."""
+    step = max(high - low, 1e-6 * abs(high), 1e-9) / 4
+    unit = 10.0 ** math.floor(math.log10(step))
+    step = next(k * unit for k in (1, 2, 5, 10) if k * unit >= 0.999 * step)
+    first = math.floor(low / step + 1e-6)
+    return [k * step for k in range(first, max(math.ceil(high / step - 1e-6), first + 1) + 1)]
+
+
+def line_chart(title: str, lines: list, span=(0, 0), bands=(), axis="step", mark=None) -> str:
+    """A figure of lines [(label, colour 0 to 5, dashed, [(x, y or None: a gap), ...]), ...]. span: what the y
+    axis covers at least; bands [(low, high, text), ...] are shaded; mark: a dotted vertical line at this x.
+    The plot fills (60, 12) to (470, 250) of a view of 480 x 295."""
+    points = [point for *_, line in lines for point in line if point[1] is not None]
+    if not points:
+        return ""
+    xs, ys = zip(*points)
+    left, right, rows = min(xs), max(max(xs), min(xs) + 1), ticks(min(*ys, *span), max(*ys, *span))
+
+    def across(x):
+        return round(60 + 410 * (x - left) / (right - left), 1)
+
+    def up(y):
+        return round(250 - 238 * (y - rows[0]) / (rows[-1] - rows[0]), 1)
+
+    parts = [f'<rect x="60" y="{up(high)}" width="410" height="{up(low) - up(high):.1f}"/>'
+             for low, high, _ in bands]
+    parts += [f'<line x1="60" x2="470" y1="{up(y)}" y2="{up(y)}"/>'
+              f'<text x="54" y="{up(y) + 6:.1f}" text-anchor="end">{number(y)}</text>' for y in rows]
+    parts += [f'<text x="{across(x)}" y="270" text-anchor="middle">{number(x)}</text>'
+              for x in ticks(left, right) if left <= x <= right]
+    parts += [f'<text x="265" y="290" text-anchor="middle">{axis}</text>']
+    parts += [f'<line class="mark" x1="{across(x)}" x2="{across(x)}" y1="12" y2="250"/>'
+              for x in (mark,) if x is not None and left <= x <= right]
+    for label, colour, dashed, line in lines:
+        for drawn, some in itertools.groupby(line, lambda point: point[1] is not None):
+            if drawn:
+                some = list(some)
+                some *= 1 + (len(some) == 1)  # a point alone would not be drawn
+                place = " ".join(f"{across(x)},{up(y)}" for x, y in some)
+                dash = ";stroke-dasharray:7 6" * dashed
+                parts.append(f'<polyline points="{place}" style="stroke:var(--c{colour}){dash}"><title>'
+                             f'{label}: {number(some[0][1])} → {number(some[-1][1])}</title></polyline>')
+    parts += [f'<text x="464" y="{up(high) + 20:.1f}" text-anchor="end">{text}</text>'
+              for _, high, text in bands]
+    return (f'<figure><figcaption>{title}</figcaption><svg viewBox="0 0 480 295" role="img" '
+            f'aria-label="{title}">{"".join(parts)}</svg></figure>')
+
+
+def charts(runs: list) -> str:
+    """All figures, one line a run and quantity, and the histogram of change ratios."""
+    def line(rows, key):
+        size = -(-len(rows) // DRAWN_POINTS)
+        stretches = [rows[i:i + size] for i in range(0, len(rows), size)]
+        values = [[row[key] for row in some if row[key] is not None] for some in stretches]
+        return [(some[0]["step"], sum(v) / len(v) if v else None) for some, v in zip(stretches, values)]
+
+    drawn = [line_chart(title, [(f"{shown(run.name)} {FIGURES[key]}", i % 6, dashed, line(run.metrics, key))
+                                for i, run in enumerate(runs) for dashed, key in enumerate(keys)], *how)
+             for title, keys, *how in CHARTS]
+    bins = [(shown(run.name), i % 6, 0, [(x / 20, n) for b, n in enumerate(run.pair["change_ratios"])
+                                         for x in (b, b + 1)]) for i, run in enumerate(runs) if run.pair]
+    drawn.append(line_chart("Pairs trained on, γ dotted", [b for b in bins if any(n for _, n in b[3])],
+                            axis="change ratio 1 − LCS / |y⁺|",
+                            mark=next((run.pair["gamma"] for run in runs if run.pair), None)))
+    return f'<div class="grid">{"".join(drawn)}</div>'
+
+
+def html_table(head: list, rows: list) -> str:
+    """Of cells that are HTML; the first of a row is its title."""
+    lines = ["".join(f"<th>{cell}</th>" for cell in head)]
+    lines += [f"<th>{title}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) for title, *cells in rows]
+    return f'<div class="wide"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
+
+
+def before_after(runs: list) -> str:
+    """First and last step of every run, and of its held-out pairs the first and last look."""
+    table = []
+    for title, logs in (("in training, step", [run.metrics for run in runs]),
+                        ("held-out pairs, after step", [run.held_out for run in runs])):
+        table += [[name] + [f"{number(rows[0][key])} → {number(rows[-1][key])}" if rows else "–"
+                            for rows in logs] for key, name in {"step": title, **FIGURES}.items()
+                  if any(logs)]
+    return html_table(["", *(shown(run.name) for run in runs)], table)
+
+
+def benchmarks(evaluations: dict) -> str:
+    """{name: results.json} as a table, in %; behind the first, the base, with the difference to it."""
+    (_, base), rows = next(iter(evaluations.items())), []
+    for task in dict.fromkeys(task for results in evaluations.values() for task in results):
+        rows.append([shown(task)])
+        for results in evaluations.values():
+            first, own = ([*r[task]["metrics"].values()][0] if task in r else None for r in (base, results))
+            change = f" ({100 * (own[0] - first[0]):+.1f})" if own and first and results is not base else ""
+            rows[-1].append(figure(*own) + change if own else "–")
+    return html_table(["right, in %", *map(shown, evaluations)], rows)
+
+
+def surgery(run: Told, which: int) -> str:
+    """The watched pair with a radio button for each look; CSS alone shows the one that is chosen."""
+    pair, looks = run.pair, run.looks
+    finite = [abs(c) for look in looks for c in look["coefficients"] if math.isfinite(c)]
+    largest = max(finite, default=0) or 1
+    matches = data.lcs_matches(pair["rejected_ids"], pair["chosen_ids"])
+    common = dict(zip(PARTS[1:], map(set, zip(*matches)))) if matches else {}
+    ends = list(itertools.accumulate(len(pair[part]) for part in PARTS))
+    where = {part: slice(end - len(pair[part]), end) for part, end in zip(PARTS, ends)}
+
+    def token(part, i, text):
+        tag, k = {"trunk": "i", "rejected": "del", "chosen": "ins"}[part], where[part].start + i
+        tag = "i" if i in common.get(part, ()) else tag
+        style = ";".join(f"--s{n}:{look['coefficients'][k] / largest:.3g}" for n, look in enumerate(looks))
+        told = "\n".join(f"{look['step']}: {number(look['coefficients'][k])}, {number(look['logps'][k])}"
+                         for look in looks)
+        return f'<{tag} style="{style}" title="step: coefficient, log p\n{told}">{shown(text)}</{tag}>'
+
+    def tokens(part):
+        hidden = max(0, len(pair[part]) - SHOWN_TOKENS)
+        first = hidden if part == "trunk" else 0
+        some = enumerate(pair[part][first:first + SHOWN_TOKENS], first)
+        note = f'<span class="soft">… {hidden} tokens not shown …</span>' * bool(hidden)
+        text = "".join(token(part, i, text) for i, text in some)
+        return note + text if part == "trunk" else text + note
+
+    buttons, notes = "", ""
+    for n, look in enumerate(looks):
+        means = [number(np.mean(look["coefficients"][where[part]] or [0])) for part in PARTS]
+        buttons += (f'<input type="radio" name="run{which}" id="run{which}-{n}"{" checked" * (n == 0)}>'
+                    f'<label for="run{which}-{n}">{look["step"]}</label>')
+        notes += (f'<p class="look">Before step {look["step"]}: r⁺ {number(look["reward_chosen"])}, r⁻ '
+                  f'{number(look["reward_rejected"])}; mean coefficient on the trunk {means[0]}, on y⁻ '
+                  f'{means[1]}, on y⁺ {means[2]}</p>')
+    prompt = shown("".join(pair["prompt"][-SHOWN_TOKENS:]))
+    return (f'<div><h3>{shown(run.name)}</h3>{buttons}{notes}'
+            f'<div>Trunk: the prompt <span class="soft">(no coefficient)</span>, and what both answers begin '
+            f'with</div><div class="tokens"><span class="soft">{prompt}</span>{tokens("trunk")}</div>'
+            f'<div>y⁻ goes on</div><div class="tokens">{tokens("rejected")}</div>'
+            f'<div>y⁺ goes on</div><div class="tokens">{tokens("chosen")}</div></div>')
+
+
+def report(folders: list, out: str, note: str = ""):
+    """Write `out`, one HTML file without scripts and links, of run folders and of finished evaluations (the
+    first of these is the base). Raises UserError for a folder that is neither, or broken, or given twice."""
+    paths = [os.path.realpath(folder) for folder in folders]
+    common = os.path.commonpath([os.path.dirname(path) for path in paths])
+    runs, evaluations = [], {}
+    for folder, path in zip(folders, paths):
+        name = os.path.relpath(path, common)
+        if paths.count(path) > 1:
+            raise UserError(f"{folder} is given twice")
+        if os.path.exists(os.path.join(folder, "metrics.jsonl")):
+            runs.append(read_run(folder, name))
+        elif os.path.exists(os.path.join(folder, "results.json")):
+            evaluations[name] = read_results(folder)
+        else:
+            raise UserError(f"{folder}: no run (metrics.jsonl) and no evaluation (results.json)")
+    body = ["<h1>Surgical Post-Training</h1>"]
+    for i, run in enumerate(runs):
+        chosen = ", ".join(f"{k} {run.options[k]}" for k in ("loss", "lr", "beta") if k in run.options)
+        body.append(f'<div><b style="color:var(--c{i % 6})">▬</b> {shown(run.name)} '
+                    f'<span class="soft">{shown(chosen)}</span></div>')
+    if runs:
+        body += [charts(runs), "<h2>Before and after</h2>", before_after(runs)]
+    if note:
+        body.append(f'<div class="wide"><pre>{html.escape(note)}</pre></div>')
+    if evaluations:
+        body += ["<h2>Benchmarks</h2>", benchmarks(evaluations)]
+    watched = [surgery(run, i) for i, run in enumerate(runs) if run.looks]
+    if watched:
+        body.append("<h2>Surgery on one pair</h2><p>Every token after the prompt is coloured by its "
+                    "coefficient ∂L/∂log p before the chosen step: <b>blue where the update raises its "
+                    "probability, orange where it lowers it</b>, stronger where the coefficient is larger. "
+                    "<del>Struck</del>: not in y⁺; <ins>underlined</ins>: not in y⁻ (longest common "
+                    "subsequence). Hover a token for its figures.</p>"
+                    f'<div class="grid">{"".join(watched)}</div>')
+    most = max((len(run.looks) for run in runs), default=0)
+    choice = "".join(f"input:nth-of-type({n}):checked ~ .look:nth-of-type({n}) {{ display: block }}\n"
+                     f"input:nth-of-type({n}):checked ~ .tokens * {{ --s: var(--s{n - 1}) }}\n"
+                     for n in range(1, most + 1))
+    with qwen.writing(out), open(out + ".tmp", "w", encoding="utf-8") as f:
+        f.write(PAGE % (CSS + choice, "\n".join(body)))
+    os.replace(out + ".tmp", out)
+
+
+# --- command line: tasks, comparison, retention, report -------------------------------------------
 
 
 @dataclass
@@ -1910,6 +2240,24 @@ class CompareOptions:
     a: str = option("", "--out of one evaluation (required)")
     b: str = option("", "--out of another (required)")
     timeout: int = option(600, "seconds after which a stalled rank ends the run")
+
+
+@dataclass
+class ReportOptions:
+    """Options of `python eval.py report RUN [RUN ...]`."""
+
+    out: str = option("", "file to write [RUN/report.html of one RUN, report.html of several]")
+    timeout: int = option(600, "seconds after which a stalled rank ends the run")
+    runs: tuple = ()
+
+
+def run_report(o: ReportOptions, ranks: Ranks):
+    """From options to a file."""
+    out = o.out or os.path.join(o.runs[0] if len(o.runs) == 1 else "", "report.html")
+    with ranks.together():
+        if ranks.main:
+            report(o.runs, out)
+    ranks.say(f"written: {out}")
 
 
 def run_comparison(o: CompareOptions, ranks: Ranks):
@@ -1961,6 +2309,9 @@ def parse_command(argv):
         run, record, required, argv = run_comparison, CompareOptions, ("a", "b"), argv[1:]
     elif argv[:1] == ["retention"]:
         run, record, required, argv = run_retention, RetentionOptions, ("model", "base", "texts"), argv[1:]
+    elif argv[:1] == ["report"]:
+        run, record, required, argv = run_report, ReportOptions, (), argv[1:]
+        parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run or of an evaluation")
     add_options(parser, record)
     o = record(**vars(parser.parse_args(argv)))
     problems = [f"--{k} is required" for k in required if not getattr(o, k)]

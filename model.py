@@ -927,8 +927,8 @@ def option(default, text, choices=None):
 
 
 def add_options(parser, record):
-    """A --flag for every field of a dataclass; one that is not given is absent from the parsed result."""
-    for f in fields(record):
+    """A --flag for every `option` of a dataclass; one that is not given is absent from the parsed result."""
+    for f in (f for f in fields(record) if f.metadata):
         kind = {"action": "store_true"}
         if f.type is not bool:
             kind = {"type": f.type, "choices": f.metadata["choices"]}

@@ -1,8 +1,8 @@
 """The explicit training loop of Surgical Post-Training, from one CPU core to several nodes of GPUs.
 
 Comes in:  --model, a Qwen3 checkpoint folder, and --pairs, a JSONL file of surgical pairs.
-Goes out:  a run folder: config.json, metrics.jsonl, reference.safetensors, checkpoints/, and model/, the
-           trained checkpoint in the layout it came in.
+Goes out:  a run folder: config.json, metrics.jsonl, reference.safetensors, checkpoints/, report.html with
+           surgery.jsonl behind it, and model/, the trained checkpoint in the layout it came in.
 
     torchrun --nproc_per_node=8 train.py --model Qwen3-8B --pairs pairs.jsonl --out runs/first
     torchrun --nproc_per_node=2 train.py         # nothing given: the toy story, the whole method in minutes
@@ -462,6 +462,65 @@ def total_steps(run) -> int:
     return min(steps, run.o.max_steps) if run.o.max_steps else steps
 
 
+# --- the watched pair: how the coefficients of one pair's tokens move ------------------------------
+
+LOOKS = 10  # about so many are taken, and one after the last step
+
+
+def watched_pair(run) -> int:
+    """Index of the pair of median length (in tokens) among those the run trains on and that have a y-."""
+    batches = data.epoch_batches(len(run.forks), run.o.batch_size, run.o.seed, 0)[:total_steps(run)]
+    trained = [int(i) for batch in batches for i in batch]
+    some = [i for i in trained if len(run.forks[i].rejected)] or trained
+    return sorted(some, key=lambda i: (len(run.forks[i]), i))[len(some) // 2]
+
+
+def look(run: Run, path: str):
+    """Add a line to surgery.jsonl: the watched pair's coefficients (of the summed loss, as in `trunk_coef`)
+    and log-probs under the policy as it is, one a token after the prompt, trunk before rejected and chosen.
+    No gradient, no random number: training does not notice."""
+    o, ranks, index = run.o, run.ranks, watched_pair(run)
+    with torch.no_grad():
+        (pack,) = run.packs([index], run.forks)  # the main rank's; the others forward a dummy
+        pack = pack.to(ranks.device)
+        row_logps = run.score(pack)
+    run.policy.reshard()
+    with ranks.together():
+        if ranks.main:
+            sums = loss.sequence_logps(row_logps, pack.lengths)
+            reference = watched_reference(run, path, index, sums).to(ranks.device)
+            coefficients, stats = loss.row_coefficients(o.loss, row_logps, pack.lengths, reference, o.beta,
+                                                        run.delta)
+            append_line(path, {"step": run.step, "delta": run.delta,
+                               "reward_chosen": float(stats["reward_chosen"]),
+                               "reward_rejected": float(stats["reward_rejected"]),
+                               "coefficients": coefficients.tolist(), "logps": row_logps.tolist()})
+
+
+def watched_reference(run, path, index, sums) -> torch.Tensor:
+    """(1, 2) reference log-probs of the watched pair: those of the first look, kept in the first line of
+    surgery.jsonl, which step 0 writes; it is of "step" -1, so that no resume drops it.
+
+    Not reference.safetensors': there the pair was scored in a pack with others, and in bf16 another pack is
+    another sum. Against its own every coefficient of step 0 is exact."""
+    if run.step:
+        try:
+            return torch.tensor([evaluation.read_surgery(path)[0]["reference"]], dtype=torch.float64)
+        except UserError:  # lost, broken, or the run began before there was such a file
+            sums = run.reference[[index]]
+    fork, tokenizer = run.forks[index], data.load_chat(run.folder, run.config.vocab_size).tokenizer
+    prompt = fork.prompt_length
+    parts = {"prompt": fork.trunk[:prompt], "trunk": fork.trunk[prompt:], "rejected": fork.rejected,
+             "chosen": fork.chosen}
+    ratios = Counter(min(int(20 * f.ratio), 19) for f in run.forks if f.ratio is not None)
+    evaluation.write_rows(path, [{
+        "step": -1, "line": fork.line, "reference": sums[0].tolist(),
+        **{k: [tokenizer.decode([i], skip_special_tokens=False) for i in ids] for k, ids in parts.items()},
+        "rejected_ids": fork.rejected.tolist(), "chosen_ids": fork.chosen.tolist(),
+        "change_ratios": [ratios[i] for i in range(20)], "gamma": run.o.max_change_ratio}])
+    return sums
+
+
 # --- the reference cache --------------------------------------------------------------------------
 
 
@@ -793,13 +852,17 @@ def train_in_folder(run: Run) -> int:
         if ranks.main and not os.path.exists(config_path):
             qwen.write_json(config_path, {"options": asdict(o), "hashes": run.hashes,
                                           "model": asdict(run.config)})
-    metrics_path, eval_path = (os.path.join(o.out, n) for n in ("metrics.jsonl", "eval.jsonl"))
+    metrics_path, eval_path, surgery_path = (os.path.join(o.out, f"{n}.jsonl")
+                                             for n in ("metrics", "eval", "surgery"))
     with ranks.together():
         if ranks.main:
             keep_steps_before(metrics_path, run.step)
             keep_steps_before(eval_path, run.step + 1)
+            keep_steps_before(surgery_path, run.step)
     bar = tqdm(total=total, initial=run.step, disable=not ranks.main, unit="step", desc=o.loss)
     while run.step < total:
+        if run.step % max(1, total // LOOKS) == 0:
+            look(run, surgery_path)
         epoch, index = divmod(run.step, steps_per_epoch(run))
         batch = data.epoch_batches(len(run.forks), o.batch_size, o.seed, epoch)[index]
         with ranks.together():
@@ -828,6 +891,7 @@ def train_in_folder(run: Run) -> int:
             ranks.say(f"SIGTERM: saved at step {run.step} of {total}; go on with --resume --out {o.out}")
             return 143  # 128 + SIGTERM, as the shell has it
     bar.close()
+    look(run, surgery_path)
     final = os.path.join(o.out, "model")
     with ranks.together():
         if ranks.main:
@@ -841,8 +905,18 @@ def train_in_folder(run: Run) -> int:
                 os.rename(final, final + ".old")
             os.rename(final + ".tmp", final)
             remove(final + ".old")
-    ranks.say(f"done: {final}")
+    ranks.say(f"done: {final}\n" + write_report(ranks, [o.out], os.path.join(o.out, "report.html")))
     return 0
+
+
+def write_report(ranks, runs, path, note="") -> str:
+    """The report by the main rank; what to say of it. Where it fails the run is whole without it."""
+    try:
+        if ranks.main:
+            evaluation.report(runs, path, note)
+    except (UserError, OSError) as e:
+        return f"the report {path} could not be written: {e}"
+    return f"curves, and where one pair's updates gather: {path}"
 
 
 def keep_steps_before(path, step):
@@ -944,7 +1018,9 @@ def story(o: Options, ranks: Ranks) -> int:
         if ranks.main:
             qwen.write_json(results, {"settings": TOY, "seed": o.seed, "ranks": ranks.world,
                                       "seconds": seconds, "dev": grades, "test": rows})
-    ranks.say(toy_table(rows) + f"\n{seconds:.0f} s with {ranks.world} rank(s); all figures are in {results}")
+    said = write_report(ranks, [f"{root}/trained/{objective}-{chosen[name]:g}" for objective, name in
+                                TOY_METHODS.items()], f"{root}/report.html", toy_table(rows))
+    ranks.say(toy_table(rows) + f"\n{seconds:.0f} s with {ranks.world} rank(s); all figures: {results}; " + said)
     return 0
 
 

@@ -27,12 +27,16 @@ def test_lcs_equals_dynamic_programming(a, b):
         for j, y in enumerate(b):
             table[i + 1][j + 1] = table[i][j] + 1 if x == y else max(table[i][j + 1], table[i + 1][j])
     assert data.lcs_length(a, b) == table[-1][-1]
+    matches = data.lcs_matches(a, b)
+    assert len(matches) == table[-1][-1] and all(a[i] == b[j] for i, j in matches)
+    assert all(i < k and j < n for (i, j), (k, n) in zip(matches, matches[1:]))
 
 
 def test_change_ratio_by_hand():
     assert data.change_ratio([1, 2, 3, 4], [1, 2, 9, 4]) == 0.25
     assert data.change_ratio([], [1]) == 1.0 and data.change_ratio([1, 5, 2], [1, 2]) == 0.0
     assert data.lcs_length(list(range(8192)), list(range(8191, -1, -1))) == 1
+    assert data.lcs_matches("abcabba", "cbabac") == [(1, 1), (3, 2), (4, 3), (6, 4)]
 
 
 # --- reading --------------------------------------------------------------------------------------
