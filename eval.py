@@ -1881,13 +1881,13 @@ def retention(model: qwen.Qwen3, base: qwen.Qwen3, sequences: list, ranks: Ranks
 
 # --- the report -----------------------------------------------------------------------------------
 
-FIGURES = {"loss": "loss", "reward_chosen": "r⁺", "reward_rejected": "r⁻", "margin": "margin r⁺ − r⁻",
+FIGURES = {"loss": "loss", "reward_chosen": "r⁺", "reward_rejected": "r⁻", "margin": "margin",
            "accuracy": "accuracy", "tether_chosen": "λ⁺", "tether_rejected": "λ⁻"}
 PARTS = ("trunk", "rejected", "chosen")  # of a fork, in the order of its scored rows
 CHARTS = [  # title, what is drawn (the second one dashed), what the y axis covers at least, shaded bands
     ("Rewards: r⁺ solid, r⁻ dashed", ("reward_chosen", "reward_rejected"), (0, 0), ()),
     ("The tether: λ⁺ solid, λ⁻ dashed", ("tether_chosen", "tether_rejected"), (0, 0.5),
-     [(0.25, 0.5, "acquisition: λ near ½, learns"), (0, 0.1, "saturation: λ → 0, stops")]),
+     [(0.25, 0.5, "acquisition: λ near ½", 464, "end"), (0, 0.1, "saturation: λ → 0", 66, "start")]),
     ("Margin r⁺ − r⁻", ("margin",), (0, 0), ()),
     ("Accuracy: pairs with r⁺ > r⁻", ("accuracy",), (0, 1), ()),
     ("Loss (sft, dft: a token; else a pair)", ("loss",), (0, 0), ())]
@@ -1916,11 +1916,10 @@ figure { margin: 1rem 0 0 }
 figcaption { font-weight: 600 } .soft, svg text { color: var(--soft); fill: var(--soft) }
 .grid { display: grid; gap: 0 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 23rem), 1fr)) }
 svg { display: block; width: 100%; font-size: 17px } svg line { stroke: var(--line) }
-svg text { paint-order: stroke; stroke: var(--page); stroke-width: 5px }
 svg .mark { stroke: var(--ink); stroke-dasharray: 2 4 } rect { fill: var(--band) }
 polyline { fill: none; stroke-width: 2.5; stroke-linejoin: round; stroke-linecap: round }
 .wide { overflow-x: auto } table { border-collapse: collapse }
-th, td { padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line); text-align: left;
+th, td { padding: .2rem .7rem .2rem 0; border-bottom: 1px solid var(--line); text-align: left;
   white-space: nowrap } input { position: absolute; opacity: 0 } .look { display: none }
 label { display: inline-block; margin: 0 .3rem .3rem 0; padding: .2rem .7rem; cursor: pointer;
   border: 1px solid var(--line); border-radius: .4rem }
@@ -2017,9 +2016,9 @@ def shown(text: str) -> str:
     return html.escape("".join(visible)).replace("\n", "↵<br>")
 
 
-def number(x) -> str:
-    """Four digits; 0 without a sign."""
-    return "–" if x is None or x != x else f"{x + 0.0:.4g}".replace("-", "−")
+def number(x, digits=3) -> str:
+    """So many digits; 0 without a sign."""
+    return "–" if x is None or x != x else f"{x + 0.0:.{digits}g}".replace("-", "−")
 
 
 def ticks(low: float, high: float) -> list:
@@ -2033,7 +2032,8 @@ def ticks(low: float, high: float) -> list:
 
 def line_chart(title: str, lines: list, span=(0, 0), bands=(), axis="step", mark=None) -> str:
     """A figure of lines [(label, colour 0 to 5, dashed, [(x, y or None: a gap), ...]), ...]. span: what the y
-    axis covers at least; bands [(low, high, text), ...] are shaded; mark: a dotted vertical line at this x.
+    axis covers at least; bands [(low, high, text, its x, anchor), ...] are shaded; mark: a dotted vertical
+    line at this x.
     The plot fills (60, 12) to (470, 250) of a view of 480 x 295."""
     points = [point for *_, line in lines for point in line if point[1] is not None]
     if not points:
@@ -2048,10 +2048,11 @@ def line_chart(title: str, lines: list, span=(0, 0), bands=(), axis="step", mark
         return round(250 - 238 * (y - rows[0]) / (rows[-1] - rows[0]), 1)
 
     parts = [f'<rect x="60" y="{up(high)}" width="410" height="{up(low) - up(high):.1f}"/>'
-             for low, high, _ in bands]
+             f'<text x="{x}" y="{up(high) + 20:.1f}" text-anchor="{anchor}">{text}</text>'
+             for low, high, text, x, anchor in bands]
     parts += [f'<line x1="60" x2="470" y1="{up(y)}" y2="{up(y)}"/>'
-              f'<text x="54" y="{up(y) + 6:.1f}" text-anchor="end">{number(y)}</text>' for y in rows]
-    parts += [f'<text x="{across(x)}" y="270" text-anchor="middle">{number(x)}</text>'
+              f'<text x="54" y="{up(y) + 6:.1f}" text-anchor="end">{number(y, 6)}</text>' for y in rows]
+    parts += [f'<text x="{across(x)}" y="270" text-anchor="middle">{number(x, 6)}</text>'
               for x in ticks(left, right) if left <= x <= right]
     parts += [f'<text x="265" y="290" text-anchor="middle">{axis}</text>']
     parts += [f'<line class="mark" x1="{across(x)}" x2="{across(x)}" y1="12" y2="250"/>'
@@ -2065,8 +2066,6 @@ def line_chart(title: str, lines: list, span=(0, 0), bands=(), axis="step", mark
                 dash = ";stroke-dasharray:7 6" * dashed
                 parts.append(f'<polyline points="{place}" style="stroke:var(--c{colour}){dash}"><title>'
                              f'{label}: {number(some[0][1])} → {number(some[-1][1])}</title></polyline>')
-    parts += [f'<text x="464" y="{up(high) + 20:.1f}" text-anchor="end">{text}</text>'
-              for _, high, text in bands]
     return (f'<figure><figcaption>{title}</figcaption><svg viewBox="0 0 480 295" role="img" '
             f'aria-label="{title}">{"".join(parts)}</svg></figure>')
 
@@ -2099,12 +2098,16 @@ def html_table(head: list, rows: list) -> str:
 
 def before_after(runs: list) -> str:
     """First and last step of every run, and of its held-out pairs the first and last look."""
+    def cell(rows, key):
+        ends = (number(row[key], 12 if key == "step" else 3) for row in rows[::max(1, len(rows) - 1)])
+        return " → ".join(ends) or "–"
+
     table = []
-    for title, logs in (("in training, step", [run.metrics for run in runs]),
-                        ("held-out pairs, after step", [run.held_out for run in runs])):
-        table += [[name] + [f"{number(rows[0][key])} → {number(rows[-1][key])}" if rows else "–"
-                            for rows in logs] for key, name in {"step": title, **FIGURES}.items()
-                  if any(logs)]
+    for title, logs in (("step", [run.metrics for run in runs]),
+                        ("held out, after", [run.held_out for run in runs])):
+        if any(logs):
+            table += [[name, *(cell(rows, key) for rows in logs)] for key, name in
+                      {"step": title, **FIGURES}.items()]
     return html_table(["", *(shown(run.name) for run in runs)], table)
 
 
@@ -2151,9 +2154,9 @@ def surgery(run: Told, which: int) -> str:
         means = [number(np.mean(look["coefficients"][where[part]] or [0])) for part in PARTS]
         buttons += (f'<input type="radio" name="run{which}" id="run{which}-{n}"{" checked" * (n == 0)}>'
                     f'<label for="run{which}-{n}">{look["step"]}</label>')
-        notes += (f'<p class="look">Before step {look["step"]}: r⁺ {number(look["reward_chosen"])}, r⁻ '
-                  f'{number(look["reward_rejected"])}; mean coefficient on the trunk {means[0]}, on y⁻ '
-                  f'{means[1]}, on y⁺ {means[2]}</p>')
+        notes += (f'<p class="look">After {look["step"]} steps: r⁺ {number(look["reward_chosen"])}, r⁻ '
+                  f'{number(look["reward_rejected"])}; mean coefficient: trunk {means[0]}, y⁻ {means[1]}, '
+                  f'y⁺ {means[2]}</p>')
     prompt = shown("".join(pair["prompt"][-SHOWN_TOKENS:]))
     return (f'<div><h3>{shown(run.name)}</h3>{buttons}{notes}'
             f'<div>Trunk: the prompt <span class="soft">(no coefficient)</span>, and what both answers begin '
@@ -2192,8 +2195,8 @@ def report(folders: list, out: str, note: str = ""):
     watched = [surgery(run, i) for i, run in enumerate(runs) if run.looks]
     if watched:
         body.append("<h2>Surgery on one pair</h2><p>Every token after the prompt is coloured by its "
-                    "coefficient ∂L/∂log p before the chosen step: <b>blue where the update raises its "
-                    "probability, orange where it lowers it</b>, stronger where the coefficient is larger. "
+                    "coefficient ∂L/∂log p after the chosen number of steps: <b>blue where the update "
+                    "raises its probability, orange where it lowers it</b>, stronger where the coefficient is larger. "
                     "<del>Struck</del>: not in y⁺; <ins>underlined</ins>: not in y⁻ (longest common "
                     "subsequence). Hover a token for its figures.</p>"
                     f'<div class="grid">{"".join(watched)}</div>')

@@ -1020,7 +1020,8 @@ def story(o: Options, ranks: Ranks) -> int:
                                       "seconds": seconds, "dev": grades, "test": rows})
     said = write_report(ranks, [f"{root}/trained/{objective}-{chosen[name]:g}" for objective, name in
                                 TOY_METHODS.items()], f"{root}/report.html", toy_table(rows))
-    ranks.say(toy_table(rows) + f"\n{seconds:.0f} s with {ranks.world} rank(s); all figures: {results}; " + said)
+    ranks.say(f"{toy_table(rows)}\n{seconds:.0f} s with {ranks.world} rank(s); all figures are in {results}\n"
+              + said)
     return 0
 
 

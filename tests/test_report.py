@@ -160,7 +160,7 @@ def test_known_values_are_where_they_should_be(tmp_path):
     # r+ from 0 to 2 and r- to -2 over steps 0 to 10: y is -2 to 2, and 0 in the middle; the gap splits r-
     assert page.lines()[:4] == ["60.0,131.0 265.0,71.5 470.0,12.0", "60.0,131.0 60.0,131.0",
                                 "470.0,250.0 470.0,250.0", "60.0,250.0 265.0,12.0 470.0,131.0"]
-    assert page.lines()[4].startswith("60.0,250.0 80.5,250.0 80.5,12.0 101.0,12.0 101.0,250.0")  # the histogram
+    assert page.lines()[4].startswith("60.0,250.0 80.5,250.0 80.5,12.0 101.0,12.0 101.0,250.0")  # bars
     for part in ("0 → 2", "0 → −2", "– → –", "loss <b>, lr 1e-06", "acquisition"):
         assert (part in page.text) == (part != "acquisition")  # nobody has a tether: no such chart
     # the branches' one common token is neither deleted nor inserted
@@ -168,7 +168,7 @@ def test_known_values_are_where_they_should_be(tmp_path):
     assert spans[:7] == [("i", "0", "a"), ("i", "0", "b"), ("del", "1", "x"), ("i", "1", "s"),
                          ("del", "1", "y"), ("i", "-1", "s"), ("ins", "-0.5", "z")]
     assert 'title="step: coefficient, log p\n0: −0.025, −1">z<' in page.source
-    assert "on y⁻ 0.05, on y⁺ −0.0375" in page.text
+    assert "trunk 0, y⁻ 0.05, y⁺ −0.0375" in page.text
 
 
 def test_hostile_text_is_inert(tmp_path):
@@ -214,7 +214,7 @@ def test_evaluations_stand_beside_their_base(tmp_path, capsys):
     write(tmp_path / "run" / "eval.jsonl", {"step": 5, "margin": 0.25}, {"step": 10, "margin": 0.75})
     start(run, tmp_path / "base", tmp_path / "spot", "--out", tmp_path / "r.html")
     page = Page(tmp_path / "r.html")
-    for part in ("50.0 ± 10.0", "62.5 ± 10.0 (+12.5)", "held-out pairs, after step", "0.25 → 0.75"):
+    for part in ("50.0 ± 10.0", "62.5 ± 10.0 (+12.5)", "held out, after5 → 10", "0.25 → 0.75"):
         assert part in page.text
     start(run)
     Page(tmp_path / "run" / "report.html")

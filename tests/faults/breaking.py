@@ -123,6 +123,7 @@ def command(name, w) -> tuple:
         "again": (evaluation, ["--model", w / "model", "--tasks", f"own={w / 'tasks/own.jsonl'}", "--out",
                                w / "a", *ASKED]),
         "compare": (evaluation, ["compare", "--a", w / "a", "--b", w / "b"]),
+        "report": (evaluation, ["report", w / "run", w / "a", "--out", w / "report.html"]),
         **{task: (evaluation, ["--model", w / "model", "--tasks", task, "--data", w / "tasks", "--out",
                                w / "out", *ASKED]) for task in ("gpqa", "ifeval", "connect4", "math500")},
     }[name]

@@ -389,6 +389,18 @@ CELLS = [
      r"run/reference.safetensors is .*"),
     ("metrics", "missing", "resume", folder("run/metrics.jsonl"),
      r"run/metrics.jsonl: cannot be read: Is a directory"),
+    ("metrics", "missing", "report", gone("run/metrics.jsonl"), r"run: no run \(metrics.jsonl\) and no eval"),
+    ("metrics", "truncated", "report", cut("run/metrics.jsonl", -9),
+     r"run/metrics.jsonl.*\n  line 3: not valid JSON"),
+    ("metrics", "type", "report", line("run/metrics.jsonl", {"margin": "x"}),
+     r"line 2: 'margin': a number or null expected, found 'x'"),
+    ("surgery", "empty", "report", holds("run/surgery.jsonl", ""), r"surgery.jsonl: the file is empty"),
+    ("surgery", "shape", "report", line("run/surgery.jsonl", {"chosen_ids": [1]}, 1),
+     r"surgery.jsonl.*\n  line 1: 'chosen_ids': a list of \d+ int expected, found \[1\]"),
+    ("surgery", "contradictory", "report", line("run/surgery.jsonl", {"coefficients": [0.5]}),
+     r"line 2: 'coefficients': a list of \d+ float expected, found \[0.5\]"),
+    ("surgery", "hostile", "report", line("run/surgery.jsonl", {"step": 2**70}),
+     r"line 2: 'step': a count of optimizer steps expected"),
 
     # --- benchmark files and finished evaluations ---
     ("math task", "missing", "math500", gone("tasks/math500.jsonl"), r"tasks/math500.jsonl: cannot be read"),
@@ -475,7 +487,7 @@ def world(good, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["train", "resume", "elicit", "rectify", "edited", "retention", "sharded",
-                                  "again", "compare", "gpqa", "ifeval", "connect4", "math500"])
+                                  "again", "compare", "report", "gpqa", "ifeval", "connect4", "math500"])
 def test_unbroken_every_program_succeeds(world, name):
     """Else a cell could pass for a reason of its own."""
     module, argv = command(name, world)
@@ -599,6 +611,10 @@ TOLERATED = {
     "a torn last line of metrics.jsonl": ("resume", cut("run/metrics.jsonl", -7)),
     "odd lines in metrics.jsonl": ("resume", line("run/metrics.jsonl", b"[1]\n\xff\n{}", 2)),
     "no metrics.jsonl": ("resume", gone("run/metrics.jsonl")),
+    "a torn first line of surgery.jsonl": ("resume", line("run/surgery.jsonl", b'{"st', 1)),
+    "no surgery.jsonl": ("resume", gone("run/surgery.jsonl")),
+    "metrics that are no numbers": (
+        "report", line("run/metrics.jsonl", {"loss": float("nan"), "margin": ...})),
     "a checkpoint half written": (
         "resume", lambda w: shutil.copytree(w / STEP, w / "run/checkpoints/tmp_000004")),
     "a folder of another name": ("resume", lambda w: shutil.copytree(w / STEP, w / "run/checkpoints/step_x")),
