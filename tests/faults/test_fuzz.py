@@ -176,8 +176,9 @@ def w(tmp_path_factory):
     options |= {"model": "m", "pairs": "p", "out": "o"}
     (w / "config.json").write_text(json.dumps({"options": options}))
     (w / "metrics.jsonl").write_text("".join(f'{{"step": {i}, "loss": 1.5}}\n' for i in range(6)))
-    pair = {"step": -1, "reference": [-1.0, -2.0], "gamma": 0.6, "change_ratios": [1] * 20, "prompt": ["q"],
-            "trunk": ["a"], "rejected": ["x", "s"], "rejected_ids": [1, 2], "chosen": ["s"], "chosen_ids": [2]}
+    pair = {"step": -1, "reference": [-1.0, -2.0], "gamma": 0.6, "change_ratios": [1] * 20,
+            "prompt": ["q"], "trunk": ["a"], "rejected": ["x", "s"], "rejected_ids": [1, 2], "chosen": ["s"],
+            "chosen_ids": [2]}
     look = {"step": 3, "reward_chosen": 0.5, "reward_rejected": 0.0, "coefficients": [0.1] * 4,
             "logps": [-1.0] * 4}
     (w / "surgery.jsonl").write_text(f"{json.dumps(pair)}\n{json.dumps(look)}\n")
