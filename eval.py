@@ -2197,8 +2197,8 @@ def report(folders: list, out: str, note: str = ""):
         body.append("<h2>Surgery on one pair</h2><p>Every token after the prompt is coloured by its "
                     "coefficient ∂L/∂log p after the chosen number of steps: <b>blue where the update "
                     "raises its probability, orange where it lowers it</b>, stronger where the coefficient "
-                    "is larger. <del>Struck</del>: not in y⁺; <ins>underlined</ins>: not in y⁻ (longest common "
-                    "subsequence). Hover a token for its figures.</p>"
+                    "is larger. <del>Struck</del>: not in y⁺; <ins>underlined</ins>: not in y⁻ (longest "
+                    "common subsequence). Hover a token for its figures.</p>"
                     f'<div class="grid">{"".join(watched)}</div>')
     most = max((len(run.looks) for run in runs), default=0)
     choice = "".join(f"input:nth-of-type({n}):checked ~ .look:nth-of-type({n}) {{ display: block }}\n"

@@ -105,7 +105,7 @@ def test_looks_survive_a_stop_and_do_not_touch_training(world, watched, tmp_path
     Page(tmp_path / "blind" / "report.html")
 
 
-@pytest.mark.parametrize("left", [None, "", "{}\n", '{"step": -1}\n{"step": 1}\n'])
+@pytest.mark.parametrize("left", [None, '{"step": -1}\n{"step": 1}\n'])
 def test_resume_of_a_run_without_its_looks(world, tmp_path, monkeypatch, left):
     out = tmp_path / "old"
     run_and_stop(monkeypatch, 0, world, out, *STEPS)
