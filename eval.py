@@ -1900,7 +1900,7 @@ PAGE = """<!DOCTYPE html>
 </body></html>
 """
 DRAWN_POINTS = 400  # of a line; a longer run is drawn as means of equal stretches
-SHOWN_TOKENS = 500  # of the trunk, its last, and of each branch, its first
+SHOWN_TOKENS = {"trunk": 150, "rejected": 600, "chosen": 600}  # around the fork
 # --s of a token is its coefficient as a share of the largest: blue below 0, orange above.
 CSS = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1b1d20; --soft: #565b62; --line: #d8dbe0;
@@ -2142,9 +2142,9 @@ def surgery(run: Told, which: int) -> str:
         return f'<{tag} style="{style}" title="step: coefficient, log p\n{told}">{shown(text)}</{tag}>'
 
     def tokens(part):
-        hidden = max(0, len(pair[part]) - SHOWN_TOKENS)
+        hidden = max(0, len(pair[part]) - SHOWN_TOKENS[part])
         first = hidden if part == "trunk" else 0
-        some = enumerate(pair[part][first:first + SHOWN_TOKENS], first)
+        some = enumerate(pair[part][first:first + SHOWN_TOKENS[part]], first)
         note = f'<span class="soft">… {hidden} tokens not shown …</span>' * bool(hidden)
         text = "".join(token(part, i, text) for i, text in some)
         return note + text if part == "trunk" else text + note
@@ -2157,7 +2157,7 @@ def surgery(run: Told, which: int) -> str:
         notes += (f'<p class="look">After {look["step"]} steps: r⁺ {number(look["reward_chosen"])}, r⁻ '
                   f'{number(look["reward_rejected"])}; mean coefficient: trunk {means[0]}, y⁻ {means[1]}, '
                   f'y⁺ {means[2]}</p>')
-    prompt = shown("".join(pair["prompt"][-SHOWN_TOKENS:]))
+    prompt = shown("".join(pair["prompt"][-SHOWN_TOKENS["trunk"]:]))
     return (f'<div><h3>{shown(run.name)}</h3>{buttons}{notes}'
             f'<div>Trunk: the prompt <span class="soft">(no coefficient)</span>, and what both answers begin '
             f'with</div><div class="tokens"><span class="soft">{prompt}</span>{tokens("trunk")}</div>'
