@@ -272,37 +272,44 @@ def plan(o: Options) -> str:
     """What the run would take: memory a GPU by part, FLOPs, minutes. Reads no weights."""
     if o.shard_size and o.gpus % o.shard_size:
         raise UserError(f"--shard_size {o.shard_size} does not divide --gpus {o.gpus}")
-    folder = qwen.checkpoint_folder(o.model)
-    config = qwen.read_config(folder)
-    chat = data.load_chat(folder, config.vocab_size)
-    forks, log = data.load_forks(o.pairs, chat, o.max_length, o.max_change_ratio,
-                                 o.loss in loss.PAIR_OBJECTIVES, o.skip_malformed)
-    lengths, run = list(map(len, forks)), Run(o, None, config, folder, forks, *[None] * 4)
+    folder, config, forks, eval_forks, log = read_inputs(o)
+    run = Run(o, None, config, folder, forks, *[None] * 4)
+    epoch_steps, fill = steps_per_epoch(run), run.fill(True)
     batches = [b for epoch in range(o.epochs)
                for b in data.epoch_batches(len(forks), o.batch_size, o.seed, epoch)][:total_steps(run)]
-    packs = [[data.make_pack(forks, pack) for micro in data.split_batch(b, lengths, o.gpus, o.tokens_per_pack)
-              for pack in micro if pack] for b in batches]
+
+    def packs(forks, batches):
+        lengths = list(map(len, forks))
+        plans = (data.split_batch(b, lengths, o.gpus, o.tokens_per_pack) for b in batches)
+        return [data.make_pack(forks, pack) for plan in plans for micro in plan for pack in micro if pack]
+
+    def flops(packs):
+        return sum(count_flops(config, p) for p in packs)
 
     def filled(pack):
-        return -(-pack.size // run.fill(True)) * run.fill(True)
+        return -(-pack.size // fill) * fill
 
-    largest = max((p for batch in packs for p in batch), key=filled)
+    trained = packs(forks, batches)
+    work = {"PFLOP in products of training": flops(trained),  # forward alone is a third
+            "in the reference pass": flops(packs(forks, batches[:epoch_steps])) / 3}
+    if eval_forks:  # scored by the reference, after each epoch and at the end
+        passes = 1 + -(-len(batches) // epoch_steps)
+        work["in held-out pairs"] = passes * flops(packs(eval_forks, fixed_batches(eval_forks, o))) / 3
+    fullness = sum(p.size for p in trained) / sum(map(filled, trained))  # filling costs as much as a token
+    minutes = sum(work.values()) / fullness / (o.gpus * PLANNED_MFU * PEAKS["H100"]) / 60
+    largest = max(trained, key=filled)
     parts = plan_memory(config, o, o.gpus, filled(largest), len(largest.rows))
-    flops = [sum(count_flops(config, p) for p in batch) for batch in packs]
-    first_pass = sum(flops[:steps_per_epoch(run)]) / 3  # the reference pass is forward alone
-    flat = [p for batch in packs for p in batch]
-    fullness = sum(p.size for p in flat) / sum(map(filled, flat))  # what is filling costs as much as a token
-    seconds = (sum(flops) + first_pass) / fullness / (o.gpus * PLANNED_MFU * PEAKS["H100"])
     total = sum(parts.values()) / 1e9
-    lines = [f"  {value / 1e9:8.2f} GB  {name}" for name, value in parts.items()]
     fits = total < 0.9 * o.gpu_memory  # a tenth is left to CUDA, NCCL and fragments
     return "\n".join([
         log, f"{o.gpus} GPU(s) of {o.gpu_memory:g} GB, {o.dtype}, --checkpointing {o.checkpointing}, packs "
-        f"of at most {filled(largest)} tokens, {fullness:.0%} full. A GPU would hold", *lines,
+        f"of at most {filled(largest)} tokens, {fullness:.0%} full. A GPU would hold",
+        *(f"  {value / 1e9:8.2f} GB  {name}" for name, value in parts.items()),
         f"  {total:8.2f} GB  in all" + ("" if fits else ": TOO MUCH, above nine tenths of its memory"),
-        f"{len(batches)} steps; {sum(flops) / 1e15:.4g} PFLOP in products of training, "
-        f"{first_pass / 1e15:.4g} in the reference pass: {seconds / 60:.2g} minutes at {PLANNED_MFU:.0%} of "
-        "an H100's 989 TFLOP/s. Communication, held-out pairs, loading, saving and compiling come on top."])
+        f"{len(batches)} step{'s' * (len(batches) > 1)}; "
+        + ", ".join(f"{value / 1e15:.4g} {name}" for name, value in work.items())
+        + f": {minutes:.2g} minutes at {PLANNED_MFU:.0%} of an H100's 989 TFLOP/s. Communication, loading, "
+        "saving and compiling come on top."])
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -765,6 +772,28 @@ def load_checkpoint(run: Run, path: str):
 # --- from start to end ----------------------------------------------------------------------------
 
 
+def read_inputs(o: Options):
+    """(checkpoint folder, its Config, forks, held-out forks or None, text for the log). Raises UserError."""
+    files = {"pairs": o.pairs, "eval_pairs": o.eval_pairs}
+    missing = [f"--{k} {f}: cannot be read: no such file" for k, f in files.items()
+               if f and not os.path.isfile(f)]
+    missing += [f"--out {o.out} is a file"] * os.path.isfile(o.out)
+    try:
+        folder = qwen.checkpoint_folder(o.model)
+    except UserError as e:
+        missing.insert(0, str(e))
+    if missing:
+        raise UserError("\n  ".join(missing))
+    config = qwen.read_config(folder)
+    chat = data.load_chat(folder, config.vocab_size)
+    limits = (chat, o.max_length, o.max_change_ratio, o.loss in loss.PAIR_OBJECTIVES, o.skip_malformed)
+    forks, log = data.load_forks(o.pairs, *limits)
+    if not o.eval_pairs:
+        return folder, config, forks, None, log
+    eval_forks, more = data.load_forks(o.eval_pairs, *limits)
+    return folder, config, forks, eval_forks, f"{log}\n{more}"
+
+
 def prepare(o: Options, ranks: Ranks) -> Run:
     """Read and check everything before anything is written: model, tokenizer, pairs, output folder."""
     with ranks.together():
@@ -773,25 +802,8 @@ def prepare(o: Options, ranks: Ranks) -> Run:
         if taken and not o.resume:
             raise UserError(f"{o.out} holds a run already ({', '.join(taken)}): add --resume to go on with "
                             "it, or choose another --out")
-        files = {"pairs": o.pairs, "eval_pairs": o.eval_pairs}
-        missing = [f"--{k} {f}: cannot be read: no such file" for k, f in files.items()
-                   if f and not os.path.isfile(f)]
-        missing += [f"--out {o.out} is a file"] * os.path.isfile(o.out)
-        try:
-            folder = qwen.checkpoint_folder(o.model)
-        except UserError as e:
-            missing.insert(0, str(e))
-        if missing:
-            raise UserError("\n  ".join(missing))
-        config = qwen.read_config(folder)
-        chat = data.load_chat(folder, config.vocab_size)
-        limits = (chat, o.max_length, o.max_change_ratio, o.loss in loss.PAIR_OBJECTIVES, o.skip_malformed)
-        forks, log = data.load_forks(o.pairs, *limits)
+        folder, config, forks, eval_forks, log = read_inputs(o)
         ranks.say(log)
-        eval_forks = None
-        if o.eval_pairs:
-            eval_forks, log = data.load_forks(o.eval_pairs, *limits)
-            ranks.say(log)
     with ranks.together():
         policy, mesh = build_policy(folder, config, o, ranks)
         count = sum(p.numel() for p in policy.parameters())

@@ -328,6 +328,17 @@ def test_plan_counts_and_writes_nothing(world, tmp_path, capfd, monkeypatch):
     forks, _ = data.load_forks(world["pairs"], chat, 8192, 0.6, True)
     flops = 2 * sum(train.count_flops(config, data.make_pack(forks, [i])) for i in range(len(forks)))
     assert f"{flops / 1e15:.4g} PFLOP in products of training, {flops / 6e15:.4g} in the" in text
+    one_step = train.plan(train.parse_options([*options, "--max_steps", "1"]))
+    assert "1 step;" in one_step and "held-out" not in one_step
+    # held-out pairs: forward alone, by the reference, after the epoch and where --max_steps ends the run
+    options += ["--eval_pairs", str(tmp_path / "held_out.jsonl")]
+    with pytest.raises(UserError, match="--eval_pairs .*held_out.jsonl: cannot be read: no such file"):
+        train.plan(train.parse_options(options))
+    tiny.write_pairs(options[-1], count=5, seed=1)
+    held_out, log = data.load_forks(options[-1], chat, 8192, 0.6, True)
+    flops = sum(train.count_flops(config, data.make_pack(held_out, [i])) for i in range(len(held_out)))
+    with_them = train.plan(train.parse_options([*options, "--max_steps", "4"]))
+    assert log in with_them and f"{flops / 1e15:.4g} in held-out pairs: " in with_them
     # what is kept is stated in parts that add up, the state of AdamW by hand: 12 bytes a weight on two GPUs
     parts = [float(line.split()[0]) for line in text.splitlines() if " GB  " in line]
     assert sum(parts[:-1]) == pytest.approx(parts[-1], abs=0.04)

@@ -56,27 +56,6 @@ SHORT = {**FULL, "worlds": [0, 1], "seeds": [0], "rates": [2.5e-4], "ablation_ra
          "corpus": 2400, "questions": 96, "samples": 1, "dev": 12, "test": 12, "texts": 5}
 
 
-def lcs_matches(a, b):  # TEMPORARY, until data.py has it
-    n, m = len(a), len(b)
-    L = [[0] * (m + 1) for _ in range(n + 1)]
-    for i in range(n):
-        for j in range(m):
-            L[i + 1][j + 1] = L[i][j] + 1 if a[i] == b[j] else max(L[i][j + 1], L[i + 1][j])
-    out = []
-    while n and m:
-        if L[n][m] == L[n - 1][m]:
-            n -= 1
-        elif L[n][m] == L[n][m - 1]:
-            m -= 1
-        else:
-            n, m = n - 1, m - 1
-            out.append((n, m))
-    return out[::-1]
-
-
-data.lcs_matches = lcs_matches
-
-
 # --- a world --------------------------------------------------------------------------------------
 
 
