@@ -230,8 +230,9 @@ def rectify(items: list, out: str, oracle, encode, ranks: Ranks, prompt: str = "
         try:
             text = data.check_text(oracle(asked[request.key]), "what the function returned")
             return {"text": text, "finish": "stop", "tokens": 0}
-        except Exception as e:  # the user's code: whatever it raises, it has no answer to this one
-            return {"error": str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"}
+        except (Exception, SystemExit) as e:  # the user's code: whatever it raises, it has no answer to this
+            why = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
+            return {"error": why.encode(errors="replace").decode()}  # a file's name may be no text
 
     def judge(record):
         return judge_correction(asked[record["key"]], record, encode, prompt, by_function, max_change_ratio)
