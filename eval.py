@@ -13,9 +13,9 @@ Goes out:  `sample`: every answer, kept in a log as it comes; `extract_answer`: 
 
 import argparse
 import cmath
-import email.utils
 import errno
 import fcntl
+import functools
 import glob
 import hashlib
 import inspect
@@ -32,7 +32,6 @@ import socket
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -82,13 +81,13 @@ def open_own(folder: str, dtype, device, batch_size: int = 32) -> Own:
     generation_config.json names."""
     folder = qwen.checkpoint_folder(folder)
     chat = data.load_chat(folder, qwen.read_config(folder).vocab_size)
-    path, end = os.path.join(folder, "generation_config.json"), []
+    path, end = os.path.join(folder, "generation_config.json"), None
     if os.path.exists(path):
-        found = qwen.read_json(path).get("eos_token_id")
-        end = found if isinstance(found, list) else [] if found is None else [found]
-        if not all(isinstance(token, int) for token in end):
-            raise UserError(f'{path}: "eos_token_id": an integer or a list of them expected, found {found!r}')
-    return Own(qwen.load_model(folder, dtype, device), chat, {chat.im_end, *end}, batch_size)
+        end = qwen.read_json(path).get("eos_token_id")
+    ends = end if isinstance(end, list) else [] if end is None else [end]
+    if not all(isinstance(token, int) for token in ends):
+        raise UserError(f'{path}: "eos_token_id": an integer or a list of them expected, found {end!r}')
+    return Own(qwen.load_model(folder, dtype, device), chat, {chat.im_end, *ends}, batch_size)
 
 
 @dataclass
@@ -134,11 +133,13 @@ class Refused(Exception):
     """One request that got no usable answer; the text says why. The others go on."""
 
 
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another host."""
+class AnyStatus(urllib.request.HTTPErrorProcessor):
+    """Every status is an answer. No redirect is followed: it would carry the key to another host."""
 
-    def redirect_request(self, *_):
-        return None
+    def http_response(self, request, response):
+        return response
+
+    https_response = http_response
 
 
 RETRIED = {408, 409, 425, 429, *range(500, 600)}
@@ -155,35 +156,26 @@ def http(server: Server, path: str, body: dict | None = None) -> dict:
     Raises UserError, which ends the whole run, where every other request would fail too: a FATAL status, or
     nobody listens. Raises Refused for the rest: a status not worth a retry, or no try left.
     """
-    opener, headers = urllib.request.build_opener(NoRedirect), {"Content-Type": "application/json"}
+    opener, headers = urllib.request.build_opener(AnyStatus), {"Content-Type": "application/json"}
     if server.key:
         headers["Authorization"] = f"Bearer {server.key}"
     content = None if body is None else json.dumps(body).encode()
     for attempt in range(server.tries):
-        wait, deadline = 0.0, time.monotonic() + server.timeout
+        status, wait, raw, deadline = 200, 0.0, b"", time.monotonic() + server.timeout
         try:
             request = urllib.request.Request(server.url + path, content, headers)
             with opener.open(request, timeout=server.timeout) as answer:
-                value = json.loads(read_all(answer, deadline))
+                status, wait = answer.status, retry_after(answer.headers["Retry-After"])
+                raw = read_all(answer, deadline)
+            value = json.loads(raw) if status < 300 else None
             if isinstance(value, dict) and ("error" not in value or "choices" in value):
                 return value
             problem = "the answer is no JSON object"
             if isinstance(value, dict):
                 problem = f"an error in an answer with status 200: {hide(server, str(value['error']))[:300]}"
-        except urllib.error.HTTPError as e:
-            with e:
-                detail = error_body(e, deadline)
-            problem = f"HTTP {e.code}: {' '.join(hide(server, detail).split())[:300]}"
-            if e.code in FATAL:
-                raise UserError(f"{server.url}{path}: {FATAL[e.code]} ({problem})") from None
-            if e.code not in RETRIED:
-                raise Refused(problem) from None
-            wait = retry_after(e.headers.get("Retry-After"))
-        except TimeoutError:
-            problem = f"no answer within {server.timeout:g} s"
         except (ValueError, RecursionError):  # also UnicodeDecodeError
             problem = "the answer is no JSON"
-        except (OSError, HTTPException) as e:  # URLError is an OSError
+        except (OSError, HTTPException) as e:  # TimeoutError and URLError are OSErrors
             reason = getattr(e, "reason", e)
             problem = f"connection failed: {type(reason).__name__}"
             if isinstance(reason, TimeoutError):
@@ -192,17 +184,16 @@ def http(server: Server, path: str, body: dict | None = None) -> dict:
             if nobody_there and attempt == server.tries - 1:
                 raise UserError(f"{server.url} cannot be reached: {reason}. Is the server up? What has "
                                 "arrived is kept; the same command goes on from there.") from None
+        if status > 299:  # hidden in the whole text: half a key would not be found
+            detail = " ".join(hide(server, raw.decode(errors="replace")).split())
+            problem = f"HTTP {status}: {detail[:300]}"
+            if status in FATAL:
+                raise UserError(f"{server.url}{path}: {FATAL[status]} ({problem})")
+            if status not in RETRIED:
+                raise Refused(problem)
         if attempt < server.tries - 1:
             time.sleep(max(wait, min(60.0, server.pause * 2**attempt) * random.uniform(0.5, 1.0)))
     raise Refused(f"{problem} (tried {server.tries} times)")
-
-
-def error_body(answer, deadline):
-    """An error's body as text, whole: half a key could not be hidden; "" where it cannot be read in time."""
-    try:
-        return read_all(answer, deadline).decode(errors="replace")
-    except (OSError, HTTPException, Refused):
-        return ""
 
 
 def hide(server, text):
@@ -214,29 +205,21 @@ def hide(server, text):
 
 def read_all(answer, deadline):
     """The body, unless it is endless in size or in time (a socket's time-out starts anew at each byte)."""
-    parts, size = [], 0
+    body = bytearray()
     while part := answer.read1(2**16):
-        parts.append(part)
-        size += len(part)
+        body += part
         if time.monotonic() > deadline:
             raise TimeoutError
-        if size > MAX_ANSWER:
+        if len(body) > MAX_ANSWER:
             raise Refused(f"an answer of more than {MAX_ANSWER >> 20} MiB")
     if answer.length:  # announced, but not sent
         raise IncompleteRead(b"", answer.length)
-    return b"".join(parts)
+    return bytes(body)
 
 
-def retry_after(value) -> float:
-    """Seconds that a Retry-After header asks for, as a number or as a date; at most 10 minutes."""
-    try:
-        seconds = float(value)
-    except (TypeError, ValueError):
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (TypeError, ValueError, OverflowError):
-            seconds = 0.0
-    return min(max(seconds, 0.0), 600.0) if seconds == seconds else 0.0
+def retry_after(value: str | None) -> float:
+    """Seconds that a Retry-After header asks for, at most 10 minutes; a date asks for nothing here."""
+    return min(float(value), 600.0) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?", value or "") else 0.0
 
 
 def ask(server: Server, request, sampling: Sampling) -> dict:
@@ -247,10 +230,8 @@ def ask(server: Server, request, sampling: Sampling) -> dict:
     body = {k: v for k, v in body.items() if v is not None} | server.body
     try:
         answer = http(server, "/chat/completions", body)
-        choice = answer["choices"][0]
-        text, usage = choice["message"].get("content"), answer.get("usage")
-        tokens = usage.get("completion_tokens") if isinstance(usage, dict) else 0
-        ending = choice.get("finish_reason")
+        choice, usage = answer["choices"][0], answer.get("usage")
+        text, ending = choice["message"].get("content"), choice.get("finish_reason")
     except Refused as e:
         return {"error": str(e)}
     except (KeyError, IndexError, TypeError, AttributeError):
@@ -259,45 +240,41 @@ def ask(server: Server, request, sampling: Sampling) -> dict:
         return {"error": f"the answer's content is a {type(text).__name__}, not text"}
     if ending not in ("stop", "eos", "length", "", None):  # content_filter, abort, tool_calls: half an answer
         return {"error": f"the server ended the answer with {hide(server, str(ending))[:60]!r}"}
-    text, tokens = hide(server, text or ""), tokens if type(tokens) is int and 0 <= tokens < 2**40 else 0
-    finish = "length" if ending == "length" else "stop"
-    return {"text": text, "finish": finish, "tokens": tokens}
+    tokens = usage.get("completion_tokens") if isinstance(usage, dict) else 0
+    return {"text": hide(server, text or ""), "finish": "length" if ending == "length" else "stop",
+            "tokens": tokens if is_count(tokens) else 0}
+
+
+def is_count(value):
+    """Whether a number of tokens can be believed."""
+    return type(value) is int and 0 <= value < 2**40
 
 
 def concurrently(call, items, workers: int):
     """Yield (item, call(item)) in the order of completion, `workers` calls at a time, taking items as needed.
 
-    The threads are daemons: an interrupt, or an exception of one call (raised here), ends the program at
-    once, not after the slowest request.
+    Each call has a daemon thread: an interrupt, or an exception of one call (raised here), ends the program
+    at once, not after the slowest request as with concurrent.futures.
     """
-    todo, ready, items = queue.SimpleQueue(), queue.SimpleQueue(), iter(items)
+    ready, items, busy = queue.SimpleQueue(), iter(items), 0
 
-    def work():
-        while (item := todo.get()) is not None:
-            try:
-                ready.put((item[0], call(item[0]), None))
-            except BaseException as e:
-                ready.put((item[0], None, e))
+    def work(item):
+        try:
+            ready.put((item, call(item), None))
+        except BaseException as e:
+            ready.put((item, None, e))
 
-    for _ in range(workers):
-        threading.Thread(target=work, daemon=True).start()
-    try:
-        busy = 0
-        for item in itertools.islice(items, workers):
-            todo.put((item,))
+    while True:
+        for item in itertools.islice(items, workers - busy):
+            threading.Thread(target=work, args=(item,), daemon=True).start()
             busy += 1
-        while busy:
-            item, result, error = ready.get()
-            busy -= 1
-            if error:
-                raise error
-            yield item, result
-            for item in itertools.islice(items, 1):
-                todo.put((item,))
-                busy += 1
-    finally:
-        for _ in range(workers):
-            todo.put(None)
+        if not busy:
+            return
+        item, result, error = ready.get()
+        busy -= 1
+        if error:
+            raise error
+        yield item, result
 
 
 @dataclass
@@ -316,6 +293,10 @@ def request_for(name, messages, seed):
     return Request(f"{name} {digest}", messages, int.from_bytes(own_seed[:4], "little") >> 1)
 
 
+def raw_logs(folder):
+    return sorted(glob.glob(os.path.join(glob.escape(folder), "raw-*.jsonl")))
+
+
 def read_log(folder: str, keys) -> dict:
     """{key: record} of all raw answers in a folder; a later record of a key replaces an earlier one.
 
@@ -323,22 +304,20 @@ def read_log(folder: str, keys) -> dict:
     line elsewhere, and for an answer to something that is not asked now.
     """
     records, keys = {}, set(keys)
-    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "raw-*.jsonl"))):
+    for path in raw_logs(folder):
         with open(path, "rb") as f:
             lines = f.read().split(b"\n")[:-1]
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
-                key, text = record["key"], record.get("text", "")
-                if not isinstance(key, str) or not isinstance(text, str) or not (
-                        isinstance(record["error"], str) if "error" in record else
-                        record["finish"] in ("stop", "length") and type(record["tokens"]) is int
-                        and 0 <= record["tokens"] < 2**40 and "text" in record):
-                    raise ValueError
+                key, text = record["key"], record.get("text", "") + record.get("error", "")
+                fits = isinstance(key, str) and ("error" in record or "text" in record and is_count(
+                    record["tokens"]) and record["finish"] in ("stop", "length"))
                 text.encode()  # a lone surrogate is no text: a ValueError
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                raise UserError(f"{path}, line {number}: not a record of this program; found {line!r:.80}"
-                                ) from None
+                fits = False
+            if not fits:
+                raise UserError(f"{path}, line {number}: not a record of this program; found {line!r:.80}")
             if key not in keys:
                 raise UserError(f"{path}, line {number}: answers {key!r}, which is not among the questions "
                                 "given now: choose another output folder")
@@ -394,23 +373,23 @@ def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks
     once `enough()` is true nothing more is asked (own model: looked at every 512 requests).
     Raises UserError as `http` and `read_log` do.
     """
-    if isinstance(policy, Server) and ranks.world > 1:
+    serving = isinstance(policy, Server)
+    if serving and ranks.world > 1:
         raise UserError("a server needs one process here: start with `python`, without torchrun")
     keys = [r.key for r in requests]
     with ranks.together():
         os.makedirs(folder, exist_ok=True)
         have = read_log(folder, keys)
-        for path in glob.glob(os.path.join(glob.escape(folder), "raw-*.jsonl")) if ranks.main else ():
+        for path in raw_logs(folder) if ranks.main else ():
             open_log(path).close()  # raises where a process of an earlier start still lives
     todo = [r for r in requests if "text" not in have.get(r.key, {})]
     mine = todo[ranks.rank::ranks.world]
     with ranks.together(), open_log(os.path.join(folder, f"raw-{ranks.rank}.jsonl")) as log:
         bar = tqdm(total=len(mine), disable=not ranks.main or not todo, desc=title, unit="answer",
                    leave=not ranks.quiet)
-        count, started = Counter(), time.monotonic()
-        outcomes = {}
-        for key in have:
-            outcomes = on_record(have[key])
+        count, started, outcomes = Counter(), time.monotonic(), {}
+        for record in have.values():
+            outcomes = on_record(record)
 
         def tick(tokens, failed=0):
             count.update(tokens=tokens, failed=failed)
@@ -428,17 +407,13 @@ def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks
             outcomes = on_record(record)
             bar.update()
 
+        wanted = itertools.takewhile(lambda _: not (enough and enough()), mine)
         if isinstance(policy, Own):
-            step = 512 if enough else max(1, len(mine))
-            for at in range(0, len(mine), step):
-                if not (enough and enough()):
-                    answer_own(policy, mine[at:at + step], sampling, keep, tick)
+            while some := list(itertools.islice(wanted, 512 if enough else None)):
+                answer_own(policy, some, sampling, keep, tick)
         else:
-            call, workers = policy, 1
-            if isinstance(policy, Server):
-                call, workers = lambda request: ask(policy, request, sampling), policy.workers
-            wanted = itertools.takewhile(lambda _: not (enough and enough()), mine)
-            for request, record in concurrently(call, wanted, workers):
+            call = functools.partial(ask, policy, sampling=sampling) if serving else policy
+            for request, record in concurrently(call, wanted, policy.workers if serving else 1):
                 keep(request, record)
                 tick(record.get("tokens", 0), "error" in record)
         bar.close()
@@ -453,8 +428,7 @@ def answer_own(own: Own, requests, sampling, keep, tick):
         keep(requests[index], {"text": text, "finish": finish, "tokens": len(ids) + ended})
 
     qwen.generate(own.model, [own.chat.prompt(r.messages) for r in requests], [r.seed for r in requests],
-                  max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_p=sampling.top_p,
-                  top_k=sampling.top_k, end=own.end, batch_size=own.batch_size, on_done=done, progress=tick)
+                  **asdict(sampling), end=own.end, batch_size=own.batch_size, on_done=done, progress=tick)
 
 
 # --- sampling: options ----------------------------------------------------------------------------
