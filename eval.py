@@ -542,13 +542,11 @@ def extract_answer(text: str) -> str | None:
     Thinking is dropped; a text that ends inside <think> or its last box was cut off and has no answer."""
     text = after_thinking(text)
     answer, stated = last_boxed(text), [m.end() for m in STATED.finditer(text)]
-    if answer is None and not stated:
-        return None
-    if answer is None:
+    if answer is None and stated:
         rest = text[stated[-1]:].split("\n")[0].split("<|")[0]
         formula = re.match(r"\$+[^$]+\$+|\\\(.+?\\\)|\\\[.+?\\\]", rest)
         answer = formula[0] if formula else re.split(r"[.;]\s|,?\s(?:because|since)\b", rest)[0].strip(".* ")
-    return answer.strip() or None
+    return (answer or "").strip() or None
 
 
 def after_thinking(text):
@@ -794,19 +792,17 @@ def function(name, tokens, point):
 
 def compute(tokens):
     """The values of an expression at all points, None where it is undefined or not mathematics."""
-    values = []
-    names = (t.lstrip('"') for t in tokens)
-    constant = all(name in KEYWORDS or not name[:1].isalpha() for name in names)
-    for point in range(len(POINTS)):
-        if values and constant:
-            return values * len(POINTS)
+    def value(point):
         stack = [" ", " ", *reversed(tokens)]
         try:
-            value = expression(stack, point)
-            values.append(value if len(stack) == 2 else None)
+            found = expression(stack, point)
+            return found if len(stack) == 2 else None
         except (ValueError, ArithmeticError, TypeError):  # TypeError: the factorial of i
-            values.append(None)
-    return values
+            return None
+
+    names = (t.lstrip('"') for t in tokens)
+    constant = all(name in KEYWORDS or not name[:1].isalpha() for name in names)
+    return [value(0)] * len(POINTS) if constant else [value(point) for point in range(len(POINTS))]
 
 
 # --- grading: answers, and whether two are the same -----------------------------------------------
@@ -890,15 +886,15 @@ def read_leaf(tokens):
     return Answer("leaf", text, values=[None] if words else compute(tokens[:at]), unit=unit)
 
 
-def answers_match(pred: str, gold: str) -> bool:
-    """Whether two answers are equal as mathematics (see the head of this file). Takes any strings, never
-    raises, and does a bounded amount of work; an empty answer matches nothing."""
+def answers_match(pred: str, gold: str, tolerance=0) -> bool:
+    """Whether two answers are equal as mathematics (see above), numbers up to a tolerance. Takes any strings,
+    never raises, and does a bounded amount of work; an empty answer matches nothing."""
     if max(len(pred), len(gold)) > 20 * MAX_CHARS:
         return bool(pred.strip()) and pred.strip() == gold.strip()
     pred, gold = bare_answer(pred), bare_answer(gold)
     try:
         pred, gold = tokenize(pred), tokenize(gold)
-        return bool(pred and gold) and (pred == gold or same(read(pred), read(gold)))
+        return bool(pred and gold) and (pred == gold or same(read(pred), read(gold), tolerance))
     except (ValueError, ArithmeticError, RecursionError):  # or an exact value that no float can hold
         return bool(pred) and pred == gold
 
@@ -912,38 +908,42 @@ def bare_answer(text):
     return text.strip("* \t\n")
 
 
-def same(a, b) -> bool:
+def same(a, b, tolerance=0) -> bool:
     """Whether two answers are equal; in lists, whether each member has its like on the other side. An
     equation is any multiple of itself, an inequality any positive one."""
+    def equal(x, y):
+        return same(x, y, tolerance)
+
     if a.kind not in RELATIONS and (b.kind in RELATIONS or a.kind == "list"):
         a, b = b, a
     if a.kind in RELATIONS:
         if b.kind not in RELATIONS:  # x = 5 is 5
-            return bool(a.items) and same(a.items[0], b)
+            return bool(a.items) and equal(a.items[0], b)
         if a.items and b.items and a.text == b.text:
-            return same(a.items[0], b.items[0])
+            return equal(a.items[0], b.items[0])
         ratios = [x / y for x, y in zip(a.values, b.values) if x and y]
         constant = a.kind == b.kind and agree(ratios, ratios[:1] * len(ratios))
         return constant and (a.kind in "=≠" or ratios[0].real > 0)
     if a.kind == b.kind == "leaf":
-        return same_leaf(a, b)
+        return same_leaf(a, b, tolerance)
     names = {x.text for x in b.items if x.kind == "=" and x.items}
     if "list" != a.kind != "leaf" and (a.kind == b.kind or len(names) == len(b.items) > 1):
-        return len(a.items) == len(b.items) and all(map(same, a.items, b.items))  # x = 2, y = 3 is (2, 3)
+        return len(a.items) == len(b.items) and all(map(equal, a.items, b.items))  # x = 2, y = 3 is (2, 3)
     xs, ys = (x.items if x.kind == "list" else [x] for x in (a, b))
-    return b.kind == "list" and all(any(same(x, y) for y in ys) for x in xs) and all(
-        any(same(x, y) for x in xs) for y in ys)
+    return b.kind == "list" and all(any(equal(x, y) for y in ys) for x in xs) and all(
+        any(equal(x, y) for x in xs) for y in ys)
 
 
-def same_leaf(a, b):
+def same_leaf(a, b, tolerance):
     """Words by their letters; values at all points, where a percent sign, a missing unit, and the rounding
     of an exact value to six or more digits are forgiven."""
     if a.unit and b.unit and a.unit != b.unit:
         return False
     decimals = [x.text for x in (a, b) if "." in x.text]
-    rounded = len(decimals) == 1 and re.fullmatch(r"[+-]? ?[0.]*[1-9](\.?\d){5,}", decimals[0])
-    slack = Fraction(50001, 100000 * 10 ** len(decimals[0].partition(".")[2])) if rounded else 0
-    if a.text == b.text or agree(a.values, b.values, slack):
+    if len(decimals) == 1 and re.fullmatch(r"[+-]? ?[0.]*[1-9](\.?\d){5,}", decimals[0]):
+        half_a_digit = Fraction(50001, 100000 * 10 ** len(decimals[0].partition(".")[2]))
+        tolerance = max(tolerance, half_a_digit)
+    if a.text == b.text or agree(a.values, b.values, tolerance):
         return True
     if (a.unit == "%") != (b.unit == "%"):
         share, other = (a, b) if a.unit == "%" else (b, a)
@@ -952,28 +952,25 @@ def same_leaf(a, b):
     return [None] in (a.values, b.values) and letters[0] == letters[1] and letters[0].isalpha()
 
 
-def agree(u, v, slack=0):
+def agree(u, v, tolerance=0):
     """Whether two values are equal at all points where both are defined, two at least."""
     pairs = [(x, y) for x, y in zip(u, v) if x is not None and y is not None]
     return len(pairs) > 1 and all(
-        x == y or abs(x - y) < slack or abs(x - y) <= 1e-11 * max(abs(x), abs(y))
+        abs(x - y) <= tolerance or abs(x - y) <= 1e-11 * max(abs(x), abs(y))
         and not (isinstance(x, Fraction) and isinstance(y, Fraction)) for x, y in pairs)
 
 
 # --- IFEval: was an instruction followed that a program can check? --------------------------------
 
 # The 25 kinds of google-research's instruction_following_eval by its rules, odd ones included. Its regular
-# expressions are rewritten where a long response would make them quadratic, with the same matches.
-#
-# Where a verdict can differ from the official checker:
-# - language (langdetect there): the script with the most letters, and in it the language of which the most
-#   words are in LANGUAGES, by default the script's first. Other languages, a few words (langdetect's guess
-#   is not even the same in each run) and text that is mostly formulas or names can be read otherwise.
-# - sentences (nltk's punkt there): after an abbreviation or an ellipsis a sentence ends before a capitalised
-#   word of STARTERS; punkt looks every word up in what it was trained on. So too after `A.` and the like.
-# - words in capitals (nltk there): its tokens as far as CAPITALS_BREAK knows them.
-# - keywords are regular expressions; those that could run away, or fail there, are literal text here.
-# - arguments that are missing, None or out of range: drawn at random there, refused here.
+# expressions are rewritten where a long response would make them quadratic, with the same matches. A verdict
+# can differ from the official checker's where that asks
+# - langdetect: here the script with the most letters, and in it the language of which the most words are in
+#   LANGUAGES, by default the script's first. A few words, formulas and names can be read otherwise.
+# - nltk's punkt: here a sentence ends after an abbreviation, an ellipsis or `A.` before a capitalised word of
+#   STARTERS; and nltk's words in capitals are known as far as CAPITALS_BREAK goes.
+# - a regular expression as keyword that could run away, or fails: literal text here.
+# - chance, for arguments that are missing, None or out of range: refused here.
 
 LANGUAGES = {  # the letters of a script: its languages, each with frequent words and a mark of others
     "A-Za-zªºÀ-ɏ\u1e00-\u1eff": {
@@ -1186,13 +1183,12 @@ def ifeval_verdicts(response: str, instruction_ids: list[str], kwargs: list[dict
                  if name not in names or not is_argument(name, given.get(name))]
         if wrong:
             raise UserError(f"{instruction} takes {', '.join(names) or 'nothing'}; not {', '.join(wrong)}")
-        strict.append(any(check(text, **given) for text in variants if text == response))
-        loose.append(strict[-1] or any(check(text, **given) for text in variants))
+        strict.append(bool(response.strip()) and check(response, **given))
+        loose.append(any(check(text, **given) for text in variants))
     return strict, loose
 
 
 # --- math: gold answers and their rows ------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Gold:
@@ -1207,16 +1203,16 @@ def gold_answer(row: dict) -> str:
     """The gold answer from whatever field this data set keeps it in; a whole solution gives its last box or
     its `####` line. Raises UserError where there is none."""
     if row.get("final_answer") is not None:  # OlympiadBench; its field `solution` is a list of proofs
-        parts = row["final_answer"]
+        key, parts = "final_answer", row["final_answer"]
         if not isinstance(parts, list) or not parts or not all(isinstance(x, str) for x in parts):
             raise UserError(f"'final_answer': a list of strings expected, found {parts!r:.60}")
-        key, value = "final_answer", ", ".join(parts)
+        value = ", ".join(parts)
     else:
-        fields = {k: row.get(k) for k in ("answer", "ground_truth", "label")}
-        if isinstance(row.get("reward_model"), dict):
-            fields["reward_model.ground_truth"] = row["reward_model"].get("ground_truth")
-        fields["solution"] = row.get("solution")  # last: it may be prose
-        key = next((k for k, v in fields.items() if v is not None), None)
+        nested = row.get("reward_model")
+        fields = {**row, "reward_model.ground_truth": nested.get("ground_truth")
+                  if isinstance(nested, dict) else None}
+        known = ("answer", "ground_truth", "label", "reward_model.ground_truth", "solution")  # last: prose
+        key = next((k for k in known if fields.get(k) is not None), None)
         value = fields.get(key)
     if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value in (math.inf, -math.inf):
         raise UserError("a gold answer expected in answer, solution, ground_truth, label or "
@@ -1241,52 +1237,34 @@ def math_gold(row: dict) -> Gold:
         raise UserError(f"'is_multiple_answer': true or false expected, found {several!r:.60}")
     if not isinstance(unit, str | None):
         raise UserError(f"'unit': a string or null expected, found {unit!r:.60}")
-    several = bool(several) or len(row["final_answer"]) > 1
-    if several:
-        text = re.sub(r"(?<!\{),\s*", ", ", text)  # 5,150 are two answers here
     try:
         tolerance = Fraction(str(float(str(error or 0))))  # "1e-1" is 1/10; the float bounds the work
     except ValueError:
         tolerance = Fraction(-1)
     if tolerance < 0:
         raise UserError(f"'error': one positive number or null expected, found {error!r:.60}")
+    several = bool(several) or len(row["final_answer"]) > 1
     unit = (unit or "").strip("$ ")
     unit = unit if "\\" in unit or not unit else rf"\text{{{unit}}}"
-    return Gold(f"{text} {unit}".strip(), several, tolerance)
+    return Gold(f"{apart(text) if several else text} {unit}".strip(), several, tolerance)
+
+
+def apart(text):
+    """A list of answers with its commas spaced: 5,150 are two of them."""
+    return re.sub(r"(?<!\{),\s*", ", ", text)
 
 
 def grade_math(text: str, gold: Gold) -> bool:
     """Whether a response ends in the right answer. Several answers may also stand in several boxes, if
     those are in one line, the last that has a box."""
     found = extract_answer(text)
-    if found is None:
-        return False
-    answers = [found]
-    if gold.several:
+    answers = [] if found is None else [found]
+    if answers and gold.several:
         line = ([""] + [x for x in after_thinking(text).split("\n") if BOX.search(x)])[-1]
         at = [m.start() for m in BOX.finditer(line)]
-        answers.append(", ".join(last_boxed(line[i:j]) for i, j in zip(at, [*at[1:], None])))
-        answers = [re.sub(r"(?<!\{),\s*", ", ", x) for x in answers]  # 5,150 are two here
-    return any(answers_match(x, gold.text) or gold.tolerance > 0 and within(x, gold) for x in answers)
-
-
-def within(pred, gold):
-    """Whether every number of the one is near one of the other, and the reverse."""
-    try:
-        both = [read(tokenize(bare_answer(x))) for x in (pred, gold.text)]
-    except (ValueError, ArithmeticError, RecursionError):
-        return False
-    p, g = ([x.items[0] if x.kind == "=" and x.items else x for x in (a.items if a.kind == "list" else [a])]
-            for a in both)
-    return all(any(near(x, y, gold.tolerance) for y in g) for x in p) and all(
-        any(near(x, y, gold.tolerance) for x in p) for y in g)
-
-
-def near(a, b, tolerance):
-    """Whether two numbers differ by no more than the tolerance; units must agree where both have one."""
-    if a.kind != "leaf" or b.kind != "leaf" or None in (*a.values, *b.values) or a.unit and b.unit != a.unit:
-        return False
-    return all(abs(x - y) <= tolerance for x, y in zip(a.values, b.values))
+        boxes = [last_boxed(line[i:j]) for i, j in zip(at, [*at[1:], None])]
+        answers = [apart(found), apart(", ".join(boxes))]
+    return any(answers_match(x, gold.text, gold.tolerance) for x in answers)
 
 
 # --- Connect4 -------------------------------------------------------------------------------------
@@ -1334,8 +1312,7 @@ def read_connect4(text: str) -> tuple[list, str]:
 
 def valid_moves(board):
     """The lowest empty cell of each column that has one, by column."""
-    lowest = (next((r for r in range(6) if board[r][c] == "_"), None) for c in range(7))
-    return [(r, c) for c, r in enumerate(lowest) if r is not None]
+    return [(column.index("_"), c) for c, column in enumerate(zip(*board)) if "_" in column]
 
 
 def winning_moves(board: list, player: str) -> list[tuple[int, int]]:
@@ -1362,11 +1339,10 @@ def connect4_labels(board, player):
 def connect4_rows(count: int, seed: int) -> list[dict]:
     """`count` rows {"state", "answer"} in the official layout: one position each, any but the end, of a game
     of two random players. All states differ, and of any first n rows at most a fifth has both lists empty
-    (the paper's filter), so that fewer rows of a seed are the first of more. Raises UserError unless
-    count >= 1."""
+    (the paper's filter): fewer rows of a seed are the first of more. Raises UserError unless count >= 1."""
     if count < 1:
         raise UserError(f"{count} Connect4 states wanted: one or more expected")
-    rng, rows, seen, easy = random.Random(seed), [], set(), 0
+    rng, rows, easy = random.Random(seed), {}, 0  # rows by state
     while len(rows) < count:
         board, player, over, positions = [["_"] * 7 for _ in range(6)], "X", False, []
         while not over:
@@ -1376,16 +1352,15 @@ def connect4_rows(count: int, seed: int) -> list[dict]:
             board[r][c], player = player, "XO"[player == "X"]
         board, player = rng.choice(positions)
         state, answer = connect4_state(board, player), connect4_labels(board, player)
-        if state not in seen and (answer != [[], []] or 5 * (easy + 1) <= len(rows) + 1):
-            seen.add(state)
+        if state not in rows and (answer != [[], []] or 5 * (easy + 1) <= len(rows) + 1):
             easy += answer == [[], []]
-            rows.append({"state": state, "answer": answer})
-    return rows
+            rows[state] = {"state": state, "answer": answer}
+    return list(rows.values())
 
 
 def connect4_file(path: str) -> list[dict]:
     """The rows of a file in the official layout. Raises UserError, naming the line, for a state that is not
-    in this layout and for labels that are not those of the rules."""
+    in it and for labels that are not those of the rules."""
     def parse(row, line):
         state = data.check_text(row.get("state"), "'state'")
         answer = connect4_labels(*read_connect4(state))
@@ -1399,14 +1374,12 @@ def connect4_file(path: str) -> list[dict]:
 def grade_connect4(text: str, answer: list) -> dict:
     """{"mine", "opponent", "joint", "no answer"}, each 0 or 1, for a response and its [mine, opponent's].
 
-    As in the published scorer upper case does not matter, the first result of each kind counts, and the
-    cells are compared as multisets. Different from it: thinking is dropped; spaces inside (r, c) are read;
-    a result that holds neither cells nor None is wrong, not an empty list. Where a result is missing, that
-    question is wrong and "no answer" is 1.
+    As in the published scorer upper case does not matter, the first result of each kind counts, and cells
+    are compared as multisets. Different from it: thinking is dropped; spaces inside (r, c) are read; a result
+    with neither cells nor None is wrong, not an empty list. A missing one is wrong, and "no answer" is 1.
     """
     text = after_thinking(text).lower()
-    found = [pattern.search(text) for pattern in CONNECT4_RESULTS]
-    right = []
+    found, right = [pattern.search(text) for pattern in CONNECT4_RESULTS], []
     for m, gold in zip(found, answer):
         cells = re.findall(r"\(\s*(\d+)\s*,\s*(\d+)\s*\)", m[1]) if m else []
         said = m is not None and bool(cells) != ("none" in m[1])
@@ -1426,7 +1399,7 @@ GPQA_PROMPT = """Answer this multiple-choice question. Think step by step, then 
 gives the letter of your choice in exactly this form: "Answer": "C"
 
 """
-HUB_KEYS = ["Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"]
+GPQA_KEYS = ["Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"]
 CHOICES = [re.compile(pattern) for pattern in (
     r"""(?i:["'“”‘’]answer["'“”‘’])\s*:\s*["'“”‘’]\(?([A-D])\)?\.?["'“”‘’]""",  # as the prompt asks for
     r"\\boxed\s*\{\s*(?:\\\w+\s*\{)?[\s($]*([A-D])\s*[}).:]",
@@ -1439,46 +1412,35 @@ CHOICES = [re.compile(pattern) for pattern in (
 
 
 def gpqa_file(path: str) -> list[tuple]:
-    """Rows (id, user turn, right letter) of a JSONL file of four-choice questions: with the hub's keys
-    (Question, Correct Answer, Incorrect Answer 1 to 3), or question, choices and answer, an index from 0.
+    """Rows (id, user turn, right letter) of a JSONL file of four-choice questions with the hub's keys.
 
     Choices are ordered by a hash of question and choice: a shuffle that is the same on every machine and
     whatever their order in the file. Raises UserError naming line and field.
     """
     def parse(row, line):
-        if "Question" in row:
-            fields, right = [(repr(key), row.get(key)) for key in HUB_KEYS], 0
-        else:
-            choices, right = row.get("choices"), row.get("answer")
-            if not isinstance(choices, list) or len(choices) != 4:
-                raise UserError(f"{HUB_KEYS!r}, or 'question', 'choices' (a list of four) and 'answer' "
-                                f"expected, found {sorted(row)!r:.80} with choices {choices!r:.60}")
-            if type(right) is not int or not 0 <= right < 4:
-                raise UserError(f"'answer': an index from 0 to 3 expected, found {right!r:.60}")
-            fields = [("'question'", row.get("question")), *(("'choices'", choice) for choice in choices)]
-        question, *choices = (data.check_text(value, name).strip() for name, value in fields)
-        if not question or not all(choices) or choices.count(choices[right]) > 1:
+        question, *choices = (data.check_text(row.get(key), repr(key)).strip() for key in GPQA_KEYS)
+        right = choices[0]
+        if not question or not all(choices) or choices.count(right) > 1:
             raise UserError("the question or a choice is empty, or the right choice is there twice")
         order = sorted(choices, key=lambda c: hashlib.sha256(json.dumps([question, c]).encode()).digest())
         shown = "\n".join(f"{letter}) {choice}" for letter, choice in zip("ABCD", order))
-        letter = "ABCD"[order.index(choices[right])]
-        return item_id(row, line), f"{GPQA_PROMPT}{question}\n\n{shown}", letter
+        return item_id(row, line), f"{GPQA_PROMPT}{question}\n\n{shown}", "ABCD"[order.index(right)]
 
     return read_unique(path, parse)
 
 
 def choice_letter(text: str) -> str | None:
-    """The letter "A" to "D" that a response chooses, or None: the last `"Answer": "C"`, else the last
-    \\boxed{C}, else the last "answer is (C)" or "Answer: C", else a letter alone on the last line. Thinking
-    is dropped."""
+    """The letter that a response chooses, or None: the last match of the first of CHOICES that has one, else
+    a letter alone on the last line. Thinking is dropped."""
     text = after_thinking(text)
+    for pattern in CHOICES:
+        if letters := pattern.findall(text):
+            return letters[-1]
     bare = text.rstrip().split("\n")[-1].strip("*_()$. \t\r")
-    found = [letters[-1] for letters in (pattern.findall(text) for pattern in CHOICES) if letters]
-    return [*found, bare if bare in tuple("ABCD") else None][0]
+    return bare if bare in tuple("ABCD") else None
 
 
 # --- statistics -----------------------------------------------------------------------------------
-
 
 def question_mean(name, scores):
     """The mean over the samples of one question."""
@@ -1491,18 +1453,16 @@ def question_mean(name, scores):
 def clustered(scores: list, weights: list | None = None) -> tuple[float, float | None]:
     """(mean, its standard error) of per-question lists of scores, in the scores' unit.
 
-    Samples of one question are no independent evidence, so the error is that of n questions, clusters, not
-    of all samples: s / sqrt(n) with s the standard deviation (n - 1) of the questions' means. That is the
-    cluster-robust error of the plain mean with its n / (n - 1) correction (Miller 2024, arXiv 2411.00640,
-    eq. 4) where all questions have equally many samples. Where they have not, every question still counts
-    once, so that a question whose samples failed does not lose weight. With weights (a text's tokens, a
-    prompt's instructions) it is the weighted mean and the error of a ratio, the same thing for equal weights.
-    None: one question has no spread. Raises UserError where there is no score, or one that is no number.
+    Samples of one question are no independent evidence, so the error is that of n questions, clusters: the
+    cluster-robust error with its n / (n - 1) correction (Miller 2024, arXiv 2411.00640, eq. 4). Every
+    question counts once, however many of its samples failed; with weights (a text's tokens, a prompt's
+    instructions) it is the weighted mean and the error of a ratio. None: one question has no spread.
+    Raises UserError where there is no score, or one that is no number.
     """
     if not scores:
         raise UserError("no question has a score")
-    means = np.array([question_mean(i, s) for i, s in enumerate(scores)])
-    weights, n = np.ones(len(means)) if weights is None else np.array(weights, dtype=float), len(means)
+    means, n = np.array([question_mean(i, s) for i, s in enumerate(scores)]), len(scores)
+    weights = np.ones(n) if weights is None else np.array(weights, dtype=float)
     mean = (weights * means).sum() / weights.sum()
     if n == 1:
         return float(mean), None
@@ -1511,9 +1471,8 @@ def clustered(scores: list, weights: list | None = None) -> tuple[float, float |
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The unbiased estimate of the chance that one or more of k samples is right, where c of n were: the
-    share of the k-subsets that hold a right one (Chen et al. 2021, arXiv 2107.03374). In integers, so exact
-    up to the last rounding for any n. Raises UserError unless 0 <= c <= n and 1 <= k <= n."""
+    """The unbiased estimate of the chance that one or more of k samples is right, where c of n were (Chen
+    et al. 2021, arXiv 2107.03374), in integers: exact for any n. Raises UserError for impossible counts."""
     if not 0 <= c <= n or not 1 <= k <= n:
         raise UserError(f"pass@{k} of {n} samples with {c} right: 0 <= right <= samples and 1 <= k <= "
                         "samples expected")
@@ -1523,8 +1482,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 def paired_bootstrap(a: dict, b: dict, seed: int, resamples: int = 10_000) -> tuple:
     """(difference, low, high, p) of two models by {question: its scores}: mean of b - mean of a, over the
-    questions that are in both; the 95 % percentile interval; and the two-sided p of no difference, which is
-    below 0.05 where the interval leaves 0 out.
+    questions that are in both; the 95 % percentile interval; and the two-sided p of no difference.
 
     Questions are drawn with replacement and keep both models' scores together, so what makes a question
     hard for both cancels out. With a few questions only, the interval is somewhat too narrow. Raises
@@ -1578,8 +1536,8 @@ def load_task(spec: str, folder: str) -> Task:
                  for i, row in enumerate(rows)]
         return Task(name, asked, grade_connect4, reference=connect4_reference(rows))
     if name == "gpqa":
-        return Task(name, gpqa_file(path), lambda text, gold: {"accuracy": choice_letter(text) == gold,
-                                                     "no answer": choice_letter(text) is None})
+        return Task(name, gpqa_file(path), lambda text, gold: {
+            "accuracy": choice_letter(text) == gold, "no answer": choice_letter(text) is None})
     if name == "ifeval":
         rows = read_unique(path, parse_ifeval)
         counts = [len(gold[0]) for _, _, gold in rows]
@@ -1676,21 +1634,21 @@ def evaluate(policy, tasks: list, out: str, sampling: Sampling, ranks: Ranks, sa
 
 def score_task(task: Task, records: list) -> dict:
     """The figures of one task from its records, a list a row; see `evaluate`."""
-    answered = [[r for r in row if "text" in r] for row in records]
-    flat = [r for row in answered for r in row]
+    flat = [r for row in records for r in row if "text" in r]
     if not flat:
         reasons = Counter(r.get("error", "not asked") for row in records for r in row)
         why = reasons.most_common(1)[0][0]
         raise UserError(f"{task.name}: not one answer arrived ({why:.200}); start again to ask once more")
-    grades = [[task.grade(r["text"], gold) for r in row] for row, (*_, gold) in zip(answered, task.rows)]
-    names = list(next(g for row in grades for g in row))
-    kept = [i for i, row in enumerate(grades) if row]
+    grades = {i: [task.grade(r["text"], task.rows[i][2]) for r in row if "text" in r]
+              for i, row in enumerate(records)}
+    grades = {i: row for i, row in grades.items() if row}  # a question whose samples all failed is left out
+    names = list(next(iter(grades.values()))[0])
     metrics = {}
     for name in names:
         weights = task.weights.get(name)
-        metrics[name] = clustered([[float(g[name]) for g in grades[i]] for i in kept],
-                                  weights and [weights[i] for i in kept])
-    scores = {task.rows[i][0]: [float(g[names[0]]) for g in grades[i]] for i in kept}
+        metrics[name] = clustered([[float(g[name]) for g in row] for row in grades.values()],
+                                  weights and [weights[i] for i in grades])
+    scores = {task.rows[i][0]: [float(g[names[0]]) for g in row] for i, row in grades.items()}
     k = min(map(len, scores.values()))
     best = [pass_at_k(len(s), sum(map(round, s)), k) for s in scores.values()]
     return {"questions": len(task.rows), "samples": max(map(len, records)), "metrics": metrics,
@@ -1778,8 +1736,7 @@ def compare_runs(folders: list, seed: int = 0) -> str:
         raise UserError(f"nothing to compare: {folders[0]} has {', '.join(a)}, {folders[1]} {', '.join(b)}"
                         + "".join(f"\n  {note}" for note in notes))
     head = ["| task | questions | A | B | B - A | 95 % | p |", "|---|---|---|---|---|---|---|"]
-    return "\n".join([*head, *rows,
-                      *(f"\n{note}" for note in notes)])
+    return "\n".join([*head, *rows, *(f"\n{note}" for note in notes)])
 
 
 # --- retention ------------------------------------------------------------------------------------
