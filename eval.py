@@ -520,9 +520,9 @@ def identity(policy, o: Asking) -> str:
 # --- grading: which answer does a text commit itself to? ------------------------------------------
 
 # `tokenize` turns spellings into canonical tokens by two tables; `read` takes lists, tuples and relations
-# apart; the expressions that remain are computed at nine points. Equal are expressions with equal values:
-# exact fractions while that is possible, else floats within 1e-11 of the larger one. No tolerance is absolute
-# and a float that has lost its digits (sin pi, 1 - cos 10^-9) equals nothing but the same text.
+# apart; the expressions that remain are computed at POINTS. Equal are expressions with equal values: exact
+# fractions while that is possible, else floats within 1e-11 of the larger one. A float that has lost its
+# digits (sin pi, 1 - cos 10^-9) equals nothing but the same text.
 #
 # Where this differs from math-verify on purpose: a decimal equals an exact value only as its rounding to six
 # or more digits (0.333 is not 1/3), and another decimal only exactly; numbers in a base have a value (10_2
@@ -809,7 +809,7 @@ def compute(tokens):
 
 RELATIONS = ("=", "≠", "<", "≤", ">", "≥")
 # x, a_n, f(x), f^{-1}(x), (p,q), frac{dM}{dt}: letters and brackets, no operation on them
-NAME = re.compile(r"""(?!(?:pi|e|i|infty)\Z)([^\W\d]\w*(\^\{-1\}(?=\())?|['"(){},])+""").fullmatch
+NAME = re.compile(r"""(?!(?:pi|e|i|infty)\Z)([^\W\d]\w*+(\^\{-1\}(?=\())?|['"(){},])+""").fullmatch
 
 
 class Answer(NamedTuple):
@@ -929,7 +929,7 @@ def same(a, b, tolerance=0) -> bool:
     names = {x.text for x in b.items if x.kind == "=" and x.items}
     if "list" != a.kind != "leaf" and (a.kind == b.kind or len(names) == len(b.items) > 1):
         return len(a.items) == len(b.items) and all(map(equal, a.items, b.items))  # x = 2, y = 3 is (2, 3)
-    xs, ys = (x.items if x.kind == "list" else [x] for x in (a, b))
+    xs, ys = a.items if a.kind == "list" else [a], b.items
     return b.kind == "list" and all(any(equal(x, y) for y in ys) for x in xs) and all(
         any(equal(x, y) for x in xs) for y in ys)
 
@@ -1086,9 +1086,10 @@ def nth_paragraph_starts(text, num_paragraphs, nth_paragraph, first_word):
 
 def keyword_pattern(text, before="", after="", flags=re.IGNORECASE):
     """`text` as a regular expression if it is one without repeats, groups and branches, else literally."""
-    literal = re.search(r"[*+{(|]", text) or text.count("?") > 3
+    if re.search(r"[*+{(|]", text) or text.count("?") > 3:
+        text = re.escape(text)
     try:
-        return re.compile(before + (re.escape(text) if literal else text) + after, flags)
+        return re.compile(before + text + after, flags)
     except re.error:
         return re.compile(before + re.escape(text) + after, flags)
 
@@ -1623,12 +1624,9 @@ def evaluate(policy, tasks: list, out: str, sampling: Sampling, ranks: Ranks, sa
                 results[task.name] = score_task(task, by_row)
                 ranks.say(f"{task.name}: " + describe(results[task.name]))
                 qwen.write_json(path, results)
-    with ranks.together():
-        if ranks.main:
-            table = results_table(results)
-            with open(os.path.join(out, "results.md"), "w", encoding="utf-8") as f:
-                f.write(table + "\n")
-            ranks.say("\n" + table)
+                with open(os.path.join(out, "results.md"), "w", encoding="utf-8") as f:
+                    f.write(results_table(results) + "\n")
+    ranks.say("\n" + results_table(results))
     return results
 
 
@@ -1636,8 +1634,7 @@ def score_task(task: Task, records: list) -> dict:
     """The figures of one task from its records, a list a row; see `evaluate`."""
     flat = [r for row in records for r in row if "text" in r]
     if not flat:
-        reasons = Counter(r.get("error", "not asked") for row in records for r in row)
-        why = reasons.most_common(1)[0][0]
+        why = Counter(r.get("error", "not asked") for row in records for r in row).most_common(1)[0][0]
         raise UserError(f"{task.name}: not one answer arrived ({why:.200}); start again to ask once more")
     grades = {i: [task.grade(r["text"], task.rows[i][2]) for r in row if "text" in r]
               for i, row in enumerate(records)}
@@ -1651,11 +1648,13 @@ def score_task(task: Task, records: list) -> dict:
     scores = {task.rows[i][0]: [float(g[names[0]]) for g in row] for i, row in grades.items()}
     k = min(map(len, scores.values()))
     best = [pass_at_k(len(s), sum(map(round, s)), k) for s in scores.values()]
+
+    def share(of):
+        return sum(map(of, flat)) / len(flat)
+
     return {"questions": len(task.rows), "samples": max(map(len, records)), "metrics": metrics,
-            f"pass@{k}": sum(best) / len(best),
-            "cut off": sum(r["finish"] == "length" for r in flat) / len(flat),
-            "empty": sum(not r["text"].strip() for r in flat) / len(flat),
-            "tokens": sum(r["tokens"] for r in flat) / len(flat),
+            f"pass@{k}": sum(best) / len(best), "cut off": share(lambda r: r["finish"] == "length"),
+            "empty": share(lambda r: not r["text"].strip()), "tokens": share(lambda r: r["tokens"]),
             "unanswered": sum(map(len, records)) - len(flat), "reference": task.reference,
             "asked": {name: hashlib.sha256(turn.encode()).hexdigest()[:12] for name, turn, _ in task.rows},
             "scores": scores}
@@ -1679,18 +1678,15 @@ def figure(mean, error):
 def results_table(results: dict) -> str:
     """The headline figures in %, with standard errors, as the paper lays them out: in-domain, OOD, IF, and
     the mean of each group and of all nine where all of a group's tasks are there."""
-    headline = {name: list(r["metrics"].values())[0] for name, r in results.items()}
-    ordered = [name for group in GROUPS.values() for name in group if name in headline]
-    ordered += [name for name in headline if name not in ordered]
-    cells = [(name, figure(*headline[name])) for name in ordered]
-    means = {group: [headline[n][0] for n in names] for group, names in GROUPS.items()
-             if all(n in headline for n in names)}
-    cells += [(group, f"{100 * sum(v) / len(v):.1f}") for group, v in means.items() if len(v) > 1]
-    if len(means) == len(GROUPS):
-        everything = [x for v in means.values() for x in v]
-        cells.append(("overall", f"{100 * sum(everything) / len(everything):.1f}"))
-    return "\n".join("| " + " | ".join(row) + " |" for row in
-                     ([c[0] for c in cells], ["---"] * len(cells), [c[1] for c in cells]))
+    headline = {name: next(iter(r["metrics"].values())) for name, r in results.items()}
+    of_paper = [name for group in GROUPS.values() for name in group]
+    ordered = [*(name for name in of_paper if name in headline), *(n for n in headline if n not in of_paper)]
+    columns = [(name, "---", figure(*headline[name])) for name in ordered]
+    for group, names in {**GROUPS, "overall": of_paper}.items():
+        if len(names) > 1 and all(name in headline for name in names):
+            mean = sum(headline[name][0] for name in names) / len(names)
+            columns.append((group, "---", figure(mean, None)))
+    return "\n".join("| " + " | ".join(row) + " |" for row in zip(*columns))
 
 
 def read_results(folder: str) -> dict:
@@ -1715,10 +1711,10 @@ def compare_runs(folders: list, seed: int = 0) -> str:
     """A Markdown table of two finished evaluations: differences of the headline figures in points, B - A,
     with 95 % intervals by paired bootstrap over the questions that both answered. A and B are of those alone.
     Below 20 questions the bootstrap's p is too small, and left out. What cannot be compared is said."""
-    (a, b), notes, rows = map(read_results, folders), [], []
-    settings = [qwen.read_json(os.path.join(folder, "settings.json")) for folder in folders]
-    notes += [f"{k} differs: {settings[0].get(k)} and {settings[1].get(k)}" for k in ("sampling", "seed")
-              if settings[0].get(k) != settings[1].get(k)]
+    (a, b), rows = map(read_results, folders), []
+    one, other = (qwen.read_json(os.path.join(folder, "settings.json")) for folder in folders)
+    notes = [f"{k} differs: {one.get(k)} and {other.get(k)}" for k in ("sampling", "seed")
+             if one.get(k) != other.get(k)]
     for name in (name for name in a if name in b):
         both = [q for q in a[name]["scores"] if q in b[name]["scores"]
                 and a[name]["asked"][q] == b[name]["asked"][q]]
