@@ -106,7 +106,7 @@ class Server:
 
 def open_server(url: str, model: str = "", **settings) -> Server:
     """A Server with the key of OPENAI_API_KEY, at `url` or OPENAI_BASE_URL; without a model name the only
-    model that the server lists. Raises UserError where there is none or the server cannot be asked."""
+    model that the server lists. Raises UserError."""
     url = (url or os.environ.get("OPENAI_BASE_URL", "")).rstrip("/")
     if not re.fullmatch(r"https?://[^/@\s]+(/[^@\s]*)?", url):
         shown = re.sub("//.*@", "//***@", url)  # a password may stand there
@@ -197,8 +197,8 @@ def http(server: Server, path: str, body: dict | None = None) -> dict:
 
 
 def hide(server, text):
-    """Text without the key, should a server repeat it, and without what no file can hold. A short key is a
-    dummy, and a part of many words."""
+    """Text without the key, should a server repeat it (a short key is a dummy, and a part of many words), and
+    without what no file can hold."""
     text = text.encode(errors="replace").decode()
     return text.replace(server.key, "***") if len(server.key) > 11 else text
 
@@ -294,6 +294,7 @@ def request_for(name, messages, seed):
 
 
 def raw_logs(folder):
+    """The logs of all ranks."""
     return sorted(glob.glob(os.path.join(glob.escape(folder), "raw-*.jsonl")))
 
 
@@ -368,10 +369,9 @@ def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks
     `policy` is an Own model, a Server, or a function from a Request to a record. Each answer is added to
     folder/raw-RANK.jsonl as it comes, in one write: a kill loses at most what is under way, and the same
     call goes on. Records are {"key", "text", "finish", "tokens"} or {"key", "error"}; failed requests are
-    asked again by the next call. Under torchrun each rank takes every world-th request. `on_record(record)`
-    sees the answers in the log, then each new one of this rank, and returns a dict for the progress bar;
-    once `enough()` is true nothing more is asked (own model: looked at every 512 requests).
-    Raises UserError as `http` and `read_log` do.
+    asked again by the next call. `on_record(record)` sees the answers in the log, then each new one of this
+    rank, and returns a dict for the progress bar; once `enough()` is true nothing more is asked (own model:
+    looked at every 512 requests). Raises UserError as `http` and `read_log` do.
     """
     serving = isinstance(policy, Server)
     if serving and ranks.world > 1:
@@ -1165,9 +1165,9 @@ def ifeval_verdicts(response: str, instruction_ids: list[str], kwargs: list[dict
                     ) -> tuple[list[bool], list[bool]]:
     """Strict and loose verdict of each instruction on a response.
 
-    Strict: on the response as it is. Loose: on any of eight texts: the response whole, without its first
-    line, its last, or both, each also without `*`. An empty text follows nothing. An argument that is None is
-    absent. Raises UserError that names the instruction and its wrong, missing or unknown arguments."""
+    Loose: on any of eight texts: the response whole, without its first line, its last, or both, each also
+    without `*`. An empty text follows nothing. An argument that is None is absent. Raises UserError that
+    names the instruction and its wrong, missing or unknown arguments."""
     if len(instruction_ids) != len(kwargs):
         raise UserError(f"{len(instruction_ids)} instructions, but arguments for {len(kwargs)}")
     lines = response.split("\n")
@@ -1228,8 +1228,7 @@ def gold_answer(row: dict) -> str:
 
 def math_gold(row: dict) -> Gold:
     """The gold answer of a row of any math set, with OlympiadBench's fields is_multiple_answer, error (the
-    tolerance) and unit. Leading zeros (AIME) and floats (AMC) need no care: answers are compared as numbers.
-    Raises UserError naming the field."""
+    tolerance) and unit. Raises UserError naming the field."""
     text = gold_answer(row)
     if row.get("final_answer") is None:  # elsewhere `error` and `unit` may be anything
         return Gold(text)
@@ -1297,7 +1296,7 @@ def connect4_state(board: list, player: str) -> str:
 
 
 def read_connect4(text: str) -> tuple[list, str]:
-    """(board, player to move) of a state; raises UserError unless `connect4_state` gives this very text."""
+    """(board, player to move) of a state; raises UserError where `connect4_state` gives another text."""
     discs = {(int(r), int(c)): disc for r, c, disc in re.findall(r"\(([0-5]),([0-6])\):([XO])", text)}
     board = [[discs.get((r, c), "_") for c in range(7)] for r in range(6)]
     floating = [(r, c) for r, c in discs if r and board[r - 1][c] == "_"]
@@ -1604,11 +1603,7 @@ def evaluate(policy, tasks: list, out: str, sampling: Sampling, ranks: Ranks, sa
     """Sample and score tasks; every answer is kept in out/TASK/raw-*.jsonl, and asked once.
 
     samples: answers a question; 0: the paper's number for each task. Returns (on the main rank) and writes
-    results.json, where tasks of an earlier call stay: {task: {"questions", "samples", "metrics":
-    {metric: [mean, standard error]}, "pass@k", "cut off", "empty", "tokens", "unanswered", "reference",
-    "asked": {question id: a hash of its turn}, "scores": {question id: [headline scores]}}}.
-    Metrics and shares are from 0 to 1. Answers that a server failed to give are left out of all means, and
-    counted in "unanswered".
+    results.json, where tasks of an earlier call stay: {task: `score_task`'s figures}.
     """
     path = os.path.join(out, "results.json")
     results = read_results(out) if ranks.main and os.path.exists(path) else {}  # of tasks asked before
@@ -1631,7 +1626,8 @@ def evaluate(policy, tasks: list, out: str, sampling: Sampling, ranks: Ranks, sa
 
 
 def score_task(task: Task, records: list) -> dict:
-    """The figures of one task from its records, a list a row; see `evaluate`."""
+    """The figures of one task from its records, a list a row. Metrics, as (mean, standard error), and shares
+    are from 0 to 1. Answers that a server failed to give are left out of all means, and counted."""
     flat = [r for row in records for r in row if "text" in r]
     if not flat:
         why = Counter(r.get("error", "not asked") for row in records for r in row).most_common(1)[0][0]
