@@ -15,9 +15,9 @@ Goes out:  `sample`: every answer, kept in a log as it comes; `extract_answer`: 
 
 import argparse
 import cmath
-import email.utils
 import errno
 import fcntl
+import functools
 import glob
 import hashlib
 import html
@@ -35,7 +35,6 @@ import socket
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -85,13 +84,13 @@ def open_own(folder: str, dtype, device, batch_size: int = 32) -> Own:
     generation_config.json names."""
     folder = qwen.checkpoint_folder(folder)
     chat = data.load_chat(folder, qwen.read_config(folder).vocab_size)
-    path, end = os.path.join(folder, "generation_config.json"), []
+    path, end = os.path.join(folder, "generation_config.json"), None
     if os.path.exists(path):
-        found = qwen.read_json(path).get("eos_token_id")
-        end = found if isinstance(found, list) else [] if found is None else [found]
-        if not all(isinstance(token, int) for token in end):
-            raise UserError(f'{path}: "eos_token_id": an integer or a list of them expected, found {found!r}')
-    return Own(qwen.load_model(folder, dtype, device), chat, {chat.im_end, *end}, batch_size)
+        end = qwen.read_json(path).get("eos_token_id")
+    ends = end if isinstance(end, list) else [] if end is None else [end]
+    if not all(isinstance(token, int) for token in ends):
+        raise UserError(f'{path}: "eos_token_id": an integer or a list of them expected, found {end!r}')
+    return Own(qwen.load_model(folder, dtype, device), chat, {chat.im_end, *ends}, batch_size)
 
 
 @dataclass
@@ -110,7 +109,7 @@ class Server:
 
 def open_server(url: str, model: str = "", **settings) -> Server:
     """A Server with the key of OPENAI_API_KEY, at `url` or OPENAI_BASE_URL; without a model name the only
-    model that the server lists. Raises UserError where there is none or the server cannot be asked."""
+    model that the server lists. Raises UserError."""
     url = (url or os.environ.get("OPENAI_BASE_URL", "")).rstrip("/")
     if not re.fullmatch(r"https?://[^/@\s]+(/[^@\s]*)?", url):
         shown = re.sub("//.*@", "//***@", url)  # a password may stand there
@@ -137,11 +136,13 @@ class Refused(Exception):
     """One request that got no usable answer; the text says why. The others go on."""
 
 
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another host."""
+class AnyStatus(urllib.request.HTTPErrorProcessor):
+    """Every status is an answer. No redirect is followed: it would carry the key to another host."""
 
-    def redirect_request(self, *_):
-        return None
+    def http_response(self, request, response):
+        return response
+
+    https_response = http_response
 
 
 RETRIED = {408, 409, 425, 429, *range(500, 600)}
@@ -158,35 +159,26 @@ def http(server: Server, path: str, body: dict | None = None) -> dict:
     Raises UserError, which ends the whole run, where every other request would fail too: a FATAL status, or
     nobody listens. Raises Refused for the rest: a status not worth a retry, or no try left.
     """
-    opener, headers = urllib.request.build_opener(NoRedirect), {"Content-Type": "application/json"}
+    opener, headers = urllib.request.build_opener(AnyStatus), {"Content-Type": "application/json"}
     if server.key:
         headers["Authorization"] = f"Bearer {server.key}"
     content = None if body is None else json.dumps(body).encode()
     for attempt in range(server.tries):
-        wait, deadline = 0.0, time.monotonic() + server.timeout
+        status, wait, raw, deadline = 200, 0.0, b"", time.monotonic() + server.timeout
         try:
             request = urllib.request.Request(server.url + path, content, headers)
             with opener.open(request, timeout=server.timeout) as answer:
-                value = json.loads(read_all(answer, deadline))
+                status, wait = answer.status, retry_after(answer.headers["Retry-After"])
+                raw = read_all(answer, deadline)
+            value = json.loads(raw) if status < 300 else None
             if isinstance(value, dict) and ("error" not in value or "choices" in value):
                 return value
             problem = "the answer is no JSON object"
             if isinstance(value, dict):
                 problem = f"an error in an answer with status 200: {hide(server, str(value['error']))[:300]}"
-        except urllib.error.HTTPError as e:
-            with e:
-                detail = error_body(e, deadline)
-            problem = f"HTTP {e.code}: {' '.join(hide(server, detail).split())[:300]}"
-            if e.code in FATAL:
-                raise UserError(f"{server.url}{path}: {FATAL[e.code]} ({problem})") from None
-            if e.code not in RETRIED:
-                raise Refused(problem) from None
-            wait = retry_after(e.headers.get("Retry-After"))
-        except TimeoutError:
-            problem = f"no answer within {server.timeout:g} s"
         except (ValueError, RecursionError):  # also UnicodeDecodeError
             problem = "the answer is no JSON"
-        except (OSError, HTTPException) as e:  # URLError is an OSError
+        except (OSError, HTTPException) as e:  # TimeoutError and URLError are OSErrors
             reason = getattr(e, "reason", e)
             problem = f"connection failed: {type(reason).__name__}"
             if isinstance(reason, TimeoutError):
@@ -195,51 +187,42 @@ def http(server: Server, path: str, body: dict | None = None) -> dict:
             if nobody_there and attempt == server.tries - 1:
                 raise UserError(f"{server.url} cannot be reached: {reason}. Is the server up? What has "
                                 "arrived is kept; the same command goes on from there.") from None
+        if status > 299:  # hidden in the whole text: half a key would not be found
+            detail = " ".join(hide(server, raw.decode(errors="replace")).split())
+            problem = f"HTTP {status}: {detail[:300]}"
+            if status in FATAL:
+                raise UserError(f"{server.url}{path}: {FATAL[status]} ({problem})")
+            if status not in RETRIED:
+                raise Refused(problem)
         if attempt < server.tries - 1:
             time.sleep(max(wait, min(60.0, server.pause * 2**attempt) * random.uniform(0.5, 1.0)))
     raise Refused(f"{problem} (tried {server.tries} times)")
 
 
-def error_body(answer, deadline):
-    """An error's body as text, whole: half a key could not be hidden; "" where it cannot be read in time."""
-    try:
-        return read_all(answer, deadline).decode(errors="replace")
-    except (OSError, HTTPException, Refused):
-        return ""
-
-
 def hide(server, text):
-    """Text without the key, should a server repeat it, and without what no file can hold. A short key is a
-    dummy, and a part of many words."""
+    """Text without the key, should a server repeat it (a short key is a dummy, and a part of many words), and
+    without what no file can hold."""
     text = text.encode(errors="replace").decode()
     return text.replace(server.key, "***") if len(server.key) > 11 else text
 
 
 def read_all(answer, deadline):
     """The body, unless it is endless in size or in time (a socket's time-out starts anew at each byte)."""
-    parts, size = [], 0
+    body = bytearray()
     while part := answer.read1(2**16):
-        parts.append(part)
-        size += len(part)
+        body += part
         if time.monotonic() > deadline:
             raise TimeoutError
-        if size > MAX_ANSWER:
+        if len(body) > MAX_ANSWER:
             raise Refused(f"an answer of more than {MAX_ANSWER >> 20} MiB")
     if answer.length:  # announced, but not sent
         raise IncompleteRead(b"", answer.length)
-    return b"".join(parts)
+    return bytes(body)
 
 
-def retry_after(value) -> float:
-    """Seconds that a Retry-After header asks for, as a number or as a date; at most 10 minutes."""
-    try:
-        seconds = float(value)
-    except (TypeError, ValueError):
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (TypeError, ValueError, OverflowError):
-            seconds = 0.0
-    return min(max(seconds, 0.0), 600.0) if seconds == seconds else 0.0
+def retry_after(value: str | None) -> float:
+    """Seconds that a Retry-After header asks for, at most 10 minutes; a date asks for nothing here."""
+    return min(float(value), 600.0) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?", value or "") else 0.0
 
 
 def ask(server: Server, request, sampling: Sampling) -> dict:
@@ -250,10 +233,8 @@ def ask(server: Server, request, sampling: Sampling) -> dict:
     body = {k: v for k, v in body.items() if v is not None} | server.body
     try:
         answer = http(server, "/chat/completions", body)
-        choice = answer["choices"][0]
-        text, usage = choice["message"].get("content"), answer.get("usage")
-        tokens = usage.get("completion_tokens") if isinstance(usage, dict) else 0
-        ending = choice.get("finish_reason")
+        choice, usage = answer["choices"][0], answer.get("usage")
+        text, ending = choice["message"].get("content"), choice.get("finish_reason")
     except Refused as e:
         return {"error": str(e)}
     except (KeyError, IndexError, TypeError, AttributeError):
@@ -262,45 +243,41 @@ def ask(server: Server, request, sampling: Sampling) -> dict:
         return {"error": f"the answer's content is a {type(text).__name__}, not text"}
     if ending not in ("stop", "eos", "length", "", None):  # content_filter, abort, tool_calls: half an answer
         return {"error": f"the server ended the answer with {hide(server, str(ending))[:60]!r}"}
-    text, tokens = hide(server, text or ""), tokens if type(tokens) is int and 0 <= tokens < 2**40 else 0
-    finish = "length" if ending == "length" else "stop"
-    return {"text": text, "finish": finish, "tokens": tokens}
+    tokens = usage.get("completion_tokens") if isinstance(usage, dict) else 0
+    return {"text": hide(server, text or ""), "finish": "length" if ending == "length" else "stop",
+            "tokens": tokens if is_count(tokens) else 0}
+
+
+def is_count(value):
+    """Whether a number of tokens can be believed."""
+    return type(value) is int and 0 <= value < 2**40
 
 
 def concurrently(call, items, workers: int):
     """Yield (item, call(item)) in the order of completion, `workers` calls at a time, taking items as needed.
 
-    The threads are daemons: an interrupt, or an exception of one call (raised here), ends the program at
-    once, not after the slowest request.
+    Each call has a daemon thread: an interrupt, or an exception of one call (raised here), ends the program
+    at once, not after the slowest request as with concurrent.futures.
     """
-    todo, ready, items = queue.SimpleQueue(), queue.SimpleQueue(), iter(items)
+    ready, items, busy = queue.SimpleQueue(), iter(items), 0
 
-    def work():
-        while (item := todo.get()) is not None:
-            try:
-                ready.put((item[0], call(item[0]), None))
-            except BaseException as e:
-                ready.put((item[0], None, e))
+    def work(item):
+        try:
+            ready.put((item, call(item), None))
+        except BaseException as e:
+            ready.put((item, None, e))
 
-    for _ in range(workers):
-        threading.Thread(target=work, daemon=True).start()
-    try:
-        busy = 0
-        for item in itertools.islice(items, workers):
-            todo.put((item,))
+    while True:
+        for item in itertools.islice(items, workers - busy):
+            threading.Thread(target=work, args=(item,), daemon=True).start()
             busy += 1
-        while busy:
-            item, result, error = ready.get()
-            busy -= 1
-            if error:
-                raise error
-            yield item, result
-            for item in itertools.islice(items, 1):
-                todo.put((item,))
-                busy += 1
-    finally:
-        for _ in range(workers):
-            todo.put(None)
+        if not busy:
+            return
+        item, result, error = ready.get()
+        busy -= 1
+        if error:
+            raise error
+        yield item, result
 
 
 @dataclass
@@ -319,6 +296,11 @@ def request_for(name, messages, seed):
     return Request(f"{name} {digest}", messages, int.from_bytes(own_seed[:4], "little") >> 1)
 
 
+def raw_logs(folder):
+    """The logs of all ranks."""
+    return sorted(glob.glob(os.path.join(glob.escape(folder), "raw-*.jsonl")))
+
+
 def read_log(folder: str, keys) -> dict:
     """{key: record} of all raw answers in a folder; a later record of a key replaces an earlier one.
 
@@ -326,22 +308,20 @@ def read_log(folder: str, keys) -> dict:
     line elsewhere, and for an answer to something that is not asked now.
     """
     records, keys = {}, set(keys)
-    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "raw-*.jsonl"))):
+    for path in raw_logs(folder):
         with open(path, "rb") as f:
             lines = f.read().split(b"\n")[:-1]
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
-                key, text = record["key"], record.get("text", "")
-                if not isinstance(key, str) or not isinstance(text, str) or not (
-                        isinstance(record["error"], str) if "error" in record else
-                        record["finish"] in ("stop", "length") and type(record["tokens"]) is int
-                        and 0 <= record["tokens"] < 2**40 and "text" in record):
-                    raise ValueError
+                key, text = record["key"], record.get("text", "") + record.get("error", "")
+                fits = isinstance(key, str) and ("error" in record or "text" in record and is_count(
+                    record["tokens"]) and record["finish"] in ("stop", "length"))
                 text.encode()  # a lone surrogate is no text: a ValueError
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                raise UserError(f"{path}, line {number}: not a record of this program; found {line!r:.80}"
-                                ) from None
+                fits = False
+            if not fits:
+                raise UserError(f"{path}, line {number}: not a record of this program; found {line!r:.80}")
             if key not in keys:
                 raise UserError(f"{path}, line {number}: answers {key!r}, which is not among the questions "
                                 "given now: choose another output folder")
@@ -392,28 +372,27 @@ def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks
     `policy` is an Own model, a Server, or a function from a Request to a record. Each answer is added to
     folder/raw-RANK.jsonl as it comes, in one write: a kill loses at most what is under way, and the same
     call goes on. Records are {"key", "text", "finish", "tokens"} or {"key", "error"}; failed requests are
-    asked again by the next call. Under torchrun each rank takes every world-th request. `on_record(record)`
-    sees the answers in the log, then each new one of this rank, and returns a dict for the progress bar;
-    once `enough()` is true nothing more is asked (own model: looked at every 512 requests).
-    Raises UserError as `http` and `read_log` do.
+    asked again by the next call. `on_record(record)` sees the answers in the log, then each new one of this
+    rank, and returns a dict for the progress bar; once `enough()` is true nothing more is asked (own model:
+    looked at every 512 requests). Raises UserError as `http` and `read_log` do.
     """
-    if isinstance(policy, Server) and ranks.world > 1:
+    serving = isinstance(policy, Server)
+    if serving and ranks.world > 1:
         raise UserError("a server needs one process here: start with `python`, without torchrun")
     keys = [r.key for r in requests]
     with ranks.together():
         os.makedirs(folder, exist_ok=True)
         have = read_log(folder, keys)
-        for path in glob.glob(os.path.join(glob.escape(folder), "raw-*.jsonl")) if ranks.main else ():
+        for path in raw_logs(folder) if ranks.main else ():
             open_log(path).close()  # raises where a process of an earlier start still lives
     todo = [r for r in requests if "text" not in have.get(r.key, {})]
     mine = todo[ranks.rank::ranks.world]
     with ranks.together(), open_log(os.path.join(folder, f"raw-{ranks.rank}.jsonl")) as log:
         bar = tqdm(total=len(mine), disable=not ranks.main or not todo, desc=title, unit="answer",
                    leave=not ranks.quiet)
-        count, started = Counter(), time.monotonic()
-        outcomes = {}
-        for key in have:
-            outcomes = on_record(have[key])
+        count, started, outcomes = Counter(), time.monotonic(), {}
+        for record in have.values():
+            outcomes = on_record(record)
 
         def tick(tokens, failed=0):
             count.update(tokens=tokens, failed=failed)
@@ -431,17 +410,13 @@ def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks
             outcomes = on_record(record)
             bar.update()
 
+        wanted = itertools.takewhile(lambda _: not (enough and enough()), mine)
         if isinstance(policy, Own):
-            step = 512 if enough else max(1, len(mine))
-            for at in range(0, len(mine), step):
-                if not (enough and enough()):
-                    answer_own(policy, mine[at:at + step], sampling, keep, tick)
+            while some := list(itertools.islice(wanted, 512 if enough else None)):
+                answer_own(policy, some, sampling, keep, tick)
         else:
-            call, workers = policy, 1
-            if isinstance(policy, Server):
-                call, workers = lambda request: ask(policy, request, sampling), policy.workers
-            wanted = itertools.takewhile(lambda _: not (enough and enough()), mine)
-            for request, record in concurrently(call, wanted, workers):
+            call = functools.partial(ask, policy, sampling=sampling) if serving else policy
+            for request, record in concurrently(call, wanted, policy.workers if serving else 1):
                 keep(request, record)
                 tick(record.get("tokens", 0), "error" in record)
         bar.close()
@@ -456,8 +431,7 @@ def answer_own(own: Own, requests, sampling, keep, tick):
         keep(requests[index], {"text": text, "finish": finish, "tokens": len(ids) + ended})
 
     qwen.generate(own.model, [own.chat.prompt(r.messages) for r in requests], [r.seed for r in requests],
-                  max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_p=sampling.top_p,
-                  top_k=sampling.top_k, end=own.end, batch_size=own.batch_size, on_done=done, progress=tick)
+                  **asdict(sampling), end=own.end, batch_size=own.batch_size, on_done=done, progress=tick)
 
 
 # --- sampling: options ----------------------------------------------------------------------------
@@ -549,9 +523,9 @@ def identity(policy, o: Asking) -> str:
 # --- grading: which answer does a text commit itself to? ------------------------------------------
 
 # `tokenize` turns spellings into canonical tokens by two tables; `read` takes lists, tuples and relations
-# apart; the expressions that remain are computed at nine points. Equal are expressions with equal values:
-# exact fractions while that is possible, else floats within 1e-11 of the larger one. No tolerance is absolute
-# and a float that has lost its digits (sin pi, 1 - cos 10^-9) equals nothing but the same text.
+# apart; the expressions that remain are computed at POINTS. Equal are expressions with equal values: exact
+# fractions while that is possible, else floats within 1e-11 of the larger one. A float that has lost its
+# digits (sin pi, 1 - cos 10^-9) equals nothing but the same text.
 #
 # Where this differs from math-verify on purpose: a decimal equals an exact value only as its rounding to six
 # or more digits (0.333 is not 1/3), and another decimal only exactly; numbers in a base have a value (10_2
@@ -571,13 +545,11 @@ def extract_answer(text: str) -> str | None:
     Thinking is dropped; a text that ends inside <think> or its last box was cut off and has no answer."""
     text = after_thinking(text)
     answer, stated = last_boxed(text), [m.end() for m in STATED.finditer(text)]
-    if answer is None and not stated:
-        return None
-    if answer is None:
+    if answer is None and stated:
         rest = text[stated[-1]:].split("\n")[0].split("<|")[0]
         formula = re.match(r"\$+[^$]+\$+|\\\(.+?\\\)|\\\[.+?\\\]", rest)
         answer = formula[0] if formula else re.split(r"[.;]\s|,?\s(?:because|since)\b", rest)[0].strip(".* ")
-    return answer.strip() or None
+    return (answer or "").strip() or None
 
 
 def after_thinking(text):
@@ -823,26 +795,24 @@ def function(name, tokens, point):
 
 def compute(tokens):
     """The values of an expression at all points, None where it is undefined or not mathematics."""
-    values = []
-    names = (t.lstrip('"') for t in tokens)
-    constant = all(name in KEYWORDS or not name[:1].isalpha() for name in names)
-    for point in range(len(POINTS)):
-        if values and constant:
-            return values * len(POINTS)
+    def value(point):
         stack = [" ", " ", *reversed(tokens)]
         try:
-            value = expression(stack, point)
-            values.append(value if len(stack) == 2 else None)
+            found = expression(stack, point)
+            return found if len(stack) == 2 else None
         except (ValueError, ArithmeticError, TypeError):  # TypeError: the factorial of i
-            values.append(None)
-    return values
+            return None
+
+    names = (t.lstrip('"') for t in tokens)
+    constant = all(name in KEYWORDS or not name[:1].isalpha() for name in names)
+    return [value(0)] * len(POINTS) if constant else [value(point) for point in range(len(POINTS))]
 
 
 # --- grading: answers, and whether two are the same -----------------------------------------------
 
 RELATIONS = ("=", "≠", "<", "≤", ">", "≥")
 # x, a_n, f(x), f^{-1}(x), (p,q), frac{dM}{dt}: letters and brackets, no operation on them
-NAME = re.compile(r"""(?!(?:pi|e|i|infty)\Z)([^\W\d]\w*(\^\{-1\}(?=\())?|['"(){},])+""").fullmatch
+NAME = re.compile(r"""(?!(?:pi|e|i|infty)\Z)([^\W\d]\w*+(\^\{-1\}(?=\())?|['"(){},])+""").fullmatch
 
 
 class Answer(NamedTuple):
@@ -919,15 +889,15 @@ def read_leaf(tokens):
     return Answer("leaf", text, values=[None] if words else compute(tokens[:at]), unit=unit)
 
 
-def answers_match(pred: str, gold: str) -> bool:
-    """Whether two answers are equal as mathematics (see the head of this file). Takes any strings, never
-    raises, and does a bounded amount of work; an empty answer matches nothing."""
+def answers_match(pred: str, gold: str, tolerance=0) -> bool:
+    """Whether two answers are equal as mathematics (see above), numbers up to a tolerance. Takes any strings,
+    never raises, and does a bounded amount of work; an empty answer matches nothing."""
     if max(len(pred), len(gold)) > 20 * MAX_CHARS:
         return bool(pred.strip()) and pred.strip() == gold.strip()
     pred, gold = bare_answer(pred), bare_answer(gold)
     try:
         pred, gold = tokenize(pred), tokenize(gold)
-        return bool(pred and gold) and (pred == gold or same(read(pred), read(gold)))
+        return bool(pred and gold) and (pred == gold or same(read(pred), read(gold), tolerance))
     except (ValueError, ArithmeticError, RecursionError):  # or an exact value that no float can hold
         return bool(pred) and pred == gold
 
@@ -941,38 +911,42 @@ def bare_answer(text):
     return text.strip("* \t\n")
 
 
-def same(a, b) -> bool:
+def same(a, b, tolerance=0) -> bool:
     """Whether two answers are equal; in lists, whether each member has its like on the other side. An
     equation is any multiple of itself, an inequality any positive one."""
+    def equal(x, y):
+        return same(x, y, tolerance)
+
     if a.kind not in RELATIONS and (b.kind in RELATIONS or a.kind == "list"):
         a, b = b, a
     if a.kind in RELATIONS:
         if b.kind not in RELATIONS:  # x = 5 is 5
-            return bool(a.items) and same(a.items[0], b)
+            return bool(a.items) and equal(a.items[0], b)
         if a.items and b.items and a.text == b.text:
-            return same(a.items[0], b.items[0])
+            return equal(a.items[0], b.items[0])
         ratios = [x / y for x, y in zip(a.values, b.values) if x and y]
         constant = a.kind == b.kind and agree(ratios, ratios[:1] * len(ratios))
         return constant and (a.kind in "=≠" or ratios[0].real > 0)
     if a.kind == b.kind == "leaf":
-        return same_leaf(a, b)
+        return same_leaf(a, b, tolerance)
     names = {x.text for x in b.items if x.kind == "=" and x.items}
     if "list" != a.kind != "leaf" and (a.kind == b.kind or len(names) == len(b.items) > 1):
-        return len(a.items) == len(b.items) and all(map(same, a.items, b.items))  # x = 2, y = 3 is (2, 3)
-    xs, ys = (x.items if x.kind == "list" else [x] for x in (a, b))
-    return b.kind == "list" and all(any(same(x, y) for y in ys) for x in xs) and all(
-        any(same(x, y) for x in xs) for y in ys)
+        return len(a.items) == len(b.items) and all(map(equal, a.items, b.items))  # x = 2, y = 3 is (2, 3)
+    xs, ys = a.items if a.kind == "list" else [a], b.items
+    return b.kind == "list" and all(any(equal(x, y) for y in ys) for x in xs) and all(
+        any(equal(x, y) for x in xs) for y in ys)
 
 
-def same_leaf(a, b):
+def same_leaf(a, b, tolerance):
     """Words by their letters; values at all points, where a percent sign, a missing unit, and the rounding
     of an exact value to six or more digits are forgiven."""
     if a.unit and b.unit and a.unit != b.unit:
         return False
     decimals = [x.text for x in (a, b) if "." in x.text]
-    rounded = len(decimals) == 1 and re.fullmatch(r"[+-]? ?[0.]*[1-9](\.?\d){5,}", decimals[0])
-    slack = Fraction(50001, 100000 * 10 ** len(decimals[0].partition(".")[2])) if rounded else 0
-    if a.text == b.text or agree(a.values, b.values, slack):
+    if len(decimals) == 1 and re.fullmatch(r"[+-]? ?[0.]*[1-9](\.?\d){5,}", decimals[0]):
+        half_a_digit = Fraction(50001, 100000 * 10 ** len(decimals[0].partition(".")[2]))
+        tolerance = max(tolerance, half_a_digit)
+    if a.text == b.text or agree(a.values, b.values, tolerance):
         return True
     if (a.unit == "%") != (b.unit == "%"):
         share, other = (a, b) if a.unit == "%" else (b, a)
@@ -981,28 +955,25 @@ def same_leaf(a, b):
     return [None] in (a.values, b.values) and letters[0] == letters[1] and letters[0].isalpha()
 
 
-def agree(u, v, slack=0):
+def agree(u, v, tolerance=0):
     """Whether two values are equal at all points where both are defined, two at least."""
     pairs = [(x, y) for x, y in zip(u, v) if x is not None and y is not None]
     return len(pairs) > 1 and all(
-        x == y or abs(x - y) < slack or abs(x - y) <= 1e-11 * max(abs(x), abs(y))
+        abs(x - y) <= tolerance or abs(x - y) <= 1e-11 * max(abs(x), abs(y))
         and not (isinstance(x, Fraction) and isinstance(y, Fraction)) for x, y in pairs)
 
 
 # --- IFEval: was an instruction followed that a program can check? --------------------------------
 
 # The 25 kinds of google-research's instruction_following_eval by its rules, odd ones included. Its regular
-# expressions are rewritten where a long response would make them quadratic, with the same matches.
-#
-# Where a verdict can differ from the official checker:
-# - language (langdetect there): the script with the most letters, and in it the language of which the most
-#   words are in LANGUAGES, by default the script's first. Other languages, a few words (langdetect's guess
-#   is not even the same in each run) and text that is mostly formulas or names can be read otherwise.
-# - sentences (nltk's punkt there): after an abbreviation or an ellipsis a sentence ends before a capitalised
-#   word of STARTERS; punkt looks every word up in what it was trained on. So too after `A.` and the like.
-# - words in capitals (nltk there): its tokens as far as CAPITALS_BREAK knows them.
-# - keywords are regular expressions; those that could run away, or fail there, are literal text here.
-# - arguments that are missing, None or out of range: drawn at random there, refused here.
+# expressions are rewritten where a long response would make them quadratic, with the same matches. A verdict
+# can differ from the official checker's where that asks
+# - langdetect: here the script with the most letters, and in it the language of which the most words are in
+#   LANGUAGES, by default the script's first. A few words, formulas and names can be read otherwise.
+# - nltk's punkt: here a sentence ends after an abbreviation, an ellipsis or `A.` before a capitalised word of
+#   STARTERS; and nltk's words in capitals are known as far as CAPITALS_BREAK goes.
+# - a regular expression as keyword that could run away, or fails: literal text here.
+# - chance, for arguments that are missing, None or out of range: refused here.
 
 LANGUAGES = {  # the letters of a script: its languages, each with frequent words and a mark of others
     "A-Za-zªºÀ-ɏ\u1e00-\u1eff": {
@@ -1118,9 +1089,10 @@ def nth_paragraph_starts(text, num_paragraphs, nth_paragraph, first_word):
 
 def keyword_pattern(text, before="", after="", flags=re.IGNORECASE):
     """`text` as a regular expression if it is one without repeats, groups and branches, else literally."""
-    literal = re.search(r"[*+{(|]", text) or text.count("?") > 3
+    if re.search(r"[*+{(|]", text) or text.count("?") > 3:
+        text = re.escape(text)
     try:
-        return re.compile(before + (re.escape(text) if literal else text) + after, flags)
+        return re.compile(before + text + after, flags)
     except re.error:
         return re.compile(before + re.escape(text) + after, flags)
 
@@ -1196,9 +1168,9 @@ def ifeval_verdicts(response: str, instruction_ids: list[str], kwargs: list[dict
                     ) -> tuple[list[bool], list[bool]]:
     """Strict and loose verdict of each instruction on a response.
 
-    Strict: on the response as it is. Loose: on any of eight texts: the response whole, without its first
-    line, its last, or both, each also without `*`. An empty text follows nothing. An argument that is None is
-    absent. Raises UserError that names the instruction and its wrong, missing or unknown arguments."""
+    Loose: on any of eight texts: the response whole, without its first line, its last, or both, each also
+    without `*`. An empty text follows nothing. An argument that is None is absent. Raises UserError that
+    names the instruction and its wrong, missing or unknown arguments."""
     if len(instruction_ids) != len(kwargs):
         raise UserError(f"{len(instruction_ids)} instructions, but arguments for {len(kwargs)}")
     lines = response.split("\n")
@@ -1215,13 +1187,12 @@ def ifeval_verdicts(response: str, instruction_ids: list[str], kwargs: list[dict
                  if name not in names or not is_argument(name, given.get(name))]
         if wrong:
             raise UserError(f"{instruction} takes {', '.join(names) or 'nothing'}; not {', '.join(wrong)}")
-        strict.append(any(check(text, **given) for text in variants if text == response))
-        loose.append(strict[-1] or any(check(text, **given) for text in variants))
+        strict.append(bool(response.strip()) and check(response, **given))
+        loose.append(any(check(text, **given) for text in variants))
     return strict, loose
 
 
 # --- math: gold answers and their rows ------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Gold:
@@ -1236,16 +1207,16 @@ def gold_answer(row: dict) -> str:
     """The gold answer from whatever field this data set keeps it in; a whole solution gives its last box or
     its `####` line. Raises UserError where there is none."""
     if row.get("final_answer") is not None:  # OlympiadBench; its field `solution` is a list of proofs
-        parts = row["final_answer"]
+        key, parts = "final_answer", row["final_answer"]
         if not isinstance(parts, list) or not parts or not all(isinstance(x, str) for x in parts):
             raise UserError(f"'final_answer': a list of strings expected, found {parts!r:.60}")
-        key, value = "final_answer", ", ".join(parts)
+        value = ", ".join(parts)
     else:
-        fields = {k: row.get(k) for k in ("answer", "ground_truth", "label")}
-        if isinstance(row.get("reward_model"), dict):
-            fields["reward_model.ground_truth"] = row["reward_model"].get("ground_truth")
-        fields["solution"] = row.get("solution")  # last: it may be prose
-        key = next((k for k, v in fields.items() if v is not None), None)
+        nested = row.get("reward_model")
+        fields = {**row, "reward_model.ground_truth": nested.get("ground_truth")
+                  if isinstance(nested, dict) else None}
+        known = ("answer", "ground_truth", "label", "reward_model.ground_truth", "solution")  # last: prose
+        key = next((k for k in known if fields.get(k) is not None), None)
         value = fields.get(key)
     if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value in (math.inf, -math.inf):
         raise UserError("a gold answer expected in answer, solution, ground_truth, label or "
@@ -1260,8 +1231,7 @@ def gold_answer(row: dict) -> str:
 
 def math_gold(row: dict) -> Gold:
     """The gold answer of a row of any math set, with OlympiadBench's fields is_multiple_answer, error (the
-    tolerance) and unit. Leading zeros (AIME) and floats (AMC) need no care: answers are compared as numbers.
-    Raises UserError naming the field."""
+    tolerance) and unit. Raises UserError naming the field."""
     text = gold_answer(row)
     if row.get("final_answer") is None:  # elsewhere `error` and `unit` may be anything
         return Gold(text)
@@ -1270,52 +1240,34 @@ def math_gold(row: dict) -> Gold:
         raise UserError(f"'is_multiple_answer': true or false expected, found {several!r:.60}")
     if not isinstance(unit, str | None):
         raise UserError(f"'unit': a string or null expected, found {unit!r:.60}")
-    several = bool(several) or len(row["final_answer"]) > 1
-    if several:
-        text = re.sub(r"(?<!\{),\s*", ", ", text)  # 5,150 are two answers here
     try:
         tolerance = Fraction(str(float(str(error or 0))))  # "1e-1" is 1/10; the float bounds the work
     except ValueError:
         tolerance = Fraction(-1)
     if tolerance < 0:
         raise UserError(f"'error': one positive number or null expected, found {error!r:.60}")
+    several = bool(several) or len(row["final_answer"]) > 1
     unit = (unit or "").strip("$ ")
     unit = unit if "\\" in unit or not unit else rf"\text{{{unit}}}"
-    return Gold(f"{text} {unit}".strip(), several, tolerance)
+    return Gold(f"{apart(text) if several else text} {unit}".strip(), several, tolerance)
+
+
+def apart(text):
+    """A list of answers with its commas spaced: 5,150 are two of them."""
+    return re.sub(r"(?<!\{),\s*", ", ", text)
 
 
 def grade_math(text: str, gold: Gold) -> bool:
     """Whether a response ends in the right answer. Several answers may also stand in several boxes, if
     those are in one line, the last that has a box."""
     found = extract_answer(text)
-    if found is None:
-        return False
-    answers = [found]
-    if gold.several:
+    answers = [] if found is None else [found]
+    if answers and gold.several:
         line = ([""] + [x for x in after_thinking(text).split("\n") if BOX.search(x)])[-1]
         at = [m.start() for m in BOX.finditer(line)]
-        answers.append(", ".join(last_boxed(line[i:j]) for i, j in zip(at, [*at[1:], None])))
-        answers = [re.sub(r"(?<!\{),\s*", ", ", x) for x in answers]  # 5,150 are two here
-    return any(answers_match(x, gold.text) or gold.tolerance > 0 and within(x, gold) for x in answers)
-
-
-def within(pred, gold):
-    """Whether every number of the one is near one of the other, and the reverse."""
-    try:
-        both = [read(tokenize(bare_answer(x))) for x in (pred, gold.text)]
-    except (ValueError, ArithmeticError, RecursionError):
-        return False
-    p, g = ([x.items[0] if x.kind == "=" and x.items else x for x in (a.items if a.kind == "list" else [a])]
-            for a in both)
-    return all(any(near(x, y, gold.tolerance) for y in g) for x in p) and all(
-        any(near(x, y, gold.tolerance) for x in p) for y in g)
-
-
-def near(a, b, tolerance):
-    """Whether two numbers differ by no more than the tolerance; units must agree where both have one."""
-    if a.kind != "leaf" or b.kind != "leaf" or None in (*a.values, *b.values) or a.unit and b.unit != a.unit:
-        return False
-    return all(abs(x - y) <= tolerance for x, y in zip(a.values, b.values))
+        boxes = [last_boxed(line[i:j]) for i, j in zip(at, [*at[1:], None])]
+        answers = [apart(found), apart(", ".join(boxes))]
+    return any(answers_match(x, gold.text, gold.tolerance) for x in answers)
 
 
 # --- Connect4 -------------------------------------------------------------------------------------
@@ -1347,7 +1299,7 @@ def connect4_state(board: list, player: str) -> str:
 
 
 def read_connect4(text: str) -> tuple[list, str]:
-    """(board, player to move) of a state; raises UserError unless `connect4_state` gives this very text."""
+    """(board, player to move) of a state; raises UserError where `connect4_state` gives another text."""
     discs = {(int(r), int(c)): disc for r, c, disc in re.findall(r"\(([0-5]),([0-6])\):([XO])", text)}
     board = [[discs.get((r, c), "_") for c in range(7)] for r in range(6)]
     floating = [(r, c) for r, c in discs if r and board[r - 1][c] == "_"]
@@ -1363,8 +1315,7 @@ def read_connect4(text: str) -> tuple[list, str]:
 
 def valid_moves(board):
     """The lowest empty cell of each column that has one, by column."""
-    lowest = (next((r for r in range(6) if board[r][c] == "_"), None) for c in range(7))
-    return [(r, c) for c, r in enumerate(lowest) if r is not None]
+    return [(column.index("_"), c) for c, column in enumerate(zip(*board)) if "_" in column]
 
 
 def winning_moves(board: list, player: str) -> list[tuple[int, int]]:
@@ -1391,11 +1342,10 @@ def connect4_labels(board, player):
 def connect4_rows(count: int, seed: int) -> list[dict]:
     """`count` rows {"state", "answer"} in the official layout: one position each, any but the end, of a game
     of two random players. All states differ, and of any first n rows at most a fifth has both lists empty
-    (the paper's filter), so that fewer rows of a seed are the first of more. Raises UserError unless
-    count >= 1."""
+    (the paper's filter): fewer rows of a seed are the first of more. Raises UserError unless count >= 1."""
     if count < 1:
         raise UserError(f"{count} Connect4 states wanted: one or more expected")
-    rng, rows, seen, easy = random.Random(seed), [], set(), 0
+    rng, rows, easy = random.Random(seed), {}, 0  # rows by state
     while len(rows) < count:
         board, player, over, positions = [["_"] * 7 for _ in range(6)], "X", False, []
         while not over:
@@ -1405,16 +1355,15 @@ def connect4_rows(count: int, seed: int) -> list[dict]:
             board[r][c], player = player, "XO"[player == "X"]
         board, player = rng.choice(positions)
         state, answer = connect4_state(board, player), connect4_labels(board, player)
-        if state not in seen and (answer != [[], []] or 5 * (easy + 1) <= len(rows) + 1):
-            seen.add(state)
+        if state not in rows and (answer != [[], []] or 5 * (easy + 1) <= len(rows) + 1):
             easy += answer == [[], []]
-            rows.append({"state": state, "answer": answer})
-    return rows
+            rows[state] = {"state": state, "answer": answer}
+    return list(rows.values())
 
 
 def connect4_file(path: str) -> list[dict]:
     """The rows of a file in the official layout. Raises UserError, naming the line, for a state that is not
-    in this layout and for labels that are not those of the rules."""
+    in it and for labels that are not those of the rules."""
     def parse(row, line):
         state = data.check_text(row.get("state"), "'state'")
         answer = connect4_labels(*read_connect4(state))
@@ -1428,14 +1377,12 @@ def connect4_file(path: str) -> list[dict]:
 def grade_connect4(text: str, answer: list) -> dict:
     """{"mine", "opponent", "joint", "no answer"}, each 0 or 1, for a response and its [mine, opponent's].
 
-    As in the published scorer upper case does not matter, the first result of each kind counts, and the
-    cells are compared as multisets. Different from it: thinking is dropped; spaces inside (r, c) are read;
-    a result that holds neither cells nor None is wrong, not an empty list. Where a result is missing, that
-    question is wrong and "no answer" is 1.
+    As in the published scorer upper case does not matter, the first result of each kind counts, and cells
+    are compared as multisets. Different from it: thinking is dropped; spaces inside (r, c) are read; a result
+    with neither cells nor None is wrong, not an empty list. A missing one is wrong, and "no answer" is 1.
     """
     text = after_thinking(text).lower()
-    found = [pattern.search(text) for pattern in CONNECT4_RESULTS]
-    right = []
+    found, right = [pattern.search(text) for pattern in CONNECT4_RESULTS], []
     for m, gold in zip(found, answer):
         cells = re.findall(r"\(\s*(\d+)\s*,\s*(\d+)\s*\)", m[1]) if m else []
         said = m is not None and bool(cells) != ("none" in m[1])
@@ -1455,7 +1402,7 @@ GPQA_PROMPT = """Answer this multiple-choice question. Think step by step, then 
 gives the letter of your choice in exactly this form: "Answer": "C"
 
 """
-HUB_KEYS = ["Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"]
+GPQA_KEYS = ["Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"]
 CHOICES = [re.compile(pattern) for pattern in (
     r"""(?i:["'“”‘’]answer["'“”‘’])\s*:\s*["'“”‘’]\(?([A-D])\)?\.?["'“”‘’]""",  # as the prompt asks for
     r"\\boxed\s*\{\s*(?:\\\w+\s*\{)?[\s($]*([A-D])\s*[}).:]",
@@ -1468,46 +1415,35 @@ CHOICES = [re.compile(pattern) for pattern in (
 
 
 def gpqa_file(path: str) -> list[tuple]:
-    """Rows (id, user turn, right letter) of a JSONL file of four-choice questions: with the hub's keys
-    (Question, Correct Answer, Incorrect Answer 1 to 3), or question, choices and answer, an index from 0.
+    """Rows (id, user turn, right letter) of a JSONL file of four-choice questions with the hub's keys.
 
     Choices are ordered by a hash of question and choice: a shuffle that is the same on every machine and
     whatever their order in the file. Raises UserError naming line and field.
     """
     def parse(row, line):
-        if "Question" in row:
-            fields, right = [(repr(key), row.get(key)) for key in HUB_KEYS], 0
-        else:
-            choices, right = row.get("choices"), row.get("answer")
-            if not isinstance(choices, list) or len(choices) != 4:
-                raise UserError(f"{HUB_KEYS!r}, or 'question', 'choices' (a list of four) and 'answer' "
-                                f"expected, found {sorted(row)!r:.80} with choices {choices!r:.60}")
-            if type(right) is not int or not 0 <= right < 4:
-                raise UserError(f"'answer': an index from 0 to 3 expected, found {right!r:.60}")
-            fields = [("'question'", row.get("question")), *(("'choices'", choice) for choice in choices)]
-        question, *choices = (data.check_text(value, name).strip() for name, value in fields)
-        if not question or not all(choices) or choices.count(choices[right]) > 1:
+        question, *choices = (data.check_text(row.get(key), repr(key)).strip() for key in GPQA_KEYS)
+        right = choices[0]
+        if not question or not all(choices) or choices.count(right) > 1:
             raise UserError("the question or a choice is empty, or the right choice is there twice")
         order = sorted(choices, key=lambda c: hashlib.sha256(json.dumps([question, c]).encode()).digest())
         shown = "\n".join(f"{letter}) {choice}" for letter, choice in zip("ABCD", order))
-        letter = "ABCD"[order.index(choices[right])]
-        return item_id(row, line), f"{GPQA_PROMPT}{question}\n\n{shown}", letter
+        return item_id(row, line), f"{GPQA_PROMPT}{question}\n\n{shown}", "ABCD"[order.index(right)]
 
     return read_unique(path, parse)
 
 
 def choice_letter(text: str) -> str | None:
-    """The letter "A" to "D" that a response chooses, or None: the last `"Answer": "C"`, else the last
-    \\boxed{C}, else the last "answer is (C)" or "Answer: C", else a letter alone on the last line. Thinking
-    is dropped."""
+    """The letter that a response chooses, or None: the last match of the first of CHOICES that has one, else
+    a letter alone on the last line. Thinking is dropped."""
     text = after_thinking(text)
+    for pattern in CHOICES:
+        if letters := pattern.findall(text):
+            return letters[-1]
     bare = text.rstrip().split("\n")[-1].strip("*_()$. \t\r")
-    found = [letters[-1] for letters in (pattern.findall(text) for pattern in CHOICES) if letters]
-    return [*found, bare if bare in tuple("ABCD") else None][0]
+    return bare if bare in tuple("ABCD") else None
 
 
 # --- statistics -----------------------------------------------------------------------------------
-
 
 def question_mean(name, scores):
     """The mean over the samples of one question."""
@@ -1520,18 +1456,16 @@ def question_mean(name, scores):
 def clustered(scores: list, weights: list | None = None) -> tuple[float, float | None]:
     """(mean, its standard error) of per-question lists of scores, in the scores' unit.
 
-    Samples of one question are no independent evidence, so the error is that of n questions, clusters, not
-    of all samples: s / sqrt(n) with s the standard deviation (n - 1) of the questions' means. That is the
-    cluster-robust error of the plain mean with its n / (n - 1) correction (Miller 2024, arXiv 2411.00640,
-    eq. 4) where all questions have equally many samples. Where they have not, every question still counts
-    once, so that a question whose samples failed does not lose weight. With weights (a text's tokens, a
-    prompt's instructions) it is the weighted mean and the error of a ratio, the same thing for equal weights.
-    None: one question has no spread. Raises UserError where there is no score, or one that is no number.
+    Samples of one question are no independent evidence, so the error is that of n questions, clusters: the
+    cluster-robust error with its n / (n - 1) correction (Miller 2024, arXiv 2411.00640, eq. 4). Every
+    question counts once, however many of its samples failed; with weights (a text's tokens, a prompt's
+    instructions) it is the weighted mean and the error of a ratio. None: one question has no spread.
+    Raises UserError where there is no score, or one that is no number.
     """
     if not scores:
         raise UserError("no question has a score")
-    means = np.array([question_mean(i, s) for i, s in enumerate(scores)])
-    weights, n = np.ones(len(means)) if weights is None else np.array(weights, dtype=float), len(means)
+    means, n = np.array([question_mean(i, s) for i, s in enumerate(scores)]), len(scores)
+    weights = np.ones(n) if weights is None else np.array(weights, dtype=float)
     mean = (weights * means).sum() / weights.sum()
     if n == 1:
         return float(mean), None
@@ -1540,9 +1474,8 @@ def clustered(scores: list, weights: list | None = None) -> tuple[float, float |
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The unbiased estimate of the chance that one or more of k samples is right, where c of n were: the
-    share of the k-subsets that hold a right one (Chen et al. 2021, arXiv 2107.03374). In integers, so exact
-    up to the last rounding for any n. Raises UserError unless 0 <= c <= n and 1 <= k <= n."""
+    """The unbiased estimate of the chance that one or more of k samples is right, where c of n were (Chen
+    et al. 2021, arXiv 2107.03374), in integers: exact for any n. Raises UserError for impossible counts."""
     if not 0 <= c <= n or not 1 <= k <= n:
         raise UserError(f"pass@{k} of {n} samples with {c} right: 0 <= right <= samples and 1 <= k <= "
                         "samples expected")
@@ -1552,8 +1485,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 def paired_bootstrap(a: dict, b: dict, seed: int, resamples: int = 10_000) -> tuple:
     """(difference, low, high, p) of two models by {question: its scores}: mean of b - mean of a, over the
-    questions that are in both; the 95 % percentile interval; and the two-sided p of no difference, which is
-    below 0.05 where the interval leaves 0 out.
+    questions that are in both; the 95 % percentile interval; and the two-sided p of no difference.
 
     Questions are drawn with replacement and keep both models' scores together, so what makes a question
     hard for both cancels out. With a few questions only, the interval is somewhat too narrow. Raises
@@ -1607,8 +1539,8 @@ def load_task(spec: str, folder: str) -> Task:
                  for i, row in enumerate(rows)]
         return Task(name, asked, grade_connect4, reference=connect4_reference(rows))
     if name == "gpqa":
-        return Task(name, gpqa_file(path), lambda text, gold: {"accuracy": choice_letter(text) == gold,
-                                                     "no answer": choice_letter(text) is None})
+        return Task(name, gpqa_file(path), lambda text, gold: {
+            "accuracy": choice_letter(text) == gold, "no answer": choice_letter(text) is None})
     if name == "ifeval":
         rows = read_unique(path, parse_ifeval)
         counts = [len(gold[0]) for _, _, gold in rows]
@@ -1674,11 +1606,7 @@ def evaluate(policy, tasks: list, out: str, sampling: Sampling, ranks: Ranks, sa
     """Sample and score tasks; every answer is kept in out/TASK/raw-*.jsonl, and asked once.
 
     samples: answers a question; 0: the paper's number for each task. Returns (on the main rank) and writes
-    results.json, where tasks of an earlier call stay: {task: {"questions", "samples", "metrics":
-    {metric: [mean, standard error]}, "pass@k", "cut off", "empty", "tokens", "unanswered", "reference",
-    "asked": {question id: a hash of its turn}, "scores": {question id: [headline scores]}}}.
-    Metrics and shares are from 0 to 1. Answers that a server failed to give are left out of all means, and
-    counted in "unanswered".
+    results.json, where tasks of an earlier call stay: {task: `score_task`'s figures}.
     """
     path = os.path.join(out, "results.json")
     results = read_results(out) if ranks.main and os.path.exists(path) else {}  # of tasks asked before
@@ -1694,39 +1622,38 @@ def evaluate(policy, tasks: list, out: str, sampling: Sampling, ranks: Ranks, sa
                 results[task.name] = score_task(task, by_row)
                 ranks.say(f"{task.name}: " + describe(results[task.name]))
                 qwen.write_json(path, results)
-    with ranks.together():
-        if ranks.main:
-            table = results_table(results)
-            with open(os.path.join(out, "results.md"), "w", encoding="utf-8") as f:
-                f.write(table + "\n")
-            ranks.say("\n" + table)
+                with open(os.path.join(out, "results.md"), "w", encoding="utf-8") as f:
+                    f.write(results_table(results) + "\n")
+    ranks.say("\n" + results_table(results))
     return results
 
 
 def score_task(task: Task, records: list) -> dict:
-    """The figures of one task from its records, a list a row; see `evaluate`."""
-    answered = [[r for r in row if "text" in r] for row in records]
-    flat = [r for row in answered for r in row]
+    """The figures of one task from its records, a list a row. Metrics, as (mean, standard error), and shares
+    are from 0 to 1. Answers that a server failed to give are left out of all means, and counted."""
+    flat = [r for row in records for r in row if "text" in r]
     if not flat:
-        reasons = Counter(r.get("error", "not asked") for row in records for r in row)
-        why = reasons.most_common(1)[0][0]
+        why = Counter(r.get("error", "not asked") for row in records for r in row).most_common(1)[0][0]
         raise UserError(f"{task.name}: not one answer arrived ({why:.200}); start again to ask once more")
-    grades = [[task.grade(r["text"], gold) for r in row] for row, (*_, gold) in zip(answered, task.rows)]
-    names = list(next(g for row in grades for g in row))
-    kept = [i for i, row in enumerate(grades) if row]
+    grades = {i: [task.grade(r["text"], task.rows[i][2]) for r in row if "text" in r]
+              for i, row in enumerate(records)}
+    grades = {i: row for i, row in grades.items() if row}  # a question whose samples all failed is left out
+    names = list(next(iter(grades.values()))[0])
     metrics = {}
     for name in names:
         weights = task.weights.get(name)
-        metrics[name] = clustered([[float(g[name]) for g in grades[i]] for i in kept],
-                                  weights and [weights[i] for i in kept])
-    scores = {task.rows[i][0]: [float(g[names[0]]) for g in grades[i]] for i in kept}
+        metrics[name] = clustered([[float(g[name]) for g in row] for row in grades.values()],
+                                  weights and [weights[i] for i in grades])
+    scores = {task.rows[i][0]: [float(g[names[0]]) for g in row] for i, row in grades.items()}
     k = min(map(len, scores.values()))
     best = [pass_at_k(len(s), sum(map(round, s)), k) for s in scores.values()]
+
+    def share(of):
+        return sum(map(of, flat)) / len(flat)
+
     return {"questions": len(task.rows), "samples": max(map(len, records)), "metrics": metrics,
-            f"pass@{k}": sum(best) / len(best),
-            "cut off": sum(r["finish"] == "length" for r in flat) / len(flat),
-            "empty": sum(not r["text"].strip() for r in flat) / len(flat),
-            "tokens": sum(r["tokens"] for r in flat) / len(flat),
+            f"pass@{k}": sum(best) / len(best), "cut off": share(lambda r: r["finish"] == "length"),
+            "empty": share(lambda r: not r["text"].strip()), "tokens": share(lambda r: r["tokens"]),
             "unanswered": sum(map(len, records)) - len(flat), "reference": task.reference,
             "asked": {name: hashlib.sha256(turn.encode()).hexdigest()[:12] for name, turn, _ in task.rows},
             "scores": scores}
@@ -1750,18 +1677,15 @@ def figure(mean, error):
 def results_table(results: dict) -> str:
     """The headline figures in %, with standard errors, as the paper lays them out: in-domain, OOD, IF, and
     the mean of each group and of all nine where all of a group's tasks are there."""
-    headline = {name: list(r["metrics"].values())[0] for name, r in results.items()}
-    ordered = [name for group in GROUPS.values() for name in group if name in headline]
-    ordered += [name for name in headline if name not in ordered]
-    cells = [(name, figure(*headline[name])) for name in ordered]
-    means = {group: [headline[n][0] for n in names] for group, names in GROUPS.items()
-             if all(n in headline for n in names)}
-    cells += [(group, f"{100 * sum(v) / len(v):.1f}") for group, v in means.items() if len(v) > 1]
-    if len(means) == len(GROUPS):
-        everything = [x for v in means.values() for x in v]
-        cells.append(("overall", f"{100 * sum(everything) / len(everything):.1f}"))
-    return "\n".join("| " + " | ".join(row) + " |" for row in
-                     ([c[0] for c in cells], ["---"] * len(cells), [c[1] for c in cells]))
+    headline = {name: next(iter(r["metrics"].values())) for name, r in results.items()}
+    of_paper = [name for group in GROUPS.values() for name in group]
+    ordered = [*(name for name in of_paper if name in headline), *(n for n in headline if n not in of_paper)]
+    columns = [(name, "---", figure(*headline[name])) for name in ordered]
+    for group, names in {**GROUPS, "overall": of_paper}.items():
+        if len(names) > 1 and all(name in headline for name in names):
+            mean = sum(headline[name][0] for name in names) / len(names)
+            columns.append((group, "---", figure(mean, None)))
+    return "\n".join("| " + " | ".join(row) + " |" for row in zip(*columns))
 
 
 def read_results(folder: str) -> dict:
@@ -1786,10 +1710,10 @@ def compare_runs(folders: list, seed: int = 0) -> str:
     """A Markdown table of two finished evaluations: differences of the headline figures in points, B - A,
     with 95 % intervals by paired bootstrap over the questions that both answered. A and B are of those alone.
     Below 20 questions the bootstrap's p is too small, and left out. What cannot be compared is said."""
-    (a, b), notes, rows = map(read_results, folders), [], []
-    settings = [qwen.read_json(os.path.join(folder, "settings.json")) for folder in folders]
-    notes += [f"{k} differs: {settings[0].get(k)} and {settings[1].get(k)}" for k in ("sampling", "seed")
-              if settings[0].get(k) != settings[1].get(k)]
+    (a, b), rows = map(read_results, folders), []
+    one, other = (qwen.read_json(os.path.join(folder, "settings.json")) for folder in folders)
+    notes = [f"{k} differs: {one.get(k)} and {other.get(k)}" for k in ("sampling", "seed")
+             if one.get(k) != other.get(k)]
     for name in (name for name in a if name in b):
         both = [q for q in a[name]["scores"] if q in b[name]["scores"]
                 and a[name]["asked"][q] == b[name]["asked"][q]]
@@ -1807,8 +1731,7 @@ def compare_runs(folders: list, seed: int = 0) -> str:
         raise UserError(f"nothing to compare: {folders[0]} has {', '.join(a)}, {folders[1]} {', '.join(b)}"
                         + "".join(f"\n  {note}" for note in notes))
     head = ["| task | questions | A | B | B - A | 95 % | p |", "|---|---|---|---|---|---|---|"]
-    return "\n".join([*head, *rows,
-                      *(f"\n{note}" for note in notes)])
+    return "\n".join([*head, *rows, *(f"\n{note}" for note in notes)])
 
 
 # --- retention ------------------------------------------------------------------------------------

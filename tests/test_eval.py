@@ -43,8 +43,7 @@ def sets(tmp_path_factory):
     write(folder / "olympiadbench.jsonl", [
         {"id": 1, "question": "roots?", "final_answer": ["$1$", "$2$"], "is_multiple_answer": True,
          "unit": None, "error": None}])
-    write(folder / "gpqa.jsonl", [{"question": f"q{i}", "choices": [f"a{i}", "b", "c", "d"], "answer": 0}
-                                  for i in range(3)])
+    write(folder / "gpqa.jsonl", [tiny.gpqa_row(i) for i in range(3)])
     write(folder / "ifeval.jsonl", [
         {"key": 1, "prompt": "p", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
         {"key": 2, "prompt": "q", "instruction_id_list": ["punctuation:no_comma", "startend:quotation"],

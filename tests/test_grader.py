@@ -346,7 +346,8 @@ REPEATED = [
     '"', "° ", "π^x", "x_1^9+", "$1$ "]
 HOSTILE = [piece * (length // len(piece)) + end for piece in REPEATED
            for length, end in ((990, "1"), (10**5, ""))]
-HOSTILE += ["(" * 490 + "1" + ")" * 490, r"10^{10^{10^{10}}}", "1e99999999999", "((((x!)!)!)!)!",
+HOSTILE += ["a is an arbitrary positive integer with [a) = 0",  # words where a name may stand, and a bracket
+            "(" * 490 + "1" + ")" * 490, r"10^{10^{10^{10}}}", "1e99999999999", "((((x!)!)!)!)!",
             "\0", "\ud800", "١٢", "²", "10^{400}"]
 
 

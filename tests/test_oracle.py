@@ -145,9 +145,8 @@ def test_retry_after_is_waited_for():
         start = time.monotonic()
         evaluation.ask(client, two_plus(), evaluation.Sampling())
         assert time.monotonic() - start >= 0.5
-    in_a_minute = email.utils.formatdate(time.time() + 60)
-    assert 50 < evaluation.retry_after(in_a_minute) <= 60
-    values = {"3": 3.0, "-1": 0.0, "nan": 0.0, "1e9": 600.0, "soon": 0.0, None: 0.0, "": 0.0}
+    values = {"3": 3.0, "-1": 0.0, "nan": 0.0, "1000000": 600.0, None: 0.0, "": 0.0,
+              email.utils.formatdate(): 0.0}
     assert {v: evaluation.retry_after(v) for v in values} == values
 
 

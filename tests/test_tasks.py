@@ -265,12 +265,9 @@ def hub_row(question, right, *wrong):
             **{f"Incorrect Answer {k}": text for k, text in enumerate(wrong, 1)}, "Record ID": question[-20:]}
 
 
-def test_gpqa_rows_of_both_layouts(tmp_path):
+def test_gpqa_rows(tmp_path):
     hub = [hub_row(f"Question {i}? {{choices}}", f"right {i}\n", "w 1", "w 2", "w 3") for i in range(400)]
-    other = [{"question": f"Question {i}? {{choices}}", "choices": ["w 2", "w 3", f"right {i}", "w 1"],
-              "answer": 2} for i in range(400)]
     rows = [row[1:] for row in gpqa_file(write_jsonl(tmp_path / "hub.jsonl", hub))]
-    assert [row[1:] for row in gpqa_file(write_jsonl(tmp_path / "other.jsonl", other))] == rows
     for i, (prompt, answer) in enumerate(rows):
         shown = dict(line.split(") ") for line in prompt.split("\n")[-4:])
         assert shown[answer] == f"right {i}" and sorted(shown) == list("ABCD")
@@ -286,11 +283,7 @@ def test_gpqa_rows_of_both_layouts(tmp_path):
     (hub_row("q", "a", "b", "c"), "'Incorrect Answer 3': a string expected"),
     (hub_row("q", "a", "b", "c", 4), "'Incorrect Answer 3'"), (hub_row("q", "a", "b", "c", "a "), "twice"),
     (hub_row(" ", "a", "b", "c", "d"), "empty"), (hub_row("q", "a", "b", "", "d"), "empty"),
-    ({"question": "q", "choices": ["a", "b", "c"], "answer": 0}, "a list of four"),
-    ({"question": "q", "choices": ["a", "b", "c", "d"], "answer": 4}, "'answer'"),
-    ({"question": "q", "choices": ["a", "b", "c", "d"], "answer": True}, "'answer'"),
-    ({"question": "q", "choices": ["a", "b", "c", "d"]}, "'answer'"),
-    ({"choices": ["a", "b", "c", "d"], "answer": 1}, "'question'"), ({"problem": "q"}, "expected, found"),
+    ({"problem": "q"}, "'Question': a string expected"),
 ])
 def test_bad_gpqa_rows(row, expected, tmp_path):
     good = hub_row("q", "a", "b", "c", "d")

@@ -57,3 +57,9 @@ def write_pairs(path, count=24, seed=0):
                    "gemini_corrected_answer": f"x {shared} {words(rng.randint(1, 3))} {tail}"}
             f.write(json.dumps(row) + "\n")
     return str(path)
+
+
+def gpqa_row(i):
+    """A question of the hub's GPQA."""
+    return {"Question": f"q{i}", "Correct Answer": f"a{i}",
+            **{f"Incorrect Answer {k}": text for k, text in enumerate("bcd", 1)}}

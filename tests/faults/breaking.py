@@ -137,8 +137,7 @@ ROWS = {
     "texts.jsonl": [{"text": "the quick brown fox"}, {"text": "a lazy dog"}],
     "tasks/own.jsonl": [{"id": f"n{i}", "question": f"{i} + {i}?", "answer": str(2 * i)} for i in range(3)],
     "tasks/math500.jsonl": [{"problem": f"{i} + {i}?", "answer": str(2 * i)} for i in range(3)],
-    "tasks/gpqa.jsonl": [{"question": f"q{i}", "choices": [f"a{i}", "b", "c", "d"], "answer": 0}
-                         for i in range(3)],
+    "tasks/gpqa.jsonl": [tiny.gpqa_row(i) for i in range(3)],
     "tasks/ifeval.jsonl": [{"key": i, "prompt": f"p{i}", "instruction_id_list": ["punctuation:no_comma"],
                             "kwargs": [{}]} for i in range(3)],
     "tasks/connect4.jsonl": [{k: row[k] for k in ("state", "answer")}
