@@ -282,10 +282,10 @@ def check_tokenizer(path, spec):
 
     model = spec.get("model") if isinstance(spec.get("model"), dict) else {}
     vocabulary = model.get("vocab") if isinstance(model.get("vocab"), dict) else {}
+    parts = (("normalizer", "normalizers", ("NFC",)), ("decoder", "decoders", ("ByteLevel",)),
+             ("pre_tokenizer", "pretokenizers", ("Split", "ByteLevel", "Digits")))
     problems = [f'"{name}" of type {kind!r:.60}, {" or ".join(known)} expected'
-                for name, inner, known in (("normalizer", "normalizers", ("NFC",)),
-                                           ("pre_tokenizer", "pretokenizers", ("Split", "ByteLevel", "Digits")),
-                                           ("decoder", "decoders", ("ByteLevel",)))
+                for name, inner, known in parts
                 for kind in kinds(spec.get(name), inner) if kind not in known]
     if model.get("type", "BPE") != "BPE":
         problems.append(f'"model" of type {model["type"]!r:.60}, BPE expected')

@@ -85,7 +85,7 @@ def open_own(folder: str, dtype, device, batch_size: int = 32) -> Own:
     folder = qwen.checkpoint_folder(folder)
     chat = data.load_chat(folder, qwen.read_config(folder).vocab_size)
     path, end = os.path.join(folder, "generation_config.json"), None
-    if os.path.exists(path):
+    if os.path.lexists(path):  # a link to nowhere is no absence
         end = qwen.read_json(path).get("eos_token_id")
     ends = end if isinstance(end, list) else [] if end is None else [end]
     if not all(isinstance(token, int) for token in ends):
@@ -111,7 +111,12 @@ def open_server(url: str, model: str = "", **settings) -> Server:
     """A Server with the key of OPENAI_API_KEY, at `url` or OPENAI_BASE_URL; without a model name the only
     model that the server lists. Raises UserError."""
     url = (url or os.environ.get("OPENAI_BASE_URL", "")).rstrip("/")
-    if not re.fullmatch(r"https?://[^/@\s]+(/[^@\s]*)?", url):
+    try:
+        urllib.parse.urlsplit(url).port  # raises where it is no number
+        fits = re.fullmatch(r"https?://[^/@\s.][^/@\s]*(/[^@\s]*)?", url) and url.isascii()
+    except ValueError:
+        fits = False
+    if not fits:
         shown = re.sub("//.*@", "//***@", url)  # a password may stand there
         raise UserError(f"--server is {shown!r}; an address such as http://localhost:8000/v1 expected (or "
                         "OPENAI_BASE_URL)")
@@ -125,8 +130,9 @@ def open_server(url: str, model: str = "", **settings) -> Server:
         except Refused as e:
             raise UserError(f"{url}/models: {e}; name the model with --server_model") from None
         names = [m.get("id") for m in listed if isinstance(m, dict)] if isinstance(listed, list) else []
-        if len(names) != 1 or not isinstance(names[0], str):
-            raise UserError(f"{url} serves {len(names)} models ({', '.join(map(str, names))[:200]}): choose "
+        names = [hide(server, name) if isinstance(name, str) else "" for name in names]
+        if len(names) != 1 or not 0 < len(names[0]) < 200 or not names[0].isprintable():
+            raise UserError(f"{url} serves {len(names)} models ({', '.join(map(repr, names))[:200]}): choose "
                             "one with --server_model")
         server.model = names[0]
     return server
@@ -164,12 +170,10 @@ def http(server: Server, path: str, body: dict | None = None) -> dict:
         headers["Authorization"] = f"Bearer {server.key}"
     content = None if body is None else json.dumps(body).encode()
     for attempt in range(server.tries):
-        status, wait, raw, deadline = 200, 0.0, b"", time.monotonic() + server.timeout
+        status, wait, raw = 200, 0.0, b""
         try:
             request = urllib.request.Request(server.url + path, content, headers)
-            with opener.open(request, timeout=server.timeout) as answer:
-                status, wait = answer.status, retry_after(answer.headers["Retry-After"])
-                raw = read_all(answer, deadline)
+            status, wait, raw = within(server.timeout, lambda: fetch(opener, request, server.timeout))
             value = json.loads(raw) if status < 300 else None
             if isinstance(value, dict) and ("error" not in value or "choices" in value):
                 return value
@@ -203,21 +207,31 @@ def hide(server, text):
     """Text without the key, should a server repeat it (a short key is a dummy, and a part of many words), and
     without what no file can hold."""
     text = text.encode(errors="replace").decode()
-    return text.replace(server.key, "***") if len(server.key) > 11 else text
+    if len(server.key) > 11:
+        quoted = json.dumps(server.key)[1:-1]
+        for form in {server.key, quoted, quoted.replace("/", "\\/"), repr(server.key)[1:-1]}:
+            text = text.replace(form, "***")
+    return text
 
 
-def read_all(answer, deadline):
-    """The body, unless it is endless in size or in time (a socket's time-out starts anew at each byte)."""
-    body = bytearray()
-    while part := answer.read1(2**16):
-        body += part
-        if time.monotonic() > deadline:
-            raise TimeoutError
-        if len(body) > MAX_ANSWER:
-            raise Refused(f"an answer of more than {MAX_ANSWER >> 20} MiB")
-    if answer.length:  # announced, but not sent
-        raise IncompleteRead(b"", answer.length)
-    return bytes(body)
+def within(seconds, call):
+    """call(), in a thread that is left to itself when the time is over: a socket's own time-out starts anew
+    at each byte, and a hostile server has many of them. Raises what the call does, or TimeoutError."""
+    for _, result in concurrently(lambda call: call(), [call], 1, seconds):
+        return result
+
+
+def fetch(opener, request, timeout):
+    """(status, seconds to wait, body) of one HTTP answer, unless it is endless in size."""
+    with opener.open(request, timeout=timeout) as answer:
+        body = bytearray()
+        while part := answer.read1(2**16):
+            body += part
+            if len(body) > MAX_ANSWER:
+                raise Refused(f"an answer of more than {MAX_ANSWER >> 20} MiB")
+        if answer.length:  # announced, but not sent
+            raise IncompleteRead(b"", answer.length)
+        return answer.status, retry_after(answer.headers["Retry-After"]), bytes(body)
 
 
 def retry_after(value: str | None) -> float:
@@ -253,8 +267,9 @@ def is_count(value):
     return type(value) is int and 0 <= value < 2**40
 
 
-def concurrently(call, items, workers: int):
+def concurrently(call, items, workers: int, timeout: float | None = None):
     """Yield (item, call(item)) in the order of completion, `workers` calls at a time, taking items as needed.
+    Raises TimeoutError where none ends for `timeout` seconds.
 
     Each call has a daemon thread: an interrupt, or an exception of one call (raised here), ends the program
     at once, not after the slowest request as with concurrent.futures.
@@ -273,7 +288,10 @@ def concurrently(call, items, workers: int):
             busy += 1
         if not busy:
             return
-        item, result, error = ready.get()
+        try:
+            item, result, error = ready.get(timeout=timeout)
+        except queue.Empty:
+            raise TimeoutError from None
         busy -= 1
         if error:
             raise error
@@ -352,7 +370,7 @@ def claim_folder(out, settings):
             raise UserError(f"{out} holds work with other settings: choose another --out\n  "
                             + "\n  ".join(differ))
         return
-    if os.path.isdir(out) and os.listdir(out):
+    if os.path.isdir(out) and {*os.listdir(out)} - {"settings.json.tmp"}:  # of a start that was killed
         raise UserError(f"{out} is not empty and holds no work of this program: choose another --out")
     os.makedirs(out, exist_ok=True)
     qwen.write_json(path, settings)
@@ -360,8 +378,13 @@ def claim_folder(out, settings):
 
 def write_rows(path, rows):
     """A JSONL file, whole or as it was before."""
+    write_text(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_text(path, parts):
+    """A text file of one string or several, whole or as it was before."""
     with qwen.writing(path), open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        f.writelines([parts] if isinstance(parts, str) else parts)
     os.replace(path + ".tmp", path)
 
 
@@ -485,14 +508,15 @@ def check_asking(o: Asking, allowed: tuple) -> list:
     problems += [f"exactly one of --{', --'.join(allowed)} expected, found {found}"] * (found != 1)
     for k, low in {"workers": 1, "request_timeout": 1e-3, "tries": 1, "max_tokens": 1, "batch_size": 1,
                    "timeout": 1, "temperature": 0, "top_k": 0, "seed": 0}.items():
-        if not low <= getattr(o, k) < math.inf:
-            problems.append(f"--{k} is {getattr(o, k)}, a number of at least {low} expected")
+        if not low <= getattr(o, k) < 1e9:
+            problems.append(f"--{k} is {getattr(o, k)}, a number from {low} to 1e9 expected")
+    problems += qwen.unfit(vars(o))
     if not 0 < o.top_p <= 1:
         problems.append(f"--top_p is {o.top_p}, a share above 0 and up to 1 expected")
     try:
         if not isinstance(json.loads(o.body or "{}"), dict):
             problems.append(f"--body is {o.body!r:.60}, a JSON object expected")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         problems.append(f"--body is no JSON: {error}")
     return problems
 
@@ -1558,7 +1582,7 @@ def read_unique(path, parse):
     rows, dropped = data.read_rows(path, parse)
     twice = [k for k, n in Counter(row[0] for row in rows).items() if n > 1]
     if twice:
-        raise UserError(f"{path}: {len(twice)} ids occur more than once, first {', '.join(twice[:5])} "
+        raise UserError(f"{path}: {len(twice)} ids occur more than once, first {', '.join(map(ascii, twice[:5]))} "
                         "(a row without an id has its line's number)")
     return rows
 
@@ -1609,7 +1633,8 @@ def evaluate(policy, tasks: list, out: str, sampling: Sampling, ranks: Ranks, sa
     results.json, where tasks of an earlier call stay: {task: `score_task`'s figures}.
     """
     path = os.path.join(out, "results.json")
-    results = read_results(out) if ranks.main and os.path.exists(path) else {}  # of tasks asked before
+    with ranks.together():
+        results = read_results(out) if ranks.main and os.path.lexists(path) else {}  # of tasks asked before
     for task in tasks:
         k = samples or SAMPLES.get(task.name, 5)
         wanted = [[request_for(f"{name}/{i}", [{"role": "user", "content": turn}], seed) for i in range(k)]
@@ -1622,8 +1647,7 @@ def evaluate(policy, tasks: list, out: str, sampling: Sampling, ranks: Ranks, sa
                 results[task.name] = score_task(task, by_row)
                 ranks.say(f"{task.name}: " + describe(results[task.name]))
                 qwen.write_json(path, results)
-                with open(os.path.join(out, "results.md"), "w", encoding="utf-8") as f:
-                    f.write(results_table(results) + "\n")
+                write_text(os.path.join(out, "results.md"), results_table(results) + "\n")
     ranks.say("\n" + results_table(results))
     return results
 
@@ -1712,7 +1736,10 @@ def compare_runs(folders: list, seed: int = 0) -> str:
     Below 20 questions the bootstrap's p is too small, and left out. What cannot be compared is said."""
     (a, b), rows = map(read_results, folders), []
     one, other = (qwen.read_json(os.path.join(folder, "settings.json")) for folder in folders)
-    notes = [f"{k} differs: {one.get(k)} and {other.get(k)}" for k in ("sampling", "seed")
+    def quoted(value):  # settings.json may be a stranger's: one line, no markup, no terminal's commands
+        return html.escape(json.dumps(value)[:200], quote=False).replace("|", "\\|")
+
+    notes = [f"{k} differs: {quoted(one.get(k))} and {quoted(other.get(k))}" for k in ("sampling", "seed")
              if one.get(k) != other.get(k)]
     for name in (name for name in a if name in b):
         both = [q for q in a[name]["scores"] if q in b[name]["scores"]
@@ -2127,9 +2154,7 @@ def report(folders: list, out: str, note: str = ""):
     choice = "".join(f"input:nth-of-type({n}):checked ~ .look:nth-of-type({n}) {{ display: block }}\n"
                      f"input:nth-of-type({n}):checked ~ .tokens * {{ --s: var(--s{n - 1}) }}\n"
                      for n in range(1, most + 1))
-    with qwen.writing(out), open(out + ".tmp", "w", encoding="utf-8") as f:
-        f.write(PAGE % (CSS + choice, "\n".join(body)))
-    os.replace(out + ".tmp", out)
+    write_text(out, PAGE % (CSS + choice, "\n".join(body)))
 
 
 # --- command line: tasks, comparison, retention, report -------------------------------------------

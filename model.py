@@ -113,8 +113,8 @@ def read_config(folder: str) -> Config:
         fits = isinstance(value, number_or_flag) and isinstance(value, bool) == (kind is bool)
         largest = 1e3 if name == "num_hidden_layers" else 1e12 if kind is float else 2**22
         if not fits or (kind is not bool and not 0 < value <= largest):
-            problems.append(f'"{name}": a {kind.__name__} above 0 (to {largest:g}) expected, found {value!r:.60}'
-                            if kind is not bool else f'"{name}": true or false expected, found {value!r:.60}')
+            expected = "true or false" if kind is bool else f"a {kind.__name__} above 0 (to {largest:g})"
+            problems.append(f'"{name}": {expected} expected, found {value!r:.60}')
         values[name] = value
     for name, value in raw.items():
         if name in ONLY and value not in ONLY[name]:
@@ -687,8 +687,8 @@ def load_weights(model: Qwen3, folder: str, device) -> None:
     checkpoint: every rank reads only its own rows.
 
     Strict, and checked before memory is taken: raises one UserError that lists all missing, unexpected,
-    mis-shaped and mis-typed tensors; then another for the first that is not finite. A tied checkpoint may carry lm_head.weight; it is the embedding again,
-    and is not read.
+    mis-shaped and mis-typed tensors; later another for the first that is not finite. A tied checkpoint may
+    carry lm_head.weight; it is the embedding again, and is not read.
     """
     found = open_tensors(folder)
     wanted = {hf_name(n): p for n, p in model.named_parameters()}
@@ -924,6 +924,14 @@ def close_ranks():
 def option(default, text, choices=None):
     """A field of an Options dataclass with its line for --help."""
     return field(default=default, metadata={"help": text, "choices": choices})
+
+
+def unfit(options: dict) -> list:
+    """Problems of options that no JSON file can keep, or no file can have for a name."""
+    texts = {k: v for k, v in options.items() if isinstance(v, str)}
+    return [f"--{k} holds a NUL character" for k, v in texts.items() if "\0" in v] + [
+        f"--{k} {v!r:.60} is not UTF-8 text" for k, v in texts.items()
+        if v.encode(errors="replace").decode() != v]
 
 
 def add_options(parser, record):

@@ -83,7 +83,7 @@ def read_items(path, parse, skip_malformed):
     items, dropped = data.read_rows(path, parse, skip_malformed)
     twice = [k for k, n in Counter(item.id for item in items).items() if n > 1]
     if twice:
-        raise UserError(f"{path}: {len(twice)} ids occur more than once, first {', '.join(twice[:5])}: make "
+        raise UserError(f"{path}: {len(twice)} ids occur more than once, first {', '.join(map(ascii, twice[:5]))}: make "
                         "the field id (or index) unique, or remove it")
     if not items:
         raise UserError(f"{path}: no usable row ({dict(dropped)})")
@@ -156,7 +156,12 @@ def collect(policy, requests, out, sampling, ranks, title, judge, write, enough=
                 conclude(evaluation.read_log(out, [r.key for r in requests]))
         raise
     with ranks.together():
-        return conclude(records) if ranks.main else {}
+        summary = conclude(records) if ranks.main else {}
+        errors = [r["error"] for r in records.values() if "error" in r]
+        if isinstance(policy, Server) and errors and len(errors) == len(records):
+            raise UserError(f"all {len(errors)} requests failed, the first with: {errors[0]:.200}; the same "
+                            "command asks them again")
+    return summary
 
 
 # --- elicit: the policy's own wrong answers -------------------------------------------------------

@@ -94,13 +94,6 @@ FREE = ("resume", "keep", "save_every", "timeout", "tokens_per_pack", "checkpoin
         "pairs", "eval_pairs", "out", "plan", "gpus", "gpu_memory")
 
 
-def unfit(options: dict) -> list:
-    """Problems of options that no JSON file can keep, or no file can have for a name."""
-    texts = {k: v for k, v in options.items() if isinstance(v, str)}
-    return [f"--{k} holds a NUL character" for k, v in texts.items() if "\0" in v] + [
-        f"--{k} {v!r:.60} is not UTF-8 text" for k, v in texts.items() if v.encode(errors="replace").decode() != v]
-
-
 def parse_options(argv=None) -> Options:
     """Command line to Options. With --resume what is not given comes from OUT/config.json, and what is given
     must agree with it. Without any, and with --out or --seed alone, `model` stays empty: that is the toy
@@ -110,7 +103,7 @@ def parse_options(argv=None) -> Options:
     add_options(parser, Options)
     given = vars(parser.parse_args(argv))
     problems = []
-    problems += unfit(given)
+    problems += qwen.unfit(given)
     path = os.path.join(given.get("out", ""), "config.json")
     if given.get("resume") and not problems and os.path.exists(path):
         stored = qwen.read_json(path).get("options")
@@ -124,7 +117,7 @@ def parse_options(argv=None) -> Options:
         problems += [f"--{k} is {v!r}, the run in {given['out']} has {kept[k]!r}" for k, v in given.items()
                      if k in kept and k not in FREE and kept[k] != v]
         given = {**kept, **given}
-        problems += unfit(given)
+        problems += qwen.unfit(given)
     o = Options(**given)
     if set(given) <= {"out", "seed"}:  # nothing to train and nothing to train on: the toy story
         o.out = o.out or "runs/toy"
@@ -682,7 +675,7 @@ def save_checkpoint(run: Run):
 
 
 def discard(checkpoint):
-    """Delete a checkpoint; its name goes first, so that no kill leaves half of one under a whole one's name."""
+    """Delete a checkpoint; its name goes first, so that no kill leaves half of one under it."""
     root, name = os.path.split(checkpoint)
     os.rename(checkpoint, os.path.join(root, "tmp_" + name))
     remove(os.path.join(root, "tmp_" + name))

@@ -16,10 +16,11 @@ def completion(text, finish="stop"):
 
 class Misbehaving:
     """`behave(body, attempt)` answers each chat request, attempt = 0, 1, ... for the same prompt: a dict
-    (sent as JSON), bytes (sent as they are), (status, headers, bytes), "hang", "drop", "drip", "truncated".
-    `requests` keeps (headers, body) of all, `asked` counts by prompt."""
+    (sent as JSON), bytes (sent as they are), (status, headers, bytes), "hang", "drop", "drip", "truncated",
+    or (start, part), bytes of which the second is repeated for ever. `requests` keeps (headers, body) of all,
+    `asked` counts by prompt, `models` are listed."""
 
-    def __init__(self, behave):
+    def __init__(self, behave, models=("stand-in",)):
         self.behave, self.requests, self.asked, self.lock = behave, [], Counter(), threading.Lock()
         self.stop = threading.Event()
         outer = self
@@ -29,7 +30,7 @@ class Misbehaving:
                 pass
 
             def do_GET(self):
-                self.send(200, {}, json.dumps({"data": [{"id": "stand-in"}]}).encode())
+                self.send(200, {}, json.dumps({"data": [{"id": m} for m in models]}).encode())
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -51,6 +52,11 @@ class Misbehaving:
                     self.end_headers()
                     while not outer.stop.wait(0.05):
                         self.wfile.write(b" ")
+                        self.wfile.flush()
+                elif isinstance(answer, tuple) and len(answer) == 2:
+                    self.wfile.write(answer[0])
+                    while not outer.stop.wait(0.02):
+                        self.wfile.write(answer[1])
                         self.wfile.flush()
                 elif answer == "truncated":
                     self.send_response(200)

@@ -276,6 +276,32 @@ def test_another_models_folder_is_refused(alone, talker, sets, tmp_path, monkeyp
     assert results(out) == results(alone)
 
 
+@pytest.mark.parametrize("broken", ['{"own": 5}', '{"own"', "[]", None])
+def test_broken_results_of_an_earlier_call_are_named(alone, talker, sets, tmp_path, monkeypatch, capsys,
+                                                     broken):
+    out = tmp_path / "out"
+    shutil.copytree(alone, out)
+    (out / "results.json").unlink()
+    if broken is None:
+        (out / "results.json").mkdir()
+    else:
+        (out / "results.json").write_text(broken)
+    code, err = run_cli(monkeypatch, capsys, "--model", talker, "--out", out, *greedy(sets))
+    assert code == 1 and "results.json" in err and "Traceback" not in err, err
+
+
+def test_settings_of_a_stranger_are_shown_in_one_harmless_line(alone, tmp_path):
+    for name in "ab":
+        shutil.copytree(alone, tmp_path / name)
+    path = tmp_path / "b/settings.json"
+    settings = json.loads(path.read_text())
+    hostile = "x\n| math500 | 99.0 |\n<script>\x1b[2J" + "y" * 999
+    path.write_text(json.dumps({**settings, "sampling": hostile}))
+    said = evaluation.compare_runs([str(tmp_path / "a"), str(tmp_path / "b")])
+    (line,) = [line for line in said.splitlines() if "sampling differs" in line]
+    assert "<" not in said and "\x1b" not in said and "\n| math500 | 99" not in said and len(line) < 999
+
+
 # --- retention ------------------------------------------------------------------------------------
 
 

@@ -122,11 +122,87 @@ LASTING = {
     "truncated": ("truncated", "connection failed: IncompleteRead (tried 2 times)", 2),
     "hang": ("hang", "no answer within 0.3 s (tried 2 times)", 2),
     "drip": ("drip", "no answer within 0.3 s (tried 2 times)", 2),
+    "endless 100 Continue": ((b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+                             "no answer within 0.3 s (tried 2 times)", 2),
+    "a header without end": ((b"HTTP/1.1 200 OK\r\nX: ", b"y"), "no answer within 0.3 s (tried 2 times)", 2),
+    "a chunk's size without end": ((b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"0"),
+                                   "no answer within 0.3 s (tried 2 times)", 2),
     "no JSON": (b"<html>", "the answer is no JSON (tried 2 times)", 2),
     "no choices": ({"choices": []}, "the answer is no chat completion", 1),
     "choices of numbers": ({"choices": [1]}, "the answer is no chat completion", 1),
     "content of numbers": (completion(["a"]), "the answer's content is a list, not text", 1),
 }
+
+
+@pytest.mark.parametrize("key", ["sk-abc/def/0123456789", "sk-abc\\def-0123456789"])
+def test_a_key_is_hidden_however_it_is_quoted(key, monkeypatch):
+    forms = [key, json.dumps(key), json.dumps(key).replace("/", "\\/"), repr(key), str({"key": key})]
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    for form in forms:
+        with Misbehaving(lambda body, attempt: (400, {}, form.encode())) as server:
+            said = str(evaluation.ask(evaluation.open_server(server.url), two_plus(), evaluation.Sampling()))
+            assert "***" in said and "def" not in said, said
+
+
+@pytest.mark.parametrize("models", [[KEY], [KEY, "b"], ["x" * 5000], ["\x1b[2J"], ["\ud800"], []])
+def test_names_of_models_that_no_file_should_hold(models, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with Misbehaving(good, models) as server:
+        try:
+            name = evaluation.open_server(server.url).model
+        except UserError as e:
+            name = str(e)
+            assert f"serves {len(models)} models" in name and len(name) < 400
+        assert KEY not in name and "\x1b" not in name
+        name.encode()
+
+
+@pytest.mark.parametrize("url", ["http://localhost:abc/v1", "http://.a/v1", "http://localhost/é/v1",
+                                 "http://localhost:99999/v1", "ftp://localhost/v1"])
+def test_addresses_that_cannot_work_are_refused(url):
+    with pytest.raises(UserError, match="--server is"):
+        evaluation.open_server(url, "m")
+
+
+def test_a_start_that_was_killed_in_its_first_write_can_be_repeated(tmp_path):
+    (tmp_path / "settings.json.tmp").write_text("{")
+    evaluation.claim_folder(str(tmp_path), {"seed": 1})
+    assert json.loads((tmp_path / "settings.json").read_text()) == {"seed": 1}
+
+
+def test_options_out_of_all_bounds_are_named(tmp_path, monkeypatch, capsys):
+    for more in (["--request_timeout", "1e300"], ["--timeout", str(10**16)], ["--body", "[" * 60_000],
+                 ["--server_model", "caf\udce9"]):
+        code, err = run_cli(monkeypatch, capsys, "elicit", "--questions", "q", "--out", tmp_path / "out",
+                            "--server", "http://localhost", *more)
+        assert code == 2 and more[0] in err and "Traceback" not in err, err
+
+
+def test_a_run_of_which_every_request_failed_is_no_success(monkeypatch, capsys, tmp_path, checkpoint):
+    write_errors(tmp_path / "errors.jsonl", 3)
+    with Misbehaving(lambda *_: (400, {}, b"no")) as server:
+        code, err = rectify(monkeypatch, capsys, tmp_path, server, checkpoint)
+    assert code == 1 and "error: all 3 requests failed, the first with: HTTP 400: no" in err
+
+
+def test_a_function_of_the_users_may_fail_in_any_way(monkeypatch, capsys, tmp_path, checkpoint):
+    write_errors(tmp_path / "errors.jsonl", 3)
+    (tmp_path / "mine.py").write_text(
+        "import sys\ndef f(item):\n    if item.id == 'q0':\n        sys.exit(0)\n"
+        "    if item.id == 'q1':\n        raise ValueError('/tmp/\\udcff')\n"
+        "    return item.answer.replace('5', '4')\n")
+    code, err = run_cli(monkeypatch, capsys, "rectify", "--errors", tmp_path / "errors.jsonl", "--out",
+                        tmp_path / "out", "--tokenizer", checkpoint, "--function", f"{tmp_path}/mine.py:f")
+    assert code == 0, err
+    reasons = [row["reason"] for row in rows(tmp_path / "out/rejected.jsonl")]
+    assert reasons == ["request failed: SystemExit: 0", "request failed: ValueError: /tmp/?"]
+    assert len(rows(tmp_path / "out/pairs.jsonl")) == 1
+
+
+def test_an_error_in_the_log_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "raw-0.jsonl").write_text('{"key": "k", "error": "\\ud800"}\n')
+    with pytest.raises(UserError, match="raw-0.jsonl, line 1: not a record"):
+        evaluation.read_log(str(tmp_path), ["k"])
 
 
 @pytest.mark.parametrize("fault", LASTING)
@@ -398,7 +474,7 @@ BAD_ERRORS = {
     "id is a list": (bad_row(id=[]), '"id"'),
     "empty file": ("", "the file is empty"),
     "only empty answers": (bad_row(original_answer=" "), "no usable row"),
-    "duplicate ids": (bad_row(id=1) * 2, "1 ids occur more than once, first 1"),
+    "duplicate ids": (bad_row(id=1) * 2, "1 ids occur more than once, first '1'"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The study of the claims: its statistics by hand, its verdicts from figures made up to give them, its short form."""
+"""The study of the claims: statistics by hand, verdicts from figures made up to give them, its short form."""
 
 import json
 import math
@@ -21,7 +21,8 @@ import study  # noqa: E402
 def made_up(worlds=3, **more):
     """A saved study in which every figure follows from method, rate and world; `more` overrides by title."""
     s = {**study.FULL, "worlds": list(range(worlds)), "rates": [1.0, 2.0, 4.0], "ablation_rates": [2.0]}
-    base = {"dev": {"target": 10.0, "others": 100.0}, "test": {"target": 10.0, "others": 100.0, "variants": 20.0}}
+    base = {"dev": {"target": 10.0, "others": 100.0},
+            "test": {"target": 10.0, "others": 100.0, "variants": 20.0}}
     runs = []
     for title in [*study.METHODS, *study.ABLATIONS]:
         for lr in s["ablation_rates"] if title in study.ABLATIONS else s["rates"]:
@@ -75,8 +76,8 @@ def test_verdicts_follow_from_the_figures(tmp_path):
     assert by_claim["7"] == ["holds"] * 2
     # from the file, by the command of the README
     (tmp_path / "study.json").write_text(json.dumps(saved))
-    done = subprocess.run([sys.executable, "tests/bench/study.py", "--verdicts", tmp_path / "study.json"], cwd=ROOT,
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "tests/bench/study.py", "--verdicts", tmp_path / "study.json"],
+                          cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith("| 3 | DPO's margin")]
     assert len(rows) == 1 and rows[0].endswith("| 1 ± 0 | holds |")
@@ -107,8 +108,8 @@ def test_short_form_killed_and_resumed(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert all(p.stat().st_mtime_ns == at for p, at in kept.items())
-    again = subprocess.run([*command[:2], "--verdicts", tmp_path / "study.json"], cwd=ROOT, capture_output=True,
-                           text=True)
+    again = subprocess.run([*command[:2], "--verdicts", tmp_path / "study.json"], cwd=ROOT,
+                           capture_output=True, text=True)
     assert again.stdout == done.stdout and done.stdout.count("\n| ") > 50
     runs = json.loads((tmp_path / "study.json").read_text())["runs"]
     looks = {r["title"]: r["concentration"] for r in runs if "concentration" in r}

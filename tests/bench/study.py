@@ -1,8 +1,8 @@
 """The paper's claims in worlds that a laptop can build: eight methods, their whole frontier of skill against
 retention, ablations, and a verdict for each claim.
 
-    python tests/bench/study.py --out runs/study            # everything; killed, the same command goes on
-    python tests/bench/study.py --verdicts FILE.json        # tables and verdicts again, from the saved figures
+    python tests/bench/study.py --out runs/study         # everything; killed, the same command goes on
+    python tests/bench/study.py --verdicts FILE.json     # tables and verdicts again, from the saved figures
 
 A world is a tokenizer, a corpus and a base model of its own (data.py's toy world, chains of 3 to 6 digits),
 systematically wrong in `Add`. Its own wrong answers to chains of 5 are corrected by a program, which one time
@@ -73,7 +73,8 @@ def questions(world, s):
         test, dev = data.toy_questions(skill, world, round(less * s["test"]), round(less * s["dev"]))
         asked |= {f"test {skill}": test, f"dev {skill}": dev}
     for n in VARIANTS:
-        asked[f"test {TARGET} {n}"] = data.toy_questions(TARGET, world, round(s["others"] * s["test"]), chain=n)[0]
+        (some,) = data.toy_questions(TARGET, world, round(s["others"] * s["test"]), chain=n)
+        asked[f"test {TARGET} {n}"] = some
     return asked
 
 
@@ -118,8 +119,9 @@ def build_world(folder, world, s, ranks):
 def learn(ranks, out, **options):
     """train.py's `train` in this process, from nothing."""
     shutil.rmtree(out, ignore_errors=True)
-    train.train(train.Options(out=out, dtype="float32", save_dtype="float32", checkpointing="none", warmup=0.05,
-                              tokens_per_pack=4096, **options), replace(ranks, quiet=True))
+    o = train.Options(out=out, dtype="float32", save_dtype="float32", checkpointing="none",
+                      tokens_per_pack=4096, **options)
+    train.train(o, replace(ranks, quiet=True))
 
 
 # --- a run and its figures ------------------------------------------------------------------------
@@ -130,9 +132,10 @@ def run_one(folder, job, s, ranks):
     world, out = f"{folder}/world-{job['world']}", f"{folder}/scratch/{job['name']}"
     gamma = 1.0 if "direct" in job["data"] else job["gamma"]  # direct answers are not filtered
     keep = {"save_every": max(1, job["steps"] // 3), "keep": 9} if job["gradients"] else {"save_every": 0}
-    learn(ranks, out, model=f"{world}/base/model", pairs=f"{world}/{job['data']}.jsonl", loss=job["objective"],
-          lr=job["lr"], seed=job["seed"], beta=job["beta"], delta=job["delta"], max_change_ratio=gamma,
-          eval_pairs=f"{world}/tracked.jsonl", epochs=s["epochs"], batch_size=s["batch_size"], **keep)
+    learn(ranks, out, model=f"{world}/base/model", pairs=f"{world}/{job['data']}.jsonl",
+          eval_pairs=f"{world}/tracked.jsonl", loss=job["objective"], lr=job["lr"], seed=job["seed"],
+          beta=job["beta"], delta=job["delta"], max_change_ratio=gamma, epochs=s["epochs"],
+          batch_size=s["batch_size"], **keep)
     names = ("step", "loss", "reward_chosen", "reward_rejected", "tether_chosen", "tether_rejected", "delta")
     curve = [{k: row[k] for k in names} for _, row in data.read_lines(f"{out}/metrics.jsonl")]
     tracked = [row for _, row in data.read_lines(f"{out}/eval.jsonl")][-1]
@@ -159,17 +162,17 @@ def measure(world, model, seed, s, ranks):
         found = evaluation.extract_answer(own.chat.tokenizer.decode(ids)) or ""
         right[name] += evaluation.answers_match(found, train.toy_item("", question).gold)
 
-    qwen.generate(own.model, [own.chat.prompt([{"role": "user", "content": question}]) for _, question in flat],
-                  [0] * len(flat), max_tokens=112, temperature=0.0, end=own.end, batch_size=64, on_done=grade)
+    prompts = [own.chat.prompt([{"role": "user", "content": question}]) for _, question in flat]
+    qwen.generate(own.model, prompts, [0] * len(flat), max_tokens=112, temperature=0.0, end=own.end,
+                  batch_size=64, on_done=grade)
     share = {name: 100 * n / len(asked[name]) for name, n in right.items()}
     figures = {split: {"target": share[f"{split} {TARGET}"],
                        "others": statistics.mean(share[f"{split} {skill}"] for skill in OTHERS),
                        **{skill: share[f"{split} {skill}"] for skill in OTHERS}} for split in ("dev", "test")}
     figures["test"]["variants"] = statistics.mean(share[f"test {TARGET} {n}"] for n in VARIANTS)
     # General text: answers to new questions of the other skills, as the corpus has them.
-    rows = [row for row in data.toy_corpus(2 * s["texts"], 0, 0, f"text {seed}") if TARGET not in row["prompt"]]
-    texts = []
-    for row in rows[:s["texts"]]:
+    rows, texts = data.toy_corpus(2 * s["texts"], 0, 0, f"text {seed}"), []
+    for row in [row for row in rows if TARGET not in row["prompt"]][:s["texts"]]:
         prompt = own.chat.prompt([{"role": "user", "content": row["prompt"]}])
         texts.append((prompt + own.chat.encode(row["chosen"]) + [own.chat.im_end], len(prompt)))
     figures["kl"] = evaluation.retention(own.model, base, texts, ranks)["kl"][0]
@@ -199,8 +202,8 @@ def row_kinds(forks):
 
 
 def concentration(world, checkpoint, job, ranks):
-    """Mean norm of the loss's gradient with respect to hidden states, by what the position predicts: after the
-    last block, and over all blocks; relative to the mean over all answer positions."""
+    """Mean norm of the loss's gradient with respect to hidden states, by what the position predicts: after
+    the last block, and over all blocks; relative to the mean over all answer positions."""
     base = evaluation.open_own(f"{world}/base/model", torch.float32, ranks.device)
     forks, _ = data.load_forks(f"{world}/tracked.jsonl", base.chat, 8192, 1.0, True)
     pack = data.make_pack(forks, range(len(forks)))
@@ -210,7 +213,9 @@ def concentration(world, checkpoint, job, ranks):
     step, delta = 0, 0.0
     if checkpoint:
         weights = load_file(f"{checkpoint}/shard_0.safetensors")
-        base.model.load_state_dict({name: weights[name] for name, _ in base.model.named_parameters()}, strict=False)
+        with torch.no_grad():
+            for name, p in base.model.named_parameters():
+                p.copy_(weights[name])
         state = qwen.read_json(f"{checkpoint}/state.json")
         step, delta = state["step"], state["delta"]
     kept = []
@@ -222,19 +227,20 @@ def concentration(world, checkpoint, job, ranks):
     for block in base.model.layers:
         block.register_forward_hook(keep)
     logps = base.model(pack.tokens, pack.positions, pack.forks, pack.rows, pack.targets)
-    coefficients, _ = loss.row_coefficients(job["objective"], logps, pack.lengths, reference, job["beta"], delta)
+    coefficients, _ = loss.row_coefficients(job["objective"], logps, pack.lengths, reference, job["beta"],
+                                            delta)
     logps.backward(coefficients / len(forks))
-    kinds, part = row_kinds(forks), {}
-    for row, kind in zip(pack.rows.tolist(), kinds):  # a fork's last trunk position predicts both first tokens
+    part = {}
+    for row, kind in zip(pack.rows.tolist(), row_kinds(forks)):  # the last of a trunk predicts two tokens
         kind = kind.split()[-1]
         part[row] = "divergent" if "divergent" in (kind, part.get(row)) else kind
     norms = [h.grad.norm(dim=1) for h in kept]
-    means = {}
+    means, kinds = {}, ("trunk", "matched", "divergent")
     for name, where in (("last", norms[-1]), ("all", torch.stack(norms).mean(0))):
         everywhere = where[list(part)].mean().item()
         means[name] = {kind: where[[p for p, k in part.items() if k == kind]].mean().item() / everywhere
-                       for kind in ("trunk", "matched", "divergent")}
-    share = {kind: sum(k == kind for k in part.values()) / len(part) for kind in ("trunk", "matched", "divergent")}
+                       for kind in kinds}
+    share = {kind: sum(k == kind for k in part.values()) / len(part) for kind in kinds}
     return {"step": step, "share": share, **means}
 
 
@@ -250,8 +256,9 @@ def plan_jobs(s, worlds):
             runs += [(a, m, more, lr) for a, (m, more) in ABLATIONS.items() for lr in s["ablation_rates"]]
             for title, method, more, lr in runs:
                 objective, trained_on = METHODS[method]
-                job = {"title": title, "world": world, "seed": seed, "objective": objective, "data": trained_on,
-                       "lr": lr, "beta": s["beta"], "gamma": s["gamma"], "delta": "ema", **more}
+                job = {"title": title, "world": world, "seed": seed, "objective": objective,
+                       "data": trained_on, "lr": lr, "beta": s["beta"], "gamma": s["gamma"], "delta": "ema",
+                       **more}
                 job["steps"] = s["epochs"] * -(-worlds[world]["kept"] // s["batch_size"])
                 job["gradients"] = (seed == s["seeds"][0] and lr == s["ablation_rates"][-1]
                                     and title in ("SFT+", "DPO", "SPoT-BCE", "SPoT-BCO"))
@@ -407,7 +414,8 @@ def claims(study):
         ("2", "BCE sinks y-: -r-", minus(reward("SPoT-BCE", "rejected"))),
         ("2", "BCO sinks y-: -r-", minus(reward("SPoT-BCO", "rejected"))),
         ("3", "DPO's margin comes from sinking y-: its share above one half",
-         [-low / (high - low) - 0.5 for high, low in zip(reward("DPO", "chosen"), reward("DPO", "rejected"))]),
+         [-low / (high - low) - 0.5
+          for high, low in zip(reward("DPO", "chosen"), reward("DPO", "rejected"))]),
         ("3", "r+ stagnates under DPO: r+ of BCE minus r+ of DPO",
          [a - b for a, b in zip(reward("SPoT-BCE", "chosen"), reward("DPO", "chosen"))]),
         ("4", "BCO's r+ is higher: r+ of BCO minus r+ of BCE, at equal rates",
@@ -423,15 +431,15 @@ def claims(study):
         ("6", "all pairs beat half of them: points of target skill, mean over rates",
          study.compare("SPoT-BCE", "half the pairs", some, "test", "target"))]
     for depth, text in (("last", "after the last block"), ("all", "mean over all blocks")):
-        parts.append(("7", f"SPoT-BCE's gradients gather on divergent tokens: log10 of their mean norm to that of "
-                      f"other answer positions, {text}, mean over training",
+        parts.append(("7", "SPoT-BCE's gradients gather on divergent tokens: log10 of their mean norm to that "
+                      f"of other answer positions, {text}, mean over training",
                       [concentrated(study.runs["SPoT-BCE", some[-1], w][0]["concentration"], depth)
                        for w in study.worlds]))
     return parts
 
 
 def concentrated(looks, depth):
-    """log10 of the mean gradient norm on divergent positions to that on the others, averaged over the looks."""
+    """log10 of the mean gradient norm on divergent positions to that on the others, mean over the looks."""
     found = []
     for look in looks:
         share, norm = look["share"], look[depth]
@@ -449,6 +457,38 @@ COLUMNS = [("target %", ("test", "target"), 1), ("variants %", ("test", "variant
 def figure(values, scale=1):
     mean, half = interval([scale * v for v in values])
     return f"{mean:.3g} ± {half:.2g}"
+
+
+def frontier(study) -> str:
+    """SVG: target skill against KL from the base, a line a method along its rates, means over worlds."""
+    colours = "#999999 #56b4e9 #0072b2 #cc79a7 #e69f00 #000000 #d55e00 #009e73".split()  # Okabe and Ito's
+
+    def mean(title, lr, *keys):
+        return statistics.mean(study.at(title, lr, w, *keys) for w in study.worlds)
+
+    lines = {t: [(math.log10(1000 * mean(t, lr, "kl")), mean(t, lr, "test", "target"))
+                 for lr in study.rates(t)] for t in METHODS}
+    xs = [x for line in lines.values() for x, _ in line]
+    low, high = math.floor(min(xs)), math.ceil(max(xs)) + (max(xs) == min(xs))
+
+    def place(x, y):
+        return f"{60 + 420 * (x - low) / (high - low):.1f},{345 - 3.3 * y:.1f}"
+
+    parts = [f'<text x="50" y="{349 - 3.3 * y:.0f}" text-anchor="end">{y}</text>'
+             f'<path d="M{place(low, y)} L{place(high, y)}" stroke="#dddddd"/>' for y in range(0, 101, 20)]
+    parts += [f'<text x="{place(x, 0).split(",")[0]}" y="365" text-anchor="middle">{10.0**x:g}</text>'
+              for x in range(low, high + 1)]
+    for i, (title, line) in enumerate(lines.items()):
+        points = " ".join(place(*point) for point in line)
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colours[i]}" stroke-width="2.5"/>')
+        parts += ['<circle cx="{}" cy="{}" r="4" fill="{}"/>'.format(*place(*point).split(","), colours[i])
+                  for point in line]
+        parts.append(f'<text x="515" y="{40 + 24 * i}">{title}</text>'
+                     f'<path d="M490,{35 + 24 * i} h20" stroke="{colours[i]}" stroke-width="4"/>')
+    return ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 620 400" font-family="sans-serif" '
+            'font-size="14"><rect width="620" height="400" fill="white"/>' + "".join(parts) +
+            '<text x="270" y="388" text-anchor="middle">KL from the base on general text, 1/1000 nat a token'
+            '</text><text x="8" y="10" dominant-baseline="middle">right in the target skill, %</text></svg>\n')
 
 
 def show(study):
@@ -470,13 +510,14 @@ def show(study):
     for title in ("SPoT-BCE", *ABLATIONS, "SPoT-BCO"):
         mean = [statistics.mean(study.at(title, lr, w, "test", "target") for lr in study.s["ablation_rates"])
                 for w in study.worlds]
-        rows.append([title] + [figure(study.picked(title, *keys), x) for _, keys, x in COLUMNS] + [figure(mean)])
+        cells = [figure(study.picked(title, *keys), x) for _, keys, x in COLUMNS]
+        rows.append([title, *cells, figure(mean)])
     table(["", *head, "mean target %"], rows)
     print("\nThe claims: means over worlds with 95 % intervals; above 0 the claim holds\n")
     table(["claim", "quantity", "figure", "verdict"],
           [[number, text, figure(values), verdict(values)] for number, text, values in claims(study)])
-    print("\nMean norm of the gradient in hidden states, to the mean over all answer positions: trunk / matched "
-          "/ divergent\n")
+    print("\nMean norm of the gradient in hidden states, to the mean over all answer positions: trunk / "
+          "matched / divergent\n")
     rows = []
     for (title, lr, world), runs in study.runs.items():
         for look in runs[0].get("concentration", []) if world == study.s["worlds"][0] else []:
@@ -500,7 +541,10 @@ def main():
         saved = run_all(o.out, SHORT if o.short else FULL, o.workers)
         with open(f"{o.out}/study.json", "w") as f:
             json.dump(saved, f)
-        tqdm.write(f"{time.perf_counter() - began:.0f} s; figures in {o.out}/study.json\n", file=sys.stderr)
+        with open(f"{o.out}/frontier.svg", "w") as f:
+            f.write(frontier(Study(saved)))
+        tqdm.write(f"{time.perf_counter() - began:.0f} s; figures in {o.out}/study.json, the frontier in "
+                   f"{o.out}/frontier.svg\n", file=sys.stderr)
     show(Study(saved))
 
 

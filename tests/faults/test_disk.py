@@ -245,8 +245,9 @@ model.write_safetensors = full
 model.leave(train.main)
 """)
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "full.py",
-         *map(str, argv(world)), "--out", tmp_path / "run", "--timeout", "60"], capture_output=True, text=True)
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         tmp_path / "full.py", *map(str, argv(world)), "--out", tmp_path / "run", "--timeout", "60"],
+        capture_output=True, text=True)
     assert done.returncode != 0 and "has not answered" not in done.stderr
     assert f"error: [Errno 28] No space left on device: '{tmp_path}/run/model.tmp/model" in done.stderr
     assert train.whole_checkpoints(tmp_path / "run")

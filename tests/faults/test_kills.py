@@ -313,6 +313,73 @@ def test_a_checkpoint_of_two_ranks_goes_on_elsewhere(world, undisturbed, tmp_pat
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
 
 
+# --- the other programs, on two ranks --------------------------------------------------------------
+
+SAMPLED = ["--max_tokens", "48", "--temperature", "1", "--dtype", "float32", "--batch_size", "4"]
+WORK = {"elicit": (["oracle.py", "elicit", "--samples", "3"], "--questions", "samples.jsonl"),
+        "rectify": (["oracle.py", "rectify"], "--errors", "rejected.jsonl"),
+        "evaluation": (["eval.py", "--samples", "3"], "--tasks", "results.json")}
+
+
+def storm_of_work(world, folder, name, kills, seed):
+    """Kill a program on two ranks again and again in mid-work; returns how many kills met a living one."""
+    rng, met = random.Random(seed), 0
+    program, option, result = WORK[name]
+    rows = [{"id": f"q{i}", "question": f"What is {i} + {i}?", "answer": str(2 * i),
+             "ground_truth": str(2 * i), "original_answer": f"It is \\boxed{{{2 * i + 1}}}."}
+            for i in range(60)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = f"own={folder}/rows.jsonl" if name == "evaluation" else f"{folder}/rows.jsonl"
+
+    def begin(out):
+        return subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *program,
+             option, source, "--model", world["model"], "--out", str(out), *SAMPLED], cwd=ROOT,
+            stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    def answers(out):
+        return sum(path.read_bytes().count(b"\n") for path in out.glob("**/raw-*.jsonl"))
+
+    calm, out = folder / "calm", folder / "out"
+    process = begin(calm)
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, said[-2000:]
+    total = answers(calm)
+    for i in range(kills):
+        process, enough = begin(out), answers(out) + rng.randint(1, max(1, total // (kills + 1)))
+        while process.poll() is None and answers(out) < enough:
+            time.sleep(0.001)
+        met += process.poll() is None
+        pids = workers(out)
+        if i % 3 == 1:
+            send([pid for pid in pids if rank_of(pid) == rng.randrange(2)], signal.SIGKILL)
+        else:
+            send([process.pid, *pids], (signal.SIGKILL, None, signal.SIGTERM)[i % 3])
+        process.communicate(timeout=120)
+        send(workers(out), signal.SIGKILL)
+    process = begin(out)
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, said[-2000:]
+    assert (out / result).read_bytes() == (calm / result).read_bytes()
+    keys = [json.loads(line)["key"] for path in out.glob("**/raw-*.jsonl")
+            for line in path.read_text().split("\n")[:-1]]
+    assert len(set(keys)) == total and len(keys) == total  # nothing was lost, nothing was asked twice
+    return met
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_sampling_killed_on_two_ranks_ends_as_undisturbed(world, tmp_path, name):
+    assert storm_of_work(world, tmp_path, name, 2, seed=0) >= 1
+
+
+@pytest.mark.slow  # some 3 minutes each
+@pytest.mark.parametrize("name", WORK)
+def test_sampling_killed_a_dozen_times(world, tmp_path, name):
+    met = storm_of_work(world, tmp_path, name, 12, seed=1)
+    print(f"\n{name}: {met} of 12 kills met a living program; the end was the undisturbed one's")
+    assert met >= 8
+
+
 # --- two nodes on loopback ------------------------------------------------------------------------
 
 
