@@ -355,6 +355,11 @@ class Study:
             found.append(value)
         return statistics.mean(found)
 
+    def looks(self, title, lr, world):
+        """What `concentration` saw over training, of the seed that was looked at; [] of other runs."""
+        runs = self.runs[title, lr, world]
+        return next((run["concentration"] for run in runs if "concentration" in run), [])
+
     def rates(self, title):
         return self.s["ablation_rates" if title in ABLATIONS else "rates"]
 
@@ -431,10 +436,9 @@ def claims(study):
         ("6", "all pairs beat half of them: points of target skill, mean over rates",
          study.compare("SPoT-BCE", "half the pairs", some, "test", "target"))]
     for depth, text in (("last", "after the last block"), ("all", "mean over all blocks")):
-        parts.append(("7", "SPoT-BCE's gradients gather on divergent tokens: log10 of their mean norm to that "
-                      f"of other answer positions, {text}, mean over training",
-                      [concentrated(study.runs["SPoT-BCE", some[-1], w][0]["concentration"], depth)
-                       for w in study.worlds]))
+        parts.append(("7", "SPoT-BCE's gradients gather on divergent tokens: log10 of their mean norm to "
+                      f"that of other answer positions, {text}, mean over training",
+                      [concentrated(study.looks("SPoT-BCE", some[-1], w), depth) for w in study.worlds]))
     return parts
 
 
@@ -519,8 +523,8 @@ def show(study):
     print("\nMean norm of the gradient in hidden states, to the mean over all answer positions: trunk / "
           "matched / divergent\n")
     rows = []
-    for (title, lr, world), runs in study.runs.items():
-        for look in runs[0].get("concentration", []) if world == study.s["worlds"][0] else []:
+    for title, lr, world in study.runs:
+        for look in study.looks(title, lr, world) if world == study.s["worlds"][0] else []:
             cells = [" / ".join(f"{look[depth][k]:.2f}" for k in ("trunk", "matched", "divergent"))
                      for depth in ("last", "all")]
             rows.append([title, look["step"], *cells])
