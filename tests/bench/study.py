@@ -138,7 +138,8 @@ def run_one(folder, job, s, ranks):
           batch_size=s["batch_size"], **keep)
     names = ("step", "loss", "reward_chosen", "reward_rejected", "tether_chosen", "tether_rejected", "delta")
     curve = [{k: row[k] for k in names} for _, row in data.read_lines(f"{out}/metrics.jsonl")]
-    tracked = [row for _, row in data.read_lines(f"{out}/eval.jsonl")][-1]
+    *_, (_, tracked) = data.read_lines(f"{out}/eval.jsonl")  # after the last step
+    tracked = {k: tracked[k] for k in ("reward_chosen", "reward_rejected", "tether_chosen")}
     figures = {"curve": curve, "highest rejected": max(row["reward_rejected"] or 0.0 for row in curve),
                "tracked": tracked, **measure(world, f"{out}/model", job["world"], s, ranks)}
     if job["gradients"]:
@@ -315,9 +316,17 @@ def run_all(folder, s, workers):
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    drop = ("curve", "seconds")  # stay in OUT/runs
-    return {"settings": s, "worlds": worlds,
-            "runs": [{k: v for k, v in run.items() if k not in drop} for run in runs]}
+    drop = ("curve", "seconds", "name", "change_ratios")  # stay in OUT/runs
+    return {"settings": s, **{kind: [{k: rounded(v) for k, v in figures.items() if k not in drop}
+                                     for figures in some]
+                              for kind, some in (("worlds", worlds), ("runs", runs))}}
+
+
+def rounded(x):
+    """All floats in it with six figures."""
+    if isinstance(x, dict):
+        return {k: rounded(v) for k, v in x.items()}
+    return list(map(rounded, x)) if isinstance(x, list) else float(f"{x:.6g}") if isinstance(x, float) else x
 
 
 
@@ -412,6 +421,8 @@ def claims(study):
     parts = [
         ("1", "SFT+ forgets more than SPoT-BCE: log10 of KL(SFT+) / KL(BCE) at equal target skill",
          study.equal_skill("SFT+", "SPoT-BCE")),
+        ("1", "SFT+ forgets more than Reward-SFT: log10 of KL(SFT+) / KL(Reward-SFT) at equal target skill",
+         study.equal_skill("SFT+", "Reward-SFT")),
         ("1", "SFT on direct answers forgets more: log10 of KL(SFT) / KL(BCE) at equal rates",
          study.compare("SFT", "SPoT-BCE", rates, "kl", log=True)),
         ("2", "SFT+ lifts y-: r-", reward("SFT+", "rejected")),
@@ -476,11 +487,11 @@ def frontier(study) -> str:
     low, high = math.floor(min(xs)), math.ceil(max(xs)) + (max(xs) == min(xs))
 
     def place(x, y):
-        return f"{60 + 420 * (x - low) / (high - low):.1f},{345 - 3.3 * y:.1f}"
+        return f"{60 + 420 * (x - low) / (high - low):.1f},{360 - 3.2 * y:.1f}"
 
-    parts = [f'<text x="50" y="{349 - 3.3 * y:.0f}" text-anchor="end">{y}</text>'
+    parts = [f'<text x="50" y="{365 - 3.2 * y:.0f}" text-anchor="end">{y}</text>'
              f'<path d="M{place(low, y)} L{place(high, y)}" stroke="#dddddd"/>' for y in range(0, 101, 20)]
-    parts += [f'<text x="{place(x, 0).split(",")[0]}" y="365" text-anchor="middle">{10.0**x:g}</text>'
+    parts += [f'<text x="{place(x, 0).split(",")[0]}" y="380" text-anchor="middle">{10.0**x:g}</text>'
               for x in range(low, high + 1)]
     for i, (title, line) in enumerate(lines.items()):
         points = " ".join(place(*point) for point in line)
@@ -489,10 +500,10 @@ def frontier(study) -> str:
                   for point in line]
         parts.append(f'<text x="515" y="{40 + 24 * i}">{title}</text>'
                      f'<path d="M490,{35 + 24 * i} h20" stroke="{colours[i]}" stroke-width="4"/>')
-    return ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 620 400" font-family="sans-serif" '
-            'font-size="14"><rect width="620" height="400" fill="white"/>' + "".join(parts) +
-            '<text x="270" y="388" text-anchor="middle">KL from the base on general text, 1/1000 nat a token'
-            '</text><text x="8" y="10" dominant-baseline="middle">right in the target skill, %</text></svg>\n')
+    return ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 620 410" font-family="sans-serif" '
+            'font-size="14"><rect width="620" height="410" fill="white"/>' + "".join(parts) +
+            '<text x="270" y="402" text-anchor="middle">KL from the base on general text, 1/1000 nat a token'
+            '</text><text x="22" y="20">right in Add, %</text></svg>\n')
 
 
 def show(study):
