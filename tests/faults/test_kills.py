@@ -315,7 +315,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_elsewhere(world, undisturbed, tmp_pat
 
 # --- the other programs, on two ranks --------------------------------------------------------------
 
-SAMPLED = ["--max_tokens", "48", "--temperature", "1", "--dtype", "float32", "--batch_size", "4"]
+SAMPLED = ["--max_tokens", "200", "--temperature", "1", "--dtype", "float32", "--batch_size", "2"]
 WORK = {"elicit": (["oracle.py", "elicit", "--samples", "3"], "--questions", "samples.jsonl"),
         "rectify": (["oracle.py", "rectify"], "--errors", "rejected.jsonl"),
         "evaluation": (["eval.py", "--samples", "3"], "--tasks", "results.json")}
@@ -350,9 +350,9 @@ def storm_of_work(world, folder, name, kills, seed):
         while process.poll() is None and answers(out) < enough:
             time.sleep(0.001)
         met += process.poll() is None
-        pids = workers(out)
+        pids, victim = workers(out), rng.randrange(2)
         if i % 3 == 1:
-            send([pid for pid in pids if rank_of(pid) == rng.randrange(2)], signal.SIGKILL)
+            send([pid for pid in pids if rank_of(pid) == victim], signal.SIGKILL)
         else:
             send([process.pid, *pids], (signal.SIGKILL, None, signal.SIGTERM)[i % 3])
         process.communicate(timeout=120)
