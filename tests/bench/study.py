@@ -21,6 +21,7 @@ import re
 import shutil
 import statistics
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -272,8 +273,16 @@ RANKS = None  # of a worker process
 
 
 def start_worker(threads, log):
-    """A process group of one; what `train` says goes to a file."""
+    """A process group of one; what `train` says goes to a file. Ends with the study, however that ends."""
     global RANKS
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
