@@ -1953,10 +1953,12 @@ def read_run(folder: str, name: str) -> Told:
     def rows(path):
         return data.read_rows(path, lambda row, line: figures_of(row, FIGURES))[0]
 
+    held_out = os.path.join(folder, "eval.jsonl")  # empty after a resume from before the first evaluation
+    held_out = rows(held_out) if os.path.exists(held_out) and os.path.getsize(held_out) else []
     options = read("config.json", qwen.read_json, {}).get("options")
     return Told(name, options if isinstance(options, dict) else {},
                 rows(os.path.join(folder, "metrics.jsonl")),
-                read("eval.jsonl", rows, []), *read("surgery.jsonl", read_surgery, (None, [])))
+                held_out, *read("surgery.jsonl", read_surgery, (None, [])))
 
 
 def shown(text: str) -> str:

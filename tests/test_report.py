@@ -212,6 +212,8 @@ def test_evaluations_stand_beside_their_base(tmp_path, capsys):
     for name, mean in (("base", 0.5), ("spot", 0.625)):
         write(tmp_path / name / "results.json", results(mean))
     run = make_run(tmp_path / "run", loss=[1, 2, 3])
+    (tmp_path / "run" / "eval.jsonl").write_text("")
+    assert evaluation.read_run(str(tmp_path / "run"), "run").held_out == []
     write(tmp_path / "run" / "eval.jsonl", {"step": 5, "margin": 0.25}, {"step": 10, "margin": 0.75})
     start(run, tmp_path / "base", tmp_path / "spot", "--out", tmp_path / "r.html")
     page = Page(tmp_path / "r.html")
