@@ -1582,7 +1582,8 @@ def read_unique(path, parse):
     rows, dropped = data.read_rows(path, parse)
     twice = [k for k, n in Counter(row[0] for row in rows).items() if n > 1]
     if twice:
-        raise UserError(f"{path}: {len(twice)} ids occur more than once, first {', '.join(map(ascii, twice[:5]))} "
+        first = ", ".join(map(ascii, twice[:5]))
+        raise UserError(f"{path}: {len(twice)} ids occur more than once, first {first} "
                         "(a row without an id has its line's number)")
     return rows
 

@@ -83,7 +83,8 @@ def read_items(path, parse, skip_malformed):
     items, dropped = data.read_rows(path, parse, skip_malformed)
     twice = [k for k, n in Counter(item.id for item in items).items() if n > 1]
     if twice:
-        raise UserError(f"{path}: {len(twice)} ids occur more than once, first {', '.join(map(ascii, twice[:5]))}: make "
+        first = ", ".join(map(ascii, twice[:5]))
+        raise UserError(f"{path}: {len(twice)} ids occur more than once, first {first}: make "
                         "the field id (or index) unique, or remove it")
     if not items:
         raise UserError(f"{path}: no usable row ({dict(dropped)})")

@@ -486,7 +486,8 @@ def test_resume_without_a_checkpoint_refuses_other_inputs(world, scored, tmp_pat
         train.train(train.parse_options(["--resume", "--out", str(out), *other]), ranks)
     assert stop.value.code == 1
     assert f"error: {out} belongs to other {changed} than given now" in capsys.readouterr().err
-    assert sorted(os.listdir(out)) == [".lock", "config.json"] and (out / "config.json").read_bytes() == before
+    assert sorted(os.listdir(out)) == [".lock", "config.json"]
+    assert (out / "config.json").read_bytes() == before
 
 
 def test_resume_from_a_checkpoint_refuses_other_pairs(world, tmp_path, monkeypatch, capsys):
