@@ -196,6 +196,14 @@ def test_fifty_kills(world, undisturbed, tmp_path):
     assert len(killed) >= 35 and {k[0] for k in killed} >= {"start", "reference pass", "step", "checkpoint"}
 
 
+def train_here(world, out):
+    ranks = train.open_ranks(60)
+    try:
+        return train.train(train.parse_options(given(world, out)), ranks)
+    finally:
+        train.close_ranks()
+
+
 def test_a_death_in_mid_deletion_leaves_no_half_checkpoint(world, tmp_path, monkeypatch):
     remove, out = train.shutil.rmtree, tmp_path / "run"
 
@@ -204,32 +212,18 @@ def test_a_death_in_mid_deletion_leaves_no_half_checkpoint(world, tmp_path, monk
             os.remove(os.path.join(folder, "state.json"))
             raise KeyboardInterrupt
         remove(folder, **kwargs)
-
-    def go():
-        ranks = train.open_ranks(60)
-        try:
-            return train.train(train.parse_options(given(world, out)), ranks)
-        finally:
-            train.close_ranks()
     monkeypatch.setattr(train.shutil, "rmtree", die)
     with pytest.raises(KeyboardInterrupt):
-        go()
+        train_here(world, out)
     assert whole(out) == [2, 3]
     monkeypatch.undo()
-    assert go() == 0 and whole(out) == [STEPS - 1, STEPS]
+    assert train_here(world, out) == 0 and whole(out) == [STEPS - 1, STEPS]
     assert sorted(os.listdir(out / "checkpoints")) == [f"step_{n:06d}" for n in (STEPS - 1, STEPS)]
 
 
 def test_a_death_while_a_model_is_replaced_leaves_a_whole_one(world, undisturbed, tmp_path, monkeypatch):
     out = tmp_path / "run"
     subprocess.run(["cp", "-r", undisturbed, out], check=True)
-
-    def go():
-        ranks = train.open_ranks(60)
-        try:
-            return train.train(train.parse_options(given(world, out)), ranks)
-        finally:
-            train.close_ranks()
     remove = train.shutil.rmtree
 
     def die(folder, **kwargs):
@@ -239,11 +233,11 @@ def test_a_death_while_a_model_is_replaced_leaves_a_whole_one(world, undisturbed
         remove(folder, **kwargs)
     monkeypatch.setattr(train.shutil, "rmtree", die)
     with pytest.raises(KeyboardInterrupt):
-        go()
+        train_here(world, out)
     same_end(undisturbed, out)
     assert os.listdir(out / "model") == os.listdir(undisturbed / "model")
     monkeypatch.undo()
-    assert go() == 0 and sorted(os.listdir(out)) == sorted(os.listdir(undisturbed))
+    assert train_here(world, out) == 0 and sorted(os.listdir(out)) == sorted(os.listdir(undisturbed))
 
 
 def test_a_run_folder_is_held_by_one_run(world, undisturbed, capsys):
