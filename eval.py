@@ -1842,6 +1842,10 @@ CHARTS = [  # title, what is drawn (the second one dashed), what the y axis cove
     ("Margin r⁺ − r⁻", ("margin",), (0, 0), ()),
     ("Accuracy: pairs with r⁺ > r⁻", ("accuracy",), (0, 1), ()),
     ("Loss (sft, dft: a token; else a pair)", ("loss",), (0, 0), ())]
+NO_TETHER = {  # losses whose coefficient is another; metrics.jsonl has λ for all
+    "sft": "what it would be: this loss has none", "dft": "what it would be: this loss has none",
+    "reward-sft": "λ⁻ is what it would be: this loss has none",
+    "dpo": "what it would be: its own coefficient is another, 1 − σ(r⁺ − r⁻) for both"}
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
@@ -1867,7 +1871,7 @@ figure { margin: 1rem 0 0 }
 figcaption { font-weight: 600 } .soft, svg text { color: var(--soft); fill: var(--soft) }
 .grid { display: grid; gap: 0 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 23rem), 1fr)) }
 svg { display: block; width: 100%; font-size: 17px } svg line { stroke: var(--line) }
-svg .mark { stroke: var(--ink); stroke-dasharray: 2 4 } rect { fill: var(--band) }
+svg .mark { stroke-width: 2; stroke-dasharray: 2 4 } rect { fill: var(--band) }
 polyline { fill: none; stroke-width: 2.5; stroke-linejoin: round; stroke-linecap: round }
 .wide { overflow-x: auto } table { border-collapse: collapse }
 th, td { padding: .2rem .7rem .2rem 0; border-bottom: 1px solid var(--line); text-align: left;
@@ -1883,6 +1887,9 @@ input:focus-visible + label { outline: 3px solid var(--c0) }
     linear-gradient(rgb(var(--down) / calc(.6 * max(0, var(--s, 0)))) 0 0) }
 .tokens del { text-decoration: line-through 2px }
 .tokens ins { font-weight: 700; text-decoration: underline 2px }
+.tokens :focus { outline: 2px solid var(--ink) } body:has(.tokens :focus) { padding-bottom: 20rem }
+.tokens :focus::after { content: attr(title); position: fixed; inset: auto 0 0; padding: .5rem 1rem;
+  border-top: 2px solid var(--line); background: var(--page); font: .9rem/1.4 system-ui, sans-serif }
 """
 
 
@@ -1909,64 +1916,70 @@ def figures_of(row: dict, keys) -> dict:
     return {k: row[k] if row.get(k) is not None and abs(row[k]) < 1e30 else None for k in ("step", *keys)}
 
 
+def log_rows(path: str, parse) -> list:
+    """The rows of a run's log, if there is one, through parse(row, the rows before it). A last line without
+    its end does not count: a kill tore it, or it is being written. Raises UserError naming the line for any
+    other that is bad."""
+    rows, lines = [], list(data.read_lines(path)) if os.path.exists(path) else []
+    if lines and isinstance(lines[-1][1], UserError):
+        with open(path, "rb") as f:
+            lines = lines if f.read().endswith(b"\n") else lines[:-1]
+    for number, row in lines:
+        try:
+            if isinstance(row, UserError):
+                raise row
+            rows.append(parse(row, rows))
+        except UserError as e:
+            raise UserError(f"{path}: line {number}: {e}") from None
+    return rows
+
+
 def read_surgery(path: str) -> tuple[dict, list]:
     """(the watched pair, its looks) as train.py's `look` wrote them; raises UserError naming line and field.
 
     The pair: lists of token strings "prompt", "trunk", "rejected", "chosen"; "rejected_ids", "chosen_ids";
     "reference", two log-probs; "change_ratios" of all pairs, counts in 20 bins; "gamma". A look: "step",
     the two rewards, and "coefficients" and "logps", one a token after the prompt."""
-    rows = []
-
-    def check(row, key, length, kind):
+    def check(row, key, kind, length=None):
         value = row.get(key)
         if not isinstance(value, list) or length not in (len(value), None) or not all(
                 type(x) is kind and (kind is not int or 0 <= x < 2**40) for x in value):
             raise UserError(f"{key!r}: a list of {'' if length is None else f'{length} '}"
                             f"{kind.__name__} expected, found {value!r:.60}")
-        return len(value)
+        return value
 
-    def parse(row, line):
+    def parse(row, rows):
         if rows:
-            found = figures_of(row, ("reward_chosen", "reward_rejected"))
-            for key in ("coefficients", "logps"):
-                check(row, key, sum(len(rows[0][k]) for k in PARTS), float)
-                found[key] = row[key]
-        else:
-            lengths = {key: check(row, key, None, str) for key in ("prompt", *PARTS)}
-            for key in ("rejected", "chosen"):
-                check(row, f"{key}_ids", lengths[key], int)
-            check(row, "reference", 2, float)
-            check(row, "change_ratios", 20, int)
-            found = {**row, **figures_of({"step": 0, "gamma": row.get("gamma")}, ["gamma"])}
-        rows.append(found)
-        return found
+            tokens = sum(len(rows[0][part]) for part in PARTS)
+            return {**figures_of(row, ("reward_chosen", "reward_rejected")),
+                    **{key: check(row, key, float, tokens) for key in ("coefficients", "logps")}}
+        lengths = {key: len(check(row, key, str)) for key in ("prompt", *PARTS)}
+        for key, kind, length in (("rejected_ids", int, lengths["rejected"]), ("reference", float, 2),
+                                  ("chosen_ids", int, lengths["chosen"]), ("change_ratios", int, 20)):
+            check(row, key, kind, length)
+        return {**row, **figures_of({**row, "step": 0}, ["gamma"])}
 
-    data.read_rows(path, parse)
+    rows = log_rows(path, parse)
+    if not rows:
+        raise UserError(f"{path}: not one whole line")
     return rows[0], rows[1:]
 
 
 def read_run(folder: str, name: str) -> Told:
     """A run folder, of which metrics.jsonl must be there and the rest may be missing."""
-    def read(file, how, otherwise):
-        path = os.path.join(folder, file)
-        return how(path) if os.path.exists(path) else otherwise
-
-    def rows(path):
-        return data.read_rows(path, lambda row, line: figures_of(row, FIGURES))[0]
-
-    held_out = os.path.join(folder, "eval.jsonl")  # empty after a resume from before the first evaluation
-    held_out = rows(held_out) if os.path.exists(held_out) and os.path.getsize(held_out) else []
-    options = read("config.json", qwen.read_json, {}).get("options")
-    return Told(name, options if isinstance(options, dict) else {},
-                rows(os.path.join(folder, "metrics.jsonl")),
-                held_out, *read("surgery.jsonl", read_surgery, (None, [])))
+    metrics, held_out, surgery, config = (os.path.join(folder, file) for file in (
+        "metrics.jsonl", "eval.jsonl", "surgery.jsonl", "config.json"))
+    options = qwen.read_json(config).get("options") if os.path.exists(config) else None
+    figures = (log_rows(path, lambda row, _: figures_of(row, FIGURES)) for path in (metrics, held_out))
+    watched = read_surgery(surgery) if os.path.exists(surgery) else (None, [])
+    return Told(name, options if isinstance(options, dict) else {}, *figures, *watched)
 
 
 def shown(text: str) -> str:
     """Text of a file as HTML: markup escaped; controls, marks that turn the direction, and lone surrogates
     spelled out; newlines visible."""
     visible = (c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
-    return html.escape("".join(visible)).replace("\n", "↵<br>")
+    return html.escape("".join(visible)).replace("\n", "↵\n")
 
 
 def number(x, digits=3) -> str:
@@ -1983,10 +1996,10 @@ def ticks(low: float, high: float) -> list:
     return [k * step for k in range(first, max(math.ceil(high / step - 1e-6), first + 1) + 1)]
 
 
-def line_chart(title: str, lines: list, span=(0, 0), bands=(), axis="step", mark=None) -> str:
+def line_chart(title: str, lines: list, span=(0, 0), bands=(), axis="step", marks=(), note="") -> str:
     """A figure of lines [(label, colour 0 to 5, dashed, [(x, y or None: a gap), ...]), ...]. span: what the y
-    axis covers at least; bands [(low, high, text, its x, anchor), ...] are shaded; mark: a dotted vertical
-    line at this x.
+    axis covers at least; bands [(low, high, text, its x, anchor), ...] are shaded; marks [(x, colour), ...]:
+    dotted vertical lines; note: HTML below.
     The plot fills (60, 12) to (470, 250) of a view of 480 x 295."""
     points = [point for *_, line in lines for point in line if point[1] is not None]
     if not points:
@@ -2001,15 +2014,17 @@ def line_chart(title: str, lines: list, span=(0, 0), bands=(), axis="step", mark
         return round(250 - 238 * (y - rows[0]) / (rows[-1] - rows[0]), 1)
 
     parts = [f'<rect x="60" y="{up(high)}" width="410" height="{up(low) - up(high):.1f}"/>'
-             f'<text x="{x}" y="{up(high) + 20:.1f}" text-anchor="{anchor}">{text}</text>'
+             + f'<text x="{x}" y="{up(high) + 18:.1f}" text-anchor="{anchor}">{text}</text>'
+             * (up(low) - up(high) > 22)  # else the text would run into what is below
              for low, high, text, x, anchor in bands]
     parts += [f'<line x1="60" x2="470" y1="{up(y)}" y2="{up(y)}"/>'
               f'<text x="54" y="{up(y) + 6:.1f}" text-anchor="end">{number(y, 6)}</text>' for y in rows]
     parts += [f'<text x="{across(x)}" y="270" text-anchor="middle">{number(x, 6)}</text>'
               for x in ticks(left, right) if left <= x <= right]
     parts += [f'<text x="265" y="290" text-anchor="middle">{axis}</text>']
-    parts += [f'<line class="mark" x1="{across(x)}" x2="{across(x)}" y1="12" y2="250"/>'
-              for x in (mark,) if x is not None and left <= x <= right]
+    parts += [f'<line class="mark" x1="{across(x)}" x2="{across(x)}" y1="12" y2="250" '
+              f'style="stroke:var(--{colour})"/>' for x, colour in marks
+              if x is not None and left <= x <= right]
     for label, colour, dashed, line in lines:
         for drawn, some in itertools.groupby(line, lambda point: point[1] is not None):
             if drawn:
@@ -2020,25 +2035,30 @@ def line_chart(title: str, lines: list, span=(0, 0), bands=(), axis="step", mark
                 parts.append(f'<polyline points="{place}" style="stroke:var(--c{colour}){dash}"><title>'
                              f'{label}: {number(some[0][1])} → {number(some[-1][1])}</title></polyline>')
     return (f'<figure><figcaption>{title}</figcaption><svg viewBox="0 0 480 295" role="img" '
-            f'aria-label="{title}">{"".join(parts)}</svg></figure>')
+            f'aria-label="{title}">{"".join(parts)}</svg><div class="soft">{note}</div></figure>')
 
 
 def charts(runs: list) -> str:
     """All figures, one line a run and quantity, and the histogram of change ratios."""
     def line(rows, key):
-        size = -(-len(rows) // DRAWN_POINTS)
+        size = max(1, -(-len(rows) // DRAWN_POINTS))
         stretches = [rows[i:i + size] for i in range(0, len(rows), size)]
         values = [[row[key] for row in some if row[key] is not None] for some in stretches]
         return [(some[0]["step"], sum(v) / len(v) if v else None) for some, v in zip(stretches, values)]
 
+    losses = dict.fromkeys(str(run.options.get("loss")) for run in runs)
+    note = ". ".join(f"{loss}: {NO_TETHER[loss]}" for loss in losses if loss in NO_TETHER)
     drawn = [line_chart(title, [(f"{shown(run.name)} {FIGURES[key]}", i % 6, dashed, line(run.metrics, key))
-                                for i, run in enumerate(runs) for dashed, key in enumerate(keys)], *how)
-             for title, keys, *how in CHARTS]
-    bins = [(shown(run.name), i % 6, 0, [(x / 20, n) for b, n in enumerate(run.pair["change_ratios"])
-                                         for x in (b, b + 1)]) for i, run in enumerate(runs) if run.pair]
-    drawn.append(line_chart("Pairs trained on, γ dotted", [b for b in bins if any(n for _, n in b[3])],
-                            axis="change ratio 1 − LCS / |y⁺|",
-                            mark=next((run.pair["gamma"] for run in runs if run.pair), None)))
+                                for i, run in enumerate(runs) for dashed, key in enumerate(keys)], *how,
+                        note=note if "tether_chosen" in keys else "") for title, keys, *how in CHARTS]
+    bins, marks = [], {}
+    for i, run in enumerate(runs):
+        if run.pair and any(run.pair["change_ratios"]):
+            corners = [(x / 20, n) for b, n in enumerate(run.pair["change_ratios"]) for x in (b, b + 1)]
+            bins.append((shown(run.name), i % 6, 0, corners))
+            marks[run.pair["gamma"]] = "ink" if run.pair["gamma"] in marks else f"c{i % 6}"
+    drawn.append(line_chart("Pairs trained on, γ dotted", bins, axis="change ratio 1 − LCS / |y⁺|",
+                            marks=marks.items()))
     return f'<div class="grid">{"".join(drawn)}</div>'
 
 
@@ -2082,24 +2102,23 @@ def surgery(run: Told, which: int) -> str:
     finite = [abs(c) for look in looks for c in look["coefficients"] if math.isfinite(c)]
     largest = max(finite, default=0) or 1
     matches = data.lcs_matches(pair["rejected_ids"], pair["chosen_ids"])
-    common = dict(zip(PARTS[1:], map(set, zip(*matches)))) if matches else {}
-    ends = list(itertools.accumulate(len(pair[part]) for part in PARTS))
+    common = {"rejected": {i for i, _ in matches}, "chosen": {j for _, j in matches}}
+    ends = itertools.accumulate(len(pair[part]) for part in PARTS)
     where = {part: slice(end - len(pair[part]), end) for part, end in zip(PARTS, ends)}
 
     def token(part, i, text):
-        tag, k = {"trunk": "i", "rejected": "del", "chosen": "ins"}[part], where[part].start + i
-        tag = "i" if i in common.get(part, ()) else tag
+        k = where[part].start + i
+        tag = "i" if part == "trunk" or i in common[part] else {"rejected": "del", "chosen": "ins"}[part]
         style = ";".join(f"--s{n}:{look['coefficients'][k] / largest:.3g}" for n, look in enumerate(looks))
         told = "\n".join(f"{look['step']}: {number(look['coefficients'][k])}, {number(look['logps'][k])}"
                          for look in looks)
-        return f'<{tag} style="{style}" title="step: coefficient, log p\n{told}">{shown(text)}</{tag}>'
+        return (f'<{tag} style="{style}" title="step: coefficient, log p\n{told}" tabindex="-1">'
+                f'{shown(text)}</{tag}>')
 
     def tokens(part):
-        hidden = max(0, len(pair[part]) - SHOWN_TOKENS[part])
-        first = hidden if part == "trunk" else 0
-        some = enumerate(pair[part][first:first + SHOWN_TOKENS[part]], first)
-        note = f'<span class="soft">… {hidden} tokens not shown …</span>' * bool(hidden)
-        text = "".join(token(part, i, text) for i, text in some)
+        some, most = list(enumerate(pair[part])), SHOWN_TOKENS[part]
+        note = f'<span class="soft">… {len(some) - most} tokens not shown …</span>' * (len(some) > most)
+        text = "".join(token(part, *each) for each in (some[-most:] if part == "trunk" else some[:most]))
         return note + text if part == "trunk" else text + note
 
     buttons, notes = "", ""
@@ -2112,6 +2131,7 @@ def surgery(run: Told, which: int) -> str:
                   f'y⁺ {means[2]}</p>')
     prompt = shown("".join(pair["prompt"][-SHOWN_TOKENS["trunk"]:]))
     return (f'<div><h3>{shown(run.name)}</h3>{buttons}{notes}'
+            f'<div class="soft">Full colour: a coefficient of {number(largest)} or {number(-largest)}</div>'
             f'<div>Trunk: the prompt <span class="soft">(no coefficient)</span>, and what both answers begin '
             f'with</div><div class="tokens"><span class="soft">{prompt}</span>{tokens("trunk")}</div>'
             f'<div>y⁻ goes on</div><div class="tokens">{tokens("rejected")}</div>'
@@ -2150,8 +2170,9 @@ def report(folders: list, out: str, note: str = ""):
         body.append("<h2>Surgery on one pair</h2><p>Every token after the prompt is coloured by its "
                     "coefficient ∂L/∂log p after the chosen number of steps: <b>blue where the update "
                     "raises its probability, orange where it lowers it</b>, stronger where the coefficient "
-                    "is larger. <del>Struck</del>: not in y⁺; <ins>underlined</ins>: not in y⁻ (longest "
-                    "common subsequence). Hover a token for its figures.</p>"
+                    "is larger. Every run has a scale of its own: full colour is its largest coefficient "
+                    "after any of these steps. <del>Struck</del>: not in y⁺; <ins>underlined</ins>: not in "
+                    "y⁻ (longest common subsequence). Point at a token, or tap it, for its figures.</p>"
                     f'<div class="grid">{"".join(watched)}</div>')
     most = max((len(run.looks) for run in runs), default=0)
     choice = "".join(f"input:nth-of-type({n}):checked ~ .look:nth-of-type({n}) {{ display: block }}\n"

@@ -839,24 +839,9 @@ def train(o: Options, ranks: Ranks) -> int:
 
 def train_in_folder(run: Run) -> int:
     """Reference pass, steps, checkpoints, export, from wherever the folder stands; returns the exit code."""
-    o, ranks = run.o, run.ranks
+    o, ranks, total = run.o, run.ranks, total_steps(run)
     run.peak_flops = peak_flops(ranks.device, getattr(torch, o.dtype))
-    total = total_steps(run)
-    with ranks.together():
-        config_path = os.path.join(o.out, "config.json")
-        if o.resume and os.path.exists(config_path):
-            check_hashes(run, qwen.read_json(config_path).get("hashes"), o.out)
-        saved = whole_checkpoints(o.out) if o.resume else []
-        if saved:
-            load_checkpoint(run, saved[-1])
-            ranks.say(f"resumed from {saved[-1]}: step {run.step} of {total}")
-        elif o.resume:
-            ranks.say("no whole checkpoint yet: starting from step 0")
-    reference_pass(run)
-    with ranks.together():  # not before: until here the same command may simply be given again
-        if ranks.main and not os.path.exists(config_path):
-            qwen.write_json(config_path, {"options": asdict(o), "hashes": run.hashes,
-                                          "model": asdict(run.config)})
+    begin_or_resume(run)
     metrics_path, eval_path, surgery_path = (os.path.join(o.out, f"{n}.jsonl")
                                              for n in ("metrics", "eval", "surgery"))
     with ranks.together():
@@ -897,6 +882,34 @@ def train_in_folder(run: Run) -> int:
             return 143  # 128 + SIGTERM, as the shell has it
     bar.close()
     look(run, surgery_path)
+    export_model(run)
+    ranks.say(f"done: {o.out}/model\n" + write_report(ranks, [o.out], os.path.join(o.out, "report.html")))
+    return 0
+
+
+def begin_or_resume(run):
+    """Load the last whole checkpoint where --resume asks for it, score the reference, note the options."""
+    o, ranks = run.o, run.ranks
+    with ranks.together():
+        config_path = os.path.join(o.out, "config.json")
+        if o.resume and os.path.exists(config_path):
+            check_hashes(run, qwen.read_json(config_path).get("hashes"), o.out)
+        saved = whole_checkpoints(o.out) if o.resume else []
+        if saved:
+            load_checkpoint(run, saved[-1])
+            ranks.say(f"resumed from {saved[-1]}: step {run.step} of {total_steps(run)}")
+        elif o.resume:
+            ranks.say("no whole checkpoint yet: starting from step 0")
+    reference_pass(run)
+    with ranks.together():  # not before: until here the same command may simply be given again
+        if ranks.main and not os.path.exists(config_path):
+            qwen.write_json(config_path, {"options": asdict(o), "hashes": run.hashes,
+                                          "model": asdict(run.config)})
+
+
+def export_model(run):
+    """The trained weights as a Hugging Face folder, OUT/model."""
+    o, ranks = run.o, run.ranks
     final = os.path.join(o.out, "model")
     with ranks.together():
         if ranks.main:
@@ -910,8 +923,6 @@ def train_in_folder(run: Run) -> int:
                 os.rename(final, final + ".old")
             os.rename(final + ".tmp", final)
             remove(final + ".old")
-    ranks.say(f"done: {final}\n" + write_report(ranks, [o.out], os.path.join(o.out, "report.html")))
-    return 0
 
 
 def write_report(ranks, runs, path, note="") -> str:
@@ -919,8 +930,8 @@ def write_report(ranks, runs, path, note="") -> str:
     try:
         if ranks.main:
             evaluation.report(runs, path, note)
-    except (UserError, OSError) as e:
-        return f"the report {path} could not be written: {e}"
+    except Exception as e:  # whatever it is: hours of training are not lost for a page
+        return f"the report {path} could not be written: {str(e) or type(e).__name__}"
     return f"curves, and where one pair's updates gather: {path}"
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import types
 from html.parser import HTMLParser
 
 import numpy as np
@@ -164,11 +165,88 @@ def test_known_values_are_where_they_should_be(tmp_path):
     for part in ("0 → 2", "0 → −2", "– → –", "loss <b>, lr 1e-06", "acquisition"):
         assert (part in page.text) == (part != "acquisition")  # nobody has a tether: no such chart
     # the branches' one common token is neither deleted nor inserted
-    spans = re.findall(r'<(i|del|ins) style="--s0:(\S+)" title="[^"]*">(.)</', page.source)
+    spans = re.findall(r'<(i|del|ins) style="--s0:(\S+)" title="[^"]*" tabindex="-1">(.)</', page.source)
     assert spans[:7] == [("i", "0", "a"), ("i", "0", "b"), ("del", "1", "x"), ("i", "1", "s"),
                          ("del", "1", "y"), ("i", "-1", "s"), ("ins", "-0.5", "z")]
-    assert 'title="step: coefficient, log p\n0: −0.025, −1">z<' in page.source
+    assert 'title="step: coefficient, log p\n0: −0.025, −1" tabindex="-1">z<' in page.source
     assert "trunk 0, y⁻ 0.05, y⁺ −0.0375" in page.text
+    # neither Hover nor a mouse is needed: what a tap focuses shows its title
+    assert "Hover" not in page.text and "Point at a token, or tap it" in page.text
+    assert ".tokens :focus::after { content: attr(title);" in evaluation.CSS
+
+
+def test_every_run_names_its_full_colour(tmp_path):
+    small = {**LOOK, "coefficients": [c / 10 for c in LOOK["coefficients"]]}
+    runs = make_run(tmp_path / "a"), make_run(tmp_path / "b", looks=[small, {**small, "step": 5}])
+    evaluation.report(list(runs), str(tmp_path / "r.html"))
+    page = Page(tmp_path / "r.html")
+    assert re.findall(r"Full colour: a coefficient of (\S+) or (\S+?)Trunk", page.text) == [
+        ("0.05", "−0.05"), ("0.005", "−0.005")]
+    assert "Every run has a scale of its own" in page.text
+
+
+@pytest.mark.parametrize("gammas, marks", [
+    ((0.6,), [("0.6", "c0")]), ((0.6, 0.6), [("0.6", "ink")]),
+    ((0.6, 0.4, None), [("0.6", "c0"), ("0.4", "c1")]), ((0.6, 0.4, 0.6), [("0.6", "ink"), ("0.4", "c1")])])
+def test_every_run_has_the_mark_of_its_own_limit(tmp_path, gammas, marks):
+    runs = [make_run(tmp_path / str(i), {**PAIR, "gamma": gamma}) for i, gamma in enumerate(gammas)]
+    evaluation.report(runs, str(tmp_path / "r.html"))
+    page = Page(tmp_path / "r.html")
+    drawn = [dict(a) for tag, a in page.tags if ("class", "mark") in a]
+    assert [(line["x1"], line["style"]) for line in drawn] == [
+        (str(60 + 410 * float(gamma)), f"stroke:var(--{colour})") for gamma, colour in marks]
+
+
+@pytest.mark.parametrize("highest, shown", [(0.5, 2), (1.0, 2), (2.0, 1), (9.0, 0)])
+def test_labels_of_narrow_bands_are_left_out(tmp_path, highest, shown):
+    run = make_run(tmp_path / "a", tether_chosen=[0.5, 0.1, highest])
+    evaluation.report([run], str(tmp_path / "r.html"))
+    page = Page(tmp_path / "r.html")
+    bands = [float(dict(a)["height"]) for tag, a in page.tags if tag == "rect"]
+    labels = [name for name in ("acquisition", "saturation") if name in page.text]
+    assert len(bands) == 2 and len(labels) == shown == sum(height > 22 for height in bands)
+
+
+def test_the_tether_of_a_loss_without_one_is_said_to_be_none(tmp_path):
+    def caption(*losses):
+        runs = [make_run(tmp_path / str(loss), tether_chosen=[0.5, 0.4, 0.3]) for loss in losses]
+        for loss in losses:
+            write(tmp_path / str(loss) / "config.json", {"options": {"loss": loss}})
+        evaluation.report(runs, str(tmp_path / "r.html"))
+        source = Page(tmp_path / "r.html").source
+        return re.search('aria-label="The tether.*?</svg><div class="soft">(.*?)</div>', source).group(1)
+
+    assert caption("spot-bce", "spot-bco", None) == ""
+    assert caption("spot-bce", "sft", "dft") == ("sft: what it would be: this loss has none. "
+                                                 "dft: what it would be: this loss has none")
+    assert caption("reward-sft") == "reward-sft: λ⁻ is what it would be: this loss has none"
+    assert caption("dpo") == "dpo: what it would be: its own coefficient is another, 1 − σ(r⁺ − r⁻) for both"
+
+
+@pytest.mark.parametrize("file", ["metrics", "eval", "surgery"])
+def test_a_torn_last_line_does_not_count(tmp_path, file):
+    run = tmp_path / "a"
+    make_run(run, loss=[1, 2, 3])
+    write(run / "eval.jsonl", {"step": 5, "margin": 0.25})
+    path, whole = run / f"{file}.jsonl", evaluation.read_run(str(run), "a")
+    lines = path.read_text()
+    for torn in ("{", '{"step": 15, "los', " "):
+        path.write_text(lines + torn)
+        assert evaluation.read_run(str(run), "a") == whole
+        path.write_text(lines + torn + "x\n")  # it has its end: not torn, but bad
+        with pytest.raises(UserError, match=f"{file}.jsonl: line {lines.count(chr(10)) + 1}: not valid JSON"):
+            evaluation.read_run(str(run), "a")
+    path.write_text(lines[:-1])  # nothing is missing but the newline
+    assert evaluation.read_run(str(run), "a") == whole
+    (run / "metrics.jsonl").write_text('{"step": 0')  # killed in its first step
+    evaluation.report([str(run)], str(tmp_path / "r.html"))
+    assert "lr 1e-06" in Page(tmp_path / "r.html").text
+
+
+def test_a_newline_in_a_name_is_text(tmp_path):
+    evaluation.report([make_run(tmp_path / "a\nb", loss=[1, 2, 3])], str(tmp_path / "r.html"))
+    page = Page(tmp_path / "r.html")
+    assert "<br" not in page.source and "<title>a↵\nb loss: 1 → 3</title>" in page.source
 
 
 def test_hostile_text_is_inert(tmp_path):
@@ -236,14 +314,15 @@ def test_errors_are_named(tmp_path):
     refused("good is given twice", good, good + "/")
     bad = tmp_path / "bad"
     for file, rows, message in (
-            ("metrics.jsonl", ['{"step": 0'], r"metrics.jsonl: 1 malformed.*\n  line 1: not valid JSON"),
+            ("metrics.jsonl", ['{"step": 0\n', {"step": 1}], "metrics.jsonl: line 1: not valid JSON"),
             ("metrics.jsonl", [{"step": 0}, {"step": "1"}], "line 2: 'step': a number or null .* found '1'"),
             ("metrics.jsonl", [{"step": 0, "loss": [1]}], r"line 1: 'loss': a number or null .* found \[1\]"),
-            ("eval.jsonl", [{"margin": 1}], "eval.jsonl.*\n  line 1: 'step': a count of .* found None"),
+            ("eval.jsonl", [{"margin": 1}], "eval.jsonl: line 1: 'step': a count of .* found None"),
             ("surgery.jsonl", [{**PAIR, "chosen": ["s", 1]}], "line 1: 'chosen': a list of str expected"),
             ("surgery.jsonl", [{**PAIR, "chosen_ids": [1]}], "line 1: 'chosen_ids': a list of 2 int .*"),
             ("surgery.jsonl", [{**PAIR, "change_ratios": [-1] * 20}], "'change_ratios': a list of 20 int"),
             ("surgery.jsonl", [PAIR, {**LOOK, "logps": [0.0]}], "line 2: 'logps': a list of 7 float .*"),
+            ("surgery.jsonl", ['{"step": -1'], "surgery.jsonl: not one whole line"),
             ("config.json", ["["], "config.json: ")):
         make_run(bad, loss=[1, 2, 3])
         write(bad / file, *rows)
@@ -256,3 +335,12 @@ def test_a_report_that_cannot_be_written_loses_no_run(world, tmp_path, capsys):
     run_here(world, tmp_path / "run", "--max_steps", "1")
     assert "report.html could not be written: " in capsys.readouterr().err
     assert os.path.exists(tmp_path / "run" / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), ValueError("odd"), UserError("named")])
+def test_whatever_a_report_fails_of_is_said_and_no_more(monkeypatch, error):
+    def fail(*_):
+        raise error
+    monkeypatch.setattr(evaluation, "report", fail)
+    said = train.write_report(types.SimpleNamespace(main=True), [], "r.html")
+    assert said == f"the report r.html could not be written: {str(error) or 'MemoryError'}"
