@@ -2229,6 +2229,8 @@ class ReportOptions:
 def run_report(o: ReportOptions, ranks: Ranks):
     """From options to a file."""
     out = o.out or os.path.join(o.runs[0] if len(o.runs) == 1 else "", "report.html")
+    if os.path.isdir(out):
+        raise UserError(f"--out {out}: the name of a file expected, found a folder")
     with ranks.together():
         if ranks.main:
             report(o.runs, out)

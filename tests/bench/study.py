@@ -51,6 +51,7 @@ ABLATIONS = {  # name: (method, what differs from the plain run)
     "cumulative delta": ("SPoT-BCO", {"delta": "cumulative"})}
 TARGET, *OTHERS = data.TOY_SKILLS
 CHAIN, VARIANTS = 5, (3, 4, 6)  # the pairs' chains, and the held-out variants of the target skill
+PARTS = ("trunk", "chosen matched", "chosen divergent", "rejected matched", "rejected divergent")
 LOOKED_AT = 1.2e-4  # the rate at which gradients are looked at
 LEVELS = range(30, 100, 10)  # right answers in % at which methods are compared
 FULL = {
@@ -59,7 +60,6 @@ FULL = {
     "shape": train.TOY["shape"], "corpus": 9600, "share": 1 / 3, "doubt": 0.8, "base_lr": 3e-3,
     "questions": 800, "samples": 3, "rewritten": 0.25, "dev": 100, "test": 200, "others": 0.5, "texts": 60,
     "epochs": 2, "batch_size": 32, "beta": 1.0, "gamma": 0.6}
-PARTS = ("trunk", "chosen matched", "chosen divergent", "rejected matched", "rejected divergent")
 SHORT = {**FULL, "worlds": [0, 1], "seeds": [0], "rates": [1.2e-4, 2.5e-4], "ablation_rates": [2.5e-4],
          "corpus": 2400, "questions": 96, "samples": 1, "dev": 12, "test": 12, "texts": 5}
 
@@ -608,10 +608,10 @@ def show(study):
     print("\nEach method at the learning rate that the rule picks, a world each (* at an edge of the grid)\n")
     base = [figure([w["test"][k] for w in study.worlds.values()]) for k in ("target", "variants")]
     table(["", "rates", *head], [["base", "", *base, *["" for _ in head[2:]]], *picks(METHODS, study.rates)])
-    print("\nThe whole frontier\n")
+    print("\nThe whole frontier, and the ablations at each rate\n")
     table(["", "rate", *head], [[t, f"{lr:g}"] + [figure([study.at(t, lr, w, *keys) for w in study.worlds])
                                                  for _, keys in COLUMNS]
-                                for t in METHODS for lr in study.rates(t)])
+                                for t in (*METHODS, *ABLATIONS) for lr in study.rates(t)])
     print("\nAblations, at picked rates and, last, the target as a mean over rates\n")
     titles, rates = ("SPoT-BCE", *ABLATIONS, "SPoT-BCO"), study.s["ablation_rates"]
     both = {t: [lr for lr in rates if lr in study.rates(t)] for t in titles}
