@@ -125,8 +125,8 @@ def main():
         parser.error("--model and --pairs are required")
     count = sum(1 for _ in open(a.pairs))
     if a.batch_size % TRL_BATCH or a.losses and count % TRL_BATCH:
-        parser.error(f"--batch_size, and with --losses the number of pairs, must be multiples of {TRL_BATCH}: "
-                     "TRL takes them so many at a time")
+        parser.error("--batch_size, and with --losses the number of pairs, must be multiples of "
+                     f"{TRL_BATCH}: TRL takes them so many at a time")
     kinds = [(who, checkpointing) for who in ("ours", "trl") for checkpointing in ("none", "full")]
     results = {kind: [] for kind in kinds}
     for _ in range(a.repeats):

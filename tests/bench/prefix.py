@@ -49,7 +49,8 @@ def main():
     model.to(getattr(torch, a.dtype))
     rows, rng = [], np.random.default_rng(0)
     for share in (0.0, 0.3, 0.5, 0.7, 0.9):
-        forks = [common.make_pair(rng, a.vocab, max(1, a.length // 16), a.length, share) for _ in range(a.pairs)]
+        forks = [common.make_pair(rng, a.vocab, max(1, a.length // 16), a.length, share)
+                 for _ in range(a.pairs)]
         plain = [one for fork in forks for one in common.unshared(fork)]
         # reward-sft takes plain sequences, and costs what spot-bce does
         times = [(seconds(model, forks, "spot-bce"), seconds(model, plain, "reward-sft"))

@@ -398,7 +398,7 @@ class Study:
         self.diverged = [run for run in saved["runs"] if "diverged" in run]
         self.runs = {}
         for run in saved["runs"]:
-            if run not in self.diverged:
+            if "diverged" not in run:
                 lost = self.worlds[run["world"]]["test"]["others"] - run["test"]["others"]
                 run = {**run, "log kl": math.log10(max(run["kl"], 1e-9)), "lost": lost}
                 self.runs.setdefault((run["title"], run["lr"], run["world"]), []).append(run)
