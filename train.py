@@ -426,9 +426,10 @@ def canary(run, largest_reward, mean_loss):
     run.ranks.say(f"step 0: largest |reward| {largest_reward}, loss {mean_loss:.9f}"
                   + (f", expected {expected:.9f}" if expected else ""))
     if largest_reward != 0 or not same:
-        raise UserError("step 0 must give rewards of exactly 0: the forward pass is not deterministic here, "
-                        "or reference.safetensors is of another model. Delete that file and go on with "
-                        f"--resume --out {run.o.out}")
+        raise UserError("step 0 must give rewards of exactly 0. Delete reference.safetensors, which may be of "
+                        f"another model, and start again with --resume --out {run.o.out}. If it returns, the "
+                        "forward pass is not deterministic here: try --dtype float32, another torch, or "
+                        "another machine")
 
 
 def evaluate(run: Run) -> dict:

@@ -4,6 +4,9 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -302,3 +305,48 @@ def test_a_weight_that_is_no_number_is_named(checkpoint, tmp_path):
     save_file(weights, tmp_path / "model/model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="model.embed_tokens.weight holds NaN or infinity"):
         qwen.load_model(str(tmp_path / "model"))
+
+
+# --- the first call of a process -------------------------------------------------------------------
+
+FIRST_CALLS = """
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+seen = set()
+class Watch(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if args and isinstance(args[0], torch.Tensor) and args[0].numel() < 100:
+            seen.add((function._schema.name, args[0].dtype))
+        return function(*args, **(kwargs or {}))
+with Watch():
+    import model
+wanted = {(f"aten::{name}", dtype) for name in ("cos", "sin", "exp", "log")
+          for dtype in (torch.float32, torch.float64)}
+assert wanted <= seen, wanted - seen
+"""
+FIRST_FORWARD = """
+import torch, model, sys
+torch.set_num_threads(2)
+config = model.Config(64, 64, 64, 1, 2, 1, 64, 1e-6, 1e4, True)
+torch.manual_seed(0)
+policy = model.Qwen3(config)
+tokens = torch.arange(1511) % 64
+with torch.no_grad():
+    first, second = policy.logits(tokens), policy.logits(tokens)
+print(int((first != second).sum()))
+"""
+
+
+def test_importing_the_model_makes_the_first_call_of_every_mkl_function():
+    subprocess.run([sys.executable, "-c", FIRST_CALLS], check=True)
+
+
+@pytest.mark.slow
+def test_the_first_forward_of_a_process_equals_the_second():
+    """pytorch issue 188792: 60 processes, two at a time, each with two threads."""
+    def differing(_):
+        return int(subprocess.run([sys.executable, "-c", FIRST_FORWARD], check=True, capture_output=True,
+                                  text=True).stdout)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(differing, range(60))) == [0] * 60
