@@ -477,7 +477,6 @@ class Pack:
     targets: torch.Tensor  # (R,) int64: its id
     lengths: torch.Tensor  # (F, 3) int64: rows of trunk, rejected, chosen; they come in this order
     pairs: torch.Tensor  # (F,) int64: which pair each fork is
-    size: int  # tokens without filling
 
     def to(self, device):
         """Onto the device, without waiting for it."""
@@ -486,11 +485,10 @@ class Pack:
         return Pack(*(move(v) if torch.is_tensor(v) else v for v in vars(self).values()))
 
 
-def make_pack(forks: list, indices: list, fill: int = 1) -> Pack:
+def make_pack(forks: list, indices: list) -> Pack:
     """Pack forks[i] for i in indices. No index: one dummy token and no scored row, for a rank without work.
 
-    The first token of *each* branch is predicted from the last trunk token. The row is filled up to a
-    multiple of `fill` (on CUDA, so that few lengths occur and few graphs are compiled).
+    The first token of *each* branch is predicted from the last trunk token.
     """
     tokens, positions, spans, rows, targets, lengths = [], [], [], [], [], []
     at = 0
@@ -500,7 +498,10 @@ def make_pack(forks: list, indices: list, fill: int = 1) -> Pack:
         end = chosen + len(fork.chosen)
         tokens += [fork.trunk, fork.rejected, fork.chosen]
         positions += [np.arange(trunk), trunk + np.arange(chosen - rejected), trunk + np.arange(end - chosen)]
-        spans.append((at, rejected, chosen, end))
+        if len(fork.rejected):
+            spans.append((at, rejected, chosen, end))
+        else:  # without y- prompt and answer are one plain sequence
+            spans.append((at, end, end, end))
         rows.append(np.arange(at + fork.prompt_length - 1, rejected - 1))
         for start, stop in ((rejected, chosen), (chosen, end)):
             source = np.arange(start - 1, stop - 1)
@@ -509,18 +510,14 @@ def make_pack(forks: list, indices: list, fill: int = 1) -> Pack:
         targets += [fork.trunk[fork.prompt_length:], fork.rejected, fork.chosen]
         lengths.append([trunk - fork.prompt_length, len(fork.rejected), len(fork.chosen)])
         at = end
-    size = at
     if not indices:
-        spans, at = [(0, 1, 1, 1)], 1
-    extra = -at % fill + (at - size)
-    tokens.append(np.zeros(extra, dtype=np.int64))
-    positions.append(np.zeros(extra, dtype=np.int64))
+        spans, tokens, positions = [(0, 1, 1, 1)], [np.zeros(1)], [np.zeros(1)]
     tokens, positions, rows, targets = (
         torch.from_numpy(np.concatenate(parts or [np.zeros(0)]).astype(np.int64))
         for parts in (tokens, positions, rows, targets))
     lengths = torch.tensor(lengths, dtype=torch.int64).view(-1, 3)
     pairs = torch.tensor(indices, dtype=torch.int64)
-    return Pack(tokens, positions, spans, rows, targets, lengths, pairs, size)
+    return Pack(tokens, positions, spans, rows, targets, lengths, pairs)
 
 
 # --- the toy world: what a bare machine can learn in minutes ---------------------------------------

@@ -32,6 +32,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.nn.attention.bias import causal_lower_right
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -193,14 +194,14 @@ class Qwen3(nn.Module):
 
     def trunk(self, tokens, positions, forks):
         """(T,) ids to the (T, D) output of the last block, before the final norm."""
-        x = self.embed_tokens(tokens)
-        return self.blocks(x, positions, [layout(forks, x)] * len(self.layers))
+        return self.blocks(tokens, positions, lambda q, k, v, layer: fork_attention(q, k, v, forks))
 
-    def blocks(self, x, positions, wheres):
-        """(T, D) embeddings through all blocks, before the final norm; wheres[i] is block i's."""
+    def blocks(self, tokens, positions, attend):
+        """Through all blocks, before the final norm. `attend(q, k, v, layer)` is the attention."""
+        x = self.embed_tokens(tokens)
         cos, sin = rope_table(positions, self.config, x.dtype)
-        for block, where in zip(self.layers, wheres):
-            x = block(x, cos, sin, where)
+        for layer, block in enumerate(self.layers):
+            x = block(x, cos, sin, functools.partial(attend, layer=layer))
         return x
 
     def logits(self, tokens):
@@ -225,15 +226,15 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.checkpointing = checkpointing
 
-    def forward(self, x, cos, sin, where):
+    def forward(self, x, cos, sin, attend):
         # Checkpointing sits inside the block's forward, hence inside FSDP's hooks: the recomputation
         # finds the weights that backward has gathered already. Nothing here is random.
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self.run, x, cos, sin, where, use_reentrant=False, preserve_rng_state=False)
-        return self.run(x, cos, sin, where)
+            return checkpoint(self.run, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False)
+        return self.run(x, cos, sin, attend)
 
-    def run(self, x, cos, sin, where):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, where)
+    def run(self, x, cos, sin, attend):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -249,12 +250,12 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, where):
+    def forward(self, x, cos, sin, attend):
         heads = (len(x), -1, self.head_dim)
         q = self.q_norm(self.q_proj(x).view(heads)).transpose(0, 1)  # (H, T, d), normed before RoPE
         k = self.k_norm(self.k_proj(x).view(heads)).transpose(0, 1)  # (K, T, d)
         v = self.v_proj(x).view(heads).transpose(0, 1)
-        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, where)
+        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
         return self.o_proj(out.transpose(0, 1).reshape(len(x), -1))
 
 
@@ -311,111 +312,58 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat([-right, left], -1) * sin
 
 
-# --- attention over forks: one function, two bodies -----------------------------------------------
+# --- attention over forks -------------------------------------------------------------------------
 
 
-def layout(forks, x):
-    """What `attend` needs to know of a pack, made once for all layers.
+def fork_attention(q, k, v, forks):
+    """Softmax attention inside forks: q (H, T, d), k and v (K, T, d) to (H, T, d). One body for CPU and GPU.
 
-    forks: list of (start, trunk_end, rejected_end, chosen_end), in tokens, one after the other; what lies
-    behind the last one is filling. A query sees a key iff it is of the same fork, not later in the row, and
-    the key is in the trunk or in the query's own branch.
-    On CPU: the list, with one additive (b, trunk + b) mask a branch. On CUDA: a FlexAttention BlockMask.
+    forks: list of (start, trunk_end, rejected_end, chosen_end) in tokens, one after the other. A query
+    sees a key if and only if the key is of the same fork, not later in the row, and in the trunk or in
+    the query's own branch. So a fork takes three calls: its trunk over itself, and each branch over trunk
+    + itself, aligned at the bottom right. There is no [T, T] mask and no masked-out work between forks.
+
+    On CUDA in 16 bit these are flash kernels, which take grouped heads and this alignment by themselves
+    (torch/nn/attention/bias.py). In fp32, and on a CPU, a (branch, trunk + branch) mask is made.
     """
-    if x.is_cuda:
-        return block_mask(forks, len(x), x.device)
-    where = []
-    for start, *ends in forks:
-        if ends[0] == ends[1]:  # no rejected branch: one plain sequence, one causal call
-            ends[0] = ends[1] = ends[2]
-        trunk = ends[0] - start
-        masks = []
-        for begin, end in zip(ends, ends[1:]):
-            mask = torch.zeros(end - begin, trunk + end - begin, dtype=x.dtype)
-            later = torch.ones_like(mask, dtype=torch.bool).triu_(trunk + 1)
-            masks.append(mask.masked_fill_(later, -math.inf))
-        where.append((start, *ends, masks))
-    return where
-
-
-def attend(q, k, v, where):
-    """Softmax attention inside forks. q (H, T, d), k and v (K, T, d), `where` from `layout`; (H, T, d).
-
-    `where` may also be a function of q, k, v: generation's way to a cache.
-    """
-    if callable(where):
-        return where(q, k, v)
-    q, k, v = q[None], k[None], v[None]
-    if not isinstance(where, list):
-        return _compiled_flex()(q, k, v, block_mask=where, enable_gqa=True)[0]
-    # 16-bit q, k, v are widened: the CPU's own 16-bit backward takes twice as long as fp32's. (On a GPU a
-    # prompt comes this way, without a backward.)
-    dtype, wide = q.dtype, q.dtype if q.is_cuda else torch.promote_types(q.dtype, torch.float32)
-    q, k, v = q.to(wide), k.to(wide), v.to(wide)
-    # Three calls a fork: no [T, T] mask and no masked-out work between forks (3.4-4.6x one masked call).
-    # Cut with split, whose backward is one cat; each slice's backward would fill and add a whole (H, T, d).
-    sizes = [n for start, trunk, rejected, chosen, _ in where
-             for n in (trunk - start, rejected - trunk, chosen - rejected)]
-    queries, keys, values = (t.split([*sizes, q.shape[2] - sum(sizes)], 2) for t in (q, k, v))
+    dtype = q.dtype
+    if not q.is_cuda and dtype != torch.float64:
+        q, k, v = q.float(), k.float(), v.float()  # the CPU's 16-bit backward takes twice as long
+    sizes = []
+    for start, trunk_end, rejected_end, chosen_end in forks:
+        sizes += [trunk_end - start, rejected_end - trunk_end, chosen_end - rejected_end]
+    # split, because its backward is one cat; the backward of each slice would fill a whole (H, T, d).
+    queries, keys, values = (t[None].split(sizes, 2) for t in (q, k, v))
     pieces = []
-    for trunk, (*_, masks) in zip(range(0, len(sizes), 3), where):
+    for trunk in range(0, len(sizes), 3):
         pieces.append(F.scaled_dot_product_attention(
             queries[trunk], keys[trunk], values[trunk], is_causal=True, enable_gqa=True))
-        for branch, mask in ((trunk + 1, masks[0]), (trunk + 2, masks[1])):
-            if sizes[branch]:
-                seen = (torch.cat([t[trunk], t[branch]], 2) for t in (keys, values))
-                pieces.append(F.scaled_dot_product_attention(
-                    queries[branch], *seen, attn_mask=mask.to(wide), enable_gqa=True))
-    pieces.append(torch.zeros_like(queries[-1]))  # filling sees nothing
+        for branch in (trunk + 1, trunk + 2):
+            if sizes[branch] == 0:
+                continue
+            key = torch.cat([keys[trunk], keys[branch]], 2)
+            value = torch.cat([values[trunk], values[branch]], 2)
+            mask = causal_lower_right(sizes[branch], sizes[trunk] + sizes[branch])
+            pieces.append(F.scaled_dot_product_attention(
+                queries[branch], key, value, attn_mask=mask, enable_gqa=True))
     return torch.cat(pieces, 2)[0].to(dtype)
-
-
-def block_mask(forks, length, device):
-    """FlexAttention's mask of the rule in `layout`; filling tokens see themselves alone."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    fork = -1 - torch.arange(length)  # filling: a fork of its own each
-    branch = torch.zeros(length, dtype=torch.int64)
-    for number, (start, trunk, rejected, chosen) in enumerate(forks):
-        fork[start:chosen] = number
-        branch[trunk:rejected] = 1
-        branch[rejected:chosen] = 2
-    fork, branch = fork.to(device), branch.to(device)
-
-    def sees(_batch, _head, query, key):
-        same = (fork[query] == fork[key]) & (key <= query)
-        return same & ((branch[key] == 0) | (branch[key] == branch[query]))
-
-    return create_block_mask(sees, None, None, length, length, device=device)
-
-
-@functools.cache
-def _compiled_flex():
-    from torch.nn.attention.flex_attention import flex_attention
-
-    if not torch.cuda.is_available():
-        return flex_attention
-    # Uncompiled it would hold [T, T]. Packs come in a few lengths only (data.make_pack), one graph each, with
-    # and without gradient: more than the 8 after which the compiler gives up, silently unless fullgraph.
-    torch._dynamo.config.recompile_limit = 64
-    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 # --- generation -----------------------------------------------------------------------------------
 
-CELLS = 256  # tokens that a row's smallest cache holds; larger ones hold twice as many, and so on
+CELLS = 256  # tokens that a new cache holds at least; it doubles when full
 CPU_ROWS = 16  # MKL rounds products of fewer rows differently, so on a CPU rows are filled up to this number
 
 
 @dataclass
 class Row:
-    """A sample under way: `ids` so far, `length` tokens in its cache (prompt and all ids but the last)."""
+    """A sample under way."""
 
-    index: int
-    ids: list
-    length: int
+    index: int  # of its prompt
     random: np.random.Generator
-    done: bool = False
+    cache: torch.Tensor  # (layers, 2, K, cells, d): keys and values
+    length: int  # cells that are in use: the prompt and all ids but the last
+    ids: list = field(default_factory=list)  # sampled so far
 
 
 @torch.no_grad()
@@ -434,50 +382,45 @@ def generate(model: Qwen3, prompts, seeds, *, max_tokens, temperature=0.7, top_p
     progress  called as progress(n) after every step, n the tokens sampled in it, end tokens included
     returns   (ids, ended) a prompt: ids without the end token; ended False: max_tokens cut it off
 
-    At most batch_size samples run at a time, and a finished one makes room for the next prompt at once. One
-    wait for the device a step. Memory: a token's keys and values are 2 * layers * K * d numbers. A running
-    row has a cache of 256 tokens or of twice its own at most, whatever max_tokens is; of all caches at most
-    half are vacant. One layer's part of a slab is copied at a time when slots are added or given up.
+    At most batch_size samples run at a time; a finished one makes room for the next prompt at once. The
+    device is waited for once a step. A token's keys and values are 2 * layers * K * d numbers; a row's
+    cache holds CELLS tokens, or at most twice as many as the row has.
 
-    A sample depends on prompt, seed and settings: its t-th token is drawn with the t-th number of a Philox
-    generator of its own, so batch size, neighbours and rank touch it through rounding alone. On a CPU in fp32
-    not even so (measured with MKL): prompts go through one by one, the blocks get CPU_ROWS rows or more, and
-    what attention sees depends on the row. Elsewhere rounding may now and then decide a near tie.
+    A sample depends on prompt, seed and settings: its t-th token is drawn with the t-th number of a
+    Philox generator of its own, so batch size, neighbours and rank change it through rounding alone. On a
+    CPU in fp32 not even so (measured with MKL): prompts go through one by one, the blocks get CPU_ROWS
+    rows or more, and each row attends to its own cache. Elsewhere rounding may decide a near tie.
     Raises UserError that lists all wrong arguments, or where logits are not finite.
     """
     check_generate(model, prompts, seeds, max_tokens, temperature, top_p, top_k, batch_size)
-    end, results, waiting = set(end), [None] * len(prompts), deque(range(len(prompts)))
-    # Rows with caches of one size share a slab: rows[i] has slot i of each layer's keys and values,
-    # (2, slots, cells, K, d). Attention is one call a slab, and none gathers or repeats a key.
-    slabs = {}  # cells: (rows, caches)
-    while True:
-        rows = [row for some, _ in slabs.values() for row in some]
-        hidden = [decode(model, slabs, rows)] if rows else []
+    end, results, waiting, rows = set(end), [None] * len(prompts), deque(range(len(prompts))), []
+    while rows or waiting:
+        hidden = [decode(model, rows)] if rows else []
         while waiting and len(rows) < batch_size:
             i = waiting.popleft()
-            rows.append(Row(i, [], len(prompts[i]), np.random.Generator(np.random.Philox(seeds[i]))))
-            last, keys_values = prefill(model, prompts[i])
+            last, cache = prefill(model, prompts[i])
             hidden.append(last)
-            place(slabs, rows[-1], keys_values)
-        if not rows:
-            return results
+            rows.append(Row(i, np.random.Generator(np.random.Philox(seeds[i])), cache, len(prompts[i])))
         logits = next_logits(model, torch.cat(hidden))
         uniforms = torch.tensor([row.random.random() for row in rows], dtype=torch.float64)
         tokens = sample(logits, uniforms.to(logits.device), temperature, top_p, top_k)
         tokens = tokens.masked_fill(~logits.amax(-1).isfinite(), -1).tolist()  # waits for the device
+        running = []
         for row, token in zip(rows, tokens):
             if token < 0:
                 raise UserError(f"prompt {row.index}: logits of token {len(row.ids)} are not finite")
             if token not in end:
                 row.ids.append(token)
-            row.done = token in end or len(row.ids) == max_tokens
-            if row.done:
+            if token in end or len(row.ids) == max_tokens:
                 results[row.index] = (row.ids, token in end)
                 if on_done:
                     on_done(row.index, *results[row.index])
-        settle(slabs)
+            else:
+                running.append(row)
+        rows = running
         if progress:
             progress(len(tokens))
+    return results
 
 
 def check_generate(model, prompts, seeds, max_tokens, temperature, top_p, top_k, batch_size):
@@ -500,83 +443,46 @@ def check_generate(model, prompts, seeds, max_tokens, temperature, top_p, top_k,
 
 
 def prefill(model, prompt):
-    """A prompt's last hidden state (1, D), and its keys and values, (2, T, K, d) a layer."""
-    x = model.embed_tokens(torch.tensor(prompt, device=model.norm.weight.device))
-    kept = []
+    """A prompt's last hidden state (1, D), and the cache of its row."""
+    config, device = model.config, model.norm.weight.device
+    cells = max(CELLS, 2 * len(prompt))
+    cache = model.norm.weight.new_empty(
+        config.num_hidden_layers, 2, config.num_key_value_heads, cells, config.head_dim)
 
-    def keep(q, k, v):
-        kept.append(torch.stack([k, v]).transpose(1, 2))
-        # One fork without branches, as on a CPU: FlexAttention would be compiled for every new length.
-        return attend(q, k, v, [(0, len(x), len(x), len(x), (None, None))])
-    hidden = model.blocks(x, torch.arange(len(x), device=x.device), [keep] * len(model.layers))
-    return hidden[-1:], kept
+    def attend(q, k, v, layer):
+        cache[layer, 0, :, :len(prompt)] = k
+        cache[layer, 1, :, :len(prompt)] = v
+        return fork_attention(q, k, v, [(0, len(prompt), len(prompt), len(prompt))])
+
+    tokens = torch.tensor(prompt, device=device)
+    hidden = model.blocks(tokens, torch.arange(len(prompt), device=device), attend)
+    return hidden[-1:], cache
 
 
-def decode(model, slabs, rows):
-    """The last token of every running row through the blocks, (rows, D); fills one cell of every cache."""
+def decode(model, rows):
+    """The last token of every row through the blocks, (rows, D); each cache gets its key and value."""
     device = model.norm.weight.device
     fill = [0] * (CPU_ROWS - len(rows)) if device.type == "cpu" else []
-    x = model.embed_tokens(torch.tensor([row.ids[-1] for row in rows] + fill, device=device))
-    lengths = torch.tensor([row.length for row in rows] + fill, device=device)
-    parts, begin = [], 0
-    for cells, (some, caches) in slabs.items():
-        slots = torch.arange(len(some), device=device)
-        own = lengths[begin:begin + len(slots)]
-        # All cells, not as many as the longest row has: how sums are split depends on the row alone.
-        later = torch.arange(cells, device=device) > own[:, None]
-        mask = torch.zeros_like(later, dtype=x.dtype).masked_fill_(later, -math.inf)[:, None, None]
-        parts.append((slice(begin, begin + len(slots)), slots, own, mask, caches))
-        begin += len(slots)
+    tokens = torch.tensor([row.ids[-1] for row in rows] + fill, device=device)
+    positions = torch.tensor([row.length for row in rows] + fill, device=device)
+    for row in rows:
+        if row.length == row.cache.shape[3]:
+            row.cache = F.pad(row.cache, (0, 0, 0, row.length))
+
+    def attend(q, k, v, layer):
+        out = torch.zeros_like(q)
+        for i, row in enumerate(rows):
+            cache = row.cache[layer, :, :, :row.length + 1]
+            cache[0, :, -1] = k[:, i]
+            cache[1, :, -1] = v[:, i]
+            out[:, i:i + 1] = F.scaled_dot_product_attention(
+                q[None, :, i:i + 1], cache[:1], cache[1:], enable_gqa=True)[0]
+        return out
+
+    hidden = model.blocks(tokens, positions, attend)
     for row in rows:
         row.length += 1
-    wheres = [functools.partial(attend_caches, layer=i, parts=parts) for i in range(len(model.layers))]
-    return model.blocks(x, lengths, wheres)[:begin]
-
-
-def attend_caches(q, k, v, layer, parts):
-    """Attention of one new token a row to the row's cache, one call a slab; shapes as in `attend`."""
-    new = torch.stack([k, v]).transpose(1, 2)  # (2, T, K, d)
-    # The G query heads of a key head stand where its queries would: no key is repeated.
-    q = q.unflatten(0, (len(k), -1)).permute(2, 0, 1, 3)  # (T, K, G, d)
-    out = torch.zeros_like(q)  # of filling, too
-    for part, slots, own, mask, caches in parts:
-        caches[layer][:, slots, own] = new[:, part]
-        keys, values = caches[layer][:, :len(slots)].transpose(2, 3)  # (slots, K, cells, d)
-        out[part] = F.scaled_dot_product_attention(q[part], keys, values, attn_mask=mask)
-    return out.flatten(1, 2).transpose(0, 1)
-
-
-def place(slabs, row, keys_values):
-    """Copy a row's keys and values, (2, >= length, K, d) a layer, to the smallest cache with a free cell."""
-    cells = max(CELLS, 1 << row.length.bit_length())
-    if cells not in slabs:
-        slabs[cells] = [], [kv.new_zeros(2, 0, cells, *kv.shape[2:]) for kv in keys_values]
-    rows, caches = slabs[cells]
-    for i, kv in enumerate(keys_values):
-        slots = caches[i].shape[1]
-        if slots == len(rows):  # zeros: a masked cell's weight is 0, but 0 * NaN is NaN
-            caches[i] = F.pad(caches[i], (0, 0, 0, 0, 0, 0, 0, 1 + slots // 4))
-        caches[i][:, len(rows), :row.length] = kv[:, :row.length]
-    rows.append(row)
-
-
-def settle(slabs):
-    """Take finished rows out, move rows whose cache is full to a larger one, give up slots that stay free."""
-    for cells, (rows, caches) in list(slabs.items()):
-        for slot in reversed(range(len(rows))):
-            row = rows[slot]
-            if not row.done and row.length == cells:
-                place(slabs, row, [cache[:, slot] for cache in caches])
-            if row.done or row.length == cells:  # the last row takes the slot
-                rows[slot] = rows[-1]
-                rows.pop()
-                for cache in caches:
-                    cache[:, slot] = cache[:, len(rows)]
-        if not rows:
-            del slabs[cells]
-        elif 2 * len(rows) < caches[0].shape[1]:
-            for i, cache in enumerate(caches):
-                caches[i] = cache[:, :len(rows)].clone()
+    return hidden[:len(rows)]
 
 
 def next_logits(model, hidden):

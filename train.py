@@ -191,7 +191,7 @@ def learning_rate(step: int, total: int, o: Options) -> float:
 
 
 def count_flops(config, pack) -> float:
-    """FLOPs of forward + backward of one pack: products only, recomputation and filling left out."""
+    """FLOPs of forward + backward of one pack: products only, recomputation left out."""
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     layer = config.hidden_size * (config.head_dim * 2 * (heads + groups) + 3 * config.intermediate_size)
     seen = 0  # pairs of query and key
@@ -200,7 +200,7 @@ def count_flops(config, pack) -> float:
         seen += (chosen - trunk) * (trunk - start)
     attention = 2 * heads * config.head_dim * seen
     head = config.vocab_size * config.hidden_size * len(pack.rows)
-    return 6.0 * (config.num_hidden_layers * (layer * pack.size + attention) + head)
+    return 6.0 * (config.num_hidden_layers * (layer * len(pack.tokens) + attention) + head)
 
 
 def peak_flops(device, dtype) -> float:
@@ -267,7 +267,7 @@ def plan(o: Options) -> str:
         raise UserError(f"--shard_size {o.shard_size} does not divide --gpus {o.gpus}")
     folder, config, forks, eval_forks, log = read_inputs(o)
     run = Run(o, None, config, folder, forks, *[None] * 4)
-    epoch_steps, fill = steps_per_epoch(run), run.fill(True)
+    epoch_steps = steps_per_epoch(run)
     batches = [b for epoch in range(o.epochs)
                for b in data.epoch_batches(len(forks), o.batch_size, o.seed, epoch)][:total_steps(run)]
 
@@ -279,24 +279,20 @@ def plan(o: Options) -> str:
     def flops(packs):
         return sum(count_flops(config, p) for p in packs)
 
-    def filled(pack):
-        return -(-pack.size // fill) * fill
-
     trained = packs(forks, batches)
     work = {"PFLOP in products of training": flops(trained),  # forward alone is a third
             "in the reference pass": flops(packs(forks, batches[:epoch_steps])) / 3}
     if eval_forks:  # scored by the reference, after each epoch and at the end
         passes = 1 + -(-len(batches) // epoch_steps)
         work["in held-out pairs"] = passes * flops(packs(eval_forks, fixed_batches(eval_forks, o))) / 3
-    fullness = sum(p.size for p in trained) / sum(map(filled, trained))  # filling costs as much as a token
-    minutes = sum(work.values()) / fullness / (o.gpus * PLANNED_MFU * PEAKS["H100"]) / 60
-    largest = max(trained, key=filled)
-    parts = plan_memory(config, o, o.gpus, filled(largest), len(largest.rows))
+    minutes = sum(work.values()) / (o.gpus * PLANNED_MFU * PEAKS["H100"]) / 60
+    largest = max(trained, key=lambda p: len(p.tokens))
+    parts = plan_memory(config, o, o.gpus, len(largest.tokens), len(largest.rows))
     total = sum(parts.values()) / 1e9
     fits = total < 0.9 * o.gpu_memory  # a tenth is left to CUDA, NCCL and fragments
     return "\n".join([
         log, f"{o.gpus} GPU(s) of {o.gpu_memory:g} GB, {o.dtype}, --checkpointing {o.checkpointing}, packs "
-        f"of at most {filled(largest)} tokens, {fullness:.0%} full. A GPU would hold",
+        f"of at most {len(largest.tokens)} tokens. A GPU would hold",
         *(f"  {value / 1e9:8.2f} GB  {name}" for name, value in parts.items()),
         f"  {total:8.2f} GB  in all" + ("" if fits else ": TOO MUCH, above nine tenths of its memory"),
         f"{len(batches)} step{'s' * (len(batches) > 1)}; "
@@ -332,14 +328,8 @@ class Run:
     def packs(self, batch, forks):
         """This rank's micro-batches of one global batch."""
         plan = data.split_batch(batch, list(map(len, forks)), self.ranks.world, self.o.tokens_per_pack)
-        fill = self.fill(self.ranks.device.type == "cuda")
         for micro in plan:
-            yield data.make_pack(forks, micro[self.ranks.rank], fill)
-
-    def fill(self, cuda):
-        """Packs are filled up to a multiple of it: on CUDA up to tokens_per_pack there are eight lengths at
-        most, one compiled attention each."""
-        return max(128, self.o.tokens_per_pack // 8) if cuda else 1
+            yield data.make_pack(forks, micro[self.ranks.rank])
 
     def score(self, pack):
         """Row log-probs (R,) of a pack on the device, graph attached."""

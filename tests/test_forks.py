@@ -107,12 +107,11 @@ def test_trunk_is_computed_once():
     assert (pack.forks, pack.lengths.tolist(), pack.pairs.tolist()) == ([(0, 4, 7, 9)], [[2, 3, 2]], [1])
 
 
-@pytest.mark.parametrize("fill", [1, 16, 128])
-def test_packs_are_filled_and_the_filling_is_not_scored(fill):
+def test_a_pack_is_as_long_as_its_forks():
     forks = [data.make_fork([1, 2], [3, END], [4, END]), data.make_fork([5], [6, 7, END], None)]
-    pack = data.make_pack(forks, [1, 0], fill)
-    assert len(pack.tokens) % fill == 0 and pack.size == 10 and len(pack.tokens) - 10 < fill
-    assert pack.forks == [(0, 1, 1, 4), (4, 6, 8, 10)] and max(pack.rows) < 10
-    assert np.array_equal(pack.positions[:10], [0, 1, 2, 3, 0, 1, 2, 3, 2, 3])
-    dummy = data.make_pack(forks, [], fill)
-    assert len(dummy.tokens) == fill and dummy.size == 0 and len(dummy.rows) == 0 and len(dummy.lengths) == 0
+    pack = data.make_pack(forks, [1, 0])
+    assert len(pack.tokens) == 10 and max(pack.rows) < 10
+    assert pack.forks == [(0, 4, 4, 4), (4, 6, 8, 10)]  # without y-: one plain sequence
+    assert np.array_equal(pack.positions, [0, 1, 2, 3, 0, 1, 2, 3, 2, 3])
+    dummy = data.make_pack(forks, [])
+    assert (len(dummy.tokens), len(dummy.rows), len(dummy.lengths)) == (1, 0, 0)

@@ -47,7 +47,7 @@ def ours(tmp_path_factory):
 def test_greedy_equals_transformers(tmp_path, monkeypatch, shape, cells):
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr(qwen, "CELLS", cells)  # 4: rows change slabs again and again
+    monkeypatch.setattr(qwen, "CELLS", cells)  # 4: caches grow again and again
     folder = checkpoint(tmp_path, shape, seed=SHAPES.index(shape))
     hf, ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), qwen.load_model(folder)
     prompts = make_prompts([7, 1, 40, 3, 21, 90])
@@ -174,27 +174,22 @@ def test_sampling_is_the_inverse_of_the_distribution_function():
 @pytest.mark.parametrize("batch_size", [2, 6])
 def test_a_long_sample_holds_up_nobody_and_memory_follows_the_rows(ours, monkeypatch, batch_size):
     """One row goes on for long; 30 shorter ones pass through the other slots meanwhile."""
-    finished, counts, vacant, seen = [], [], [], []
-    place = qwen.place
+    finished, counts, vacant = [], [], []
+    decode = qwen.decode
 
-    def watched(slabs, *rest):
-        seen[:] = [slabs]
-        place(slabs, *rest)
-
-    def progress(n):
-        counts.append(n)
-        cells = sum(size * caches[0].shape[1] for size, (_, caches) in seen[0].items())
-        need = sum(max(4, 2 * row.length) for rows, _ in seen[0].values() for row in rows)
-        vacant.append(cells > 2 * need)
+    def watched(model, rows):
+        hidden = decode(model, rows)
+        vacant.extend(row.cache.shape[3] > max(4, 2 * row.length) for row in rows)
+        return hidden
     monkeypatch.setattr(qwen, "CELLS", 4)
-    monkeypatch.setattr(qwen, "place", watched)
+    monkeypatch.setattr(qwen, "decode", watched)
     prompts = make_prompts([8] * 31)
     settings = {"max_tokens": 2000, "temperature": 1, "top_k": 0, "top_p": 1, "end": set(range(9))}
     alone = qwen.generate(ours, prompts, range(31), batch_size=31, **settings)
     first = max(range(31), key=lambda i: len(alone[i][0]))
     order = [first] + [i for i in range(31) if i != first]
     found = qwen.generate(ours, [prompts[i] for i in order], order, batch_size=batch_size,
-                          on_done=lambda *x: finished.append(x), progress=progress, **settings)
+                          on_done=lambda *x: finished.append(x), progress=counts.append, **settings)
     assert found == [alone[i] for i in order] and not any(vacant)
     assert sorted(finished) == [(i, *x) for i, x in enumerate(found)] and finished[0][0] != 0
     lengths = [len(ids) + ended for ids, ended in found]

@@ -310,7 +310,7 @@ def test_planned_activations_are_what_autograd_keeps(dtype):
             kept[storage.data_ptr()] = storage
         return t
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        block(x, cos, sin, qwen.layout(forks, x))
+        block(x, cos, sin, lambda q, k, v: qwen.fork_attention(q, k, v, forks))
     seen = sum(storage.nbytes() for storage in kept.values()) / 256
     assert train.block_bytes(config, dtype, cuda=False) == pytest.approx(seen, rel=0.12)
 

@@ -32,8 +32,8 @@ def measure(pairs, length, vocab, layers, dtype):
         best = min(best, time.perf_counter() - start)
     batches = common.data.epoch_batches(pairs, 8, 0, 0)
     packs = [pack for b in batches for pack in run.packs(b, forks)]
-    largest = max(packs, key=lambda pack: pack.size)
-    parts = common.train.plan_memory(shape, run.o, 1, largest.size, len(largest.rows), cuda=False)
+    largest = max(packs, key=lambda pack: len(pack.tokens))
+    parts = common.train.plan_memory(shape, run.o, 1, len(largest.tokens), len(largest.rows), cuda=False)
     return {"seconds": best, "flops": sum(common.train.count_flops(shape, pack) for pack in packs),
             "gb": common.peak_gb(), "planned": before + sum(parts.values()) / 1e9}
 

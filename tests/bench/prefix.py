@@ -29,7 +29,7 @@ def seconds(model, forks, objective):
     row_logps.backward(coefficients)
     spent = time.perf_counter() - start
     model.zero_grad()
-    return spent, pack.size, len(pack.rows)
+    return spent, len(pack.tokens), len(pack.rows)
 
 
 def main():
