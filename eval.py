@@ -49,7 +49,8 @@ from tqdm import tqdm
 
 import data
 import model as qwen
-from model import Ranks, UserError, add_options, begin, close_ranks, open_ranks, option
+from data import UserError, read_json, write_json, write_text, writing
+from model import Ranks, add_options, begin, close_ranks, open_ranks, option
 
 # --- sampling: the own model or a server, every answer kept as it comes ---------------------------
 
@@ -86,7 +87,7 @@ def open_own(folder: str, dtype, device, batch_size: int = 32) -> Own:
     chat = data.load_chat(folder, qwen.read_config(folder).vocab_size)
     path, end = os.path.join(folder, "generation_config.json"), None
     if os.path.lexists(path):  # a link to nowhere is no absence
-        end = qwen.read_json(path).get("eos_token_id")
+        end = read_json(path).get("eos_token_id")
     ends = end if isinstance(end, list) else [] if end is None else [end]
     if not all(isinstance(token, int) for token in ends):
         raise UserError(f'{path}: "eos_token_id": an integer or a list of them expected, found {end!r}')
@@ -364,7 +365,7 @@ def claim_folder(out, settings):
     """Make `out`, or check that it was made with the same settings. Raises UserError where not."""
     path = os.path.join(out, "settings.json")
     if os.path.exists(path):
-        kept = qwen.read_json(path)
+        kept = read_json(path)
         differ = [f"{k} was {kept.get(k)!r}, now {v!r}" for k, v in settings.items() if kept.get(k) != v]
         if differ:
             raise UserError(f"{out} holds work with other settings: choose another --out\n  "
@@ -373,19 +374,7 @@ def claim_folder(out, settings):
     if os.path.isdir(out) and {*os.listdir(out)} - {"settings.json.tmp"}:  # of a start that was killed
         raise UserError(f"{out} is not empty and holds no work of this program: choose another --out")
     os.makedirs(out, exist_ok=True)
-    qwen.write_json(path, settings)
-
-
-def write_rows(path, rows):
-    """A JSONL file, whole or as it was before."""
-    write_text(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def write_text(path, parts):
-    """A text file of one string or several, whole or as it was before."""
-    with qwen.writing(path), open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.writelines([parts] if isinstance(parts, str) else parts)
-    os.replace(path + ".tmp", path)
+    write_json(path, settings)
 
 
 def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks,
@@ -427,7 +416,7 @@ def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks
             nonlocal outcomes
             record = {"key": request.key, **record}
             line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
-            with qwen.writing(log.name):
+            with writing(log.name):
                 if log.write(line) < len(line):  # what is torn does not count when the log is read again
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             outcomes = on_record(record)
@@ -1647,8 +1636,8 @@ def evaluate(policy, tasks: list, out: str, sampling: Sampling, ranks: Ranks, sa
                 by_row = [[records.get(r.key, {}) for r in row] for row in wanted]
                 results[task.name] = score_task(task, by_row)
                 ranks.say(f"{task.name}: " + describe(results[task.name]))
-                qwen.write_json(path, results)
-                write_text(os.path.join(out, "results.md"), results_table(results) + "\n")
+                write_json(path, results)
+                write_text(os.path.join(out, "results.md"), [results_table(results), "\n"])
     ranks.say("\n" + results_table(results))
     return results
 
@@ -1716,7 +1705,7 @@ def results_table(results: dict) -> str:
 def read_results(folder: str) -> dict:
     """results.json of a finished evaluation; what `compare_runs` and `results_table` need is checked."""
     path = os.path.join(folder, "results.json")
-    results = qwen.read_json(path)
+    results = read_json(path)
     for name, r in results.items():
         try:
             shares = [x for row in r["scores"].values() for x in row or [None]]
@@ -1736,7 +1725,7 @@ def compare_runs(folders: list, seed: int = 0) -> str:
     with 95 % intervals by paired bootstrap over the questions that both answered. A and B are of those alone.
     Below 20 questions the bootstrap's p is too small, and left out. What cannot be compared is said."""
     (a, b), rows = map(read_results, folders), []
-    one, other = (qwen.read_json(os.path.join(folder, "settings.json")) for folder in folders)
+    one, other = (read_json(os.path.join(folder, "settings.json")) for folder in folders)
     def quoted(value):  # settings.json may be a stranger's: one line, no markup, no terminal's commands
         return html.escape(json.dumps(value)[:200], quote=False).replace("|", "\\|")
 
@@ -1777,13 +1766,13 @@ def read_sequences(path: str, chat: data.Chat, max_length: int) -> tuple[list, s
         if "text" in row:
             ids, first = chat.encode(data.check_text(row["text"], "'text'")), 1
         elif row.get("is_correct") is False:
-            return "correction is wrong (is_correct: false)"
+            raise data.Drop("correction is wrong (is_correct: false)")
         else:
-            pair = data.parse_row(row, line)
+            pair = data.parse_pair(row, line)
             prompt = chat.prompt(pair.messages)
             ids, first = [*prompt, *chat.encode(pair.chosen), chat.im_end], len(prompt)
         if len(ids[:max_length]) <= first:
-            return "nothing to score"
+            raise data.Drop("nothing to score")
         nonlocal cut
         cut += len(ids) > max_length
         return ids[:max_length], first
@@ -1917,17 +1906,11 @@ def figures_of(row: dict, keys) -> dict:
 
 
 def log_rows(path: str, parse) -> list:
-    """The rows of a run's log, if there is one, through parse(row, the rows before it). A last line without
-    its end does not count: a kill tore it, or it is being written. Raises UserError naming the line for any
-    other that is bad."""
-    rows, lines = [], list(data.read_lines(path)) if os.path.exists(path) else []
-    if lines and isinstance(lines[-1][1], UserError):
-        with open(path, "rb") as f:
-            lines = lines if f.read().endswith(b"\n") else lines[:-1]
-    for number, row in lines:
+    """The rows of a run's log, if there is one, through parse(row, the rows before it). Raises UserError
+    naming the line for a bad one."""
+    rows = []
+    for number, row in enumerate(data.read_log(path), 1):
         try:
-            if isinstance(row, UserError):
-                raise row
             rows.append(parse(row, rows))
         except UserError as e:
             raise UserError(f"{path}: line {number}: {e}") from None
@@ -1969,7 +1952,7 @@ def read_run(folder: str, name: str) -> Told:
     """A run folder, of which metrics.jsonl must be there and the rest may be missing."""
     metrics, held_out, surgery, config = (os.path.join(folder, file) for file in (
         "metrics.jsonl", "eval.jsonl", "surgery.jsonl", "config.json"))
-    options = qwen.read_json(config).get("options") if os.path.exists(config) else None
+    options = read_json(config).get("options") if os.path.exists(config) else None
     figures = (log_rows(path, lambda row, _: figures_of(row, FIGURES)) for path in (metrics, held_out))
     watched = read_surgery(surgery) if os.path.exists(surgery) else (None, [])
     return Told(name, options if isinstance(options, dict) else {}, *figures, *watched)
@@ -2178,7 +2161,7 @@ def report(folders: list, out: str, note: str = ""):
     choice = "".join(f"input:nth-of-type({n}):checked ~ .look:nth-of-type({n}) {{ display: block }}\n"
                      f"input:nth-of-type({n}):checked ~ .tokens * {{ --s: var(--s{n - 1}) }}\n"
                      for n in range(1, most + 1))
-    write_text(out, PAGE % (CSS + choice, "\n".join(body)))
+    write_text(out, [PAGE % (CSS + choice, "\n".join(body))])
 
 
 # --- command line: tasks, comparison, retention, report -------------------------------------------

@@ -37,6 +37,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from data import UserError, read_json, write_json, writing
 from loss import linear_logps
 
 
@@ -47,10 +48,6 @@ from loss import linear_logps
 for _dtype in (torch.float32, torch.float64):
     for _function in (torch.cos, torch.sin, torch.exp, torch.log):
         _function(torch.ones(8, dtype=_dtype))
-
-
-class UserError(Exception):
-    """Something the user can mend: the message names file, place, what was found, what was expected."""
 
 
 # --- configuration --------------------------------------------------------------------------------
@@ -139,32 +136,6 @@ def read_config(folder: str) -> Config:
     if problems:
         raise UserError(f"{path} is not a configuration this program computes:\n  " + "\n  ".join(problems))
     return Config(**values)
-
-
-def unique(pairs: list) -> dict:
-    """For json's object_pairs_hook: of a key that is there twice the last one would win silently."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        first = set()
-        twice = next(key for key, _ in pairs if key in first or first.add(key))
-        raise ValueError(f"the object holds {twice!r:.60} twice")
-    return found
-
-
-def read_json(path: str) -> dict:
-    """A JSON object from a file, or a UserError naming the file and the place."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"{path}: a file expected")  # opening a pipe would wait for a writer
-    try:
-        with open(path, encoding="utf-8") as f:
-            value = json.load(f, object_pairs_hook=unique)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path}: {e}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: a JSON object expected, found {type(value).__name__}")
-    return value
 
 
 # --- the network ----------------------------------------------------------------------------------
@@ -701,26 +672,6 @@ def write_safetensors(path, shapes, dtype, tensors):
             f.write(tensor.contiguous().cpu().view(torch.uint8).numpy().data)
         f.flush()
         os.fsync(f.fileno())
-
-
-@contextlib.contextmanager
-def writing(path):
-    """What fails in it names the file, which a full disk does not do by itself."""
-    try:
-        yield
-    except OSError as e:
-        raise e if e.filename else OSError(e.errno, e.strerror, str(path)) from None
-    except SafetensorError as e:
-        raise UserError(f"{path}: {e}") from None
-
-
-def write_json(path, value):
-    """Write JSON so that after a crash the file is whole or absent."""
-    with writing(path), open(path + ".tmp", "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=2, ensure_ascii=False)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
 
 
 # --- ranks ----------------------------------------------------------------------------------------

@@ -27,8 +27,10 @@ import eval as evaluation
 import model as qwen
 from eval import (INSTRUCTION, LAST_LINE, Asking, Own, Sampling, Server, after_thinking, answers_match,
                   check_asking, claim_folder, extract_answer, finish, gold_answer, identity, item_id,
-                  open_policy, request_for, write_rows)
-from model import Ranks, UserError, add_options, begin, option
+                  open_policy, request_for)
+from data import write_rows
+from data import Drop, UserError
+from model import Ranks, add_options, begin, option
 
 START, END = "=== CORRECTED STARTED ===", "=== CORRECTED ENDED ==="
 _REPAIR = r"""Below are a problem and a student's solution, which ends in a wrong answer.{given}
@@ -75,7 +77,7 @@ class Item:
 
     @property
     def messages(self):
-        return data.prompt_messages({"question": self.question}, "question")
+        return data.prompt_messages(self.question, "question")
 
 
 def read_items(path, parse, skip_malformed):
@@ -100,7 +102,7 @@ def read_questions(path, instruction, skip_malformed=False):
         key = next((k for k in ("question", "problem", "prompt") if row.get(k) is not None), None)
         if key is None:
             raise UserError(f"question, problem or prompt expected, found {sorted(row)!r:.100}")
-        messages = data.prompt_messages(row, key)
+        messages = data.prompt_messages(row[key], key)
         question = messages
         if not isinstance(row[key], list):
             question = instruction.replace("{question}", row[key])
@@ -108,7 +110,7 @@ def read_questions(path, instruction, skip_malformed=False):
             question = messages[0]["content"]
         text = json.dumps(question)
         if text in seen:
-            return "the same question again"
+            raise Drop("the same question again")
         seen.add(text)
         return Item(item_id(row, line), question, gold_answer(row))
 
@@ -121,10 +123,10 @@ def read_errors(path, skip_malformed=False):
         missing = [k for k in ("question", "original_answer") if k not in row]
         if missing:
             raise UserError(f"{', '.join(missing)} missing, found {sorted(row)!r:.100}")
-        data.prompt_messages(row, "question")
+        data.prompt_messages(row["question"], "question")
         answer = data.check_text(row["original_answer"], "'original_answer'")
         if not answer.strip():
-            return "the wrong answer is empty"
+            raise Drop("the wrong answer is empty")
         gold = gold_answer({"answer": row["ground_truth"]} if "ground_truth" in row else row)
         return Item(item_id(row, line), row["question"], gold, answer)
 
@@ -144,7 +146,7 @@ def collect(policy, requests, out, sampling, ranks, title, judge, write, enough=
 
     def conclude(records):  # other ranks' answers are still to be judged
         summary = write(records, {k: outcomes.get(k) or judge(r) for k, r in records.items()})
-        qwen.write_json(os.path.join(out, "summary.json"), summary)
+        data.write_json(os.path.join(out, "summary.json"), summary)
         ranks.say("\n".join(f"{n:7}  {what}" for what, n in summary.items()) + f"\n{out}")
         return summary
 
@@ -338,28 +340,6 @@ def edited_answers(path: str):
         return edited[item.id]
 
     return look_up
-
-
-# --- the toy world's Oracle -----------------------------------------------------------------------
-
-TOY_STEP = re.compile(r"\d[-+,]\d=\d+|\\boxed\{\d*\}")  # what an answer of the toy world asserts
-
-
-def toy_oracle(question: str, wrong: str) -> str:
-    """The toy world's Oracle, a program: y+ from a wrong answer y- to one of data.toy_question's questions.
-
-    It goes through y-'s assertions (steps and box) side by side with the true ones, and replaces what
-    differs: the first wrong step and what follows from it. All between them, the author's style, stays. An
-    answer with too few or too many steps keeps what stands before the first wrong one; the rest is written
-    anew, in its own style as far as that shows.
-    """
-    between = ";" if ";" in wrong else "\n"
-    word = next((w for _, w in data.TOY_STYLES if w and w in wrong), "")
-    truth = data.toy_answer(question, (between, word))
-    if len(TOY_STEP.findall(wrong)) != len(TOY_STEP.findall(truth)):
-        return truth
-    right = iter(TOY_STEP.findall(truth))
-    return TOY_STEP.sub(lambda _: next(right), wrong)
 
 
 # --- command line ---------------------------------------------------------------------------------

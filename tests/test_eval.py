@@ -16,7 +16,7 @@ from misbehaving import Misbehaving, completion
 import data
 import eval as evaluation
 import model as qwen
-from model import UserError
+from data import UserError
 
 ROOT = Path(__file__).parent.parent
 

@@ -7,7 +7,7 @@ import torch
 
 import model as qwen
 import tiny
-from model import UserError
+from data import UserError
 
 # tied, heads, key heads, head_dim, hidden
 SHAPES = [(True, 4, 2, 16, 32), (False, 8, 1, 8, 48), (True, 6, 2, 24, 40), (False, 4, 4, 32, 64)]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import model as qwen
 import tiny
-from model import UserError
+from data import UserError
 
 # heads, key heads, head_dim, hidden, tied, layout of config.json, largest shard
 SHAPES = [

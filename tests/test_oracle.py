@@ -21,7 +21,7 @@ from misbehaving import Misbehaving, completion
 import data
 import eval as evaluation
 import oracle
-from model import UserError
+from data import UserError
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -615,7 +615,7 @@ def test_sampled_texts_do_not_depend_on_ranks_or_batch(monkeypatch, capsys, tmp_
 def test_real_questions_from_end_to_end(monkeypatch, capsys, tmp_path, checkpoint):
     """50 GSM8K questions, a random policy, an Oracle that knows the reference solutions, one training run."""
     reference = {}
-    for _, row in itertools.islice(data.read_lines(str(SHARED / "gsm8k" / "test.jsonl")), 50):
+    for row in itertools.islice(data.read_log(str(SHARED / "gsm8k" / "test.jsonl")), 50):
         reference[row["question"]] = row["answer"]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps({"question": q, "answer": a}) + "\n"
                                               for q, a in reference.items()))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import data
 import eval as evaluation
 import train
-from model import UserError
+from data import UserError
 from test_details import resume_here, run_and_stop, same_checkpoints
 from test_train import no_process_group_is_left, run, run_here, world
 

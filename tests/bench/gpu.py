@@ -496,7 +496,7 @@ def kill_and_resume(a, world, folder):
         raise RuntimeError(done.stderr[-1500:])
     losses, states = {}, {}
     for k, out in outs.items():
-        losses[k] = [r["loss"] for _, r in data.read_lines(os.path.join(out, "metrics.jsonl"))]
+        losses[k] = [r["loss"] for r in data.read_log(os.path.join(out, "metrics.jsonl"))]
         (shard,) = glob.glob(os.path.join(train.whole_checkpoints(out)[-1], "*.safetensors"))
         states[k] = load_file(shard)
     table(f"{a.steps} steps in fp32 on {a.device.type}, against the undisturbed run. Killed by SIGKILL after "

@@ -29,7 +29,7 @@ import eval as evaluation
 import model as qwen
 import oracle
 import train
-from model import UserError
+from data import UserError
 
 MANY = int(os.environ.get("FUZZ", 0))
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -289,7 +289,7 @@ def read_options(w):
 
 def read_metrics(w):
     train.keep_steps_before(str(w / "metrics.jsonl"), 3)
-    assert all(row["step"] < 3 for _, row in data.read_lines(str(w / "metrics.jsonl")))
+    assert all(row["step"] < 3 for row in data.read_log(str(w / "metrics.jsonl")))
 
 
 def read_report(w):
