@@ -362,7 +362,7 @@ def train_step(run: Run, batch, lr: float) -> tuple[dict, bool]:
         count = sum(len(f.trunk) - f.prompt_length + len(f.chosen) for f in forks)
     else:
         count = len(forks)
-    sums, largest, flops = 0.0, torch.zeros((), dtype=torch.float64, device=ranks.device), 0.0
+    sums, flops = torch.zeros(len(loss.SUMS), dtype=torch.float64, device=ranks.device), 0.0
     for pack in run.packs(batch, run.forks):
         reference = run.reference[pack.pairs].to(ranks.device)
         flops += count_flops(run.config, pack)
@@ -371,15 +371,14 @@ def train_step(run: Run, batch, lr: float) -> tuple[dict, bool]:
         coefficients, stats = loss.row_coefficients(o.loss, row_logps, pack.lengths, reference, o.beta,
                                                     run.delta)
         row_logps.backward(coefficients / count)
-        largest = torch.maximum(largest, stats.pop("max_abs_reward"))
-        sums = sums + torch.stack(list(stats.values()))
+        sums += stats
     grad_norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), o.clip).full_tensor().item()
     extra = torch.tensor([flops, float(STOP["asked"])], dtype=torch.float64, device=ranks.device)
     total = ranks.reduce(torch.cat([sums, extra])).tolist()  # the step's only look at other ranks' numbers
-    stats = dict(zip(stats, total))
+    stats = dict(zip(loss.SUMS, total))
     stop = total[-1] > 0
     if run.step == 0:
-        canary(run, float(ranks.reduce(largest, dist.ReduceOp.MAX)), stats["loss"] / count)
+        canary(run, stats["abs_reward"], stats["loss"] / count)
     if not math.isfinite(stats["loss"]) or not math.isfinite(grad_norm):
         lines = ", ".join(str(f.line) for f in forks)
         raise UserError(f"step {run.step}: loss {stats['loss'] / count}, gradient norm {grad_norm}: not "
@@ -388,7 +387,7 @@ def train_step(run: Run, batch, lr: float) -> tuple[dict, bool]:
         group["lr"] = lr
     run.optimizer.step()
     run.optimizer.zero_grad()
-    metrics = {"step": run.step, "epoch": run.step // steps_per_epoch(run), **loss.average(stats, o.loss),
+    metrics = {"step": run.step, "epoch": run.step // steps_per_epoch(run), **loss.average(total, o.loss),
                "delta": run.delta, "grad_norm": grad_norm, "lr": lr}
     if o.loss == "spot-bco":
         mean = (stats["reward_chosen"] + stats["reward_rejected"]) / (2 * stats["pairs"])
@@ -411,14 +410,14 @@ def memory_gb(ranks) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def canary(run, largest_reward, mean_loss):
+def canary(run, sum_of_rewards, mean_loss):
     """Step 0: the policy is its own reference, so every reward is exactly 0 and the tether exactly 1/2."""
     expected = {"spot-bce": 2 * math.log(2), "spot-bco": 2 * math.log(2), "dpo": math.log(2),
                 "reward-sft": math.log(2)}.get(run.o.loss)
     same = expected is None or torch.tensor(mean_loss).float() == torch.tensor(expected).float()
-    run.ranks.say(f"step 0: largest |reward| {largest_reward}, loss {mean_loss:.9f}"
+    run.ranks.say(f"step 0: sum of |reward| {sum_of_rewards}, loss {mean_loss:.9f}"
                   + (f", expected {expected:.9f}" if expected else ""))
-    if largest_reward != 0 or not same:
+    if sum_of_rewards != 0 or not same:
         raise UserError("step 0 must give rewards of exactly 0. Delete reference.safetensors, which may be of "
                         f"another model, and start again with --resume --out {run.o.out}. If it returns, the "
                         "forward pass is not deterministic here: try --dtype float32, another torch, or "
@@ -435,9 +434,9 @@ def evaluate(run: Run) -> dict:
                 reference = run.eval_reference[pack.pairs.cpu()].to(run.ranks.device)
                 _, stats = loss.row_coefficients(run.o.loss, run.score(pack), pack.lengths, reference,
                                                  run.o.beta, run.delta)
-                sums += torch.stack(list(stats.values()))
+                sums += stats
     run.policy.reshard()
-    return loss.average(dict(zip(loss.SUMS, run.ranks.reduce(sums).tolist())), run.o.loss)
+    return loss.average(run.ranks.reduce(sums).tolist(), run.o.loss)
 
 
 def fixed_batches(forks, o):
@@ -486,8 +485,7 @@ def look(run: Run, path: str):
             coefficients, stats = loss.row_coefficients(o.loss, row_logps, pack.lengths, reference, o.beta,
                                                         run.delta)
             data.append_row(path, {"step": run.step, "delta": run.delta,
-                               "reward_chosen": float(stats["reward_chosen"]),
-                               "reward_rejected": float(stats["reward_rejected"]),
+                               **{k: v for k, v in zip(loss.SUMS, stats.tolist()) if k in ("reward_chosen", "reward_rejected")},
                                "coefficients": coefficients.tolist(), "logps": row_logps.tolist()})
 
 
@@ -1252,8 +1250,8 @@ def toy_distance(toy, base, folder, pairs) -> dict:
         p, q = (m(pack.tokens, pack.positions, pack.forks, pack.rows, pack.targets) for m in models)
         _, stats = loss.row_coefficients("spot-bce", q, pack.lengths, loss.sequence_logps(p, pack.lengths),
                                          TOY["surgery"]["beta"])
-        total += torch.stack(list(stats.values())).cpu()
-    means = loss.average(dict(zip(loss.SUMS, ranks.reduce(total).tolist())), "spot-bce")
+        total += stats.cpu()
+    means = loss.average(ranks.reduce(total).tolist(), "spot-bce")
     return {"kl": kl, **{k: means[k] for k in ("reward_chosen", "reward_rejected", "tether_chosen")}}
 
 
