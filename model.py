@@ -708,7 +708,8 @@ class Ranks:
             yield
         except (UserError, OSError, SafetensorError) as e:
             error = e
-        first = int(self.reduce(torch.tensor(self.rank if error else self.world), dist.ReduceOp.MIN))
+        mine = self.rank if error else self.world
+        first = int(self.reduce(torch.full((), mine, device=self.device), dist.ReduceOp.MIN))
         if first < self.world:
             if self.rank == first:
                 tqdm.write(f"error: {error}", file=sys.stderr)  # clears a progress bar that stands there
@@ -716,6 +717,13 @@ class Ranks:
             dist.barrier()  # nobody leaves, and makes torchrun kill the others, before it is printed
             close_ranks()
             sys.exit(1)
+
+
+    def main_only(self, function, *args):
+        """function(*args) on the main rank, None on the others; its failure ends all ranks."""
+        with self.together():
+            if self.main:
+                return function(*args)
 
 
 def open_ranks(timeout: int, toy: bool = False) -> Ranks:
