@@ -480,9 +480,15 @@ class Pack:
 
     def to(self, device):
         """Onto the device, without waiting for it."""
-        def move(t):
-            return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
-        return Pack(*(move(v) if torch.is_tensor(v) else v for v in vars(self).values()))
+        return Pack(*(to_device(v, device) if torch.is_tensor(v) else v for v in vars(self).values()))
+
+
+def to_device(tensor, device):
+    """A CPU tensor onto the device. From pinned memory a GPU copies it in its own time; a plain `.to`
+    would wait until all work queued before it is done."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor
 
 
 def make_pack(forks: list, indices: list) -> Pack:

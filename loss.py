@@ -293,14 +293,15 @@ def diagnose(loss, r, delta, coefficients, lengths) -> dict:
     chosen, rejected = r.unbind(1)
     has = pair.double()
     rejected = torch.where(pair, rejected, 0.0)
-    # From arange and with the size told: a list of numbers, or a size to find out, would make a GPU wait.
+    # From arange, with the size given, and sliced: a list of numbers, or a size to find out, would make a
+    # GPU wait.
     is_trunk = (torch.arange(3 * len(lengths), device=r.device) % 3 == 0).double()
     on_trunk = is_trunk.repeat_interleave(lengths.flatten(), output_size=len(coefficients))
     values = (loss, chosen.sum(), rejected.sum(), ((chosen - rejected) * has).sum(),
               ((chosen > rejected) * has).sum(), tether(chosen, delta).sum(),
               (tether(-rejected, -delta) * has).sum(), (coefficients.double().abs() * on_trunk).sum(),
               torch.maximum(chosen.abs(), rejected.abs()).amax() if len(r) else r.new_zeros(()),
-              r.new_full((), len(r)), has.sum(), lengths[:, [0, 2]].sum(), on_trunk.sum())
+              r.new_full((), len(r)), has.sum(), lengths[:, ::2].sum(), on_trunk.sum())
     return {name: torch.as_tensor(value, dtype=torch.float64) for name, value in zip(SUMS, values)}
 
 

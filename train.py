@@ -338,15 +338,16 @@ class Run:
 
 def score_all(run: Run, forks, batches, title) -> torch.Tensor:
     """(N, 2) fp64 sequence log-probs of all forks under the policy as it is, on every rank."""
-    device, scores = run.ranks.device, torch.zeros(len(forks), 2, dtype=torch.float64)
+    device = run.ranks.device
+    scores = torch.zeros(len(forks), 2, dtype=torch.float64, device=device)
     with torch.no_grad():
         for batch in tqdm(batches, desc=title, disable=not run.ranks.main, unit="batch"):
             for pack in run.packs(batch, forks):
                 pack = pack.to(device)
                 sums = loss.sequence_logps(run.score(pack), pack.lengths)
-                scores[pack.pairs.cpu()] = sums.cpu()
+                scores[pack.pairs] = sums
     run.policy.reshard()  # a forward without backward leaves the root's weights gathered
-    return run.ranks.reduce(scores).cpu()  # each pair was scored by one rank, the others add zeros
+    return run.ranks.reduce(scores)  # each pair was scored by one rank, the others add zeros
 
 
 def train_step(run: Run, batch, lr: float) -> tuple[dict, bool]:
@@ -361,7 +362,7 @@ def train_step(run: Run, batch, lr: float) -> tuple[dict, bool]:
         count = len(forks)
     sums, largest, flops = 0.0, torch.zeros((), dtype=torch.float64, device=ranks.device), 0.0
     for pack in run.packs(batch, run.forks):
-        reference = run.reference[pack.pairs].to(ranks.device)
+        reference = data.to_device(run.reference[pack.pairs], ranks.device)
         flops += count_flops(run.config, pack)
         pack = pack.to(ranks.device)
         row_logps = run.score(pack)
@@ -370,11 +371,14 @@ def train_step(run: Run, batch, lr: float) -> tuple[dict, bool]:
         row_logps.backward(coefficients / count)
         largest = torch.maximum(largest, stats.pop("max_abs_reward"))
         sums = sums + torch.stack(list(stats.values()))
-    grad_norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), o.clip).full_tensor().item()
-    extra = torch.tensor([flops, float(STOP["asked"])], dtype=torch.float64, device=ranks.device)
-    total = ranks.reduce(torch.cat([sums, extra])).tolist()  # the step's only look at other ranks' numbers
+    grad_norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), o.clip).full_tensor()
+    extra = data.to_device(torch.tensor([flops, float(STOP["asked"])], dtype=torch.float64), ranks.device)
+    # The step's only look at other ranks' numbers, and the only wait for the device.
+    total = ranks.reduce(torch.cat([sums, extra, grad_norm.double().view(1)])).tolist()
     stats = dict(zip(stats, total))
-    stop = total[-1] > 0
+    flops, asked, grad_norm = total[-3:]
+    stop = asked > 0
+    grad_norm /= ranks.world  # all ranks added the same fp32 number: in fp64 this gives it back exactly
     if run.step == 0:
         canary(run, float(ranks.reduce(largest, dist.ReduceOp.MAX)), stats["loss"] / count)
     if not math.isfinite(stats["loss"]) or not math.isfinite(grad_norm):
@@ -394,7 +398,7 @@ def train_step(run: Run, batch, lr: float) -> tuple[dict, bool]:
     run.step += 1
     seconds, tokens = time.perf_counter() - started, sum(map(len, forks))
     metrics |= {"tokens": tokens, "tokens_per_s": tokens / seconds,
-                "mfu": total[-2] / seconds / (run.peak_flops * ranks.world), "memory_gb": memory_gb(ranks)}
+                "mfu": flops / seconds / (run.peak_flops * ranks.world), "memory_gb": memory_gb(ranks)}
     return metrics, stop
 
 
@@ -428,8 +432,8 @@ def evaluate(run: Run) -> dict:
     with torch.no_grad():
         for batch in fixed_batches(run.eval_forks, run.o):
             for pack in run.packs(batch, run.eval_forks):
+                reference = data.to_device(run.eval_reference[pack.pairs], run.ranks.device)
                 pack = pack.to(run.ranks.device)
-                reference = run.eval_reference[pack.pairs.cpu()].to(run.ranks.device)
                 _, stats = loss.row_coefficients(run.o.loss, run.score(pack), pack.lengths, reference,
                                                  run.o.beta, run.delta)
                 sums += torch.stack(list(stats.values()))
@@ -538,12 +542,14 @@ def share_digests(ranks: Ranks, mine: dict, count: int) -> list:
 
 
 def hash_inputs(folder, forks, eval_forks, ranks) -> dict:
-    """Content hashes of the weights and of the encoded pairs (which hold tokenizer and template too)."""
-    files = sorted({path for path, _ in qwen.open_tensors(folder).values()})
-    mine = {}
-    with ranks.together():  # each rank reads some of the files
-        mine = {i: file_sha256(f) for i, f in enumerate(files) if i % ranks.world == ranks.rank}
-    weights = sha256(*share_digests(ranks, mine, len(files)))
+    """Hashes of the encoded pairs (which hold tokenizer and template too) and of the weights: of each tensor
+    name, type, shape and first row. All their bytes would take minutes, and step 0 finds what this misses."""
+    parts = []
+    with ranks.together():
+        for name, (_, tensor) in sorted(qwen.open_tensors(folder).items()):
+            parts += [name, tensor.get_dtype(), tensor.get_shape(),
+                      memoryview(tensor[:1].view(torch.uint8).numpy())]
+    weights = sha256(*parts)
 
     def tokens(forks):
         parts = [part for f in forks or [] for part in (f.trunk, f.rejected, f.chosen)]
@@ -857,7 +863,8 @@ def train_in_folder(run: Run) -> int:
         evaluating = run.eval_forks and (run.step % steps_per_epoch(run) == 0 or run.step == total)
         if saving or evaluating:
             with ranks.together():
-                if not all(bool(qwen.rows_here(p)[0].isfinite().all()) for p in run.policy.parameters()):
+                weights = [qwen.rows_here(p)[0] for p in run.policy.parameters()]
+                if not torch.stack([w.isfinite().all() for w in weights]).all():  # a GPU waits once
                     raise UserError(f"step {run.step - 1} made weights that are not finite: they are not "
                                     "saved. Is --lr or --weight_decay too large?")
         if evaluating:
