@@ -592,12 +592,15 @@ def load_weights(model: Qwen3, folder: str, device) -> None:
         shown = problems[:20] + [f"... and {len(problems) - 20} more"] * (len(problems) > 20)
         raise UserError(f"{folder}: weights do not fit config.json:\n  " + "\n  ".join(shown))
     model.to_empty(device=device)
-    for name, p in model.named_parameters():
-        name, (local, start, end) = hf_name(name), rows_here(p)
+    finite = torch.ones(len(wanted), dtype=torch.bool, device=device)
+    for i, (name, p) in enumerate(model.named_parameters()):
+        local, start, end = rows_here(p)
         if end > start:
-            local.copy_(found[name][1][start:end])  # casts
-            if not local.isfinite().all():
-                raise UserError(f"{found[name][0]}: {name} holds NaN or infinity")
+            local.copy_(found[hf_name(name)][1][start:end])  # casts
+            finite[i] = local.isfinite().all()
+    for name, sound in zip(wanted, finite.tolist()):  # a GPU waits here, once
+        if not sound:
+            raise UserError(f"{found[name][0]}: {name} holds NaN or infinity")
 
 
 def load_model(folder: str, dtype=torch.float32, device="cpu", checkpointing=False) -> Qwen3:
