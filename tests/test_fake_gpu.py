@@ -21,7 +21,7 @@ CASES = [  # rank, ranks, --shard_size, tied, --loss, --checkpointing
 ]
 # All that a step waits for the device: for the sums over ranks, and, after the update, to hear whether
 # another rank failed.
-STEP_WAITS = {("copy to the CPU", "train_step > reduce"): 1, ("copy to the CPU", "together > reduce"): 1}
+STEP_WAITS = {("copy to the CPU", "share_totals > reduce"): 1, ("copy to the CPU", "together > reduce"): 1}
 
 
 def make_forks(data, count, all_pairs):
@@ -51,8 +51,8 @@ def make_run(six, ranks, watch, layers, shard_size, tied, objective, checkpointi
                      ("copy to the CPU", "build_policy > load_weights"): 1}
     assert not collectives
     forks = make_forks(six.data, 5 * ranks.world, objective in six.loss.PAIR_OBJECTIVES)
-    run = six.train.Run(o, ranks, config, "folder", forks, policy, mesh,
-                        six.train.make_optimizer(policy, o), {}, eval_forks=forks[:5])
+    run = six.train.Run(o, ranks, config, "folder", forks, forks[:5], {}, policy, mesh,
+                        six.train.make_optimizer(policy, o))
     run.peak_flops = six.train.peak_flops(ranks.device, torch.bfloat16)
     assert run.peak_flops == 989e12
     return run
@@ -84,14 +84,15 @@ def check_scoring(six, run, watch, forks, batches, function, *args):
 def check_step(six, run, watch, batch):
     """Train a step as the loop does. Each unit is gathered forward and, but for the root, backward again,
     and its gradients are scattered: in each pack, on every rank, whatever ran before."""
-    first, world = run.step == 0, run.ranks.world
+    world = run.ranks.world
     watch.take()
     with run.ranks.together():
-        six.train.train_step(run, batch, 1e-6)
+        totals = six.train.train_step(run, batch, 1e-6)
+        six.train.finish_step(run, batch, totals, 1e-6, seconds=1.0)
     waits, collectives = watch.take()
-    assert waits == Counter(STEP_WAITS) + Counter({("copy to the CPU", "train_step > reduce"): first})
+    assert waits == STEP_WAITS
     packs, units = count_packs(six, run, [batch], run.forks), count_units(run)
-    expected = Counter(allreduce_=2 + first)
+    expected = Counter(allreduce_=2)
     if world > 1:
         replicas = run.o.shard_size not in (0, world)
         expected += Counter(_allgather_base_=packs * (2 * units - 1), _reduce_scatter_base_=packs * units,
@@ -128,12 +129,12 @@ def rehearse(layers, rank, world, *options):
         run.eval_reference = torch.zeros(len(run.eval_forks), 2, dtype=torch.float64)
         check_step(six, run, watch, batches[0])
         if rank > 0:
-            assert [len(pack.rows) for pack in run.packs(batches[0][:1], run.forks)] == [0]
+            assert [len(pack.rows) for pack in run.packs(run.forks, batches[0][:1])] == [0]
         check_step(six, run, watch, batches[0][:1])
         check_scoring(six, run, watch, run.eval_forks, held_out, train.evaluate)
         check_step(six, run, watch, batches[1])
-        with mock.patch.multiple(train, watched_reference=lambda *args: run.reference[:1],
-                                 append_line=mock.DEFAULT):
+        with mock.patch.multiple(six.data, append_row=mock.DEFAULT,
+                                 read_log=lambda path: [{"reference": [0.0, 0.0]}]):
             train.look(run, "surgery.jsonl")
         check_step(six, run, watch, batches[0][:1])
         shards = run.o.shard_size or world
