@@ -1,18 +1,20 @@
 """The explicit training loop of Surgical Post-Training, from one CPU core to nodes of GPUs.
 
 Comes in:  --model, a Qwen3 checkpoint folder, and --pairs, a JSONL file of surgical pairs.
-Goes out:  a run folder: config.json, metrics.jsonl, reference.safetensors, checkpoints/, report.html
-           and surgery.jsonl behind it, and model/, the trained checkpoint in Hugging Face layout.
+Goes out:  a run folder: config.json, metrics.jsonl, reference.safetensors, checkpoints/,
+           report.html with surgery.jsonl behind it, and model/, the trained checkpoint in Hugging
+           Face layout.
 
     torchrun --nproc_per_node=8 train.py --model Qwen3-8B --pairs pairs.jsonl --out runs/first
     torchrun --nproc_per_node=8 train.py --resume --out runs/first
     torchrun --nproc_per_node=2 train.py         # nothing given: the toy story, in minutes
 
-One optimizer step is `train_step`: for each pack the policy gives one log-prob a scored row, loss.py
-gives one coefficient a row, and `row_logps.backward(coefficients)` is the backward pass. Which pairs
-form a step does not depend on the number of ranks; each rank computes its share of the tokens, and
-gradients are summed. Without --model and --pairs `story`, the last section, makes a small world with
-a base model, its errors and their corrections, trains on them, and prints what came of it.
+One optimizer step is `train_step`: for each pack the policy gives one log-prob a scored row,
+loss.py gives one coefficient a row, and `row_logps.backward(coefficients)` is the backward pass.
+Which pairs form a step does not depend on the number of ranks; each rank computes its share of the
+tokens, and gradients are summed. Without --model and --pairs `story`, the last section, makes a
+small world with a base model, its errors and their corrections, trains on them, and prints what
+came of it.
 """
 
 import argparse
@@ -49,7 +51,7 @@ import oracle
 from data import UserError
 from model import Ranks, add_options, begin, close_ranks, open_ranks, option
 
-# Dense bf16 peaks in FLOP/s, for mfu. Any other device: the rate of a product measured at the start.
+# Dense bf16 peaks in FLOP/s, for mfu. Any other device: a product's rate, measured at the start.
 PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12,
          "B200": 2250e12}
 
@@ -66,7 +68,8 @@ class Options:
     out: str = option("", "run folder to write (required)")
     loss: str = option("spot-bce", "objective", loss.OBJECTIVES)
     beta: float = option(0.1, "reward scale: r = beta * (log pi - log pi_ref)")
-    delta: str = option("ema", "running mean of spot-bco: moving (0.9) or of all", ("ema", "cumulative"))
+    delta: str = option("ema", "running mean of spot-bco: moving (0.9) or of all",
+                        ("ema", "cumulative"))
     lr: float = option(1e-6, "peak learning rate (SFT in the paper: 5e-6)")
     epochs: int = option(2, "passes over the pairs")
     max_steps: int = option(0, "optimizer steps at most, schedule included; 0: all of the epochs'")
@@ -74,7 +77,7 @@ class Options:
     warmup: float = option(0.05, "share of the steps with rising rate; a cosine to 0 follows")
     weight_decay: float = option(0.01, "AdamW's, on all weights but norms")
     clip: float = option(1.0, "largest norm of the gradient")
-    max_length: int = option(8192, "tokens of prompt + one answer; longer pairs are dropped, never cut")
+    max_length: int = option(8192, "tokens of prompt + one answer; longer pairs are dropped")
     max_change_ratio: float = option(0.6, "drop pairs with 1 - LCS(y-, y+)/|y+| above this (gamma)")
     skip_malformed: bool = option(False, "drop and count malformed rows instead of stopping")
     eval_pairs: str = option("", "held-out pair file, scored after each epoch")
@@ -83,8 +86,8 @@ class Options:
                         ("float32", "bfloat16"))
     checkpointing: str = option("full", "recompute each block in backward (less memory), or not",
                                 ("none", "full"))
-    tokens_per_pack: int = option(16384, "tokens of a micro-batch; memory grows with it, results do not")
-    shard_size: int = option(0, "ranks that share one copy of the model, the others replicate; 0: all")
+    tokens_per_pack: int = option(16384, "tokens of a micro-batch; memory grows, results do not")
+    shard_size: int = option(0, "ranks that share one copy of the model; 0: all")
     save_dtype: str = option("bfloat16", "of the trained checkpoint in OUT/model",
                              ("float32", "bfloat16"))
     save_every: int = option(50, "steps between checkpoints; 0: only at the end and on SIGTERM")
@@ -118,7 +121,8 @@ def parse_options(argv=None) -> Options:
         kept = {name: value for name, value in kept.items() if name in names}
         for name, value in given.items():
             if name in kept and name not in FREE and kept[name] != value:
-                problems.append(f"--{name} is {value!r}, the run in {given['out']} has {kept[name]!r}")
+                problems.append(f"--{name} is {value!r}, the run in {given['out']} has "
+                                f"{kept[name]!r}")
         given = {**kept, **given}
     o = Options(**given)
     if given.keys() <= {"out", "seed"}:
@@ -136,13 +140,16 @@ def parse_options(argv=None) -> Options:
 def check_options(o: Options) -> list:
     """What is wrong with the numbers, as text."""
     problems = []
-    for name in ("beta", "lr", "epochs", "batch_size", "clip", "max_length", "tokens_per_pack", "keep",
-                 "timeout", "gpus", "gpu_memory"):
-        if not 0 < getattr(o, name) < 1e9:  # a time-out in seconds has no room for more
-            problems.append(f"--{name} is {getattr(o, name)}, a number above 0 (and below 1e9) expected")
-    for name in ("max_steps", "save_every", "shard_size", "weight_decay", "seed", "max_change_ratio"):
-        if not 0 <= getattr(o, name) < math.inf:
-            problems.append(f"--{name} is {getattr(o, name)}, a number of 0 or more expected")
+    for name in ("beta", "lr", "epochs", "batch_size", "clip", "max_length", "tokens_per_pack",
+                 "keep", "timeout", "gpus", "gpu_memory"):
+        value = getattr(o, name)
+        if not 0 < value < 1e9:  # a time-out in seconds has no room for more
+            problems.append(f"--{name} is {value}, a number above 0 (and below 1e9) expected")
+    for name in ("max_steps", "save_every", "shard_size", "weight_decay", "seed",
+                 "max_change_ratio"):
+        value = getattr(o, name)
+        if not 0 <= value < math.inf:
+            problems.append(f"--{name} is {value}, a number of 0 or more expected")
     if not 0 <= o.warmup <= 1:
         problems.append(f"--warmup is {o.warmup}, a share between 0 and 1 expected")
     if o.delta != "ema" and o.loss != "spot-bco":
@@ -164,7 +171,7 @@ def build_policy(folder, config, o: Options, ranks: Ranks):
             raise UserError(f"--shard_size {o.shard_size} does not divide the {ranks.world} ranks")
         shape, names = (ranks.world // o.shard_size, o.shard_size), ("replicate", "shard")
     mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
-    precision = MixedPrecisionPolicy(param_dtype=getattr(torch, o.dtype), reduce_dtype=torch.float32)
+    precision = MixedPrecisionPolicy(getattr(torch, o.dtype), reduce_dtype=torch.float32)
     for block in policy.layers:
         fully_shard(block, mesh=mesh, mp_policy=precision)
     if not config.tie_word_embeddings:  # units of their own, else one buffer holds both big tables
@@ -205,7 +212,8 @@ def learning_rate(step: int, total: int, o: Options) -> float:
 def count_flops(config, pack) -> float:
     """FLOPs of forward + backward of one pack: products only, recomputation left out."""
     heads, groups = config.num_attention_heads, config.num_key_value_heads
-    layer = config.hidden_size * (config.head_dim * 2 * (heads + groups) + 3 * config.intermediate_size)
+    width = config.hidden_size
+    layer = width * (config.head_dim * 2 * (heads + groups) + 3 * config.intermediate_size)
     visible = 0  # pairs of a query and a key that it sees
     for start, trunk_end, rejected_end, chosen_end in pack.forks:
         trunk = trunk_end - start
@@ -213,12 +221,12 @@ def count_flops(config, pack) -> float:
             visible += length * (length + 1) // 2
         visible += (chosen_end - trunk_end) * trunk
     attention = 2 * heads * config.head_dim * visible
-    head = config.vocab_size * config.hidden_size * len(pack.rows)
+    head = config.vocab_size * width * len(pack.rows)
     return 6.0 * (config.num_hidden_layers * (layer * len(pack.tokens) + attention) + head)
 
 
 def peak_flops(device, dtype) -> float:
-    """Published peak of a known GPU, else a 512^3 product's measured rate, in FLOP/s of this rank."""
+    """FLOP/s of this rank: a known GPU's published peak, else a 512^3 product's measured rate."""
     if device.type == "cuda":
         for name, peak in PEAKS.items():
             if name in torch.cuda.get_device_name(device):
@@ -356,7 +364,8 @@ class Run:
 
     def packs(self, forks, batch, reference=None):
         """This rank's micro-batches of one global batch, on the device."""
-        plan = data.split_batch(batch, list(map(len, forks)), self.ranks.world, self.o.tokens_per_pack)
+        plan = data.split_batch(batch, list(map(len, forks)), self.ranks.world,
+                                self.o.tokens_per_pack)
         for micro_batch in plan:
             pack = data.make_pack(forks, micro_batch[self.ranks.rank], reference)
             yield pack.to(self.ranks.device)
@@ -412,8 +421,8 @@ def train_step(run: Run, batch, lr: float) -> Totals:
 
 
 def loss_count(run, batch) -> int:
-    """What the step's loss is divided by: its pairs, or its tokens of y+. A global number that every
-    rank knows from the plan, without communication."""
+    """What the step's loss is divided by: its pairs, or its tokens of y+. A global number that
+    every rank knows from the plan, without communication."""
     if run.o.loss not in loss.TOKEN_OBJECTIVES:
         return len(batch)
     forks = [run.forks[i] for i in batch]
@@ -421,7 +430,7 @@ def loss_count(run, batch) -> int:
 
 
 def share_totals(ranks, sums, flops, grad_norm) -> Totals:
-    """A step's numbers over all ranks: its only communication of ours, its only wait for the GPU."""
+    """A step's numbers over all ranks: our only communication in it, its only wait for the GPU."""
     own = torch.tensor([flops, float(STOP.is_set())], dtype=torch.float64)
     everything = torch.cat([sums, data.to_device(own, ranks.device), grad_norm.double().view(1)])
     *sums, flops, stop, grad_norm = ranks.reduce(everything).tolist()
@@ -437,9 +446,9 @@ def check_step(run, batch, totals: Totals, count: int):
         canary(run, sums["abs_reward"], mean_loss)
     if not math.isfinite(mean_loss) or not math.isfinite(totals.grad_norm):
         lines = ", ".join(str(run.forks[i].line) for i in batch)
-        raise UserError(f"step {run.state.step}: loss {mean_loss}, gradient norm {totals.grad_norm}: "
-                        f"not finite, weights left as they were. The step's pairs: lines {lines} of "
-                        f"{run.o.pairs}")
+        raise UserError(f"step {run.state.step}: loss {mean_loss}, gradient norm "
+                        f"{totals.grad_norm}: not finite, weights left as they were. The step's "
+                        f"pairs: lines {lines} of {run.o.pairs}")
 
 
 def canary(run, abs_reward, mean_loss):
@@ -452,10 +461,10 @@ def canary(run, abs_reward, mean_loss):
         same = torch.tensor(mean_loss).float() == torch.tensor(expected).float()
     run.ranks.say(text)
     if abs_reward != 0 or not same:
-        raise UserError("step 0 must give rewards of exactly 0. Delete reference.safetensors, which may "
-                        f"be of another model, and start again with --resume --out {run.o.out}. If it "
-                        "returns, the forward pass is not deterministic here: try --dtype float32, "
-                        "another torch, or another machine")
+        raise UserError("step 0 must give rewards of exactly 0. Delete reference.safetensors, which "
+                        "may be of another model, and start again with --resume --out "
+                        f"{run.o.out}. If it returns, the forward pass is not deterministic here: "
+                        "try --dtype float32, another torch, or another machine")
 
 
 def finish_step(run, batch, totals: Totals, lr: float, seconds: float) -> dict:
@@ -464,8 +473,8 @@ def finish_step(run, batch, totals: Totals, lr: float, seconds: float) -> dict:
     step, epoch   from 0; the keys of loss.average are means before this step's update
     delta         of this step (spot-bco); grad_norm: before clipping; lr: of this step
     tokens        computed in this step (trunks once), all ranks; tokens_per_s likewise
-    mfu           counted FLOPs (products of forward and backward, no recomputation) over the peak of
-                  all ranks; see peak_flops
+    mfu           counted FLOPs (products of forward and backward, no recomputation) over the peak
+                  of all ranks; see peak_flops
     memory_gb     peak of the main rank so far: its GPU's memory, or its resident memory
     """
     o, state, ranks = run.o, run.state, run.ranks
@@ -485,7 +494,7 @@ def finish_step(run, batch, totals: Totals, lr: float, seconds: float) -> dict:
 
 
 def score_all(run: Run, forks, batches, title) -> torch.Tensor:
-    """(N, 2) fp64 sequence log-probs of all forks under the policy as it is, on every rank's CPU."""
+    """(N, 2) fp64 sequence log-probs of all forks under the present policy, on every rank's CPU."""
     scores = torch.zeros(len(forks), 2, dtype=torch.float64, device=run.ranks.device)
     with torch.no_grad():
         for batch in tqdm(batches, desc=title, disable=not run.ranks.main, unit="batch"):
@@ -501,8 +510,10 @@ def evaluate(run: Run) -> dict:
     with torch.no_grad():
         for batch in fixed_batches(run.eval_forks, run.o):
             for pack in run.packs(run.eval_forks, batch, run.eval_reference):
-                sums += loss.row_coefficients(run.o.loss, run.score(pack), pack.lengths, pack.reference,
-                                              run.o.beta, run.state.delta)[1]
+                _, pack_sums = loss.row_coefficients(
+                    run.o.loss, run.score(pack), pack.lengths, pack.reference, run.o.beta,
+                    run.state.delta)
+                sums += pack_sums
     run.policy.reshard()
     return loss.average(run.ranks.reduce(sums).tolist(), run.o.loss)
 
@@ -527,8 +538,8 @@ def watched_pair(run) -> int:
 
 
 def look(run: Run, path: str):
-    """Add a line to surgery.jsonl: the watched pair's coefficients (of the summed loss) and log-probs
-    under the policy as it is, one a token after the prompt: trunk, rejected, chosen."""
+    """Add a line to surgery.jsonl: the watched pair's coefficients (of the summed loss) and
+    log-probs under the present policy, one a token after the prompt: trunk, rejected, chosen."""
     o, index = run.o, watched_pair(run)
     with torch.no_grad():
         (pack,) = run.packs(run.forks, [index])  # the main rank's; the others forward a dummy
@@ -542,21 +553,21 @@ def look(run: Run, path: str):
             data.append_row(path, rows[0])
         # Its own reference, not reference.safetensors': there it was scored in a pack with others,
         # and in bf16 another pack gives another sum. So step 0 is exact.
-        reference = torch.tensor([rows[0]["reference"]], dtype=torch.float64, device=row_logps.device)
-        coefficients, sums = loss.row_coefficients(o.loss, row_logps, pack.lengths, reference, o.beta,
-                                                   run.state.delta)
+        reference = torch.tensor([rows[0]["reference"]], dtype=torch.float64)
+        coefficients, sums = loss.row_coefficients(
+            o.loss, row_logps, pack.lengths, reference.to(row_logps.device), o.beta, run.state.delta)
         sums = dict(zip(loss.SUMS, sums.tolist()))
         data.append_row(path, {
-            "step": run.state.step, "delta": run.state.delta, "reward_chosen": sums["reward_chosen"],
-            "reward_rejected": sums["reward_rejected"], "coefficients": coefficients.tolist(),
-            "logps": row_logps.tolist()})
+            "step": run.state.step, "delta": run.state.delta,
+            "reward_chosen": sums["reward_chosen"], "reward_rejected": sums["reward_rejected"],
+            "coefficients": coefficients.tolist(), "logps": row_logps.tolist()})
 
     run.ranks.main_only(write)
 
 
 def describe_pair(run, index, sums) -> dict:
-    """The first line of surgery.jsonl: the watched pair as token texts, its reference log-probs, and
-    the change ratios of all pairs. Its "step" is -1, so that no resume drops it."""
+    """The first line of surgery.jsonl: the watched pair as token texts, its reference log-probs,
+    and the change ratios of all pairs. Its "step" is -1, so that no resume drops it."""
     fork, prompt = run.forks[index], run.forks[index].prompt_length
     if run.state.step:  # the first line was lost
         sums = run.reference[[index]]
@@ -615,9 +626,9 @@ def reference_pass(run: Run):
     path = os.path.join(o.out, "reference.safetensors")
     batches = data.epoch_batches(len(run.forks), o.batch_size, o.seed, 0)
     batches = batches[:total_steps(len(run.forks), o)]  # --max_steps may leave pairs out
-    key = sha256(json.dumps([run.hashes, o.dtype, o.seed, o.batch_size, len(batches), o.tokens_per_pack,
-                             o.shard_size, ranks.world, ranks.device.type, torch.get_num_threads(),
-                             torch.__version__]))
+    key = sha256(json.dumps([run.hashes, o.dtype, o.seed, o.batch_size, len(batches),
+                             o.tokens_per_pack, o.shard_size, ranks.world, ranks.device.type,
+                             torch.get_num_threads(), torch.__version__]))
     kept = ranks.main_only(read_reference, run, path, key)
     found = int(ranks.reduce(torch.full((), int(kept is not None), device=ranks.device)))
     if found:
@@ -767,8 +778,8 @@ def check_hashes(run: Run, kept: dict, path: str):
 
 
 def load_checkpoint(run: Run, path: str):
-    """Restore weights, moments and state; each rank copies the rows it needs, so that another number
-    of ranks works. Raises UserError that names a corrupt or missing file."""
+    """Restore weights, moments and state; each rank copies the rows it needs, so that another
+    number of ranks works. Raises UserError that names a corrupt or missing file."""
     ranks = run.ranks
     with ranks.together():
         kept = data.read_json(os.path.join(path, "state.json"))
@@ -792,8 +803,8 @@ def load_checkpoint(run: Run, path: str):
     run.state = State(kept["step"], kept["delta"], kept["seen"])
     before, now = (kept["world"], kept["threads"]), (ranks.world, torch.get_num_threads())
     if before != now:
-        ranks.say(f"saved by {before[0]} ranks x {before[1]} threads, resumed by {now[0]} x {now[1]}: "
-                  "the curve goes on, but no longer to the bit")
+        ranks.say(f"saved by {before[0]} ranks x {before[1]} threads, resumed by {now[0]} x "
+                  f"{now[1]}: the curve goes on, but no longer to the bit")
 
 
 def open_shard(file) -> dict:
@@ -809,7 +820,7 @@ def open_shard(file) -> dict:
 
 
 def read_inputs(o: Options):
-    """(checkpoint folder, its Config, forks, held-out forks, text for the log). Raises UserError."""
+    """(checkpoint folder, its Config, forks, held-out forks, text for the log)."""
     problems = []
     for name in ("pairs", "eval_pairs"):
         path = getattr(o, name)
@@ -825,7 +836,8 @@ def read_inputs(o: Options):
         raise UserError("\n  ".join(problems))
     config = qwen.read_config(folder)
     chat = data.load_chat(folder, config.vocab_size)
-    limits = (chat, o.max_length, o.max_change_ratio, o.loss in loss.PAIR_OBJECTIVES, o.skip_malformed)
+    limits = (chat, o.max_length, o.max_change_ratio, o.loss in loss.PAIR_OBJECTIVES,
+              o.skip_malformed)
     forks, log = data.load_forks(o.pairs, *limits)
     eval_forks = []
     if o.eval_pairs:
@@ -840,8 +852,8 @@ def prepare(o: Options, ranks: Ranks) -> Run:
         taken = [name for name in ("config.json", "metrics.jsonl", "checkpoints", "model")
                  if os.path.exists(os.path.join(o.out, name))]
         if taken and not o.resume:
-            raise UserError(f"{o.out} holds a run already ({', '.join(taken)}): add --resume to go on "
-                            "with it, or choose another --out")
+            raise UserError(f"{o.out} holds a run already ({', '.join(taken)}): add --resume to go "
+                            "on with it, or choose another --out")
         folder, config, forks, eval_forks, log = read_inputs(o)
         ranks.say(log)
     with ranks.together():
@@ -868,8 +880,8 @@ def claimed(out, ranks):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"{out} is being written by another process, perhaps by ranks whose "
-                                "torchrun was killed: wait for it, or end it") from None
+                raise UserError(f"{out} is being written by another process, perhaps by ranks "
+                                "whose torchrun was killed: wait for it, or end it") from None
             except OSError:
                 pass  # a file system without locks
     try:
@@ -886,8 +898,7 @@ def train(o: Options, ranks: Ranks) -> int:
     with claimed(o.out, ranks):
         begin_or_resume(run)
         if not train_to_the_end(run):
-            ranks.say(f"SIGTERM: saved at step {run.state.step} of {total_steps(len(run.forks), o)}; go "
-                      f"on with --resume --out {o.out}")
+            ranks.say(f"SIGTERM: saved at step {run.state.step}; go on with --resume --out {o.out}")
             return 143  # 128 + SIGTERM, as the shell has it
         export_model(run)
         report = write_report(ranks, [o.out], os.path.join(o.out, "report.html"))
@@ -930,7 +941,7 @@ def keep_steps_before(path, step):
 
 
 def train_to_the_end(run: Run) -> bool:
-    """All steps that are left, with logs and checkpoints; False where SIGTERM came before the end."""
+    """All steps that are left, with logs and checkpoints; False where SIGTERM ended them early."""
     o, ranks, state = run.o, run.ranks, run.state
     total, epoch_steps = total_steps(len(run.forks), o), steps_per_epoch(len(run.forks), o)
     surgery_path = os.path.join(o.out, "surgery.jsonl")
