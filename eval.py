@@ -40,7 +40,6 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from http.client import HTTPException, IncompleteRead
-from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
@@ -1458,65 +1457,64 @@ def choice_letter(text: str) -> str | None:
 
 # --- statistics -----------------------------------------------------------------------------------
 
-def question_mean(name, scores):
+
+def question_mean(scores: list) -> float:
     """The mean over the samples of one question."""
-    scores = list(scores)
-    if not scores or not all(isinstance(x, Real | np.bool_) and math.isfinite(x) for x in scores):
-        raise UserError(f"question {name!r}: one or more finite scores expected, found {scores!r:.60}")
     return math.fsum(scores) / len(scores)
 
 
 def clustered(scores: list, weights: list | None = None) -> tuple[float, float | None]:
     """(mean, its standard error) of per-question lists of scores, in the scores' unit.
 
-    Samples of one question are no independent evidence, so the error is that of n questions, clusters: the
-    cluster-robust error with its n / (n - 1) correction (Miller 2024, arXiv 2411.00640, eq. 4). Every
-    question counts once, however many of its samples failed; with weights (a text's tokens, a prompt's
-    instructions) it is the weighted mean and the error of a ratio. None: one question has no spread.
-    Raises UserError where there is no score, or one that is no number.
+    The samples of one question are not independent, so the error is that of n questions: the
+    cluster-robust error with its n / (n - 1) correction (Miller 2024, arXiv 2411.00640, eq. 4).
+    Every question counts once, however many samples it has. With weights, one a question (a text's
+    tokens, a prompt's instructions), it is the weighted mean and the error of a ratio. The error of
+    a single question is None.
     """
-    if not scores:
-        raise UserError("no question has a score")
-    means, n = np.array([question_mean(i, s) for i, s in enumerate(scores)]), len(scores)
+    n = len(scores)
+    means = np.array([question_mean(row) for row in scores])
     weights = np.ones(n) if weights is None else np.array(weights, dtype=float)
     mean = (weights * means).sum() / weights.sum()
     if n == 1:
         return float(mean), None
-    spread = np.sqrt(((weights * (means - mean)) ** 2).sum() * n / (n - 1)) / weights.sum()
-    return float(mean), float(spread)
+    squares = ((weights * (means - mean)) ** 2).sum()
+    return float(mean), float(np.sqrt(squares * n / (n - 1)) / weights.sum())
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The unbiased estimate of the chance that one or more of k samples is right, where c of n were (Chen
-    et al. 2021, arXiv 2107.03374), in integers: exact for any n. Raises UserError for impossible counts."""
-    if not 0 <= c <= n or not 1 <= k <= n:
-        raise UserError(f"pass@{k} of {n} samples with {c} right: 0 <= right <= samples and 1 <= k <= "
-                        "samples expected")
+    """The unbiased estimate of the chance that one or more of k samples is right, where c of n were
+    (Chen et al. 2021, arXiv 2107.03374), in integers: exact for any n. 0 <= c <= n, 1 <= k <= n."""
     subsets = math.comb(n, k)
     return (subsets - math.comb(n - c, k)) / subsets
 
 
 def paired_bootstrap(a: dict, b: dict, seed: int, resamples: int = 10_000) -> tuple:
-    """(difference, low, high, p) of two models by {question: its scores}: mean of b - mean of a, over the
-    questions that are in both; the 95 % percentile interval; and the two-sided p of no difference.
+    """(difference, low, high, p) of two models by {question: its scores}: mean of b - mean of a
+    over the questions that are in both (two or more), the 95 % percentile interval, and the
+    two-sided p of no difference.
 
-    Questions are drawn with replacement and keep both models' scores together, so what makes a question
-    hard for both cancels out. With a few questions only, the interval is somewhat too narrow. Raises
-    UserError where fewer than two questions are in both.
+    Questions are drawn with replacement and keep both models' scores together, so what makes a
+    question hard for both cancels out. With few questions the interval is somewhat too narrow.
     """
-    both = [q for q in a if q in b]
-    if len(both) < 2:
-        raise UserError(f"{len(both)} questions are in both results, of {len(a)} and {len(b)}: two or more "
-                        "are needed to compare them")
-    differences = np.array([question_mean(q, b[q]) - question_mean(q, a[q]) for q in both])
-    # To draw n questions is to draw how often each distinct difference occurs; there are few of those.
+    differences = []
+    for question in a:
+        if question in b:
+            differences.append(question_mean(b[question]) - question_mean(a[question]))
+    n = len(differences)
+    # A draw of n questions is a draw of how often each distinct difference occurs.
     values, counts = np.unique(differences, return_counts=True)
-    rng, n = np.random.default_rng(seed), len(both)
-    blocks = [min(1000, resamples - done) for done in range(0, resamples, 1000)]  # bounds the memory
-    means = np.concatenate([rng.multinomial(n, counts / n, size) @ values / n for size in blocks])
+    rng = np.random.default_rng(seed)
+    means = []
+    for done in range(0, resamples, 1000):  # blocks bound the memory
+        drawn = rng.multinomial(n, counts / n, min(1000, resamples - done))
+        means.extend(drawn @ values / n)
+    means = np.array(means)
     low, high = np.quantile(means, (0.025, 0.975))
-    beyond = int(min(np.sum(means <= 1e-12), np.sum(means >= -1e-12)))  # a 0 may be summed to 1e-17
-    return float(differences.mean()), float(low), float(high), min(1.0, 2 * (1 + beyond) / (1 + resamples))
+    at_most_zero = int((means <= 1e-12).sum())  # a sum that is 0 may be rounded to 1e-17
+    at_least_zero = int((means >= -1e-12).sum())
+    p = min(1.0, 2 * (1 + min(at_most_zero, at_least_zero)) / (1 + resamples))
+    return float(np.mean(differences)), float(low), float(high), p
 
 
 # --- tasks ----------------------------------------------------------------------------------------
@@ -1721,102 +1719,110 @@ def read_results(folder: str) -> dict:
 
 
 def compare_runs(folders: list, seed: int = 0) -> str:
-    """A Markdown table of two finished evaluations: differences of the headline figures in points, B - A,
-    with 95 % intervals by paired bootstrap over the questions that both answered. A and B are of those alone.
-    Below 20 questions the bootstrap's p is too small, and left out. What cannot be compared is said."""
-    (a, b), rows = map(read_results, folders), []
-    one, other = (read_json(os.path.join(folder, "settings.json")) for folder in folders)
-    def quoted(value):  # settings.json may be a stranger's: one line, no markup, no terminal's commands
-        return html.escape(json.dumps(value)[:200], quote=False).replace("|", "\\|")
-
-    notes = [f"{k} differs: {quoted(one.get(k))} and {quoted(other.get(k))}" for k in ("sampling", "seed")
-             if one.get(k) != other.get(k)]
-    for name in (name for name in a if name in b):
-        both = [q for q in a[name]["scores"] if q in b[name]["scores"]
-                and a[name]["asked"][q] == b[name]["asked"][q]]
-        if len(both) < 2:
-            notes.append(f"{name} is left out: {len(both)} questions were asked in both")
+    """A Markdown table of two finished evaluations A and B: the headline figures over the questions
+    that both answered, their difference B - A in points, and its 95 % interval by paired bootstrap.
+    Below 20 questions the bootstrap's p is too small and is left out. Notes name what differs or
+    cannot be compared. Raises UserError where the two have no task in common."""
+    a, b = [read_results(folder) for folder in folders]
+    settings_a, settings_b = [read_json(os.path.join(folder, "settings.json")) for folder in folders]
+    rows, notes = [], []
+    for key in ("sampling", "seed"):
+        values = [json.dumps(settings.get(key)) for settings in (settings_a, settings_b)]
+        if values[0] != values[1]:
+            notes.append(f"{key} differs: {values[0]} and {values[1]}")
+    for task in a:
+        if task not in b:
             continue
-        some = [{q: r[name]["scores"][q] for q in both} for r in (a, b)]
-        difference, low, high, p = paired_bootstrap(*some, seed)
-        first, second = (100 * clustered(list(scores.values()))[0] for scores in some)
-        rows.append(f"| {name} | {len(both)} | {first:.1f} | {second:.1f} | {100 * difference:+.1f} | "
-                    f"{100 * low:+.1f} to {100 * high:+.1f} | {f'{p:.3f}' if len(both) >= 20 else '-'} |")
-        others = [r[name]["questions"] - len(both) for r in (a, b)]
-        notes += [f"{name}: {others[0]} questions of A and {others[1]} of B have no partner"] * any(others)
+        scores_a, scores_b = {}, {}
+        for question, scores in a[task]["scores"].items():
+            if a[task]["asked"][question] == b[task]["asked"].get(question):
+                if question in b[task]["scores"]:
+                    scores_a[question], scores_b[question] = scores, b[task]["scores"][question]
+        count = len(scores_a)
+        if count < 2:
+            notes.append(f"{task} is left out: {count} questions were asked in both")
+            continue
+        mean_a, mean_b = (100 * clustered(list(x.values()))[0] for x in (scores_a, scores_b))
+        difference, low, high, p = paired_bootstrap(scores_a, scores_b, seed)
+        rows.append(f"| {task} | {count} | {mean_a:.1f} | {mean_b:.1f} | {100 * difference:+.1f} | "
+                    f"{100 * low:+.1f} to {100 * high:+.1f} | {f'{p:.3f}' if count >= 20 else '-'} |")
+        alone_a, alone_b = (results[task]["questions"] - count for results in (a, b))
+        if alone_a or alone_b:
+            notes.append(f"{task}: {alone_a} questions of A and {alone_b} of B have no partner")
     if not rows:
-        raise UserError(f"nothing to compare: {folders[0]} has {', '.join(a)}, {folders[1]} {', '.join(b)}"
-                        + "".join(f"\n  {note}" for note in notes))
+        raise UserError(f"nothing to compare: {folders[0]} has {', '.join(a)}, {folders[1]} has "
+                        f"{', '.join(b)}{data.listed(notes)}")
     head = ["| task | questions | A | B | B - A | 95 % | p |", "|---|---|---|---|---|---|---|"]
-    return "\n".join([*head, *rows, *(f"\n{note}" for note in notes)])
+    return "\n".join(head + rows + [f"\n{note}" for note in notes])
 
 
 # --- retention ------------------------------------------------------------------------------------
 
-ROWS_AT_ONCE = 256  # of logits, twice, in fp32: 0.3 GB at Qwen3's vocabulary
+ROWS_AT_ONCE = 256  # rows of logits of each model in fp32: 0.3 GB at Qwen3's vocabulary
 
 
 def read_sequences(path: str, chat: data.Chat, max_length: int) -> tuple[list, str]:
-    """(ids, first) of every row: a text ("text"), scored from its second token, or a pair, whose y+ is scored
-    after its prompt; and what was cut and dropped, as text. Longer ones are cut: every token's context stays
-    whole."""
+    """([(ids, first), ...], a summary) of a JSONL file: ids[first:] are scored. A row is a text
+    {"text": ...}, scored from its second token, or a pair, whose y+ is scored after its prompt.
+    Ids beyond max_length are cut off. Raises UserError naming the line, or where no row is left."""
     cut = 0
 
     def parse(row, line):
+        nonlocal cut
         if "text" in row:
             ids, first = chat.encode(data.check_text(row["text"], "'text'")), 1
-        elif row.get("is_correct") is False:
-            raise data.Drop("correction is wrong (is_correct: false)")
         else:
             pair = data.parse_pair(row, line)
             prompt = chat.prompt(pair.messages)
             ids, first = [*prompt, *chat.encode(pair.chosen), chat.im_end], len(prompt)
-        if len(ids[:max_length]) <= first:
+        if min(len(ids), max_length) <= first:
             raise data.Drop("nothing to score")
-        nonlocal cut
-        cut += len(ids) > max_length
+        if len(ids) > max_length:
+            cut += 1
         return ids[:max_length], first
 
-    rows, dropped = data.read_rows(path, parse)
-    said = f"{path}: {len(rows)} texts, {cut} of them cut at {max_length} tokens"
-    said += "".join(f"; {n} dropped: {reason}" for reason, n in dropped.items())
-    if not rows:
-        raise UserError(f"{said}: no row has a token to score")
-    return rows, said
+    sequences, dropped = data.read_rows(path, parse)
+    summary = f"{path}: {len(sequences)} texts, {cut} of them cut at {max_length} tokens"
+    for reason, count in dropped.items():
+        summary += f"; {count} dropped: {reason}"
+    if not sequences:
+        raise UserError(f"{summary}: no row has a token to score")
+    return sequences, summary
 
 
 @torch.no_grad()
 def retention(model: qwen.Qwen3, base: qwen.Qwen3, sequences: list, ranks: Ranks) -> dict:
     """How far a model went from its base on given texts, over the full vocabulary.
 
-    sequences  [(ids, first)]: ids[first:] are scored, first >= 1
-    returns    {"tokens", "logp", "logp_base", "kl"}: mean log-probability of the given tokens, and mean
-               KL(base || model) of the next-token distributions, both in nats a token, as (mean, standard
-               error clustered by sequence)
-    Each rank takes a share; logits are held for ROWS_AT_ONCE tokens at a time.
+    sequences  [(ids, first)]: ids[first:] are scored, first >= 1; each rank takes a share
+    returns    {"tokens", "logp", "logp_base", "kl"}: mean log-probability of the given tokens, and
+               mean KL(base || model) of the next-token distributions, both in nats a token, as
+               (mean, standard error clustered by sequence)
     """
-    if model.config.vocab_size != base.config.vocab_size:
-        raise UserError(f"vocabularies of {model.config.vocab_size} and {base.config.vocab_size} tokens: "
-                        "no KL between them")
-    # In fp32 whatever the models are: logits rounded to bf16 would add half as much again to a small KL.
+    sizes = model.config.vocab_size, base.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise UserError(f"vocabularies of {sizes[0]} and {sizes[1]} tokens: no KL between them")
+    # In fp32 always: logits rounded to bf16 would add half as much again to a small KL.
     heads = [m.head_weight().float() for m in (model, base)]
     sums = torch.zeros(len(sequences), 3, dtype=torch.float64)
     mine = range(ranks.rank, len(sequences), ranks.world)
     for i in tqdm(mine, disable=not ranks.main, desc="retention", unit="text"):
         ids, first = sequences[i]
         tokens = torch.tensor(ids, device=ranks.device)
-        where = torch.arange(len(ids), device=ranks.device), [(0, len(ids), len(ids), len(ids))]
-        hidden = [m.norm(m.trunk(tokens, *where))[first - 1:-1].split(ROWS_AT_ONCE) for m in (model, base)]
-        for p, q, target in zip(*hidden, tokens[first:].split(ROWS_AT_ONCE)):
-            p, q = ((h.float() @ w.T).log_softmax(-1) for h, w in ((p, heads[0]), (q, heads[1])))
-            kl = (q.exp() * (q - p)).sum(-1)
-            at_target = (x.gather(1, target[:, None])[:, 0] for x in (p, q))
-            sums[i] += torch.stack([x.double().sum().cpu() for x in (*at_target, kl)])
+        positions, layout = torch.arange(len(ids), device=ranks.device), [(0, *[len(ids)] * 3)]
+        hidden = [m.norm(m.trunk(tokens, positions, layout)) for m in (model, base)]
+        for at in range(first, len(ids), ROWS_AT_ONCE):
+            target = tokens[at:at + ROWS_AT_ONCE, None]
+            p, q = [(h[at - 1:at - 1 + len(target)].float() @ w.T).log_softmax(-1)
+                    for h, w in zip(hidden, heads)]
+            figures = p.gather(1, target), q.gather(1, target), (q.exp() * (q - p)).sum(-1)
+            sums[i] += torch.stack([x.double().sum().cpu() for x in figures])
     lengths = [len(ids) - first for ids, first in sequences]
-    means = (ranks.reduce(sums) / torch.tensor(lengths)[:, None]).T.tolist()
-    figures = {name: clustered([[x] for x in some], lengths) for name, some in
-               zip(("logp", "logp_base", "kl"), means)}
-    return {"tokens": sum(lengths), **figures}
+    result = {"tokens": sum(lengths)}
+    for name, column in zip(("logp", "logp_base", "kl"), ranks.reduce(sums).T.tolist()):
+        means = [[total / length] for total, length in zip(column, lengths)]
+        result[name] = clustered(means, lengths)
+    return result
 
 
 # --- the report -----------------------------------------------------------------------------------
