@@ -1872,20 +1872,6 @@ class RunLog:
     surgery: list  # rows of surgery.jsonl: the watched pair, then its snapshots
 
 
-def read_run(folder: str, name: str) -> RunLog:
-    """The logs of a run folder; raises UserError that names a broken file."""
-    logs = [data.read_log(os.path.join(folder, f"{log}.jsonl")) for log in ("metrics", "eval", "surgery")]
-    return RunLog(name, read_json(os.path.join(folder, "config.json"))["options"], *logs)
-
-
-def read_surgery(path: str) -> tuple[dict, list]:
-    """(the watched pair, its snapshots) of surgery.jsonl; raises UserError where there is none."""
-    rows = data.read_log(path)
-    if not rows or "reference" not in rows[0]:
-        raise UserError(f"{path}: a first line with the watched pair expected")
-    return rows[0], rows[1:]
-
-
 def escape(text: str) -> str:
     """Text of a user or a model as HTML: markup escaped, newlines marked; controls, marks that turn
     the direction of text, and lone surrogates spelled out."""
@@ -1950,14 +1936,17 @@ def line_chart(title: str, keys: tuple, runs: list) -> str:
 
 
 def before_after(runs: list) -> str:
-    """The figures of every run's first and last step as a table, and those of its held-out pairs."""
+    """A table of every run's first and last figures, in training and on held-out pairs."""
     rows = [["", *(escape(run.name) for run in runs)]]
     for title, logs in (("", [run.metrics for run in runs]),
                         ("held out: ", [run.held_out for run in runs])):
+        if not any(logs):
+            continue
         for key, name in FIGURES.items():
-            ends = [[number(log[i].get(key)) for i in (0, -1) if log] for log in logs]
-            if any(ends):
-                rows.append([title + name, *(" → ".join(pair) for pair in ends)])
+            rows.append([title + name])
+            for log in logs:
+                first, last = (log[0], log[-1]) if log else ({}, {})
+                rows[-1].append(f"{number(first.get(key))} → {number(last.get(key))}")
     return html_table(rows)
 
 
@@ -1967,8 +1956,10 @@ def benchmarks(evaluations: dict) -> str:
     for task in dict.fromkeys(task for results in evaluations.values() for task in results):
         rows.append([escape(task)])
         for results in evaluations.values():
-            metrics = results[task]["metrics"] if task in results else {}
-            rows[-1] += [figure(*value) for value in metrics.values()][:1] or ["–"]
+            cell = "–"
+            if task in results:
+                cell = figure(*next(iter(results[task]["metrics"].values())))
+            rows[-1].append(cell)
     return html_table(rows)
 
 
@@ -1978,11 +1969,10 @@ def surgery(run: RunLog, index: int) -> str:
     coefficients = np.array([snapshot["coefficients"] for snapshot in snapshots])  # (steps, tokens)
     scale = max(abs(coefficients).max(), 1e-30)
     texts = pair["trunk"] + pair["rejected"] + pair["chosen"]
-    a = len(pair["trunk"])
-    b = a + len(pair["rejected"])
-    tags = ["span"] * a + ["del"] * (b - a) + ["ins"] * (len(texts) - b)
+    fork, end = len(pair["trunk"]), len(pair["trunk"] + pair["rejected"])
+    tags = ["span"] * fork + ["del"] * (end - fork) + ["ins"] * (len(texts) - end)
     for i, j in data.lcs_matches(pair["rejected_ids"], pair["chosen_ids"]):
-        tags[a + i] = tags[b + j] = "span"
+        tags[fork + i] = tags[end + j] = "span"
     spans = []
     for i, (tag, text) in enumerate(zip(tags, texts)):
         style, title = "", "step: coefficient, log p"
@@ -1990,21 +1980,22 @@ def surgery(run: RunLog, index: int) -> str:
             coefficient, logp = coefficients[n, i], snapshot["logps"][i]
             colour = "#1f88cf" if coefficient < 0 else "#e0690a"
             style += f"--c{n}:{colour}{round(160 * abs(coefficient) / scale):02x};"
-            title += f"\n{snapshot['step']}: {number(coefficient)}, {number(logp)}"
+            title += f"\n{snapshot['step']:d}: {number(coefficient)}, {number(logp)}"
         spans.append(f'<{tag} style="{style}" title="{title}">{escape(text)}</{tag}>')
     buttons, notes = "", ""
     for n, snapshot in enumerate(snapshots):
         checked = " checked" if n == 0 else ""
-        buttons += f'<label><input type="radio" name="run{index}"{checked}> {snapshot["step"]}</label>\n'
+        buttons += (f'<label><input type="radio" name="run{index}"{checked}> {snapshot["step"]:d}'
+                    "</label>\n")
         rewards = [number(snapshot[key]) for key in ("reward_chosen", "reward_rejected")]
         notes += f'<p class="snapshot">r⁺ {rewards[0]}, r⁻ {rewards[1]}</p>'
     blocks = ""
     for title, tokens in (("prompt", [escape(text) for text in pair["prompt"]][-MAX_SHOWN:]),
-                          ("trunk", spans[:a][-MAX_SHOWN:]), ("y⁻", spans[a:b][:MAX_SHOWN]),
-                          ("y⁺", spans[b:][:MAX_SHOWN])):
+                          ("trunk", spans[:fork][-MAX_SHOWN:]), ("y⁻", spans[fork:end][:MAX_SHOWN]),
+                          ("y⁺", spans[end:][:MAX_SHOWN])):
         blocks += f'{title}<div class="tokens">{"".join(tokens)}</div>'
-    return (f'<div class="pair"><h3>{escape(run.name)}</h3>Full colour: ±{number(scale)}. After step:<br>'
-            f"{buttons}{notes}{blocks}</div>")
+    return (f'<div class="pair"><h3>{escape(run.name)}</h3><p>Full colour: ±{number(scale)}. '
+            f"Steps done:</p>{buttons}{notes}{blocks}</div>")
 
 
 def report(folders: list, out: str, note: str = ""):
@@ -2015,14 +2006,17 @@ def report(folders: list, out: str, note: str = ""):
     for folder in folders:
         name = os.path.relpath(os.path.realpath(folder), common)
         if os.path.exists(os.path.join(folder, "metrics.jsonl")):
-            runs.append(read_run(folder, name))
+            options = read_json(os.path.join(folder, "config.json"))["options"]
+            logs = [data.read_log(os.path.join(folder, f"{log}.jsonl"))
+                    for log in ("metrics", "eval", "surgery")]
+            runs.append(RunLog(name, options, *logs))
         elif os.path.exists(os.path.join(folder, "results.json")):
             evaluations[name] = read_results(folder)
         else:
             raise UserError(f"{folder}: no run (metrics.jsonl) and no evaluation (results.json)")
     if runs:
-        body += """<p>Look first at the rewards, where r⁺ should rise above 0 and stay above r⁻, then at
-the coloured pair: a surgical update leaves the trunk, the start of both answers, pale.</p>"""
+        body += """<p>Look first at the rewards, where r⁺ should rise above 0 and stay above r⁻,
+then at the coloured pair: a surgical update leaves the trunk, the start of both answers, pale.</p>"""
         for i, run in enumerate(runs):
             options = ", ".join(f"{key} {run.options.get(key)}" for key in ("loss", "lr", "beta"))
             body += (f'<div><b style="color:{COLOURS[i % 6]}">▬</b> '
@@ -2035,12 +2029,12 @@ the coloured pair: a surgical update leaves the trunk, the start of both answers
         body += f"<h2>Benchmarks</h2>{benchmarks(evaluations)}"
     watched = [surgery(run, i) for i, run in enumerate(runs) if run.surgery[1:]]
     if watched:
-        body += f"""<h2>Surgery on one pair</h2><p>Choose a number of steps: the next update raises the
-probability of <b>blue</b> tokens and lowers that of <b>orange</b> ones, the more the stronger the
-colour (the coefficient ∂L/∂log p, on each run's own scale). <del>Struck</del>: not in y⁺;
-<ins>underlined</ins>: not in y⁻. Point at a token for its figures.</p>
+        body += f"""<h2>Surgery on one pair</h2><p>Choose how many steps are done: the next update
+raises the probability of <b>blue</b> tokens and lowers that of <b>orange</b> ones, the more the
+stronger the colour (the coefficient ∂L/∂log p, on each run's own scale). <del>Struck</del>: not in
+y⁺; <ins>underlined</ins>: not in y⁻. Point at a token for its figures.</p>
 <div class="grid">{"".join(watched)}</div>"""
-    for n in range(max((len(run.surgery) for run in runs), default=0)):
+    for n in range(max([len(run.surgery) - 1 for run in runs], default=0)):
         checked = f".pair:has(label:nth-of-type({n + 1}) :checked)"
         styles += (f"{checked} .snapshot:nth-of-type({n + 1}) {{ display: block }}\n"
                    f"{checked} .tokens * {{ background: var(--c{n}) }}\n")
