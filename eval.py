@@ -1994,8 +1994,8 @@ def surgery(run: RunLog, index: int) -> str:
                           ("trunk", spans[:fork][-MAX_SHOWN:]), ("y⁻", spans[fork:end][:MAX_SHOWN]),
                           ("y⁺", spans[end:][:MAX_SHOWN])):
         blocks += f'{title}<div class="tokens">{"".join(tokens)}</div>'
-    return (f'<div class="pair"><h3>{escape(run.name)}</h3><p>Full colour: ±{number(scale)}. '
-            f"Steps done:</p>{buttons}{notes}{blocks}</div>")
+    return (f'<div class="pair"><h3>{escape(run.name)}</h3><div>Full colour: ±{number(scale)}. '
+            f"Steps done:</div>{buttons}{notes}{blocks}</div>")
 
 
 def report(folders: list, out: str, note: str = ""):
@@ -2016,7 +2016,7 @@ def report(folders: list, out: str, note: str = ""):
             raise UserError(f"{folder}: no run (metrics.jsonl) and no evaluation (results.json)")
     if runs:
         body += """<p>Look first at the rewards, where r⁺ should rise above 0 and stay above r⁻,
-then at the coloured pair: a surgical update leaves the trunk, the start of both answers, pale.</p>"""
+then at the coloured pair: a surgical update leaves the trunk, both answers' start, pale.</p>"""
         for i, run in enumerate(runs):
             options = ", ".join(f"{key} {run.options.get(key)}" for key in ("loss", "lr", "beta"))
             body += (f'<div><b style="color:{COLOURS[i % 6]}">▬</b> '
