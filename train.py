@@ -1120,8 +1120,8 @@ def write_toy_checkpoint(folder: str, shape: dict, seed: int):
     for p in weights.values():
         if p.ndim > 1:  # norms start at 1
             torch.nn.init.normal_(p, std=TOY_INIT, generator=source)
-    qwen.write_safetensors(os.path.join(folder, "model.safetensors"), [(qwen.hf_name(n), p.shape) for n, p in
-                      weights.items()], torch.float32, (p.detach() for p in weights.values()))
+    tensors = {qwen.hf_name(name): p.detach() for name, p in weights.items()}
+    qwen.write_tensors(os.path.join(folder, "model.safetensors"), tensors)
 
 
 # --- the toy world's Oracle -----------------------------------------------------------------------
