@@ -583,20 +583,32 @@ class Pack:
     targets: torch.Tensor  # (R,) int64: its id
     lengths: torch.Tensor  # (F, 3) int64: rows of trunk, rejected, chosen; they come in this order
     pairs: torch.Tensor  # (F,) int64: which pair each fork is
+    reference: torch.Tensor | None = None  # (F, 2) fp64: its log-probs before training
 
     def to(self, device):
         """Onto the device, without waiting for it."""
         moved = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            if torch.is_tensor(value) and device.type == "cuda":
-                moved[field.name] = value.pin_memory().to(device, non_blocking=True)
+            if torch.is_tensor(value):
+                moved[field.name] = to_device(value, device)
         return replace(self, **moved)
 
 
-def make_pack(forks: list, indices: list) -> Pack:
-    """Pack forks[i] for i in indices. No index: one dummy token and no scored row, for a rank
-    without work. The first token of *each* branch is predicted from the last trunk token."""
+def to_device(tensor, device):
+    """A CPU tensor onto the device. From pinned memory a GPU copies it in its own time; a plain
+    `.to` would wait until all work queued before it is done."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor
+
+
+def make_pack(forks: list, indices: list, reference=None) -> Pack:
+    """Pack forks[i] for i in indices, with their rows of `reference` (N, 2) if it is given.
+
+    No index: one dummy token and no scored row, for a rank without work. The first token of *each*
+    branch is predicted from the last trunk token.
+    """
     tokens, positions, spans, rows, targets, lengths = [], [], [], [], [], []
     start = 0
     for fork in (forks[i] for i in indices):
@@ -625,6 +637,7 @@ def make_pack(forks: list, indices: list) -> Pack:
     def joined(parts):
         return torch.from_numpy(np.concatenate([[], *parts]).astype(np.int64))
 
+    pairs = torch.tensor(indices, dtype=torch.int64)
     return Pack(joined(tokens), joined(positions), spans, joined(rows), joined(targets),
-                torch.tensor(lengths, dtype=torch.int64).view(-1, 3),
-                torch.tensor(indices, dtype=torch.int64))
+                torch.tensor(lengths, dtype=torch.int64).view(-1, 3), pairs,
+                None if reference is None else reference[pairs])

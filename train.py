@@ -1,18 +1,18 @@
-"""The explicit training loop of Surgical Post-Training, from one CPU core to several nodes of GPUs.
+"""The explicit training loop of Surgical Post-Training, from one CPU core to nodes of GPUs.
 
 Comes in:  --model, a Qwen3 checkpoint folder, and --pairs, a JSONL file of surgical pairs.
-Goes out:  a run folder: config.json, metrics.jsonl, reference.safetensors, checkpoints/, report.html with
-           surgery.jsonl behind it, and model/, the trained checkpoint in the layout it came in.
+Goes out:  a run folder: config.json, metrics.jsonl, reference.safetensors, checkpoints/, report.html
+           and surgery.jsonl behind it, and model/, the trained checkpoint in Hugging Face layout.
 
     torchrun --nproc_per_node=8 train.py --model Qwen3-8B --pairs pairs.jsonl --out runs/first
-    torchrun --nproc_per_node=2 train.py         # nothing given: the toy story, the whole method in minutes
+    torchrun --nproc_per_node=8 train.py --resume --out runs/first
+    torchrun --nproc_per_node=2 train.py         # nothing given: the toy story, in minutes
 
-Without arguments (--seed and --out are allowed) `story` makes a small world with a base model, its errors
-and their corrections, trains on them, and prints a table of what came of it.
-
-One optimizer step is `train_step`: for each pack the policy gives one log-prob a scored row, loss.py gives
-one coefficient a row, and `row_logps.backward(coefficients)` is the backward pass. Which pairs form a step
-does not depend on the number of ranks; each rank computes its share of the tokens, gradients are summed.
+One optimizer step is `train_step`: for each pack the policy gives one log-prob a scored row, loss.py
+gives one coefficient a row, and `row_logps.backward(coefficients)` is the backward pass. Which pairs
+form a step does not depend on the number of ranks; each rank computes its share of the tokens, and
+gradients are summed. Without --model and --pairs `story`, the last section, makes a small world with
+a base model, its errors and their corrections, trains on them, and prints what came of it.
 """
 
 import argparse
@@ -28,14 +28,14 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -49,8 +49,12 @@ import oracle
 from data import UserError
 from model import Ranks, add_options, begin, close_ranks, open_ranks, option
 
-# Dense bf16 peaks in FLOP/s, for mfu. Any other device: the rate of a square GEMM measured at the start.
-PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "B200": 2250e12}
+# Dense bf16 peaks in FLOP/s, for mfu. Any other device: the rate of a product measured at the start.
+PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12,
+         "B200": 2250e12}
+
+
+# --- options --------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -65,9 +69,9 @@ class Options:
     delta: str = option("ema", "running mean of spot-bco: moving (0.9) or of all", ("ema", "cumulative"))
     lr: float = option(1e-6, "peak learning rate (SFT in the paper: 5e-6)")
     epochs: int = option(2, "passes over the pairs")
-    max_steps: int = option(0, "optimizer steps at most, schedule included; 0: as many as the epochs have")
+    max_steps: int = option(0, "optimizer steps at most, schedule included; 0: all of the epochs'")
     batch_size: int = option(32, "pairs per optimizer step, over all ranks")
-    warmup: float = option(0.05, "share of the steps with rising learning rate; a cosine to 0 follows")
+    warmup: float = option(0.05, "share of the steps with rising rate; a cosine to 0 follows")
     weight_decay: float = option(0.01, "AdamW's, on all weights but norms")
     clip: float = option(1.0, "largest norm of the gradient")
     max_length: int = option(8192, "tokens of prompt + one answer; longer pairs are dropped, never cut")
@@ -79,57 +83,62 @@ class Options:
                         ("float32", "bfloat16"))
     checkpointing: str = option("full", "recompute each block in backward (less memory), or not",
                                 ("none", "full"))
-    tokens_per_pack: int = option(16384, "tokens of one micro-batch; memory grows with it, results do not")
-    shard_size: int = option(0, "ranks that share one copy of the model, the others replicate; 0: all ranks")
-    save_dtype: str = option("bfloat16", "of the trained checkpoint in --out/model", ("float32", "bfloat16"))
-    save_every: int = option(50, "optimizer steps between checkpoints; 0: only at the end and on SIGTERM")
+    tokens_per_pack: int = option(16384, "tokens of a micro-batch; memory grows with it, results do not")
+    shard_size: int = option(0, "ranks that share one copy of the model, the others replicate; 0: all")
+    save_dtype: str = option("bfloat16", "of the trained checkpoint in OUT/model",
+                             ("float32", "bfloat16"))
+    save_every: int = option(50, "steps between checkpoints; 0: only at the end and on SIGTERM")
     keep: int = option(1, "checkpoints to keep")
     timeout: int = option(1800, "seconds after which a stalled rank ends the run")
-    resume: bool = option(False, "go on with the run in --out from its last checkpoint")
+    resume: bool = option(False, "go on with the run in OUT from its last checkpoint")
     plan: bool = option(False, "train nothing: say what memory and time the run would take on GPUs")
     gpus: int = option(8, "with --plan: how many GPUs")
     gpu_memory: float = option(80.0, "with --plan: memory of each, in GB")
 
 
-# Options that may differ when a run is resumed: none changes the curve beyond floating-point noise.
-# Files may move: their content is what must be the same, and its hash tells.
-FREE = ("resume", "keep", "save_every", "timeout", "tokens_per_pack", "checkpointing", "shard_size", "model",
-        "pairs", "eval_pairs", "out", "plan", "gpus", "gpu_memory")
+# Options that may differ when a run is resumed: none changes the curve beyond rounding. Files may
+# move: a hash tells whether their content is the same.
+FREE = ("resume", "keep", "save_every", "timeout", "tokens_per_pack", "checkpointing", "shard_size",
+        "model", "pairs", "eval_pairs", "out", "plan", "gpus", "gpu_memory")
 
 
 def parse_options(argv=None) -> Options:
-    """Command line to Options. With --resume what is not given comes from OUT/config.json, and what is given
-    must agree with it. Without any, and with --out or --seed alone, `model` stays empty: that is the toy
-    story's mark. Raises UserError listing every problem at once."""
+    """Command line to Options. With --resume what is not given comes from OUT/config.json, and what
+    is given must agree with it. Only --out and --seed, or nothing, asks for the toy story: `model`
+    stays empty. Raises UserError that lists every problem."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, Options)
     given = vars(parser.parse_args(argv))
     problems = []
-    problems += qwen.unfit(given)
-    path = os.path.join(given.get("out", ""), "config.json")
-    if given.get("resume") and not problems and os.path.exists(path):
-        stored = data.read_json(path).get("options")
-        stored = stored if isinstance(stored, dict) else {}
-        kept = {f.name: stored[f.name] for f in fields(Options) if f.name in stored}
-        wrong = [f.name for f in fields(Options) if f.name in kept and (
-            type(kept[f.name]) not in ((int, float) if f.type is float else (f.type,))
-            or f.metadata["choices"] and kept[f.name] not in f.metadata["choices"])]
-        if wrong or not kept:
-            raise UserError(f"{path}: no options of this program ({', '.join(wrong) or 'options'})")
-        problems += [f"--{k} is {v!r}, the run in {given['out']} has {kept[k]!r}" for k, v in given.items()
-                     if k in kept and k not in FREE and kept[k] != v]
+    config_path = os.path.join(given.get("out", ""), "config.json")
+    if given.get("resume") and os.path.exists(config_path):
+        names = {f.name for f in fields(Options)}
+        kept = data.read_json(config_path).get("options", {})
+        kept = {name: value for name, value in kept.items() if name in names}
+        for name, value in given.items():
+            if name in kept and name not in FREE and kept[name] != value:
+                problems.append(f"--{name} is {value!r}, the run in {given['out']} has {kept[name]!r}")
         given = {**kept, **given}
-        problems += qwen.unfit(given)
     o = Options(**given)
-    if set(given) <= {"out", "seed"}:  # nothing to train and nothing to train on: the toy story
+    if given.keys() <= {"out", "seed"}:
         o.out = o.out or "runs/toy"
     else:
-        problems += [f"--{name} is required" for name in ("model", "pairs", "out")
-                     if not getattr(o, name) and not (o.plan and name == "out")]
+        for name in ("model", "pairs", "out"):
+            if not getattr(o, name) and not (o.plan and name == "out"):
+                problems.append(f"--{name} is required")
+    problems += check_options(o)
+    if problems:
+        raise UserError("these options do not work:" + data.listed(problems))
+    return o
+
+
+def check_options(o: Options) -> list:
+    """What is wrong with the numbers, as text."""
+    problems = []
     for name in ("beta", "lr", "epochs", "batch_size", "clip", "max_length", "tokens_per_pack", "keep",
                  "timeout", "gpus", "gpu_memory"):
-        if not 0 < getattr(o, name) < 1e9:  # also a week in seconds is below
+        if not 0 < getattr(o, name) < 1e9:  # a time-out in seconds has no room for more
             problems.append(f"--{name} is {getattr(o, name)}, a number above 0 (and below 1e9) expected")
     for name in ("max_steps", "save_every", "shard_size", "weight_decay", "seed", "max_change_ratio"):
         if not 0 <= getattr(o, name) < math.inf:
@@ -138,16 +147,15 @@ def parse_options(argv=None) -> Options:
         problems.append(f"--warmup is {o.warmup}, a share between 0 and 1 expected")
     if o.delta != "ema" and o.loss != "spot-bco":
         problems.append(f"--delta {o.delta} goes with --loss spot-bco, found --loss {o.loss}")
-    if problems:
-        raise UserError("\n  ".join(["these options do not work:"] + problems))
-    return o
+    return problems
 
 
 # --- the sharded policy ---------------------------------------------------------------------------
 
 
 def build_policy(folder, config, o: Options, ranks: Ranks):
-    """Meta device -> shard each block -> root -> memory -> each rank reads its own rows. fp32 shards."""
+    """(policy, mesh): meta device -> shard each block -> root -> memory -> each rank reads its own
+    rows. fp32 shards."""
     with torch.device("meta"):
         policy = qwen.Qwen3(config, checkpointing=o.checkpointing == "full")
     shape, names = (ranks.world,), ("shard",)
@@ -157,15 +165,14 @@ def build_policy(folder, config, o: Options, ranks: Ranks):
         shape, names = (ranks.world // o.shard_size, o.shard_size), ("replicate", "shard")
     mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
     precision = MixedPrecisionPolicy(param_dtype=getattr(torch, o.dtype), reduce_dtype=torch.float32)
-    how = {"mesh": mesh, "mp_policy": precision}
     for block in policy.layers:
-        fully_shard(block, **how)
-    if not config.tie_word_embeddings:  # big tables in units of their own, else one buffer holds both
-        fully_shard(policy.embed_tokens, **how)
-        fully_shard(policy.lm_head, **how)
-    fully_shard(policy, reshard_after_forward=False, **how)
+        fully_shard(block, mesh=mesh, mp_policy=precision)
+    if not config.tie_word_embeddings:  # units of their own, else one buffer holds both big tables
+        fully_shard(policy.embed_tokens, mesh=mesh, mp_policy=precision)
+        fully_shard(policy.lm_head, mesh=mesh, mp_policy=precision)
+    fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
     for unit in policy.modules():
-        # Sum gradients: we divide by our own global counts. One rank alone would divide by 1, at a cost.
+        # Gradients are summed: we divide by our own global counts. A rank alone would divide by 1.
         if isinstance(unit, FSDPModule) and ranks.world > 1:
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)  # without it gloo dies on the factor
@@ -177,16 +184,18 @@ def make_optimizer(policy, o: Options):
     """AdamW as in the paper (betas 0.9, 0.95), no decay on norms (the only 1-D weights)."""
     weights = [p for p in policy.parameters() if p.ndim > 1]
     norms = [p for p in policy.parameters() if p.ndim == 1]
-    groups = [{"params": weights, "weight_decay": o.weight_decay}, {"params": norms, "weight_decay": 0.0}]
+    groups = [{"params": weights, "weight_decay": o.weight_decay},
+              {"params": norms, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=(0.9, 0.95), fused=True)
-    for p in policy.parameters():  # made now, not in the first step, so that resume has a place to load into
-        optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
-                              "exp_avg_sq": torch.zeros_like(p)}
+    for p in policy.parameters():  # made before the first step, so that resume can load into it
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device),
+                              "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
 
 
 def learning_rate(step: int, total: int, o: Options) -> float:
-    """(k+1)/W of the peak in step k of W warm-up steps (HF starts at 0, a wasted step), then a cosine."""
+    """(k+1)/W of the peak in step k of W warm-up steps (HF starts at 0, a wasted step), then a
+    cosine to 0."""
     warm = math.ceil(o.warmup * total)
     if step < warm:
         return o.lr * (step + 1) / warm
@@ -197,11 +206,13 @@ def count_flops(config, pack) -> float:
     """FLOPs of forward + backward of one pack: products only, recomputation left out."""
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     layer = config.hidden_size * (config.head_dim * 2 * (heads + groups) + 3 * config.intermediate_size)
-    seen = 0  # pairs of query and key
-    for start, trunk, rejected, chosen in pack.forks:
-        seen += sum(n * (n + 1) // 2 for n in (trunk - start, rejected - trunk, chosen - rejected))
-        seen += (chosen - trunk) * (trunk - start)
-    attention = 2 * heads * config.head_dim * seen
+    visible = 0  # pairs of a query and a key that it sees
+    for start, trunk_end, rejected_end, chosen_end in pack.forks:
+        trunk = trunk_end - start
+        for length in (trunk, rejected_end - trunk_end, chosen_end - rejected_end):
+            visible += length * (length + 1) // 2
+        visible += (chosen_end - trunk_end) * trunk
+    attention = 2 * heads * config.head_dim * visible
     head = config.vocab_size * config.hidden_size * len(pack.rows)
     return 6.0 * (config.num_hidden_layers * (layer * len(pack.tokens) + attention) + head)
 
@@ -219,6 +230,13 @@ def peak_flops(device, dtype) -> float:
         (a @ a).sum().item()
         best = min(best, time.perf_counter() - start)
     return 2 * 512**3 / best
+
+
+def memory_gb(ranks) -> float:
+    """Peak so far: of this rank's GPU, or resident of this process."""
+    if ranks.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 # --- a plan without a run -------------------------------------------------------------------------
@@ -269,10 +287,9 @@ def plan(o: Options) -> str:
     if o.shard_size and o.gpus % o.shard_size:
         raise UserError(f"--shard_size {o.shard_size} does not divide --gpus {o.gpus}")
     folder, config, forks, eval_forks, log = read_inputs(o)
-    run = Run(o, None, config, folder, forks, *[None] * 4)
-    epoch_steps = steps_per_epoch(run)
+    epoch_steps = steps_per_epoch(len(forks), o)
     batches = [b for epoch in range(o.epochs)
-               for b in data.epoch_batches(len(forks), o.batch_size, o.seed, epoch)][:total_steps(run)]
+               for b in data.epoch_batches(len(forks), o.batch_size, o.seed, epoch)][:total_steps(len(forks), o)]
 
     def packs(forks, batches):
         lengths = list(map(len, forks))
@@ -304,125 +321,178 @@ def plan(o: Options) -> str:
         "saving and compiling come on top."])
 
 
-# --- the run --------------------------------------------------------------------------------------
+# --- the run and its step -------------------------------------------------------------------------
+
+STOP = threading.Event()  # set by SIGTERM; a step's all-reduce makes all ranks stop together
+
+
+@dataclass
+class State:
+    """What a checkpoint holds beside weights and moments."""
+
+    step: int = 0
+    delta: float = 0.0
+    seen: int = 0  # pairs that went into delta
 
 
 @dataclass
 class Run:
-    """What the functions below share: a record, no behaviour."""
+    """What the functions below share."""
 
     o: Options
     ranks: Ranks
     config: qwen.Config
     folder: str  # of the checkpoint we start from
     forks: list
+    eval_forks: list  # held out; perhaps none
+    hashes: dict  # of weights and pairs
     policy: torch.nn.Module
     mesh: object
     optimizer: torch.optim.Optimizer
-    hashes: dict  # of weights and pairs
-    step: int = 0
-    delta: float = 0.0
-    seen: int = 0  # pairs that went into delta
+    state: State = field(default_factory=State)
     reference: torch.Tensor = None  # (N, 2) fp64, sequence_logps before training
-    eval_forks: list = None
     eval_reference: torch.Tensor = None
     peak_flops: float = math.nan  # of one rank, FLOP/s
 
-    def packs(self, batch, forks):
-        """This rank's micro-batches of one global batch."""
+    def packs(self, forks, batch, reference=None):
+        """This rank's micro-batches of one global batch, on the device."""
         plan = data.split_batch(batch, list(map(len, forks)), self.ranks.world, self.o.tokens_per_pack)
-        for micro in plan:
-            yield data.make_pack(forks, micro[self.ranks.rank])
+        for micro_batch in plan:
+            pack = data.make_pack(forks, micro_batch[self.ranks.rank], reference)
+            yield pack.to(self.ranks.device)
 
     def score(self, pack):
-        """Row log-probs (R,) of a pack on the device, graph attached."""
+        """Row log-probs (R,) of a pack, graph attached."""
         return self.policy(pack.tokens, pack.positions, pack.forks, pack.rows, pack.targets)
 
 
-def score_all(run: Run, forks, batches, title) -> torch.Tensor:
-    """(N, 2) fp64 sequence log-probs of all forks under the policy as it is, on every rank."""
-    device, scores = run.ranks.device, torch.zeros(len(forks), 2, dtype=torch.float64)
-    with torch.no_grad():
-        for batch in tqdm(batches, desc=title, disable=not run.ranks.main, unit="batch"):
-            for pack in run.packs(batch, forks):
-                pack = pack.to(device)
-                sums = loss.sequence_logps(run.score(pack), pack.lengths)
-                scores[pack.pairs.cpu()] = sums.cpu()
-    run.policy.reshard()  # a forward without backward leaves the root's weights gathered
-    return run.ranks.reduce(scores).cpu()  # each pair was scored by one rank, the others add zeros
+@dataclass
+class Totals:
+    """A step's numbers over all ranks."""
+
+    sums: list  # by loss.SUMS
+    flops: float
+    stop: bool  # SIGTERM has come to a rank
+    grad_norm: float  # before clipping
 
 
-def train_step(run: Run, batch, lr: float) -> tuple[dict, bool]:
-    """One optimizer step on one global batch of pair indices; returns its metrics and whether SIGTERM asks
-    to stop. Raises UserError on NaN or infinity, on all ranks alike and before the weights are touched."""
-    o, ranks, started = run.o, run.ranks, time.perf_counter()
-    forks = [run.forks[i] for i in batch]
-    # The global count is known to every rank from the plan: no communication.
-    if o.loss in loss.TOKEN_OBJECTIVES:
-        count = sum(len(f.trunk) - f.prompt_length + len(f.chosen) for f in forks)
-    else:
-        count = len(forks)
-    sums, largest, flops = 0.0, torch.zeros((), dtype=torch.float64, device=ranks.device), 0.0
-    for pack in run.packs(batch, run.forks):
-        reference = run.reference[pack.pairs].to(ranks.device)
-        flops += count_flops(run.config, pack)
-        pack = pack.to(ranks.device)
+def steps_per_epoch(count: int, o: Options) -> int:
+    """Optimizer steps of one pass over `count` pairs; the last, smaller batch is a step too."""
+    return math.ceil(count / o.batch_size)
+
+
+def total_steps(count: int, o: Options) -> int:
+    """Optimizer steps of the whole run: --epochs, cut by --max_steps."""
+    steps = steps_per_epoch(count, o) * o.epochs
+    return min(steps, o.max_steps) if o.max_steps else steps
+
+
+def train_step(run: Run, batch, lr: float) -> Totals:
+    """One optimizer step on one global batch of pair indices. Raises UserError on NaN or infinity,
+    on all ranks alike and before the weights are touched."""
+    o, ranks = run.o, run.ranks
+    count = loss_count(run, batch)
+    sums = torch.zeros(len(loss.SUMS), dtype=torch.float64, device=ranks.device)
+    flops = 0.0
+    for pack in run.packs(run.forks, batch, run.reference):
         row_logps = run.score(pack)
-        coefficients, stats = loss.row_coefficients(o.loss, row_logps, pack.lengths, reference, o.beta,
-                                                    run.delta)
+        coefficients, pack_sums = loss.row_coefficients(
+            o.loss, row_logps, pack.lengths, pack.reference, o.beta, run.state.delta)
         row_logps.backward(coefficients / count)
-        largest = torch.maximum(largest, stats.pop("max_abs_reward"))
-        sums = sums + torch.stack(list(stats.values()))
-    grad_norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), o.clip).full_tensor().item()
-    extra = torch.tensor([flops, float(STOP["asked"])], dtype=torch.float64, device=ranks.device)
-    total = ranks.reduce(torch.cat([sums, extra])).tolist()  # the step's only look at other ranks' numbers
-    stats = dict(zip(stats, total))
-    stop = total[-1] > 0
-    if run.step == 0:
-        canary(run, float(ranks.reduce(largest, dist.ReduceOp.MAX)), stats["loss"] / count)
-    if not math.isfinite(stats["loss"]) or not math.isfinite(grad_norm):
-        lines = ", ".join(str(f.line) for f in forks)
-        raise UserError(f"step {run.step}: loss {stats['loss'] / count}, gradient norm {grad_norm}: not "
-                        f"finite, weights left as they were. The step's pairs: lines {lines} of {o.pairs}")
+        sums += pack_sums
+        flops += count_flops(run.config, pack)
+    grad_norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), o.clip)
+    totals = share_totals(ranks, sums, flops, grad_norm.full_tensor())
+    check_step(run, batch, totals, count)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     run.optimizer.step()
     run.optimizer.zero_grad()
-    metrics = {"step": run.step, "epoch": run.step // steps_per_epoch(run), **loss.average(stats, o.loss),
-               "delta": run.delta, "grad_norm": grad_norm, "lr": lr}
-    if o.loss == "spot-bco":
-        mean = (stats["reward_chosen"] + stats["reward_rejected"]) / (2 * stats["pairs"])
-        run.delta = loss.update_delta(run.delta, mean, len(forks), run.seen, o.delta)
-        run.seen += len(forks)
-    run.step += 1
-    seconds, tokens = time.perf_counter() - started, sum(map(len, forks))
-    metrics |= {"tokens": tokens, "tokens_per_s": tokens / seconds,
-                "mfu": total[-2] / seconds / (run.peak_flops * ranks.world), "memory_gb": memory_gb(ranks)}
-    return metrics, stop
+    return totals
 
 
-STOP = {"asked": False}  # set by SIGTERM, looked at in the step's all-reduce so that all ranks stop together
+def loss_count(run, batch) -> int:
+    """What the step's loss is divided by: its pairs, or its tokens of y+. A global number that every
+    rank knows from the plan, without communication."""
+    if run.o.loss not in loss.TOKEN_OBJECTIVES:
+        return len(batch)
+    forks = [run.forks[i] for i in batch]
+    return sum(len(f.trunk) - f.prompt_length + len(f.chosen) for f in forks)
 
 
-def memory_gb(ranks) -> float:
-    """Peak so far: of this rank's GPU, or resident of this process."""
-    if ranks.device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+def share_totals(ranks, sums, flops, grad_norm) -> Totals:
+    """A step's numbers over all ranks: its only communication of ours, its only wait for the GPU."""
+    own = torch.tensor([flops, float(STOP.is_set())], dtype=torch.float64)
+    everything = torch.cat([sums, data.to_device(own, ranks.device), grad_norm.double().view(1)])
+    *sums, flops, stop, grad_norm = ranks.reduce(everything).tolist()
+    # Every rank added the same fp32 norm: the division in fp64 gives it back exactly.
+    return Totals(sums, flops, stop > 0, grad_norm / ranks.world)
 
 
-def canary(run, largest_reward, mean_loss):
-    """Step 0: the policy is its own reference, so every reward is exactly 0 and the tether exactly 1/2."""
+def check_step(run, batch, totals: Totals, count: int):
+    """Step 0's canary, and no number that is not finite. Raises UserError."""
+    sums = dict(zip(loss.SUMS, totals.sums))
+    mean_loss = sums["loss"] / count
+    if run.state.step == 0:
+        canary(run, sums["abs_reward"], mean_loss)
+    if not math.isfinite(mean_loss) or not math.isfinite(totals.grad_norm):
+        lines = ", ".join(str(run.forks[i].line) for i in batch)
+        raise UserError(f"step {run.state.step}: loss {mean_loss}, gradient norm {totals.grad_norm}: "
+                        f"not finite, weights left as they were. The step's pairs: lines {lines} of "
+                        f"{run.o.pairs}")
+
+
+def canary(run, abs_reward, mean_loss):
+    """Step 0: the policy is its own reference, so every reward is 0 and the tether 1/2, exactly."""
     expected = {"spot-bce": 2 * math.log(2), "spot-bco": 2 * math.log(2), "dpo": math.log(2),
                 "reward-sft": math.log(2)}.get(run.o.loss)
-    same = expected is None or torch.tensor(mean_loss).float() == torch.tensor(expected).float()
-    run.ranks.say(f"step 0: largest |reward| {largest_reward}, loss {mean_loss:.9f}"
-                  + (f", expected {expected:.9f}" if expected else ""))
-    if largest_reward != 0 or not same:
-        raise UserError("step 0 must give rewards of exactly 0. Delete reference.safetensors, which may be of "
-                        f"another model, and start again with --resume --out {run.o.out}. If it returns, the "
-                        "forward pass is not deterministic here: try --dtype float32, another torch, or "
-                        "another machine")
+    text, same = f"step 0: sum of |reward| {abs_reward}, loss {mean_loss:.9f}", True
+    if expected is not None:
+        text += f", expected {expected:.9f}"
+        same = torch.tensor(mean_loss).float() == torch.tensor(expected).float()
+    run.ranks.say(text)
+    if abs_reward != 0 or not same:
+        raise UserError("step 0 must give rewards of exactly 0. Delete reference.safetensors, which may "
+                        f"be of another model, and start again with --resume --out {run.o.out}. If it "
+                        "returns, the forward pass is not deterministic here: try --dtype float32, "
+                        "another torch, or another machine")
+
+
+def finish_step(run, batch, totals: Totals, lr: float, seconds: float) -> dict:
+    """Move the state one step on; returns the step's line of metrics.jsonl.
+
+    step, epoch   from 0; the keys of loss.average are means before this step's update
+    delta         of this step (spot-bco); grad_norm: before clipping; lr: of this step
+    tokens        computed in this step (trunks once), all ranks; tokens_per_s likewise
+    mfu           counted FLOPs (products of forward and backward, no recomputation) over the peak of
+                  all ranks; see peak_flops
+    memory_gb     peak of the main rank so far: its GPU's memory, or its resident memory
+    """
+    o, state, ranks = run.o, run.state, run.ranks
+    tokens = sum(len(run.forks[i]) for i in batch)
+    metrics = {"step": state.step, "epoch": state.step // steps_per_epoch(len(run.forks), o),
+               **loss.average(totals.sums, o.loss), "delta": state.delta,
+               "grad_norm": totals.grad_norm, "lr": lr, "tokens": tokens,
+               "tokens_per_s": tokens / seconds,
+               "mfu": totals.flops / seconds / (run.peak_flops * ranks.world),
+               "memory_gb": memory_gb(ranks)}
+    if o.loss == "spot-bco":
+        mean = (metrics["reward_chosen"] + metrics["reward_rejected"]) / 2
+        state.delta = loss.update_delta(state.delta, mean, len(batch), state.seen, o.delta)
+        state.seen += len(batch)
+    state.step += 1
+    return metrics
+
+
+def score_all(run: Run, forks, batches, title) -> torch.Tensor:
+    """(N, 2) fp64 sequence log-probs of all forks under the policy as it is, on every rank's CPU."""
+    scores = torch.zeros(len(forks), 2, dtype=torch.float64, device=run.ranks.device)
+    with torch.no_grad():
+        for batch in tqdm(batches, desc=title, disable=not run.ranks.main, unit="batch"):
+            for pack in run.packs(forks, batch):
+                scores[pack.pairs] = loss.sequence_logps(run.score(pack), pack.lengths)
+    run.policy.reshard()  # a forward without backward leaves the root's weights gathered
+    return run.ranks.reduce(scores)  # each pair was scored by one rank, the others add zeros
 
 
 def evaluate(run: Run) -> dict:
@@ -430,89 +500,75 @@ def evaluate(run: Run) -> dict:
     sums = torch.zeros(len(loss.SUMS), dtype=torch.float64, device=run.ranks.device)
     with torch.no_grad():
         for batch in fixed_batches(run.eval_forks, run.o):
-            for pack in run.packs(batch, run.eval_forks):
-                pack = pack.to(run.ranks.device)
-                reference = run.eval_reference[pack.pairs.cpu()].to(run.ranks.device)
-                _, stats = loss.row_coefficients(run.o.loss, run.score(pack), pack.lengths, reference,
-                                                 run.o.beta, run.delta)
-                sums += torch.stack(list(stats.values()))
+            for pack in run.packs(run.eval_forks, batch, run.eval_reference):
+                sums += loss.row_coefficients(run.o.loss, run.score(pack), pack.lengths, pack.reference,
+                                              run.o.beta, run.state.delta)[1]
     run.policy.reshard()
-    return loss.average(dict(zip(loss.SUMS, run.ranks.reduce(sums).tolist())), run.o.loss)
+    return loss.average(run.ranks.reduce(sums).tolist(), run.o.loss)
 
 
-def fixed_batches(forks, o):
+def fixed_batches(forks, o) -> list:
     """Held-out pairs in file order, in batches of --batch_size: ranges of indices."""
     return [range(i, min(i + o.batch_size, len(forks))) for i in range(0, len(forks), o.batch_size)]
 
 
-def steps_per_epoch(run) -> int:
-    """Optimizer steps of one pass; the last, smaller batch counts."""
-    return -(-len(run.forks) // run.o.batch_size)
-
-
-def total_steps(run) -> int:
-    """Optimizer steps of the whole run: --epochs, cut by --max_steps."""
-    steps = steps_per_epoch(run) * run.o.epochs
-    return min(steps, run.o.max_steps) if run.o.max_steps else steps
-
-
-# --- the watched pair: how the coefficients of one pair's tokens move ------------------------------
+# --- the watched pair: how the coefficients of one pair's tokens move -----------------------------
 
 LOOKS = 10  # about so many are taken, and one after the last step
 
 
 def watched_pair(run) -> int:
-    """Index of the pair of median length (in tokens) among those the run trains on and that have a y-."""
-    batches = data.epoch_batches(len(run.forks), run.o.batch_size, run.o.seed, 0)[:total_steps(run)]
-    trained = [int(i) for batch in batches for i in batch]
-    some = [i for i in trained if len(run.forks[i].rejected)] or trained
-    return sorted(some, key=lambda i: (len(run.forks[i]), i))[len(some) // 2]
+    """Index of the pair of median length (in tokens) among those that the run trains on, with y-
+    where there are such."""
+    batches = data.epoch_batches(len(run.forks), run.o.batch_size, run.o.seed, 0)
+    trained = [int(i) for batch in batches[:total_steps(len(run.forks), run.o)] for i in batch]
+    candidates = [i for i in trained if len(run.forks[i].rejected)] or trained
+    return sorted(candidates, key=lambda i: (len(run.forks[i]), i))[len(candidates) // 2]
 
 
 def look(run: Run, path: str):
-    """Add a line to surgery.jsonl: the watched pair's coefficients (of the summed loss, as in `trunk_coef`)
-    and log-probs under the policy as it is, one a token after the prompt, trunk before rejected and chosen.
-    No gradient, no random number: training does not notice."""
-    o, ranks, index = run.o, run.ranks, watched_pair(run)
+    """Add a line to surgery.jsonl: the watched pair's coefficients (of the summed loss) and log-probs
+    under the policy as it is, one a token after the prompt: trunk, rejected, chosen."""
+    o, index = run.o, watched_pair(run)
     with torch.no_grad():
-        (pack,) = run.packs([index], run.forks)  # the main rank's; the others forward a dummy
-        pack = pack.to(ranks.device)
+        (pack,) = run.packs(run.forks, [index])  # the main rank's; the others forward a dummy
         row_logps = run.score(pack)
     run.policy.reshard()
-    with ranks.together():
-        if ranks.main:
-            sums = loss.sequence_logps(row_logps, pack.lengths)
-            reference = watched_reference(run, path, index, sums).to(ranks.device)
-            coefficients, stats = loss.row_coefficients(o.loss, row_logps, pack.lengths, reference, o.beta,
-                                                        run.delta)
-            data.append_row(path, {"step": run.step, "delta": run.delta,
-                               "reward_chosen": float(stats["reward_chosen"]),
-                               "reward_rejected": float(stats["reward_rejected"]),
-                               "coefficients": coefficients.tolist(), "logps": row_logps.tolist()})
+
+    def write():
+        rows = data.read_log(path)
+        if not rows:
+            rows = [describe_pair(run, index, loss.sequence_logps(row_logps, pack.lengths))]
+            data.append_row(path, rows[0])
+        # Its own reference, not reference.safetensors': there it was scored in a pack with others,
+        # and in bf16 another pack gives another sum. So step 0 is exact.
+        reference = torch.tensor([rows[0]["reference"]], dtype=torch.float64, device=row_logps.device)
+        coefficients, sums = loss.row_coefficients(o.loss, row_logps, pack.lengths, reference, o.beta,
+                                                   run.state.delta)
+        sums = dict(zip(loss.SUMS, sums.tolist()))
+        data.append_row(path, {
+            "step": run.state.step, "delta": run.state.delta, "reward_chosen": sums["reward_chosen"],
+            "reward_rejected": sums["reward_rejected"], "coefficients": coefficients.tolist(),
+            "logps": row_logps.tolist()})
+
+    run.ranks.main_only(write)
 
 
-def watched_reference(run, path, index, sums) -> torch.Tensor:
-    """(1, 2) reference log-probs of the watched pair: those of the first look, kept in the first line of
-    surgery.jsonl, which step 0 writes; it is of "step" -1, so that no resume drops it.
-
-    Not reference.safetensors': there the pair was scored in a pack with others, and in bf16 another pack is
-    another sum. Against its own every coefficient of step 0 is exact."""
-    if run.step:
-        try:
-            return torch.tensor([evaluation.read_surgery(path)[0]["reference"]], dtype=torch.float64)
-        except UserError:  # lost, broken, or the run began before there was such a file
-            sums = run.reference[[index]]
-    fork, tokenizer = run.forks[index], data.load_chat(run.folder, run.config.vocab_size).tokenizer
-    prompt = fork.prompt_length
+def describe_pair(run, index, sums) -> dict:
+    """The first line of surgery.jsonl: the watched pair as token texts, its reference log-probs, and
+    the change ratios of all pairs. Its "step" is -1, so that no resume drops it."""
+    fork, prompt = run.forks[index], run.forks[index].prompt_length
+    if run.state.step:  # the first line was lost
+        sums = run.reference[[index]]
+    tokenizer = data.load_chat(run.folder, run.config.vocab_size).tokenizer
     parts = {"prompt": fork.trunk[:prompt], "trunk": fork.trunk[prompt:], "rejected": fork.rejected,
              "chosen": fork.chosen}
-    ratios = Counter(min(int(20 * f.ratio), 19) for f in run.forks if f.ratio is not None)
-    data.write_rows(path, [{
-        "step": -1, "line": fork.line, "reference": sums[0].tolist(),
-        **{k: [tokenizer.decode([i], skip_special_tokens=False) for i in ids] for k, ids in parts.items()},
-        "rejected_ids": fork.rejected.tolist(), "chosen_ids": fork.chosen.tolist(),
-        "change_ratios": [ratios[i] for i in range(20)], "gamma": run.o.max_change_ratio}])
-    return sums
+    texts = {name: [tokenizer.decode([i], skip_special_tokens=False) for i in ids]
+             for name, ids in parts.items()}
+    bins = Counter(min(int(20 * f.ratio), 19) for f in run.forks if f.ratio is not None)
+    return {"step": -1, "line": fork.line, "reference": sums[0].tolist(), **texts,
+            "rejected_ids": fork.rejected.tolist(), "chosen_ids": fork.chosen.tolist(),
+            "change_ratios": [bins[i] for i in range(20)], "gamma": run.o.max_change_ratio}
 
 
 # --- the reference cache --------------------------------------------------------------------------
@@ -532,147 +588,152 @@ def file_sha256(path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def share_digests(ranks: Ranks, mine: dict, count: int) -> list:
-    """[hex digest of item 0, ...] on every rank, where each rank brings {item: hex digest} of some."""
-    digests = torch.zeros(count, 32, dtype=torch.int64)
-    for i, digest in mine.items():
-        digests[i] = torch.tensor(list(bytes.fromhex(digest)))
-    return [bytes(row).hex() for row in ranks.reduce(digests).tolist()]
+def hash_inputs(folder, forks, eval_forks) -> dict:
+    """Hashes of the encoded pairs (which hold tokenizer and template too), and of the weights: each
+    tensor's name, type, shape and first row. All bytes of 8B would take minutes, and step 0 finds
+    what this misses."""
+    weights = []
+    for name, (_, tensor) in sorted(qwen.open_tensors(folder).items()):
+        first_row = tensor[:1].view(torch.uint8).numpy()
+        weights += [name, tensor.get_dtype(), tensor.get_shape(), memoryview(first_row)]
 
+    def ids(forks):
+        bounds = [(f.prompt_length, len(f.trunk), len(f.rejected)) for f in forks]
+        return sha256(bounds, *(memoryview(part) for f in forks
+                                for part in (f.trunk, f.rejected, f.chosen)))
 
-def hash_inputs(folder, forks, eval_forks, ranks) -> dict:
-    """Content hashes of the weights and of the encoded pairs (which hold tokenizer and template too)."""
-    files = sorted({path for path, _ in qwen.open_tensors(folder).values()})
-    mine = {}
-    with ranks.together():  # each rank reads some of the files
-        mine = {i: file_sha256(f) for i, f in enumerate(files) if i % ranks.world == ranks.rank}
-    weights = sha256(*share_digests(ranks, mine, len(files)))
-
-    def tokens(forks):
-        parts = [part for f in forks or [] for part in (f.trunk, f.rejected, f.chosen)]
-        bounds = [(f.prompt_length, len(f.trunk), len(f.rejected)) for f in forks or []]
-        return sha256(bounds, *map(memoryview, parts))
-
-    return {"weights": weights, "pairs": tokens(forks), "eval_pairs": tokens(eval_forks)}
+    return {"weights": sha256(*weights), "pairs": ids(forks), "eval_pairs": ids(eval_forks)}
 
 
 def reference_pass(run: Run):
-    """Score the pairs with the policy as it is, in the packs of epoch 0, or take the cached scores.
+    """Score the pairs with the policy as it is, in the packs of epoch 0, or take the kept scores.
 
-    The same code path, packs and dtype as in training make step-0 rewards exactly 0. The cache's key holds
-    all that can change a bit of them, the plan included (bf16 log-probs depend on the pack).
+    The same code path, packs and dtype as in training make step-0 rewards exactly 0. The key holds
+    all that can change a bit of them, the plan included: bf16 log-probs depend on the pack.
     """
     o, ranks = run.o, run.ranks
     path = os.path.join(o.out, "reference.safetensors")
     batches = data.epoch_batches(len(run.forks), o.batch_size, o.seed, 0)
-    batches = batches[:total_steps(run)]  # --max_steps may end the run before every pair was seen
+    batches = batches[:total_steps(len(run.forks), o)]  # --max_steps may leave pairs out
     key = sha256(json.dumps([run.hashes, o.dtype, o.seed, o.batch_size, len(batches), o.tokens_per_pack,
                              o.shard_size, ranks.world, ranks.device.type, torch.get_num_threads(),
                              torch.__version__]))
-    started = run.step > 0  # resumed: the scores the run began with, whatever the plan is now
-    usable = torch.zeros(1)
-    with ranks.together():
-        if ranks.main and os.path.exists(path):
-            try:
-                with safe_open(path, framework="pt") as f:
-                    kept = f.metadata() or {}
-                tensors = load_file(path)
-            except SafetensorError as e:
-                raise UserError(f"{path} is corrupt ({e}): delete it") from None
-            sizes = {"pairs": (len(run.forks), 2), "eval_pairs": (len(run.eval_forks or []), 2)}
-            found = {k: tuple(t.shape) for k, t in tensors.items() if t.dtype == torch.float64}
-            if found.keys() != tensors.keys() or (
-                    kept.get("content") != sha256(*(memoryview(tensors[k].numpy()) for k in sorted(tensors)))
-                    or kept.get("hashes") == json.dumps(run.hashes) and sizes != found):
-                raise UserError(f"{path} is corrupt (its content does not have the hash it names, or not the "
-                                "size of these pairs): delete it")
-            same = kept.get("hashes") == json.dumps(run.hashes) if started else kept.get("key") == key
-            usable[0] = float(same)
-        if ranks.main and started and not usable[0]:
-            raise UserError(f"{path} is missing or of other weights or pairs than this run's checkpoint")
-    if ranks.reduce(usable)[0]:
+    kept = ranks.main_only(read_reference, run, path, key)
+    found = int(ranks.reduce(torch.full((), int(kept is not None), device=ranks.device)))
+    if found:
         ranks.say(f"reference log-probs taken from {path}")
-        size = [(len(run.forks), 2), (len(run.eval_forks or []), 2)]
-        parts = [tensors[k] if ranks.main else torch.zeros(s, dtype=torch.float64)
-                 for k, s in zip(("pairs", "eval_pairs"), size)]
-        run.reference, run.eval_reference = map(ranks.reduce, parts)  # zeros elsewhere: a broadcast
+        run.reference = share_scores(ranks, kept and kept["pairs"], len(run.forks))
+        run.eval_reference = share_scores(ranks, kept and kept["eval_pairs"], len(run.eval_forks))
         return
     run.reference = score_all(run, run.forks, batches, "reference")
-    run.eval_reference = torch.zeros(0, 2, dtype=torch.float64)
-    if run.eval_forks:
-        batches = fixed_batches(run.eval_forks, o)
-        run.eval_reference = score_all(run, run.eval_forks, batches, "reference, held out")
+    run.eval_reference = score_all(run, run.eval_forks, fixed_batches(run.eval_forks, o),
+                                   "reference, held out")
     with ranks.together():
         bad = (~run.reference.isfinite()).any(1).nonzero().flatten().tolist()
         if bad:
             raise UserError(f"the model gives log-probs that are not finite, first at line "
                             f"{run.forks[bad[0]].line} of {o.pairs}: are its weights sound?")
-        if ranks.main:
-            tensors = {"pairs": run.reference, "eval_pairs": run.eval_reference}
-            content = sha256(*(memoryview(tensors[k].numpy()) for k in sorted(tensors)))
-            metadata = {"key": key, "hashes": json.dumps(run.hashes), "content": content}
-            with data.writing(path):
-                save_file(tensors, path + ".tmp", metadata)
-                fsync(path + ".tmp")
-                os.replace(path + ".tmp", path)
+    ranks.main_only(write_reference, run, path, key)
+
+
+def read_reference(run: Run, path: str, key: str) -> dict | None:
+    """The kept scores, or None where they do not fit. A resumed run needs those it began with,
+    whatever the plan is now: raises UserError."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            metadata = f.metadata() or {}
+            tensors = {name: f.get_tensor(name) for name in ("pairs", "eval_pairs")}
+        problem = "is of other weights or pairs than this run's checkpoint"
+    except (OSError, SafetensorError) as e:
+        metadata, problem = {}, f"is missing or corrupt ({e})"
+    if run.state.step == 0:
+        return tensors if metadata.get("key") == key else None
+    if metadata.get("hashes") != json.dumps(run.hashes):
+        raise UserError(f"{path} {problem}")
+    return tensors
+
+
+def write_reference(run: Run, path: str, key: str):
+    """Keep the scores for the next start."""
+    with data.writing(path):
+        save_file({"pairs": run.reference, "eval_pairs": run.eval_reference}, path + ".tmp",
+                  {"key": key, "hashes": json.dumps(run.hashes)})
+        fsync(path + ".tmp")
+        os.replace(path + ".tmp", path)
+
+
+def share_scores(ranks, scores, count: int) -> torch.Tensor:
+    """(count, 2) fp64 scores that the main rank holds, on every rank's CPU."""
+    if not ranks.main:
+        scores = torch.zeros(count, 2, dtype=torch.float64)
+    return ranks.reduce(scores)  # the others add zeros
 
 
 # --- checkpoints ----------------------------------------------------------------------------------
 
 
-def checkpoint_tensors(run: Run):
-    """{name: (local tensor, first row, end row, rows in all)} of fp32 weights and both Adam moments."""
+def checkpoint_tensors(run: Run) -> dict:
+    """{name: (local tensor, first row, end row, rows in all)} of fp32 weights and both moments."""
     tensors = {}
     for name, p in run.policy.named_parameters():
-        state = run.optimizer.state[p]
-        for suffix, t in (("", p), (".exp_avg", state["exp_avg"]), (".exp_avg_sq", state["exp_avg_sq"])):
+        moments = run.optimizer.state[p]
+        for suffix, t in (("", p), (".exp_avg", moments["exp_avg"]),
+                          (".exp_avg_sq", moments["exp_avg_sq"])):
             tensors[name + suffix] = (*qwen.rows_here(t), t.shape[0])
     return tensors
 
 
 def save_checkpoint(run: Run):
-    """checkpoints/step_N: one shard a rank and state.json, written beside, made durable, then renamed. The
-    last whole checkpoint is deleted only after that."""
+    """checkpoints/step_N: one shard a rank and state.json, written beside, made durable, renamed.
+    Older checkpoints are deleted only after that."""
     o, ranks = run.o, run.ranks
     root = os.path.join(o.out, "checkpoints")
-    final, beside = os.path.join(root, f"step_{run.step:06d}"), os.path.join(root, f"tmp_{run.step:06d}")
-    shard, shards = run.mesh.get_local_rank("shard"), run.mesh.size(run.mesh.mesh_dim_names.index("shard"))
-    mine = {}
-    with ranks.together():
-        if ranks.main:
-            os.makedirs(root, exist_ok=True)
-            for name in os.listdir(root):
-                if re.fullmatch(r"tmp_(step_)?\d{6,}", name):  # of a run that was killed
-                    remove(os.path.join(root, name))
-            os.makedirs(beside)
+    name = f"step_{run.state.step:06d}"
+    final, beside = os.path.join(root, name), os.path.join(root, "tmp_" + name)
+    shard = run.mesh.get_local_rank("shard")
+    shards = run.mesh.size(run.mesh.mesh_dim_names.index("shard"))
+    ranks.main_only(clear_leftovers, root, beside)
+    digests = torch.zeros(shards, 32, dtype=torch.int64, device=ranks.device)
     with ranks.together():
         if ranks.rank < shards:  # the first replica writes
             path = os.path.join(beside, f"shard_{shard}.safetensors")
+            tensors = checkpoint_tensors(run)
             with data.writing(path):
-                save_file({k: t.cpu().contiguous() for k, (t, *_) in checkpoint_tensors(run).items()}, path)
+                save_file({k: t.cpu().contiguous() for k, (t, *_) in tensors.items()}, path)
                 fsync(path)
-            mine[shard] = file_sha256(path)
-    digests = share_digests(ranks, mine, shards)
-    with ranks.together():
-        if ranks.main:
-            data.write_json(os.path.join(beside, "state.json"), {
-                "step": run.step, "delta": run.delta, "seen": run.seen, "shards": shards,
-                "world": ranks.world, "threads": torch.get_num_threads(), "hashes": run.hashes,
-                "sha256": digests})
-            fsync(beside)
-            if os.path.isdir(final):  # only ever one from before a resume that repeats it
-                discard(final)
-            os.rename(beside, final)
-            fsync(root)
-            for old in whole_checkpoints(o.out)[:-o.keep]:
-                discard(old)
+            digests[shard] = torch.tensor(list(bytes.fromhex(file_sha256(path))))
+    digests = [bytes(row).hex() for row in ranks.reduce(digests).tolist()]
+
+    def finish():
+        data.write_json(os.path.join(beside, "state.json"), {
+            **asdict(run.state), "shards": shards, "world": ranks.world,
+            "threads": torch.get_num_threads(), "hashes": run.hashes, "sha256": digests})
+        fsync(beside)
+        if os.path.isdir(final):  # of before a resume that repeats it
+            discard(final)
+        os.rename(beside, final)
+        fsync(root)
+        for old in whole_checkpoints(o.out)[:-o.keep]:
+            discard(old)
+
+    ranks.main_only(finish)
+
+
+def clear_leftovers(root, beside):
+    """Make the folder to write to; what a killed run left goes."""
+    os.makedirs(root, exist_ok=True)
+    for name in os.listdir(root):
+        if re.fullmatch(r"tmp_(step_)?\d{6,}", name):
+            remove(os.path.join(root, name))
+    os.makedirs(beside)
 
 
 def discard(checkpoint):
     """Delete a checkpoint; its name goes first, so that no kill leaves half of one under it."""
     root, name = os.path.split(checkpoint)
-    os.rename(checkpoint, os.path.join(root, "tmp_" + name))
-    remove(os.path.join(root, "tmp_" + name))
+    hidden = os.path.join(root, "tmp_" + name)
+    os.rename(checkpoint, hidden)
+    remove(hidden)
 
 
 def remove(path):
@@ -691,18 +752,48 @@ def fsync(path):
 
 
 def whole_checkpoints(out) -> list:
-    """Paths of the whole checkpoints of a run, oldest first; a name is given only to whole ones."""
+    """Paths of the whole checkpoints of a run, oldest first; only whole ones have this name."""
     root = os.path.join(out, "checkpoints")
     names = os.listdir(root) if os.path.isdir(root) else []
     names = [n for n in names if re.fullmatch(r"step_\d{6,}", n)]
     return [os.path.join(root, n) for n in sorted(names, key=lambda n: int(n[5:]))]
 
 
-def check_hashes(run: Run, kept, where: str):
+def check_hashes(run: Run, kept: dict, path: str):
     """Raises UserError where a run began with other weights or pairs than those given now."""
-    differ = [k for k in run.hashes if not isinstance(kept, dict) or kept.get(k) != run.hashes[k]]
+    differ = [name for name in run.hashes if kept.get(name) != run.hashes[name]]
     if differ:
-        raise UserError(f"{where} belongs to other {' and '.join(differ)} than given now")
+        raise UserError(f"{path} belongs to other {' and '.join(differ)} than given now")
+
+
+def load_checkpoint(run: Run, path: str):
+    """Restore weights, moments and state; each rank copies the rows it needs, so that another number
+    of ranks works. Raises UserError that names a corrupt or missing file."""
+    ranks = run.ranks
+    with ranks.together():
+        kept = data.read_json(os.path.join(path, "state.json"))
+        check_hashes(run, kept["hashes"], path)
+        files = [os.path.join(path, f"shard_{i}.safetensors") for i in range(kept["shards"])]
+        for i, file in enumerate(files):  # each rank checks its part
+            if i % ranks.world == ranks.rank and file_sha256(file) != kept["sha256"][i]:
+                raise UserError(f"{file} is corrupt: its hash is not the one in state.json")
+    with ranks.together():
+        shards = [open_shard(file) for file in files]
+        for name, (local, start, end, rows) in checkpoint_tensors(run).items():
+            chunk = math.ceil(rows / len(shards))
+            for i, shard in enumerate(shards):
+                first = max(i * chunk, start)
+                last = min((i + 1) * chunk, rows, end)
+                if first < last:
+                    part = shard[name][first - i * chunk:last - i * chunk]
+                    local[first - start:last - start].copy_(part)
+    for moments in run.optimizer.state.values():
+        moments["step"].fill_(kept["step"])
+    run.state = State(kept["step"], kept["delta"], kept["seen"])
+    before, now = (kept["world"], kept["threads"]), (ranks.world, torch.get_num_threads())
+    if before != now:
+        ranks.say(f"saved by {before[0]} ranks x {before[1]} threads, resumed by {now[0]} x {now[1]}: "
+                  "the curve goes on, but no longer to the bit")
 
 
 def open_shard(file) -> dict:
@@ -714,107 +805,71 @@ def open_shard(file) -> dict:
         raise UserError(f"{file} is corrupt: {e}") from None
 
 
-def load_checkpoint(run: Run, path: str):
-    """Restore weights, moments, step and delta; each rank copies the rows it needs, so that another number
-    of ranks works. Raises UserError where a hash or a shape does not agree."""
-    ranks = run.ranks
-    with ranks.together():
-        state = data.read_json(os.path.join(path, "state.json"))
-        kinds = {"step": int, "delta": float, "seen": int, "shards": int, "world": int, "threads": int,
-                 "hashes": dict, "sha256": list}
-        wrong = [k for k, kind in kinds.items() if type(state.get(k)) is not kind]
-        if not wrong:
-            fits = {"step": os.path.basename(path) == f"step_{state['step']:06d}",
-                    "shards": state["shards"] > 0, "delta": math.isfinite(state["delta"]),
-                    "seen": 0 <= state["seen"] < 2**62,
-                    "sha256": len(state["sha256"]) == state["shards"]}
-            wrong = [k for k, fit in fits.items() if not fit]
-        if wrong:
-            raise UserError(f"{path}/state.json is no state of this program: {', '.join(wrong)}")
-        check_hashes(run, state["hashes"], path)
-        files = [os.path.join(path, f"shard_{i}.safetensors") for i in range(state["shards"])]
-        for i, (file, digest) in enumerate(zip(files, state["sha256"])):  # each rank checks its part
-            if i % ranks.world == ranks.rank and file_sha256(file) != digest:
-                raise UserError(f"{file} is corrupt: its hash is not the one in state.json")
-    with ranks.together():
-        shards = [open_shard(file) for file in files]
-        for name, (local, start, end, rows) in checkpoint_tensors(run).items():
-            chunk = -(-rows // len(shards))
-            for i, (file, f) in enumerate(zip(files, shards)):
-                first, last = min(i * chunk, rows), min((i + 1) * chunk, rows)
-                if name not in f or f[name].get_shape() != [last - first, *local.shape[1:]] or (
-                        f[name].get_dtype() != "F32"):
-                    raise UserError(f"{file} does not fit: {name} is missing, of another shape or type")
-                a, b = max(first, start), min(last, end)
-                if a < b:
-                    local[a - start:b - start].copy_(f[name][a - first:b - first])
-    for s in run.optimizer.state.values():
-        s["step"].fill_(state["step"])
-    run.step, run.delta, run.seen = state["step"], state["delta"], state["seen"]
-    if (state["world"], state["threads"]) != (ranks.world, torch.get_num_threads()):
-        ranks.say(f"saved by {state['world']} ranks x {state['threads']} threads, resumed by {ranks.world} x "
-                  f"{torch.get_num_threads()}: the curve goes on, but no longer to the bit")
-
-
 # --- from start to end ----------------------------------------------------------------------------
 
 
 def read_inputs(o: Options):
-    """(checkpoint folder, its Config, forks, held-out forks or None, text for the log). Raises UserError."""
-    files = {"pairs": o.pairs, "eval_pairs": o.eval_pairs}
-    missing = [f"--{k} {f}: cannot be read: no such file" for k, f in files.items()
-               if f and not os.path.isfile(f)]
-    missing += [f"--out {o.out} is a file"] * os.path.isfile(o.out)
+    """(checkpoint folder, its Config, forks, held-out forks, text for the log). Raises UserError."""
+    problems = []
+    for name in ("pairs", "eval_pairs"):
+        path = getattr(o, name)
+        if path and not os.path.isfile(path):
+            problems.append(f"--{name} {path}: no such file")
+    if os.path.isfile(o.out):
+        problems.append(f"--out {o.out} is a file")
     try:
         folder = qwen.checkpoint_folder(o.model)
     except UserError as e:
-        missing.insert(0, str(e))
-    if missing:
-        raise UserError("\n  ".join(missing))
+        problems.insert(0, str(e))
+    if problems:
+        raise UserError("\n  ".join(problems))
     config = qwen.read_config(folder)
     chat = data.load_chat(folder, config.vocab_size)
     limits = (chat, o.max_length, o.max_change_ratio, o.loss in loss.PAIR_OBJECTIVES, o.skip_malformed)
     forks, log = data.load_forks(o.pairs, *limits)
-    if not o.eval_pairs:
-        return folder, config, forks, None, log
-    eval_forks, more = data.load_forks(o.eval_pairs, *limits)
-    return folder, config, forks, eval_forks, f"{log}\n{more}"
+    eval_forks = []
+    if o.eval_pairs:
+        eval_forks, more = data.load_forks(o.eval_pairs, *limits)
+        log += "\n" + more
+    return folder, config, forks, eval_forks, log
 
 
 def prepare(o: Options, ranks: Ranks) -> Run:
-    """Read and check everything before anything is written: model, tokenizer, pairs, output folder."""
+    """Read and check everything before anything is written: model, tokenizer, pairs, run folder."""
     with ranks.together():
-        taken = [n for n in ("config.json", "metrics.jsonl", "checkpoints", "model") if
-                 os.path.exists(os.path.join(o.out, n))]
+        taken = [name for name in ("config.json", "metrics.jsonl", "checkpoints", "model")
+                 if os.path.exists(os.path.join(o.out, name))]
         if taken and not o.resume:
-            raise UserError(f"{o.out} holds a run already ({', '.join(taken)}): add --resume to go on with "
-                            "it, or choose another --out")
+            raise UserError(f"{o.out} holds a run already ({', '.join(taken)}): add --resume to go on "
+                            "with it, or choose another --out")
         folder, config, forks, eval_forks, log = read_inputs(o)
         ranks.say(log)
     with ranks.together():
         policy, mesh = build_policy(folder, config, o, ranks)
-        count = sum(p.numel() for p in policy.parameters())
-        ranks.say(f"{count / 1e6:.1f}M parameters, {ranks.world} rank(s) on {ranks.device.type}, {o.dtype}"
-                  + (f", {torch.get_num_threads()} thread(s) each" if ranks.device.type == "cpu" else ""))
-    hashes = hash_inputs(folder, forks, eval_forks, ranks)
-    return Run(o, ranks, config, folder, forks, policy, mesh, make_optimizer(policy, o), hashes,
-               eval_forks=eval_forks)
+        hashes = hash_inputs(folder, forks, eval_forks)
+    count = sum(p.numel() for p in policy.parameters())
+    text = f"{count / 1e6:.1f}M parameters, {ranks.world} rank(s) on {ranks.device.type}, {o.dtype}"
+    if ranks.device.type == "cpu":
+        text += f", {torch.get_num_threads()} thread(s) each"
+    ranks.say(text)
+    return Run(o, ranks, config, folder, forks, eval_forks, hashes, policy, mesh,
+               make_optimizer(policy, o))
 
 
 @contextlib.contextmanager
 def claimed(out, ranks):
-    """The run folder, made and held as long as this block lasts: two runs in one would spoil both."""
+    """The run folder, made, and locked as long as this block lasts. Ranks whose torchrun was killed
+    live on for a while: a resumed run must not write beside them."""
     lock = None
     with ranks.together():
         if ranks.main:
             os.makedirs(out, exist_ok=True)
-            lock = open(os.path.join(out, ".lock"), "w")  # a folder that cannot be written shows here
+            lock = open(os.path.join(out, ".lock"), "w")  # a folder that is read-only shows here
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                lock.close()
-                raise UserError(f"{out} is being written by another process, perhaps by ranks whose torchrun "
-                                "was killed: wait for it, or end it") from None
+                raise UserError(f"{out} is being written by another process, perhaps by ranks whose "
+                                "torchrun was killed: wait for it, or end it") from None
             except OSError:
                 pass  # a file system without locks
     try:
@@ -827,112 +882,134 @@ def claimed(out, ranks):
 def train(o: Options, ranks: Ranks) -> int:
     """The whole run; returns the exit code."""
     run = prepare(o, ranks)
-    with claimed(o.out, ranks):
-        return train_in_folder(run)
-
-
-def train_in_folder(run: Run) -> int:
-    """Reference pass, steps, checkpoints, export, from wherever the folder stands; returns the exit code."""
-    o, ranks, total = run.o, run.ranks, total_steps(run)
     run.peak_flops = peak_flops(ranks.device, getattr(torch, o.dtype))
-    begin_or_resume(run)
-    metrics_path, eval_path, surgery_path = (os.path.join(o.out, f"{n}.jsonl")
-                                             for n in ("metrics", "eval", "surgery"))
-    with ranks.together():
-        if ranks.main:
-            keep_steps_before(metrics_path, run.step)
-            keep_steps_before(eval_path, run.step + 1)
-            keep_steps_before(surgery_path, run.step)
-    bar = tqdm(total=total, initial=run.step, disable=not ranks.main, unit="step", desc=o.loss)
-    while run.step < total:
-        if run.step % max(1, total // LOOKS) == 0:
-            look(run, surgery_path)
-        epoch, index = divmod(run.step, steps_per_epoch(run))
-        batch = data.epoch_batches(len(run.forks), o.batch_size, o.seed, epoch)[index]
-        with ranks.together():
-            metrics, stop = train_step(run, batch, learning_rate(run.step, total, o))
-            if ranks.main:
-                data.append_row(metrics_path, metrics)
-        bar.update()
-        bar.set_postfix(loss=f"{metrics['loss']:.4f}", r_chosen=f"{metrics['reward_chosen']:.3f}",
-                        tether=f"{metrics['tether_chosen']:.3f}", refresh=False)
-        saving = stop or run.step == total or bool(o.save_every) and run.step % o.save_every == 0
-        evaluating = run.eval_forks and (run.step % steps_per_epoch(run) == 0 or run.step == total)
-        if saving or evaluating:
-            with ranks.together():
-                if not all(bool(qwen.rows_here(p)[0].isfinite().all()) for p in run.policy.parameters()):
-                    raise UserError(f"step {run.step - 1} made weights that are not finite: they are not "
-                                    "saved. Is --lr or --weight_decay too large?")
-        if evaluating:
-            held_out = {"step": run.step, **evaluate(run)}
-            ranks.say("held out: " + ", ".join(f"{k} {v:.4g}" for k, v in held_out.items() if v is not None))
-            with ranks.together():
-                if ranks.main:
-                    data.append_row(eval_path, held_out)
-        if saving:
-            save_checkpoint(run)
-        if stop and run.step < total:
-            ranks.say(f"SIGTERM: saved at step {run.step} of {total}; go on with --resume --out {o.out}")
+    with claimed(o.out, ranks):
+        begin_or_resume(run)
+        if not train_to_the_end(run):
+            ranks.say(f"SIGTERM: saved at step {run.state.step} of {total_steps(len(run.forks), o)}; go "
+                      f"on with --resume --out {o.out}")
             return 143  # 128 + SIGTERM, as the shell has it
-    bar.close()
-    look(run, surgery_path)
-    export_model(run)
-    ranks.say(f"done: {o.out}/model\n" + write_report(ranks, [o.out], os.path.join(o.out, "report.html")))
+        export_model(run)
+        report = write_report(ranks, [o.out], os.path.join(o.out, "report.html"))
+        ranks.say(f"done: {o.out}/model\n{report}")
     return 0
 
 
 def begin_or_resume(run):
-    """Load the last whole checkpoint where --resume asks for it, score the reference, note the options."""
+    """Load the last whole checkpoint where --resume asks for it, score the reference, write the
+    options."""
     o, ranks = run.o, run.ranks
+    config_path = os.path.join(o.out, "config.json")
     with ranks.together():
-        config_path = os.path.join(o.out, "config.json")
-        if o.resume and os.path.exists(config_path):
-            check_hashes(run, data.read_json(config_path).get("hashes"), o.out)
         saved = whole_checkpoints(o.out) if o.resume else []
-        if saved:
-            load_checkpoint(run, saved[-1])
-            ranks.say(f"resumed from {saved[-1]}: step {run.step} of {total_steps(run)}")
-        elif o.resume:
-            ranks.say("no whole checkpoint yet: starting from step 0")
+        if o.resume and os.path.exists(config_path):
+            check_hashes(run, data.read_json(config_path).get("hashes", {}), o.out)
+    if saved:
+        load_checkpoint(run, saved[-1])
+        total = total_steps(len(run.forks), o)
+        ranks.say(f"resumed from {saved[-1]}: step {run.state.step} of {total}")
+    elif o.resume:
+        ranks.say("no whole checkpoint yet: starting from step 0")
     reference_pass(run)
-    with ranks.together():  # not before: until here the same command may simply be given again
-        if ranks.main and not os.path.exists(config_path):
+
+    def write():
+        if not os.path.exists(config_path):  # until here the same command may simply be given again
             data.write_json(config_path, {"options": asdict(o), "hashes": run.hashes,
                                           "model": asdict(run.config)})
+        for name, step in (("metrics", run.state.step), ("surgery", run.state.step),
+                           ("eval", run.state.step + 1)):
+            keep_steps_before(os.path.join(o.out, f"{name}.jsonl"), step)
 
-
-def export_model(run):
-    """The trained weights as a Hugging Face folder, OUT/model."""
-    o, ranks = run.o, run.ranks
-    final = os.path.join(o.out, "model")
-    with ranks.together():
-        if ranks.main:
-            remove(final + ".tmp")
-    with ranks.together():
-        qwen.export(run.policy, final + ".tmp", run.folder, getattr(torch, o.save_dtype),
-                    main=ranks.main)
-        if ranks.main:
-            remove(final + ".old")
-            if os.path.lexists(final):  # a name is given only to a whole one, whenever a kill comes
-                os.rename(final, final + ".old")
-            os.rename(final + ".tmp", final)
-            remove(final + ".old")
-
-
-def write_report(ranks, runs, path, note="") -> str:
-    """The report by the main rank; what to say of it. Where it fails the run is whole without it."""
-    try:
-        if ranks.main:
-            evaluation.report(runs, path, note)
-    except Exception as e:  # whatever it is: hours of training are not lost for a page
-        return f"the report {path} could not be written: {str(e) or type(e).__name__}"
-    return f"curves, and where one pair's updates gather: {path}"
+    ranks.main_only(write)
 
 
 def keep_steps_before(path, step):
     """Drop the lines of a log that a resumed run will write again."""
     if os.path.exists(path):
         data.write_rows(path, [row for row in data.read_log(path) if row["step"] < step])
+
+
+def train_to_the_end(run: Run) -> bool:
+    """All steps that are left, with logs and checkpoints; False where SIGTERM came before the end."""
+    o, ranks, state = run.o, run.ranks, run.state
+    total, epoch_steps = total_steps(len(run.forks), o), steps_per_epoch(len(run.forks), o)
+    surgery_path = os.path.join(o.out, "surgery.jsonl")
+    bar = tqdm(total=total, initial=state.step, disable=not ranks.main, unit="step", desc=o.loss)
+    while state.step < total:
+        if state.step % max(1, total // LOOKS) == 0:
+            look(run, surgery_path)
+        epoch, index = divmod(state.step, epoch_steps)
+        batch = data.epoch_batches(len(run.forks), o.batch_size, o.seed, epoch)[index]
+        lr, started = learning_rate(state.step, total, o), time.perf_counter()
+        with ranks.together():
+            totals = train_step(run, batch, lr)
+            metrics = finish_step(run, batch, totals, lr, time.perf_counter() - started)
+            if ranks.main:
+                data.append_row(os.path.join(o.out, "metrics.jsonl"), metrics)
+        bar.update()
+        bar.set_postfix(loss=f"{metrics['loss']:.4f}", r_chosen=f"{metrics['reward_chosen']:.3f}",
+                        tether=f"{metrics['tether_chosen']:.3f}", refresh=False)
+        last = state.step == total
+        due = o.save_every and state.step % o.save_every == 0
+        evaluating = run.eval_forks and (last or state.step % epoch_steps == 0)
+        if totals.stop or last or due or evaluating:
+            with ranks.together():
+                check_weights(run)
+        if evaluating:
+            write_held_out(run)
+        if totals.stop or last or due:
+            save_checkpoint(run)
+        if totals.stop and not last:
+            return False
+    bar.close()
+    look(run, surgery_path)
+    return True
+
+
+def check_weights(run: Run):
+    """Raises UserError where a weight is not finite. A GPU waits once."""
+    weights = [qwen.rows_here(p)[0] for p in run.policy.parameters()]
+    if not torch.stack([w.isfinite().all() for w in weights]).all():
+        raise UserError(f"step {run.state.step - 1} made weights that are not finite: they are not "
+                        "saved. Is --lr or --weight_decay too large?")
+
+
+def write_held_out(run: Run):
+    """Score the held-out pairs and add a line to eval.jsonl."""
+    held_out = {"step": run.state.step, **evaluate(run)}
+    shown = ", ".join(f"{name} {v:.4g}" for name, v in held_out.items() if v is not None)
+    run.ranks.say(f"held out: {shown}")
+    run.ranks.main_only(data.append_row, os.path.join(run.o.out, "eval.jsonl"), held_out)
+
+
+def export_model(run):
+    """The trained weights as a Hugging Face folder, OUT/model."""
+    o, ranks = run.o, run.ranks
+    final = os.path.join(o.out, "model")
+    ranks.main_only(remove, final + ".tmp")
+    with ranks.together():
+        qwen.export(run.policy, final + ".tmp", run.folder, getattr(torch, o.save_dtype),
+                    main=ranks.main)
+
+    def rename():
+        remove(final + ".old")
+        if os.path.lexists(final):  # only whole ones have this name, whenever a kill comes
+            os.rename(final, final + ".old")
+        os.rename(final + ".tmp", final)
+        remove(final + ".old")
+
+    ranks.main_only(rename)
+
+
+def write_report(ranks, runs, path, note="") -> str:
+    """The report by the main rank; what to say of it. A run is whole without it: hours of training
+    are not lost for a page."""
+    try:
+        if ranks.main:
+            evaluation.report(runs, path, note)
+    except Exception as e:
+        return f"the report {path} could not be written: {str(e) or type(e).__name__}"
+    return f"curves, and where one pair's updates gather: {path}"
 
 
 # --- the toy world: what a bare machine can learn in minutes ---------------------------------------
@@ -1255,8 +1332,8 @@ def toy_distance(toy, base, folder, pairs) -> dict:
         p, q = (m(pack.tokens, pack.positions, pack.forks, pack.rows, pack.targets) for m in models)
         _, stats = loss.row_coefficients("spot-bce", q, pack.lengths, loss.sequence_logps(p, pack.lengths),
                                          TOY["surgery"]["beta"])
-        total += torch.stack(list(stats.values())).cpu()
-    means = loss.average(dict(zip(loss.SUMS, ranks.reduce(total).tolist())), "spot-bce")
+        total += stats.cpu()
+    means = loss.average(ranks.reduce(total).tolist(), "spot-bce")
     return {"kl": kl, **{k: means[k] for k in ("reward_chosen", "reward_rejected", "tether_chosen")}}
 
 
@@ -1283,7 +1360,7 @@ def toy_table(rows) -> str:
 def main() -> int:
     """Command line to exit code: 0 done, 1 failed, 2 options that do not work, 143 stopped by SIGTERM."""
     o, ranks = begin(parse_options, lambda o: open_ranks(o.timeout, toy=not o.model))
-    signal.signal(signal.SIGTERM, lambda *_: STOP.update(asked=True))
+    signal.signal(signal.SIGTERM, lambda *_: STOP.set())
     if o.plan:
         with ranks.together():
             ranks.say(plan(o))
