@@ -1289,7 +1289,7 @@ def toy_item(name, question):
 def toy_pairs(toy, base):
     """Error elicitation and rectification by the real oracle.py; returns the path of the pair file."""
     quiet = replace(toy.ranks, quiet=True)
-    own = evaluation.open_own(base, torch.float32, toy.ranks.device, batch_size=64)
+    own = evaluation.open_local_model(base, torch.float32, toy.ranks.device, batch_size=64)
     items = [toy_item(str(i), q) for i, q in enumerate(toy.questions["train"][TOY_SKILLS[0]])]
     oracle.elicit(items, f"{toy.root}/errors", own, TOY_SAMPLING, quiet, seed=toy.seed)
     errors, _ = oracle.read_errors(f"{toy.root}/errors/errors.jsonl")
@@ -1300,12 +1300,15 @@ def toy_pairs(toy, base):
 
 def toy_grades(toy, folder, split) -> dict:
     """{skill: right answers in %} on the questions of a split, and "others": the mean without the target."""
-    own = evaluation.open_own(folder, torch.float32, toy.ranks.device, batch_size=64)
+    own = evaluation.open_local_model(folder, torch.float32, toy.ranks.device, batch_size=64)
     items = {f"{skill}/{i}": toy_item(f"{skill}/{i}", question)
              for skill, some in toy.questions[split].items() for i, question in enumerate(some)}
     requests = [evaluation.request_for(name, item.messages, toy.seed) for name, item in items.items()]
-    records = evaluation.sample(own, requests, f"{os.path.dirname(folder)}/answers-{split}", TOY_SAMPLING,
-                                toy.ranks, split)
+    answers = f"{os.path.dirname(folder)}/answers-{split}"
+    with toy.ranks.together():
+        for _ in evaluation.sample(own, requests, answers, TOY_SAMPLING, toy.ranks, split):
+            pass  # in the log
+    records = evaluation.read_answers(answers)
     found = [evaluation.extract_answer(records[r.key]["text"]) or "" for r in requests]
     right = Counter(name.split("/")[0] for answer, (name, item) in zip(found, items.items())
                     if evaluation.answers_match(answer, item.gold))
