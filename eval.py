@@ -17,7 +17,6 @@ import argparse
 import cmath
 import errno
 import fcntl
-import functools
 import glob
 import hashlib
 import html
