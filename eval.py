@@ -1,23 +1,22 @@
 """Sampling and grading: what a model answers, and whether it is right.
 
-Comes in:  questions as chat messages and a model, our own or one behind an OpenAI-compatible server; the
-           text of a response, and a gold answer as the benchmark files write it (LaTeX or plain).
-Goes out:  `sample`: every answer, kept in a log as it comes; `extract_answer`: the answer that a text
-           commits itself to, or None; `answers_match`: True or False; `evaluate`: the paper's table with
-           honest error bars; `retention`: how far a model went from its base; `report`: training runs and
-           evaluations as one HTML file.
+Comes in:  questions as chat messages and a model, in this process or behind an OpenAI-compatible
+           server; the text of a response, and a gold answer as the benchmark files write it.
+Goes out:  `sample`: every answer, kept in a log as it comes; `extract_answer`: the answer that a
+           text commits itself to, or None; `answers_match`: True or False; `evaluate`: the paper's
+           table with error bars; `retention`: how far a model went from its base; `report`: runs
+           and evaluations as one HTML file.
 
-    torchrun --nproc_per_node=8 eval.py --model runs/first/model --tasks aime24,math500,connect4 --out out/A
+    torchrun --nproc_per_node=8 eval.py --model runs/a/model --tasks aime24,math500 --out out/A
     python eval.py compare --a out/A --b out/B
-    torchrun --nproc_per_node=8 eval.py retention --model runs/first/model --base Qwen3-8B --texts texts.jsonl
-    python eval.py report runs/first runs/second out/A out/B
+    torchrun --nproc_per_node=8 eval.py retention --model runs/a/model --base Qwen3-8B --texts t
+    python eval.py report runs/a runs/b out/A out/B
 """
 
 import argparse
 import cmath
 import errno
 import fcntl
-import functools
 import glob
 import hashlib
 import html
@@ -27,7 +26,6 @@ import json
 import math
 import operator
 import os
-import queue
 import random
 import re
 import signal
@@ -35,11 +33,13 @@ import socket
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
-from http.client import HTTPException, IncompleteRead
+from http.client import HTTPException
 from typing import NamedTuple
 
 import numpy as np
@@ -51,17 +51,16 @@ import model as qwen
 from data import UserError, read_json, write_json, write_text, writing
 from model import Ranks, add_options, begin, close_ranks, open_ranks, option
 
-# --- sampling: the own model or a server, every answer kept as it comes ---------------------------
-
+# --- sampling: requests, and who answers them -----------------------------------------------------
 
 LAST_LINE = r"Therefore, the final answer is: $\boxed{ANSWER}$."
-INSTRUCTION = ("Solve the following problem step by step. End with this line, ANSWER replaced by your final "
-               f"answer:\n{LAST_LINE}\n\n{{question}}")
+INSTRUCTION = ("Solve the following problem step by step. End with this line, ANSWER replaced by "
+               f"your final answer:\n{LAST_LINE}\n\n{{question}}")
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are sampled; the defaults are the paper's."""
+    """How answers are sampled; the defaults are the paper's. None: left to the server."""
 
     temperature: float = 0.7  # 0: greedy
     top_p: float = 0.8
@@ -70,7 +69,23 @@ class Sampling:
 
 
 @dataclass
-class Own:
+class Request:
+    """One answer wanted. The key names it in the log; a LocalModel's chance is the seed alone."""
+
+    key: str
+    messages: list
+    seed: int
+
+
+def request_for(name: str, messages: list, seed: int) -> Request:
+    """A Request whose key and seed follow from what is asked: none meets another's answer."""
+    digest = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:12]
+    own_seed = hashlib.sha256(f"{seed} {name} {digest}".encode()).digest()
+    return Request(f"{name} {digest}", messages, int.from_bytes(own_seed[:4], "little") >> 1)
+
+
+@dataclass
+class LocalModel:
     """A model in this process (under torchrun: a whole one in every process) with its tokenizer."""
 
     model: qwen.Qwen3
@@ -79,18 +94,18 @@ class Own:
     batch_size: int = 32
 
 
-def open_own(folder: str, dtype, device, batch_size: int = 32) -> Own:
-    """An Own model from a checkpoint folder or hub id. Answers end at <|im_end|>, and at what
+def open_local_model(folder: str, dtype, device, batch_size: int = 32) -> LocalModel:
+    """A LocalModel from a checkpoint folder or hub id. Answers end at <|im_end|>, and at what
     generation_config.json names."""
     folder = qwen.checkpoint_folder(folder)
     chat = data.load_chat(folder, qwen.read_config(folder).vocab_size)
-    path, end = os.path.join(folder, "generation_config.json"), None
-    if os.path.lexists(path):  # a link to nowhere is no absence
+    end = None
+    if os.path.exists(path := os.path.join(folder, "generation_config.json")):
         end = read_json(path).get("eos_token_id")
-    ends = end if isinstance(end, list) else [] if end is None else [end]
-    if not all(isinstance(token, int) for token in ends):
-        raise UserError(f'{path}: "eos_token_id": an integer or a list of them expected, found {end!r}')
-    return Own(qwen.load_model(folder, dtype, device), chat, {chat.im_end, *ends}, batch_size)
+    if not isinstance(end, list):
+        end = [end]
+    model = qwen.load_model(folder, dtype, device)
+    return LocalModel(model, chat, {chat.im_end, *end} - {None}, batch_size)
 
 
 @dataclass
@@ -101,435 +116,337 @@ class Server:
     model: str
     key: str = field(default="", repr=False)
     workers: int = 16  # requests at a time
-    timeout: float = 600.0  # seconds a request may take in all
+    timeout: float = 600.0  # seconds without a byte from the server
     tries: int = 6
-    pause: float = 1.0  # seconds before the second try; doubled each time, up to 60
     body: dict = field(default_factory=dict)  # more keys of the request, as the server knows them
 
 
 def open_server(url: str, model: str = "", **settings) -> Server:
-    """A Server with the key of OPENAI_API_KEY, at `url` or OPENAI_BASE_URL; without a model name the only
-    model that the server lists. Raises UserError."""
-    url = (url or os.environ.get("OPENAI_BASE_URL", "")).rstrip("/")
-    try:
-        urllib.parse.urlsplit(url).port  # raises where it is no number
-        fits = re.fullmatch(r"https?://[^/@\s.][^/@\s]*(/[^@\s]*)?", url) and url.isascii()
-    except ValueError:
-        fits = False
-    if not fits:
-        shown = re.sub("//.*@", "//***@", url)  # a password may stand there
-        raise UserError(f"--server is {shown!r}; an address such as http://localhost:8000/v1 expected (or "
-                        "OPENAI_BASE_URL)")
+    """A Server with the key of OPENAI_API_KEY; without a model name the only model that the server
+    lists. Raises UserError."""
+    url = url.rstrip("/")
+    if not re.fullmatch(r"https?://[^/@\s]+(/\S*)?", url):
+        shown = url.rpartition("@")[2]  # a password may stand before it
+        raise UserError(f"--server is {shown!r}, http://host:port/v1 or https://host/v1 expected")
     key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if not re.fullmatch(r"[!-~]*", key):
+    if not re.fullmatch(r"[!-~]*", key):  # http.client would show it in its error
         raise UserError("OPENAI_API_KEY holds characters that no HTTP header can carry")
     server = Server(url, model, key, **settings)
     if not model:
         try:
-            listed = http(server, "/models").get("data")
-        except Refused as e:
+            names = [str(listed["id"]) for listed in fetch_json(server, "/models")["data"]]
+        except (RequestFailed, KeyError, TypeError) as e:
             raise UserError(f"{url}/models: {e}; name the model with --server_model") from None
-        names = [m.get("id") for m in listed if isinstance(m, dict)] if isinstance(listed, list) else []
-        names = [hide(server, name) if isinstance(name, str) else "" for name in names]
-        if len(names) != 1 or not 0 < len(names[0]) < 200 or not names[0].isprintable():
-            raise UserError(f"{url} serves {len(names)} models ({', '.join(map(repr, names))[:200]}): choose "
+        if len(names) != 1:
+            raise UserError(f"{url} serves {len(names)} models ({', '.join(names)[:200]}): choose "
                             "one with --server_model")
         server.model = names[0]
     return server
 
 
-class Refused(Exception):
-    """One request that got no usable answer; the text says why. The others go on."""
+class RequestFailed(Exception):
+    """One request got no usable answer; the text says why. The others go on."""
 
 
-class AnyStatus(urllib.request.HTTPErrorProcessor):
-    """Every status is an answer. No redirect is followed: it would carry the key to another host."""
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error: to follow it would carry the key to another host."""
 
-    def http_response(self, request, response):
-        return response
-
-    https_response = http_response
+    def redirect_request(self, *args):
+        return None
 
 
-RETRIED = {408, 409, 425, 429, *range(500, 600)}
+RETRIED = (408, 409, 425, 429)  # and all from 500 on
 FATAL = {401: "the key in OPENAI_API_KEY is missing or wrong", 402: "the account has no credit",
          403: "the key in OPENAI_API_KEY may not use this model",
          404: "the address or the model name is wrong", 405: "the address is no chat endpoint"}
-MAX_ANSWER = 64 * 2**20  # bytes of one HTTP answer
 
 
-def http(server: Server, path: str, body: dict | None = None) -> dict:
-    """One JSON request, POST if it has a body, tried up to server.tries times with exponential, jittered
-    pauses, or longer where the server says so (Retry-After).
+def fetch_json(server: Server, path: str, body: dict | None = None) -> dict:
+    """One JSON request, POST if it has a body, tried up to server.tries times with doubling,
+    jittered pauses, or as Retry-After says.
 
-    Raises UserError, which ends the whole run, where every other request would fail too: a FATAL status, or
-    nobody listens. Raises Refused for the rest: a status not worth a retry, or no try left.
+    Raises UserError, which ends the whole run, where every other request would fail too: a FATAL
+    status, or nobody listens. Raises RequestFailed for the rest.
     """
-    opener, headers = urllib.request.build_opener(AnyStatus), {"Content-Type": "application/json"}
+    opener, headers = urllib.request.build_opener(NoRedirect), {"Content-Type": "application/json"}
     if server.key:
         headers["Authorization"] = f"Bearer {server.key}"
     content = None if body is None else json.dumps(body).encode()
     for attempt in range(server.tries):
-        status, wait, raw = 200, 0.0, b""
+        pause = min(60.0, 2.0**attempt) * random.uniform(0.5, 1.0)
         try:
             request = urllib.request.Request(server.url + path, content, headers)
-            status, wait, raw = within(server.timeout, lambda: fetch(opener, request, server.timeout))
-            value = json.loads(raw) if status < 300 else None
-            if isinstance(value, dict) and ("error" not in value or "choices" in value):
-                return value
-            problem = "the answer is no JSON object"
-            if isinstance(value, dict):
-                problem = f"an error in an answer with status 200: {hide(server, str(value['error']))[:300]}"
-        except (ValueError, RecursionError):  # also UnicodeDecodeError
-            problem = "the answer is no JSON"
-        except (OSError, HTTPException) as e:  # TimeoutError and URLError are OSErrors
-            reason = getattr(e, "reason", e)
-            problem = f"connection failed: {type(reason).__name__}"
-            if isinstance(reason, TimeoutError):
-                problem = f"no answer within {server.timeout:g} s"
-            nobody_there = isinstance(reason, (ConnectionRefusedError, socket.gaierror))
-            if nobody_there and attempt == server.tries - 1:
-                raise UserError(f"{server.url} cannot be reached: {reason}. Is the server up? What has "
-                                "arrived is kept; the same command goes on from there.") from None
-        if status > 299:  # hidden in the whole text: half a key would not be found
-            detail = " ".join(hide(server, raw.decode(errors="replace")).split())
-            problem = f"HTTP {status}: {detail[:300]}"
-            if status in FATAL:
-                raise UserError(f"{server.url}{path}: {FATAL[status]} ({problem})")
-            if status not in RETRIED:
-                raise Refused(problem)
-        if attempt < server.tries - 1:
-            time.sleep(max(wait, min(60.0, server.pause * 2**attempt) * random.uniform(0.5, 1.0)))
-    raise Refused(f"{problem} (tried {server.tries} times)")
+            with opener.open(request, timeout=server.timeout) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as e:  # hide the key before cutting: half of it is not found
+            detail = hide_key(server, " ".join(e.read().decode(errors="replace").split()))
+            problem, reason = f"HTTP {e.code}: {detail[:300]}", None
+            if e.code in FATAL:
+                raise UserError(f"{server.url}{path}: {FATAL[e.code]} ({problem})") from None
+            if e.code < 500 and e.code not in RETRIED:
+                raise RequestFailed(problem) from None
+            if re.fullmatch(r"\d{1,9}", e.headers.get("Retry-After") or ""):
+                pause = max(pause, min(600.0, float(e.headers["Retry-After"])))
+        except (OSError, ValueError, HTTPException) as e:
+            reason = getattr(e, "reason", e)  # of a URLError
+            problem = hide_key(server, f"{type(reason).__name__}: {reason}"[:300])
+        if attempt + 1 < server.tries:
+            time.sleep(pause)
+    if isinstance(reason, (ConnectionRefusedError, socket.gaierror)):
+        raise UserError(f"{server.url} cannot be reached: {reason}. Is the server up? What has "
+                        "arrived is kept; the same command goes on from there.")
+    raise RequestFailed(f"{problem} (tried {server.tries} times)")
 
 
-def hide(server, text):
-    """Text without the key, should a server repeat it (a short key is a dummy, and a part of many words), and
-    without what no file can hold."""
-    text = text.encode(errors="replace").decode()
+def hide_key(server: Server, text: str) -> str:
+    """Text without the key, should a server repeat it (a short key is a dummy, and a part of many
+    words), and without lone surrogates, which no file can hold."""
     if len(server.key) > 11:
-        quoted = json.dumps(server.key)[1:-1]
-        for form in {server.key, quoted, quoted.replace("/", "\\/"), repr(server.key)[1:-1]}:
-            text = text.replace(form, "***")
-    return text
+        text = text.replace(server.key, "***")
+    return text.encode(errors="replace").decode()
 
 
-def within(seconds, call):
-    """call(), in a thread that is left to itself when the time is over: a socket's own time-out starts anew
-    at each byte, and a hostile server has many of them. Raises what the call does, or TimeoutError."""
-    for _, result in concurrently(lambda call: call(), [call], 1, seconds):
-        return result
-
-
-def fetch(opener, request, timeout):
-    """(status, seconds to wait, body) of one HTTP answer, unless it is endless in size."""
-    with opener.open(request, timeout=timeout) as answer:
-        body = bytearray()
-        while part := answer.read1(2**16):
-            body += part
-            if len(body) > MAX_ANSWER:
-                raise Refused(f"an answer of more than {MAX_ANSWER >> 20} MiB")
-        if answer.length:  # announced, but not sent
-            raise IncompleteRead(b"", answer.length)
-        return answer.status, retry_after(answer.headers["Retry-After"]), bytes(body)
-
-
-def retry_after(value: str | None) -> float:
-    """Seconds that a Retry-After header asks for, at most 10 minutes; a date asks for nothing here."""
-    return min(float(value), 600.0) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?", value or "") else 0.0
-
-
-def ask(server: Server, request, sampling: Sampling) -> dict:
-    """One chat completion: {"text", "finish": "stop" | "length", "tokens"} or {"error": why}. Settings that
-    are None are left to the server; top_k is no key of the OpenAI protocol and goes into Server.body."""
-    body = {"model": server.model, "messages": request.messages, "temperature": sampling.temperature,
-            "top_p": sampling.top_p, "max_tokens": sampling.max_tokens, "seed": request.seed}
-    body = {k: v for k, v in body.items() if v is not None} | server.body
+def ask(server: Server, request: Request, sampling: Sampling) -> dict:
+    """One chat completion: {"text", "finish": "stop" | "length", "tokens"} or {"error": why}."""
+    body = {"model": server.model, "messages": request.messages, "seed": request.seed,
+            **asdict(sampling), **server.body}
+    body, answer = {k: v for k, v in body.items() if v is not None}, None
     try:
-        answer = http(server, "/chat/completions", body)
-        choice, usage = answer["choices"][0], answer.get("usage")
-        text, ending = choice["message"].get("content"), choice.get("finish_reason")
-    except Refused as e:
+        answer = fetch_json(server, "/chat/completions", body)
+        choice = answer["choices"][0]
+        text, ending = choice["message"].get("content") or "", choice.get("finish_reason")
+        tokens = (answer.get("usage") or {}).get("completion_tokens") or 0
+    except RequestFailed as e:
         return {"error": str(e)}
-    except (KeyError, IndexError, TypeError, AttributeError):
-        return {"error": "the answer is no chat completion"}
-    if text is not None and not isinstance(text, str):
+    except (KeyError, IndexError, TypeError, AttributeError):  # proxies send errors with status 200
+        return {"error": f"no chat completion: {hide_key(server, json.dumps(answer))[:300]}"}
+    if not isinstance(text, str):
         return {"error": f"the answer's content is a {type(text).__name__}, not text"}
-    if ending not in ("stop", "eos", "length", "", None):  # content_filter, abort, tool_calls: half an answer
-        return {"error": f"the server ended the answer with {hide(server, str(ending))[:60]!r}"}
-    tokens = usage.get("completion_tokens") if isinstance(usage, dict) else 0
-    return {"text": hide(server, text or ""), "finish": "length" if ending == "length" else "stop",
-            "tokens": tokens if is_count(tokens) else 0}
+    if ending not in ("stop", "eos", "length", "", None):  # content_filter, tool_calls, ...
+        return {"error": f"the server ended the answer with {hide_key(server, str(ending))[:60]!r}"}
+    finish = "length" if ending == "length" else "stop"
+    return {"text": hide_key(server, text), "finish": finish, "tokens": tokens}
 
 
-def is_count(value):
-    """Whether a number of tokens can be believed."""
-    return type(value) is int and 0 <= value < 2**40
+# --- sampling: every answer kept as it comes ------------------------------------------------------
 
 
-def concurrently(call, items, workers: int, timeout: float | None = None):
-    """Yield (item, call(item)) in the order of completion, `workers` calls at a time, taking items as needed.
-    Raises TimeoutError where none ends for `timeout` seconds.
-
-    Each call has a daemon thread: an interrupt, or an exception of one call (raised here), ends the program
-    at once, not after the slowest request as with concurrent.futures.
-    """
-    ready, items, busy = queue.SimpleQueue(), iter(items), 0
-
-    def work(item):
-        try:
-            ready.put((item, call(item), None))
-        except BaseException as e:
-            ready.put((item, None, e))
-
-    while True:
-        for item in itertools.islice(items, workers - busy):
-            threading.Thread(target=work, args=(item,), daemon=True).start()
-            busy += 1
-        if not busy:
-            return
-        try:
-            item, result, error = ready.get(timeout=timeout)
-        except queue.Empty:
-            raise TimeoutError from None
-        busy -= 1
-        if error:
-            raise error
-        yield item, result
+def in_parallel(call, items, workers: int):
+    """Yield call(item) in the order of completion, `workers` calls at a time. A consumer that stops
+    early waits for the calls under way; Ctrl-C does not."""
+    pool, items, running = ThreadPoolExecutor(workers), iter(items), set()
+    try:
+        while True:
+            for item in itertools.islice(items, workers - len(running)):
+                running.add(pool.submit(call, item))
+            if not running:
+                return
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+    except GeneratorExit:
+        pool.shutdown()
+        raise
+    finally:
+        pool.shutdown(wait=False)
 
 
-@dataclass
-class Request:
-    """One answer wanted. The key names it in the log; equal seeds give equal answers of the own model."""
-
-    key: str
-    messages: list
-    seed: int
-
-
-def request_for(name, messages, seed):
-    """A Request whose key and seed follow from what is asked: other questions never meet old answers."""
-    digest = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:12]
-    own_seed = hashlib.sha256(f"{seed} {name} {digest}".encode()).digest()
-    return Request(f"{name} {digest}", messages, int.from_bytes(own_seed[:4], "little") >> 1)
-
-
-def raw_logs(folder):
-    """The logs of all ranks."""
-    return sorted(glob.glob(os.path.join(glob.escape(folder), "raw-*.jsonl")))
-
-
-def read_log(folder: str, keys) -> dict:
-    """{key: record} of all raw answers in a folder; a later record of a key replaces an earlier one.
-
-    A last line without its newline was cut off by a kill and does not count. Raises UserError for a broken
-    line elsewhere, and for an answer to something that is not asked now.
-    """
-    records, keys = {}, set(keys)
-    for path in raw_logs(folder):
-        with open(path, "rb") as f:
-            lines = f.read().split(b"\n")[:-1]
-        for number, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line)
-                key, text = record["key"], record.get("text", "") + record.get("error", "")
-                fits = isinstance(key, str) and ("error" in record or "text" in record and is_count(
-                    record["tokens"]) and record["finish"] in ("stop", "length"))
-                text.encode()  # a lone surrogate is no text: a ValueError
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                fits = False
-            if not fits:
-                raise UserError(f"{path}, line {number}: not a record of this program; found {line!r:.80}")
-            if key not in keys:
-                raise UserError(f"{path}, line {number}: answers {key!r}, which is not among the questions "
-                                "given now: choose another output folder")
-            records[key] = record
-    return records
+def read_answers(folder: str, keys=None) -> dict:
+    """{key: record} of all ranks' raw answers in a folder; an answer goes before a failed request.
+    Raises UserError for a broken line, and for an answer to something that is not in `keys`."""
+    answers = {}
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "raw-*.jsonl"))):
+        for record in data.read_log(path):
+            key = record["key"]
+            if keys is not None and key not in keys:
+                raise UserError(f"{path}: answers {key!r}, which is not among the questions given "
+                                "now: choose another output folder")
+            if "text" not in answers.get(key, {}):
+                answers[key] = record
+    return answers
 
 
 def open_log(path: str):
-    """A raw log open for adding lines, a torn last line removed; refused while another process writes it."""
+    """A raw log open for adding lines, a torn last line removed; refused while another process
+    writes it: a resumed run must not write beside a living one."""
     f = open(path, "a+b", buffering=0)
     try:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         f.close()
         raise UserError(f"{path} is being written by another process") from None
+    except OSError:
+        pass  # a file system without locks
     f.seek(0)
     f.truncate(f.read().rfind(b"\n") + 1)
     return f
 
 
-def claim_folder(out, settings):
-    """Make `out`, or check that it was made with the same settings. Raises UserError where not."""
-    path = os.path.join(out, "settings.json")
-    if os.path.exists(path):
-        kept = read_json(path)
-        differ = [f"{k} was {kept.get(k)!r}, now {v!r}" for k, v in settings.items() if kept.get(k) != v]
-        if differ:
-            raise UserError(f"{out} holds work with other settings: choose another --out\n  "
-                            + "\n  ".join(differ))
-        return
-    if os.path.isdir(out) and {*os.listdir(out)} - {"settings.json.tmp"}:  # of a start that was killed
-        raise UserError(f"{out} is not empty and holds no work of this program: choose another --out")
-    os.makedirs(out, exist_ok=True)
-    write_json(path, settings)
-
-
 def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks,
-           title: str = "sampling", on_record=lambda record: {}, enough=None) -> dict:
-    """{key: record} for all requests: those of an earlier start from the log, the rest sampled now.
+           title: str = "sampling", at_once: int = 0):
+    """Yield the records of requests: those of earlier starts from the log, then this rank's new.
 
-    `policy` is an Own model, a Server, or a function from a Request to a record. Each answer is added to
-    folder/raw-RANK.jsonl as it comes, in one write: a kill loses at most what is under way, and the same
-    call goes on. Records are {"key", "text", "finish", "tokens"} or {"key", "error"}; failed requests are
-    asked again by the next call. `on_record(record)` sees the answers in the log, then each new one of this
-    rank, and returns a dict for the progress bar; once `enough()` is true nothing more is asked (own model:
-    looked at every 512 requests). Raises UserError as `http` and `read_log` do.
+    policy    a LocalModel, a Server, or a function from a Request to a record
+    at_once   a LocalModel's records come after so many requests each; 0: after all
+    records   {"key", "text", "finish", "tokens"} or {"key", "error"}
+
+    Each answer is added to folder/raw-RANK.jsonl as it comes: a kill loses at most what is under
+    way, and the same call goes on. Failed requests are asked again by the next call. A consumer
+    that has enough breaks off. Collective at its start; consume it inside `ranks.together()`, after
+    which `read_answers` has what all ranks got. Raises UserError as fetch_json and read_answers do.
     """
-    serving = isinstance(policy, Server)
-    if serving and ranks.world > 1:
-        raise UserError("a server needs one process here: start with `python`, without torchrun")
-    keys = [r.key for r in requests]
     with ranks.together():
+        if isinstance(policy, Server) and ranks.world > 1:
+            raise UserError("a server needs one process here: start with `python`, not torchrun")
         os.makedirs(folder, exist_ok=True)
-        have = read_log(folder, keys)
-        for path in raw_logs(folder) if ranks.main else ():
-            open_log(path).close()  # raises where a process of an earlier start still lives
-    todo = [r for r in requests if "text" not in have.get(r.key, {})]
-    mine = todo[ranks.rank::ranks.world]
-    with ranks.together(), open_log(os.path.join(folder, f"raw-{ranks.rank}.jsonl")) as log:
-        bar = tqdm(total=len(mine), disable=not ranks.main or not todo, desc=title, unit="answer",
-                   leave=not ranks.quiet)
-        count, started, outcomes = Counter(), time.monotonic(), {}
-        for record in have.values():
-            outcomes = on_record(record)
+        log = open_log(os.path.join(folder, f"raw-{ranks.rank}.jsonl"))
+        answers = read_answers(folder, {r.key for r in requests})
+    todo = [r for r in requests if "text" not in answers.get(r.key, {})]
+    todo = todo[ranks.rank::ranks.world]
+    bar = tqdm(total=len(todo), disable=not (ranks.main and todo), desc=title, unit="answer",
+               leave=not ranks.quiet)
+    counts, started, lock = Counter(), time.monotonic(), threading.Lock()
 
-        def tick(tokens, failed=0):
-            count.update(tokens=tokens, failed=failed)
-            speed = int(count["tokens"] / (time.monotonic() - started))
-            bar.set_postfix({**count, "tokens/s": speed, **outcomes}, refresh=False)
-            bar.update(0)
-
-        def keep(request, record):
-            nonlocal outcomes
-            record = {"key": request.key, **record}
-            line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
-            with writing(log.name):
-                if log.write(line) < len(line):  # what is torn does not count when the log is read again
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            outcomes = on_record(record)
+    def keep(request, record):
+        record = {"key": request.key, **record}
+        line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        with lock, writing(log.name):
+            if log.write(line) < len(line):  # the disk is full; no thread may add to a torn line
+                log.close()
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            counts.update(tokens=record.get("tokens", 0), failed="error" in record)
+            speed = int(counts["tokens"] / (time.monotonic() - started))
+            bar.set_postfix({**counts, "tokens/s": speed}, refresh=False)
             bar.update()
+        return record
 
-        wanted = itertools.takewhile(lambda _: not (enough and enough()), mine)
-        if isinstance(policy, Own):
-            while some := list(itertools.islice(wanted, 512 if enough else None)):
-                answer_own(policy, some, sampling, keep, tick)
+    def answer(request):
+        if isinstance(policy, Server):
+            return keep(request, ask(policy, request, sampling))
+        return keep(request, policy(request))
+
+    with log, bar:
+        yield from answers.values()
+        if isinstance(policy, LocalModel):
+            step = at_once or max(1, len(todo))
+            for start in range(0, len(todo), step):
+                yield from answer_locally(policy, todo[start:start + step], sampling, keep)
         else:
-            call = functools.partial(ask, policy, sampling=sampling) if serving else policy
-            for request, record in concurrently(call, wanted, policy.workers if serving else 1):
-                keep(request, record)
-                tick(record.get("tokens", 0), "error" in record)
-        bar.close()
-    with ranks.together():
-        return read_log(folder, keys)
+            yield from in_parallel(answer, todo, getattr(policy, "workers", 1))
 
 
-def answer_own(own: Own, requests, sampling, keep, tick):
-    """Sample from the model in this process: keep(request, record) as each answer ends, tick(new tokens)."""
-    def done(index, ids, ended):
-        text, finish = own.chat.tokenizer.decode(ids), "stop" if ended else "length"
-        keep(requests[index], {"text": text, "finish": finish, "tokens": len(ids) + ended})
+def answer_locally(local: LocalModel, requests, sampling, keep) -> list:
+    """Records by the model in this process; keep(request, record) logs each as it ends."""
+    records = []
 
-    qwen.generate(own.model, [own.chat.prompt(r.messages) for r in requests], [r.seed for r in requests],
-                  **asdict(sampling), end=own.end, batch_size=own.batch_size, on_done=done, progress=tick)
+    def on_done(index, ids, ended):
+        text, finish = local.chat.tokenizer.decode(ids), "stop" if ended else "length"
+        record = {"text": text, "finish": finish, "tokens": len(ids) + ended}
+        records.append(keep(requests[index], record))
+
+    prompts = [local.chat.prompt(r.messages) for r in requests]
+    qwen.generate(local.model, prompts, [r.seed for r in requests], **asdict(sampling),
+                  end=local.end, batch_size=local.batch_size, on_done=on_done)
+    return records
 
 
 # --- sampling: options ----------------------------------------------------------------------------
 
 
 @dataclass
-class Asking:
-    """What both commands share: whom to ask, and how."""
+class SamplingOptions:
+    """What the commands that sample share: whom to ask, and how."""
 
-    out: str = option("", "folder to write; an unfinished one is gone on with (required)")
+    out: str = option("", "folder to write; an unfinished one is completed (required)")
     model: str = option("", "ask this Qwen3 checkpoint (folder or hub id), in this process")
-    server: str = option("", "ask an OpenAI-compatible server, http://host:port/v1; key: OPENAI_API_KEY")
+    server: str = option("", "ask an OpenAI-compatible server, http://host:port/v1 (key: "
+                         "OPENAI_API_KEY)")
     server_model: str = option("", "model name at the server; empty: the only one it serves")
     body: str = option("", "JSON object: more keys of each request to the server; null removes one")
     workers: int = option(16, "requests to the server at a time")
-    request_timeout: float = option(600.0, "seconds a request may take")
+    request_timeout: float = option(600.0, "seconds to wait for the server")
     tries: int = option(6, "attempts per request, with growing pauses")
-    temperature: float = option(0.7, "0: greedy (an Oracle's server gets this and the next only if given)")
+    temperature: float = option(0.7, "0: greedy (an Oracle's server gets these only if given)")
     top_p: float = option(0.8, "keep the likeliest tokens up to this share")
     top_k: int = option(20, "keep that many likeliest tokens; 0: all")
     max_tokens: int = option(32768, "tokens of an answer; longer ones are cut off and counted")
-    batch_size: int = option(32, "answers the own model writes at a time")
-    dtype: str = option("bfloat16", "of the own model", ("float32", "bfloat16"))
+    batch_size: int = option(32, "answers a local model writes at a time")
+    dtype: str = option("bfloat16", "of a local model", ("float32", "bfloat16"))
     seed: int = option(0, "of the samples")
     timeout: int = option(86400, "seconds after which a stalled rank ends the run")
+    given: tuple = ()  # names of the options that the user gave
+
+    @property
+    def sampling(self):
+        return Sampling(self.temperature, self.top_p, self.top_k, self.max_tokens)
 
 
-def finish(work) -> int:
-    """Run a program's work to its exit code: 0, or 130 where Ctrl-C or SIGTERM ended it."""
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        work()
-    except KeyboardInterrupt:
-        print("\nstopped; what has arrived is kept, and the same command goes on", file=sys.stderr,
-              flush=True)
-        return 130
-    close_ranks()
-    return 0
-
-
-def check_asking(o: Asking, allowed: tuple) -> list:
-    """What is wrong with these options, as text; `allowed` are the options that name whom to ask, of which
-    exactly one must be given. OPENAI_BASE_URL stands in for all of them."""
-    if not any(getattr(o, k) for k in allowed):
+def check_sampling_options(o: SamplingOptions) -> list:
+    """What is wrong with these options, as text. OPENAI_BASE_URL stands in for who is asked."""
+    names = [name for name in ("model", "server", "function", "edited") if hasattr(o, name)]
+    if not any(getattr(o, name) for name in names):
         o.server = os.environ.get("OPENAI_BASE_URL", "")
-    found = sum(bool(getattr(o, k)) for k in allowed)
-    problems = ["--out is required"] * (not o.out)
-    problems += [f"exactly one of --{', --'.join(allowed)} expected, found {found}"] * (found != 1)
-    for k, low in {"workers": 1, "request_timeout": 1e-3, "tries": 1, "max_tokens": 1, "batch_size": 1,
-                   "timeout": 1, "temperature": 0, "top_k": 0, "seed": 0}.items():
-        if not low <= getattr(o, k) < 1e9:
-            problems.append(f"--{k} is {getattr(o, k)}, a number from {low} to 1e9 expected")
-    problems += qwen.unfit(vars(o))
+    problems, count = [], sum(bool(getattr(o, name)) for name in names)
+    if count != 1:
+        problems.append(f"exactly one of --{', --'.join(names)} expected, found {count}")
     if not 0 < o.top_p <= 1:
         problems.append(f"--top_p is {o.top_p}, a share above 0 and up to 1 expected")
     try:
         if not isinstance(json.loads(o.body or "{}"), dict):
             problems.append(f"--body is {o.body!r:.60}, a JSON object expected")
-    except (ValueError, RecursionError) as error:
-        problems.append(f"--body is no JSON: {error}")
+    except ValueError as e:
+        problems.append(f"--body is no JSON: {e}")
     return problems
 
 
-def open_policy(o: Asking, device, non_thinking: bool = True):
-    """The Own model or the Server that the options name. non_thinking: tell a server what vLLM and SGLang
-    understand, Qwen3's template without thinking and top_k; null in --body takes a key away."""
+def open_policy(o: SamplingOptions, device, non_thinking: bool = True):
+    """The LocalModel or the Server that the options name. non_thinking: tell a server what vLLM and
+    SGLang understand, Qwen3's template without thinking and top_k."""
     if o.model:
-        return open_own(o.model, getattr(torch, o.dtype), device, o.batch_size)
-    body = {"top_k": o.top_k, "chat_template_kwargs": {"enable_thinking": False}} if non_thinking else {}
+        return open_local_model(o.model, getattr(torch, o.dtype), device, o.batch_size)
+    body = {}
+    if non_thinking:
+        body = {"top_k": o.top_k, "chat_template_kwargs": {"enable_thinking": False}}
     body |= json.loads(o.body or "{}")
-    return open_server(o.server, o.server_model, workers=o.workers, timeout=o.request_timeout, tries=o.tries,
-                       body={k: v for k, v in body.items() if v is not None})
+    return open_server(o.server, o.server_model, workers=o.workers, timeout=o.request_timeout,
+                       tries=o.tries, body=body)
 
 
-def identity(policy, o: Asking) -> str:
-    """Whose answers these are: a server's model name and --body, or a folder, a hash of its weights and the
-    type of the computation."""
+def identity(policy, o: SamplingOptions) -> str:
+    """Whose answers these are: a server's model name and --body, or a local model's folder name, a
+    hash of its weight files and the type of the computation. Of a file the hash takes name, size
+    and 4 KiB at 64 places, not gigabytes: two trainings of one base differ there."""
     if isinstance(policy, Server):
         return f"{policy.model} {json.dumps(policy.body, sort_keys=True)}"
     digest, folder = hashlib.sha256(), qwen.checkpoint_folder(o.model)
     for path in sorted({path for path, _ in qwen.open_tensors(folder).values()}):
+        size = os.path.getsize(path)
+        digest.update(f"{os.path.basename(path)} {size} ".encode())
         with open(path, "rb") as f:
-            digest.update(hashlib.file_digest(f, "sha256").digest())
+            for place in range(0, size, size // 64 + 1):
+                f.seek(place)
+                digest.update(f.read(4096))
     return f"{os.path.basename(os.path.abspath(folder))} {digest.hexdigest()[:16]} {o.dtype}"
+
+
+def claim_folder(out: str, settings: dict, ranks: Ranks):
+    """Make `out`, or check that it was made with the same settings; ends all ranks where not."""
+    path = os.path.join(out, "settings.json")
+    with ranks.together():
+        if not ranks.main:
+            return
+        os.makedirs(out, exist_ok=True)
+        if not os.path.exists(path):
+            if os.listdir(out):
+                raise UserError(f"{out} is not empty and holds no work of this program: choose "
+                                "another --out")
+            write_json(path, settings)
+        kept = read_json(path)
+        differ = [f"{name} was {kept.get(name)!r}, now {value!r}"
+                  for name, value in settings.items() if kept.get(name) != value]
+        if differ:
+            raise UserError(f"{out} holds work with other settings: choose another --out"
+                            + data.listed(differ))
 
 
 # --- grading: which answer does a text commit itself to? ------------------------------------------
@@ -1627,10 +1544,13 @@ def evaluate(policy, tasks: list, out: str, sampling: Sampling, ranks: Ranks, sa
         k = samples or SAMPLES.get(task.name, 5)
         wanted = [[request_for(f"{name}/{i}", [{"role": "user", "content": turn}], seed) for i in range(k)]
                   for name, turn, _ in task.rows]
-        records = sample(policy, [r for row in wanted for r in row], os.path.join(out, task.name), sampling,
-                         ranks, task.name)
+        requests, folder = [r for row in wanted for r in row], os.path.join(out, task.name)
+        with ranks.together():
+            for _ in sample(policy, requests, folder, sampling, ranks, task.name):
+                pass  # in the log
         with ranks.together():
             if ranks.main:
+                records = read_answers(folder)
                 by_row = [[records.get(r.key, {}) for r in row] for row in wanted]
                 results[task.name] = score_task(task, by_row)
                 ranks.say(f"{task.name}: " + describe(results[task.name]))
@@ -2045,56 +1965,59 @@ y⁺; <ins>underlined</ins>: not in y⁻. Point at a token for its figures.</p>
 
 
 @dataclass
-class EvalOptions(Asking):
-    """Options of an evaluation."""
+class EvalOptions(SamplingOptions):
+    """sample and score benchmarks (the default)"""
 
     tasks: str = option("", "comma-separated: " + ", ".join((*MATH_SETS, *GROUPS["OOD"], "ifeval"))
                         + ", or NAME=FILE.jsonl (required)")
     data: str = option("data/eval", "folder of NAME.jsonl files; connect4 needs none")
-    samples: int = option(0, "answers per question; 0: the paper's (16 for aime24, aime25, amc23, 1 for "
-                          "connect4, else 5)")
+    samples: int = option(0, "answers per question; 0: the paper's (16 for aime24, aime25, amc23, "
+                          "1 for connect4, else 5)")
     limit: int = option(0, "only the first that many questions of each task; 0: all")
 
 
 @dataclass
+class CompareOptions:
+    """two finished evaluations side by side"""
+
+    a: str = option("", "--out of one evaluation (required)")
+    b: str = option("", "--out of another (required)")
+
+
+@dataclass
 class RetentionOptions:
-    """Options of `python eval.py retention`."""
+    """how far a model went from its base"""
 
     model: str = option("", "checkpoint folder or hub id (required)")
     base: str = option("", "the model before training (required)")
-    texts: str = option("", "JSONL of {\"text\": ...}, or a pair file, whose y+ is scored (required)")
+    texts: str = option("", "JSONL with \"text\", or a pair file, whose y+ is scored (required)")
     max_length: int = option(4096, "tokens of a text; the rest is cut off")
     dtype: str = option("bfloat16", "of both models", ("float32", "bfloat16"))
     timeout: int = option(86400, "seconds after which a stalled rank ends the run")
 
 
 @dataclass
-class CompareOptions:
-    """Options of `python eval.py compare`."""
-
-    a: str = option("", "--out of one evaluation (required)")
-    b: str = option("", "--out of another (required)")
-    timeout: int = option(600, "seconds after which a stalled rank ends the run")
-
-
-@dataclass
 class ReportOptions:
-    """Options of `python eval.py report RUN [RUN ...]`."""
+    """runs and evaluations as one HTML file"""
 
     out: str = option("", "file to write [RUN/report.html of one RUN, report.html of several]")
-    timeout: int = option(600, "seconds after which a stalled rank ends the run")
     runs: tuple = ()
 
 
-def run_report(o: ReportOptions, ranks: Ranks):
-    """From options to a file."""
-    out = o.out or os.path.join(o.runs[0] if len(o.runs) == 1 else "", "report.html")
-    if os.path.isdir(out):
-        raise UserError(f"--out {out}: the name of a file expected, found a folder")
+def run_evaluation(o: EvalOptions, ranks: Ranks):
+    """From options to results."""
     with ranks.together():
-        if ranks.main:
-            report(o.runs, out)
-    ranks.say(f"written: {out}")
+        tasks = [load_task(spec.strip(), o.data) for spec in o.tasks.split(",") if spec.strip()]
+        if not tasks or len({task.name for task in tasks}) < len(tasks):
+            raise UserError(f"--tasks is {o.tasks!r}: one task or more expected, each once")
+        for task in tasks:
+            task.rows = task.rows[:o.limit or None]
+            task.weights = {k: v[:o.limit or None] for k, v in task.weights.items()}
+        policy = open_policy(o, ranks.device)
+    settings = {"command": "eval", "seed": o.seed, "asked": identity(policy, o),
+                "sampling": asdict(o.sampling)}
+    claim_folder(o.out, settings, ranks)
+    evaluate(policy, tasks, o.out, o.sampling, ranks, o.samples, o.seed)
 
 
 def run_comparison(o: CompareOptions, ranks: Ranks):
@@ -2104,67 +2027,89 @@ def run_comparison(o: CompareOptions, ranks: Ranks):
             print(compare_runs([o.a, o.b]))
 
 
-def run_evaluation(o: EvalOptions, ranks: Ranks):
-    """From options to results."""
-    with ranks.together():
-        tasks = [load_task(spec.strip(), o.data) for spec in o.tasks.split(",") if spec.strip()]
-        twice = [name for name, n in Counter(t.name for t in tasks).items() if n > 1]
-        if not tasks or twice:
-            raise UserError(f"--tasks is {o.tasks!r}: one task or more expected, each once")
-        for task in tasks:
-            task.rows = task.rows[:o.limit or None]
-            task.weights = {k: v[:o.limit or None] for k, v in task.weights.items()}
-        policy = open_policy(o, ranks.device)
-        sampling = Sampling(o.temperature, o.top_p, o.top_k, o.max_tokens)
-    with ranks.together():
-        if ranks.main:
-            claim_folder(o.out, {"command": "eval", "seed": o.seed, "asked": identity(policy, o),
-                                 "sampling": asdict(sampling)})
-    evaluate(policy, tasks, o.out, sampling, ranks, o.samples, o.seed)
-
-
 def run_retention(o: RetentionOptions, ranks: Ranks):
     """From options to one printed line of JSON."""
     with ranks.together():
-        models = [open_own(name, getattr(torch, o.dtype), ranks.device) for name in (o.model, o.base)]
-        own, other = (m.chat.tokenizer.get_vocab(with_added_tokens=True) for m in models)
-        if own != other:
+        dtype = getattr(torch, o.dtype)
+        model, base = (open_local_model(name, dtype, ranks.device) for name in (o.model, o.base))
+        vocabularies = [m.chat.tokenizer.get_vocab(with_added_tokens=True) for m in (model, base)]
+        if vocabularies[0] != vocabularies[1]:
             raise UserError(f"{o.model} and {o.base} have different tokenizers: no KL between them")
-        sequences, said = read_sequences(o.texts, models[1].chat, o.max_length)
-        ranks.say(said)
-        found = retention(models[0].model, models[1].model, sequences, ranks)
+        sequences, summary = read_sequences(o.texts, base.chat, o.max_length)
+        ranks.say(summary)
+        figures = retention(model.model, base.model, sequences, ranks)
     if ranks.main:
-        print(json.dumps(found))
+        print(json.dumps(figures))
 
 
-def parse_command(argv):
+def run_report(o: ReportOptions, ranks: Ranks):
+    """From options to a file."""
+    out = o.out or os.path.join(o.runs[0] if len(o.runs) == 1 else "", "report.html")
+    with ranks.together():
+        if os.path.isdir(out):
+            raise UserError(f"--out {out}: the name of a file expected, found a folder")
+        if ranks.main:
+            report(o.runs, out)
+    ranks.say(f"written: {out}")
+
+
+COMMANDS = {  # name: what it runs, its options, the required ones
+    "evaluate": (run_evaluation, EvalOptions, ("out", "tasks")),
+    "compare": (run_comparison, CompareOptions, ("a", "b")),
+    "retention": (run_retention, RetentionOptions, ("model", "base", "texts")),
+    "report": (run_report, ReportOptions, ())}
+LEAST = {  # values of options, oracle.py's too
+    "workers": 1, "request_timeout": 1e-3, "tries": 1, "temperature": 0, "top_k": 0, "seed": 0,
+    "max_tokens": 1, "batch_size": 1, "timeout": 1, "samples": 0, "limit": 0, "max_length": 2,
+    "target": 0, "max_change_ratio": 0}
+
+
+def parse_command(argv: list, commands: dict = COMMANDS, description: str = __doc__) -> tuple:
     """(what to run, its options); raises UserError listing every problem at once."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    run, record, required = run_evaluation, EvalOptions, ("tasks",)
-    if argv[:1] == ["compare"]:
-        run, record, required, argv = run_comparison, CompareOptions, ("a", "b"), argv[1:]
-    elif argv[:1] == ["retention"]:
-        run, record, required, argv = run_retention, RetentionOptions, ("model", "base", "texts"), argv[1:]
-    elif argv[:1] == ["report"]:
-        run, record, required, argv = run_report, ReportOptions, (), argv[1:]
-        parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run or of an evaluation")
-    add_options(parser, record)
-    o = record(**vars(parser.parse_args(argv)))
-    problems = [f"--{k} is required" for k in required if not getattr(o, k)]
-    problems += check_asking(o, ("model", "server")) if run is run_evaluation else []
-    for name, least in (("samples", 0), ("limit", 0), ("max_length", 2)):
-        if getattr(o, name, least) < least:
-            problems.append(f"--{name} is {getattr(o, name)}, a number of {least} or more expected")
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    for name, (_, record, _) in commands.items():
+        subparser = subparsers.add_parser(name, help=record.__doc__, allow_abbrev=False)
+        add_options(subparser, record)
+        if name == "report":
+            subparser.add_argument("runs", nargs="+", help="folders of runs or evaluations")
+    if "evaluate" in commands and (not argv or argv[0] not in (*commands, "-h", "--help")):
+        argv = ["evaluate", *argv]
+    given = vars(parser.parse_args(argv))
+    run, record, required = commands[given.pop("command")]
+    o = record(**given)
+    problems = [f"--{name} is required" for name in required if not getattr(o, name)]
+    for name, least in LEAST.items():
+        value = getattr(o, name, least)
+        if not least <= value < 1e9:
+            problems.append(f"--{name} is {value}, a number of at least {least} expected")
+    if isinstance(o, SamplingOptions):
+        o.given = tuple(given)
+        problems += check_sampling_options(o)
     if problems:
-        raise UserError("\n  ".join(["these options do not work:"] + problems))
+        raise UserError("these options do not work:" + data.listed(problems))
     return run, o
 
 
-def main() -> int:
-    """Command line to exit code: 0 done, 1 failed, 2 options that do not work."""
-    (run, o), ranks = begin(lambda: parse_command(sys.argv[1:]), lambda found: open_ranks(found[1].timeout))
-    return finish(lambda: run(o, ranks))
+def main(commands: dict = COMMANDS, description: str = __doc__) -> int:
+    """Command line to exit code: 0 done, 1 failed, 2 options that do not work, 130 stopped."""
+    def parse():
+        return parse_command(sys.argv[1:], commands, description)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    (run, o), ranks = begin(parse, lambda parsed: open_ranks(getattr(parsed[1], "timeout", 600)))
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        run(o, ranks)
+    except KeyboardInterrupt:
+        print("\nstopped; what has arrived is kept, and the same command goes on", file=sys.stderr,
+              flush=True)
+        return 130
+    close_ranks()
+    return 0
 
 
 if __name__ == "__main__":

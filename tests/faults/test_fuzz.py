@@ -216,7 +216,7 @@ def read_chat(w):
 
 
 def read_end_tokens(w):
-    evaluation.open_own(str(w / "model"), torch.float32, "cpu")
+    evaluation.open_local_model(str(w / "model"), torch.float32, "cpu")
 
 
 def read_weights(w):
@@ -259,7 +259,7 @@ def reader_of_task(name):
 
 
 def read_log(w):
-    records = evaluation.read_log(str(w), "abc")
+    records = evaluation.read_answers(str(w), "abc")
     for record in records.values():
         (record.get("text", "") + record.get("error", "")).encode()
     sum(r.get("tokens", 0) for r in records.values()) / 3
