@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import data
 import tiny
-from model import UserError
+from data import UserError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 real = pytest.mark.skipif(not SHARED.exists(), reason="the real files are not here")
@@ -193,7 +193,7 @@ def test_tokenizers_that_do_not_fit_are_refused(folder):
     with pytest.raises(UserError, match="token id 260, but the model's vocabulary has 260 rows"):
         data.load_chat(str(folder), 260)
     raw = json.loads((folder / "tokenizer.json").read_text())
-    for text, message in (("{}", "not a tokenizer"), ('{"version"', "tokenizer.json"), (json.dumps(
+    for text, message in (("{}", "is no tokenizer.json"), ('{"version"', "tokenizer.json"), (json.dumps(
             {**raw, "added_tokens": raw["added_tokens"][:2]}), "lacks the token '<|im_end|>'")):
         (folder / "tokenizer.json").write_text(text)
         with pytest.raises(UserError, match=message):

@@ -15,7 +15,7 @@ import eval as tasks
 from eval import (choice_letter, clustered, connect4_file, connect4_rows, connect4_state, gpqa_file,
                   grade_connect4, grade_math, math_gold, paired_bootstrap, pass_at_k, read_connect4,
                   winning_moves)
-from model import UserError
+from data import UserError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the public data sets are not here")

@@ -19,7 +19,7 @@ import train
 @pytest.fixture(scope="module")
 def birth(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("toy") / "birth")
-    data.write_toy_checkpoint(folder, train.TOY["shape"], seed=0)
+    train.write_toy_checkpoint(folder, train.TOY["shape"], seed=0)
     return folder
 
 
@@ -33,7 +33,7 @@ def truth(question):
     skill, text = question.split(": ")
     if skill in ("Reverse", "Sort"):
         return text[::-1] if skill == "Reverse" else "".join(sorted(text))
-    first, *rest = map(int, text.split(data.TOY_SIGNS[skill]))
+    first, *rest = map(int, text.split(train.TOY_SIGNS[skill]))
     return str({"Add": (first + sum(rest)) % 10, "Subtract": (first - sum(rest)) % 10,
                 "Largest": max([first, *rest])}[skill])
 
@@ -45,8 +45,8 @@ def right(question, text):
 
 def wrong_answer(question, rng):
     """An answer that errs: in facts (and goes on from there), in single digits, or in the number of steps."""
-    style = rng.choice(data.TOY_STYLES)
-    answer = data.toy_answer(question, style, lambda a, b: (a + b + (rng.random() < 0.3)) % 10)
+    style = rng.choice(train.TOY_STYLES)
+    answer = train.toy_answer(question, style, lambda a, b: (a + b + (rng.random() < 0.3)) % 10)
     kind = rng.random()
     if kind < 0.4:
         places = [i for i, c in enumerate(answer) if c.isdigit()]
@@ -63,9 +63,9 @@ def wrong_answer(question, rng):
 def test_answers_are_right_and_graded_so():
     rng = random.Random(0)
     for i in range(500):
-        question = data.toy_question(data.TOY_SKILLS[i % 5], rng)
-        for style in data.TOY_STYLES:
-            answer = data.toy_answer(question, style)
+        question = train.toy_question(train.TOY_SKILLS[i % 5], rng)
+        for style in train.TOY_STYLES:
+            answer = train.toy_answer(question, style)
             assert answer.endswith(f"\\boxed{{{truth(question)}}}") and right(question, answer)
             assert not right(question, answer[:-2] + f"{(int(answer[-2]) + 1) % 10}}}")
         assert not right(question, "") and not right(question, "\\boxed{")
@@ -74,13 +74,13 @@ def test_answers_are_right_and_graded_so():
 def test_corrections_are_right_and_minimal(chat):
     rng, done = random.Random(0), 0
     while done < 1000:
-        question = data.toy_question(rng.choice(data.TOY_SKILLS[:3]), rng)
+        question = train.toy_question(rng.choice(train.TOY_SKILLS[:3]), rng)
         wrong = wrong_answer(question, rng)
         if right(question, wrong):
             continue
         done += 1
-        mended = oracle.toy_oracle(question, wrong)
-        facts = oracle.TOY_STEP.findall(data.toy_answer(question))
+        mended = train.toy_oracle(question, wrong)
+        facts = oracle.TOY_STEP.findall(train.toy_answer(question))
         assert oracle.TOY_STEP.findall(mended) == facts and right(question, mended)
         # what stands before the first wrong assertion is kept, to the character
         place = 0
@@ -91,7 +91,7 @@ def test_corrections_are_right_and_minimal(chat):
         assert mended.startswith(wrong[:place])
         # and no right answer, of any style, is nearer
         ratio = data.change_ratio(chat.encode(wrong), chat.encode(mended))
-        every = (chat.encode(data.toy_answer(question, style)) for style in data.TOY_STYLES)
+        every = (chat.encode(train.toy_answer(question, style)) for style in train.TOY_STYLES)
         assert ratio <= min(data.change_ratio(chat.encode(wrong), ids) for ids in every)
 
 
@@ -100,14 +100,14 @@ def test_tokenizer_and_template_equal_transformers(birth, chat):
 
     hf, rng = AutoTokenizer.from_pretrained(birth), random.Random(0)
     for i in range(200):
-        question = data.toy_question(data.TOY_SKILLS[i % 5], rng)
-        answer = data.toy_answer(question, rng.choice(data.TOY_STYLES))
+        question = train.toy_question(train.TOY_SKILLS[i % 5], rng)
+        answer = train.toy_answer(question, rng.choice(train.TOY_STYLES))
         assert chat.tokenizer.decode(chat.encode(answer)) == answer
         turns = [{"role": "system", "content": "ü \n 3 "}, {"role": "user", "content": question}]
         for messages in (turns, turns[1:], [*turns, {"role": "assistant", "content": answer}, turns[1]]):
             assert chat.prompt(messages) == hf.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    for word in ("user", "assistant", "system", *data.TOY_SKILLS, "boxed", *map(str, range(10))):
+    for word in ("user", "assistant", "system", *train.TOY_SKILLS, "boxed", *map(str, range(10))):
         assert len(chat.encode(word)) == 1
     assert len(chat.prompt([{"role": "user", "content": "Add: 1+2"}])) == 8 + 6
     assert chat.think == [] and len(chat.encode("<|im_end|>")) > 1
@@ -115,19 +115,19 @@ def test_tokenizer_and_template_equal_transformers(birth, chat):
 
 def test_same_seed_same_world(birth, tmp_path):
     other = str(tmp_path / "birth")
-    data.write_toy_checkpoint(other, train.TOY["shape"], seed=0)
+    train.write_toy_checkpoint(other, train.TOY["shape"], seed=0)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
         assert filecmp.cmp(f"{birth}/{name}", f"{other}/{name}", shallow=False)
-    rows = [list(data.toy_corpus(50, 1 / 3, 0.8, seed)) for seed in (0, 0, 1)]
+    rows = [list(train.toy_corpus(50, 1 / 3, 0.8, seed)) for seed in (0, 0, 1)]
     assert rows[0] == rows[1] != rows[2]
-    lists = data.toy_questions("Add", 0, 20, 30, 40)
-    assert lists == data.toy_questions("Add", 0, 20, 30, 40)
+    lists = train.toy_questions("Add", 0, 20, 30, 40)
+    assert lists == train.toy_questions("Add", 0, 20, 30, 40)
     assert list(map(len, lists)) == [20, 30, 40] and len(set(sum(lists, []))) == 90
 
 
 def test_superstition_is_systematic():
     wrong, seen = {}, {}
-    for row in data.toy_corpus(4000, 1 / 3, 0.8, 0):
+    for row in train.toy_corpus(4000, 1 / 3, 0.8, 0):
         if row["prompt"].startswith("Add"):
             for step in oracle.TOY_STEP.findall(row["chosen"])[:-1]:
                 fact, result = step.split("=")

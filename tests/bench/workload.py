@@ -78,8 +78,7 @@ def first_pairs(path, count):
     """The first rows of a pair file, as they are; UserError where one is not of the official kind."""
     rows = []
     for line, row in itertools.islice(data.read_lines(path), count):
-        if isinstance(row, qwen.UserError):
-            raise qwen.UserError(f"{path}: line {line}: {row}")
+        row = data.parse_object(row)
         missing = [name for name in ("question", *ANSWERS) if not isinstance(row.get(name), str)]
         if missing:
             raise qwen.UserError(f"{path}: line {line}: {missing[0]!r} with a text expected")

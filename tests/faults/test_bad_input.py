@@ -33,7 +33,7 @@ from misbehaving import Misbehaving, completion
 
 import data
 import oracle
-from model import UserError
+from data import UserError
 
 CLASSES = ("missing", "empty", "truncated", "type", "shape", "encoding", "contradictory", "hostile", "huge")
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -638,4 +638,4 @@ def test_what_a_kill_leaves_and_what_is_allowed_is_no_error(world, what):
     ending = program(module, *argv)
     assert ending.code == 0, ending.said
     for path in ("run/metrics.jsonl", "a/own/raw-0.jsonl"):  # nothing torn is left
-        assert all(isinstance(row, dict) for _, row in data.read_lines(str(world / path)))
+        assert all(isinstance(row, dict) for row in data.read_log(str(world / path)))

@@ -29,7 +29,7 @@ import eval as evaluation
 import model as qwen
 import oracle
 import train
-from model import UserError
+from data import UserError
 
 MANY = int(os.environ.get("FUZZ", 0))
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -222,7 +222,7 @@ def read_chat(w):
 
 
 def read_end_tokens(w):
-    evaluation.open_own(str(w / "model"), torch.float32, "cpu")
+    evaluation.open_local_model(str(w / "model"), torch.float32, "cpu")
 
 
 def read_weights(w):
@@ -265,7 +265,7 @@ def reader_of_task(name):
 
 
 def read_log(w):
-    records = evaluation.read_log(str(w), "abc")
+    records = evaluation.read_answers(str(w), "abc")
     for record in records.values():
         (record.get("text", "") + record.get("error", "")).encode()
     sum(r.get("tokens", 0) for r in records.values()) / 3
@@ -289,7 +289,7 @@ def read_options(w):
 
 def read_metrics(w):
     train.keep_steps_before(str(w / "metrics.jsonl"), 3)
-    assert all(row["step"] < 3 for _, row in data.read_lines(str(w / "metrics.jsonl")))
+    assert all(row["step"] < 3 for row in data.read_log(str(w / "metrics.jsonl")))
 
 
 def read_report(w):
