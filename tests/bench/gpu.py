@@ -1,7 +1,6 @@
 """Correctness, then speed, on one CUDA GPU: one call, at most 9 minutes, nothing is downloaded.
 
-    python tests/bench/gpu.py                           # all parts
-    python tests/bench/gpu.py --parts attention,head    # some
+    python tests/bench/gpu.py                           # or --parts attention,head
     python tests/bench/gpu.py --small                   # toy sizes on the CPU, about a minute
 
     attention     fork_attention against fp64 on the CPU; its kernels; lengths never seen before
@@ -44,7 +43,7 @@ import tiny
 from common import ROOT, data, qwen, train
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
-Sizes = namedtuple("Sizes", "device narrow wide length pairs")  # tokens of prompt + one answer; a step
+Sizes = namedtuple("Sizes", "device narrow wide length pairs")  # length: tokens of an answer
 GPU = Sizes("cuda", qwen.Config(151936, 1024, 3072, 28, 16, 8, 128, 1e-6, 1e6, True),
             qwen.Config(151936, 4096, 12288, 12, 32, 8, 128, 1e-6, 1e6, False), 1500, 16)
 TOY = qwen.Config(512, 64, 128, 2, 4, 2, 16, 1e-6, 1e6, True)
@@ -107,7 +106,6 @@ def attention(sizes, report):
         out = qwen.fork_attention(*leaves, forks)
         out.backward(grad)
         return out, *(t.grad for t in leaves)
-
     compare(sizes.device, report, run)
     ops = Counter(e.name.removeprefix("aten::") for e in recorded(run, sizes.device, BF16))
     used = ", ".join(f"{op} {n}" for op, n in sorted(ops.items()) if "attention" in op)
@@ -138,7 +136,6 @@ def model(sizes, report):
         rows = own(p.tokens, p.positions, p.forks, p.rows, p.targets)
         rows.backward(grad.to(rows))
         return rows, *(p.grad for p in own.parameters())
-
     compare(sizes.device, report, run)
 
 
@@ -185,7 +182,8 @@ def stop_a_run(argv, log):
 KINDS = {"head": "_LinearLogps", "FSDP": "FSDP|c10d|nccl", "attention": "scaled_?dot|attention",
          "optimizer and clip": r"optimizer\.|_foreach|vector_norm",
          "products": r"aten::(mm|addmm|bmm)\b",
-         "copies": r"aten::(copy_|cat|fill_|zero_|index_select)\b", "elementwise and sums": ""}
+         "copies": r"aten::(copy_|cat|fill_|zero_|index_select)\b",
+         "elementwise and sums": ""}
 
 
 def open_run(sizes, config, count):
@@ -319,7 +317,6 @@ def head(sizes, report):
     def run(logps):
         hidden.grad = weight.grad = None
         logps(hidden, weight, targets).sum().backward()
-
     for logps in (full_logits, loss.linear_logps):
         _, took, memory = measure(run, [logps] * 6)
         report(f"{logps.__name__}, {rows} x {vocab} x {width}", 1e3 * took, "ms")
@@ -349,17 +346,13 @@ def generation(sizes, report):
     report(f"{count} answers of {longest} tokens", count * longest / took, "tokens/s")
 
 
-# --- one process a part ---------------------------------------------------------------------------
-
-
 def report_line(part, what, value, unit="", limit=None):
     """Print a figure as a line of a Markdown table."""
     verdict = ""
     if limit is not None:
         verdict = f"at most {limit:g}: " + ("ok" if value <= limit else "WRONG")
-    if isinstance(value, float):
-        value = f"{value:.4g}"
-    print(f"| {part} | {what} | {value} | {unit} | {verdict} |", flush=True)
+    shown = f"{value:.4g}" if isinstance(value, float) else value
+    print(f"| {part} | {what} | {shown} | {unit} | {verdict} |", flush=True)
 
 
 def main() -> int:
