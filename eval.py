@@ -74,14 +74,16 @@ class Request:
 
     key: str
     messages: list
-    seed: int
+    seed: int | None  # None: left to the server
 
 
-def request_for(name: str, messages: list, seed: int) -> Request:
+def request_for(name: str, messages: list, seed: int | None) -> Request:
     """A Request whose key and seed follow from what is asked: none meets another's answer."""
     digest = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:12]
-    own_seed = hashlib.sha256(f"{seed} {name} {digest}".encode()).digest()
-    return Request(f"{name} {digest}", messages, int.from_bytes(own_seed[:4], "little") >> 1)
+    if seed is not None:
+        own_seed = hashlib.sha256(f"{seed} {name} {digest}".encode()).digest()
+        seed = int.from_bytes(own_seed[:4], "little") >> 1
+    return Request(f"{name} {digest}", messages, seed)
 
 
 @dataclass
@@ -118,7 +120,12 @@ class Server:
     workers: int = 16  # requests at a time
     timeout: float = 600.0  # seconds without a byte from the server
     tries: int = 6
-    body: dict = field(default_factory=dict)  # more keys of the request, as the server knows them
+    extras: dict = field(default_factory=dict)  # more keys of a request, sent of our own accord
+    body: dict = field(default_factory=dict)  # keys by the user; None removes one
+    given: set = field(default_factory=set)  # keys of Sampling, or "seed", that the user gave
+    refused: dict = field(default_factory=dict)  # {key of our own that is not sent: its new name}
+    settings: str = ""  # the settings.json that records `refused`
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
 
 def open_server(url: str, model: str = "", **settings) -> Server:
@@ -146,6 +153,11 @@ def open_server(url: str, model: str = "", **settings) -> Server:
 
 class RequestFailed(Exception):
     """One request got no usable answer; the text says why. The others go on."""
+
+    def __init__(self, reason: str, status: int = 0, detail: str = "", partial: str = ""):
+        super().__init__(reason)
+        self.status, self.detail = status, detail  # of the HTTP answer
+        self.partial = partial  # what was said so far
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -184,7 +196,7 @@ def fetch_json(server: Server, path: str, body: dict | None = None) -> dict:
             if e.code in FATAL:
                 raise UserError(f"{server.url}{path}: {FATAL[e.code]} ({problem})") from None
             if e.code < 500 and e.code not in RETRIED:
-                raise RequestFailed(problem) from None
+                raise RequestFailed(problem, e.code, detail) from None
             if re.fullmatch(r"\d{1,9}", e.headers.get("Retry-After") or ""):
                 pause = max(pause, min(600.0, float(e.headers["Retry-After"])))
         except (OSError, ValueError, HTTPException) as e:
@@ -206,26 +218,99 @@ def hide_key(server: Server, text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
+ENDED = ("", "stop", "eos", "eos_token", "end_turn", "stop_sequence")
+CUT = ("length", "max_tokens")
+
+
 def ask(server: Server, request: Request, sampling: Sampling) -> dict:
-    """One chat completion: {"text", "finish": "stop" | "length", "tokens"} or {"error": why}."""
-    body = {"model": server.model, "messages": request.messages, "seed": request.seed,
-            **asdict(sampling), **server.body}
-    body, answer = {k: v for k, v in body.items() if v is not None}, None
+    """One chat completion: {"text", "finish": "stop" | "length", "tokens"} or {"error": why}. A key
+    that we sent of our own accord and the server refuses is dropped, once for the run."""
+    while True:
+        own = {**asdict(sampling), "seed": request.seed, **server.extras}
+        for key, new_name in list(server.refused.items()):
+            value = own.pop(key, None)
+            if new_name:
+                own[new_name] = value
+        own = {k: v for k, v in own.items() if v is not None and k not in server.body}
+        body = {"model": server.model, "messages": request.messages, **own, **server.body}
+        body = {k: v for k, v in body.items() if v is not None}
+        try:
+            return read_completion(server, fetch_json(server, "/chat/completions", body))
+        except RequestFailed as e:
+            if e.status not in (400, 422) or not drop_refused(server, own, e):
+                partial = {"partial": hide_key(server, e.partial)} if e.partial else {}
+                return {"error": hide_key(server, str(e)), **partial}
+
+
+def drop_refused(server: Server, own: dict, failure: RequestFailed) -> bool:
+    """Whether the server refuses keys of `own` that may be dropped; notes them. Raises UserError
+    where it refuses what the user gave."""
+    words = error_words(failure.detail)
+    named = [key for key in (*own, *server.body) if re.search(rf"\b{key}\b", words)]
+    given = {*server.given, *server.body}
+    if "max_tokens" in given:
+        given.add("max_completion_tokens")
+    refused = {key: None for key in named if key not in given}
+    if "max_tokens" in own and re.search("max_completion_tokens.{0,9} instead", words):
+        refused["max_tokens"] = "max_completion_tokens"  # the same under its new name
+    if len({"temperature", "top_p"} & refused.keys()) == 2:  # "cannot both be specified"
+        del refused["temperature"]
+    always = [key for key in named if key in given and not key.startswith("max_")]
+    if always and not refused:  # a limit depends on the prompt: there only this request fails
+        raise UserError(f"{server.url} refuses {', '.join(always)}: {failure}")
+    with server.lock:
+        for key in refused.keys() - server.refused.keys():
+            server.refused[key] = refused[key]
+            instead = f"with {refused[key]} instead" if refused[key] else "without it"
+            tqdm.write(f"the server refuses {key}: sampling goes on {instead}", file=sys.stderr)
+            if server.settings:
+                settings = read_json(server.settings)
+                write_json(server.settings, {**settings, "refused": server.refused})
+    return bool(refused)
+
+
+def error_words(detail: str) -> str:
+    """The words of an error's JSON, without what it repeats of the request."""
+    def words(value):
+        if isinstance(value, dict):
+            value = [v for k, v in value.items() if k != "input"]
+        if isinstance(value, list):
+            return " ".join(map(words, value))
+        return str(value)
+
     try:
-        answer = fetch_json(server, "/chat/completions", body)
+        return words(json.loads(detail))
+    except ValueError:
+        return detail
+
+
+def read_completion(server: Server, answer) -> dict:
+    """The record of a chat completion; raises RequestFailed."""
+    try:
         choice = answer["choices"][0]
-        text, ending = choice["message"].get("content") or "", choice.get("finish_reason")
+        message, ending = choice["message"], str(choice.get("finish_reason") or "")
+        content = message.get("content")
+        thoughts = [k for k in ("reasoning_content", "reasoning", "refusal") if message.get(k)]
+        if isinstance(content, list):  # of parts; those that think are no answer
+            thoughts += [part["type"] for part in content if part["type"] != "text"]
+            content = "".join(part["text"] for part in content if part["type"] == "text")
         tokens = (answer.get("usage") or {}).get("completion_tokens") or 0
-    except RequestFailed as e:
-        return {"error": str(e)}
     except (KeyError, IndexError, TypeError, AttributeError):  # proxies send errors with status 200
-        return {"error": f"no chat completion: {hide_key(server, json.dumps(answer))[:300]}"}
-    if not isinstance(text, str):
-        return {"error": f"the answer's content is a {type(text).__name__}, not text"}
-    if ending not in ("stop", "eos", "length", "", None):  # content_filter, tool_calls, ...
-        return {"error": f"the server ended the answer with {hide_key(server, str(ending))[:60]!r}"}
-    finish = "length" if ending == "length" else "stop"
-    return {"text": hide_key(server, text), "finish": finish, "tokens": tokens}
+        raise RequestFailed(f"no chat completion: {hide_key(server, json.dumps(answer))[:300]}"
+                            ) from None
+    if not isinstance(content, str | None):
+        raise RequestFailed(f"the answer's content is a {type(content).__name__}, not text")
+    text = hide_key(server, content or "")
+    partial = text or "".join(str(message.get(k) or "") for k in thoughts)
+    if ending.lower() not in (*ENDED, *CUT):  # content_filter, tool_calls, ...: half an answer
+        raise RequestFailed(f"the server ended the answer with {ending[:60]!r}", partial=partial)
+    if thoughts and not text.strip():
+        if "refusal" in thoughts:
+            raise RequestFailed(f"the model refused: {partial[:200]}", partial=partial)
+        raise RequestFailed(f"no answer, only {thoughts[0]}: the server's reasoning parser took the "
+                            "whole answer: start it without, or raise --max_tokens", partial=partial)
+    finish = "length" if ending.lower() in CUT else "stop"
+    return {"text": text, "finish": finish, "tokens": tokens}
 
 
 # --- sampling: every answer kept as it comes ------------------------------------------------------
@@ -400,16 +485,14 @@ def check_sampling_options(o: SamplingOptions) -> list:
 
 
 def open_policy(o: SamplingOptions, device, non_thinking: bool = True):
-    """The LocalModel or the Server that the options name. non_thinking: tell a server what vLLM and
-    SGLang understand, Qwen3's template without thinking and top_k."""
+    """The LocalModel or the Server that the options name. non_thinking: ask a server for Qwen3's
+    template without thinking, as vLLM and SGLang understand it."""
     if o.model:
         return open_local_model(o.model, getattr(torch, o.dtype), device, o.batch_size)
-    body = {}
-    if non_thinking:
-        body = {"top_k": o.top_k, "chat_template_kwargs": {"enable_thinking": False}}
-    body |= json.loads(o.body or "{}")
+    extras = {"chat_template_kwargs": {"enable_thinking": False}} if non_thinking else {}
+    given = {"temperature", "top_p", "top_k", "max_tokens", "seed"} & set(o.given)
     return open_server(o.server, o.server_model, workers=o.workers, timeout=o.request_timeout,
-                       tries=o.tries, body=body)
+                       tries=o.tries, extras=extras, body=json.loads(o.body or "{}"), given=given)
 
 
 def identity(policy, o: SamplingOptions) -> str:
@@ -429,8 +512,9 @@ def identity(policy, o: SamplingOptions) -> str:
     return f"{os.path.basename(os.path.abspath(folder))} {digest.hexdigest()[:16]} {o.dtype}"
 
 
-def claim_folder(out: str, settings: dict, ranks: Ranks):
-    """Make `out`, or check that it was made with the same settings; ends all ranks where not."""
+def claim_folder(out: str, settings: dict, ranks: Ranks, policy=None):
+    """Make `out`, or check that it was made with the same settings; ends all ranks where not. A
+    Server gets to know what it refused before."""
     path = os.path.join(out, "settings.json")
     with ranks.together():
         if not ranks.main:
@@ -447,6 +531,8 @@ def claim_folder(out: str, settings: dict, ranks: Ranks):
         if differ:
             raise UserError(f"{out} holds work with other settings: choose another --out"
                             + data.listed(differ))
+        if isinstance(policy, Server):
+            policy.settings, policy.refused = path, kept.get("refused", {})
 
 
 # --- grading: which answer does a text commit itself to? ------------------------------------------
@@ -1553,6 +1639,8 @@ def evaluate(policy, tasks: list, out: str, sampling: Sampling, ranks: Ranks, sa
                 records = read_answers(folder)
                 by_row = [[records.get(r.key, {}) for r in row] for row in wanted]
                 results[task.name] = score_task(task, by_row)
+                if isinstance(policy, Server) and policy.refused:
+                    results[task.name]["refused"] = list(policy.refused)  # keys of the request
                 ranks.say(f"{task.name}: " + describe(results[task.name]))
                 write_json(path, results)
                 write_text(os.path.join(out, "results.md"), [results_table(results), "\n"])
@@ -1974,6 +2062,7 @@ class EvalOptions(SamplingOptions):
     samples: int = option(0, "answers per question; 0: the paper's (16 for aime24, aime25, amc23, "
                           "1 for connect4, else 5)")
     limit: int = option(0, "only the first that many questions of each task; 0: all")
+    show: int = option(0, "print the first answers to that many questions of each task, graded")
 
 
 @dataclass
@@ -2016,8 +2105,24 @@ def run_evaluation(o: EvalOptions, ranks: Ranks):
         policy = open_policy(o, ranks.device)
     settings = {"command": "eval", "seed": o.seed, "asked": identity(policy, o),
                 "sampling": asdict(o.sampling)}
-    claim_folder(o.out, settings, ranks)
+    claim_folder(o.out, settings, ranks, policy)
     evaluate(policy, tasks, o.out, o.sampling, ranks, o.samples, o.seed)
+    if ranks.main:
+        for task in tasks:
+            show_answers(task, os.path.join(o.out, task.name), o.show)
+
+
+def show_answers(task: Task, folder: str, count: int):
+    """Print the first answers to `count` questions with gold answer and verdict."""
+    answers = {key.rpartition(" ")[0]: record for key, record in read_answers(folder).items()}
+    for name, turn, gold in task.rows[:count]:
+        record = answers.get(f"{name}/0", {"error": "not asked"})
+        print(f"\n--- {task.name} {name}: question\n{turn}\n--- answer")
+        if "text" in record:
+            grades = ", ".join(f"{k} {float(v):g}" for k, v in task.grade(record["text"], gold).items())
+            print(f"{record['text']}\n--- gold: {gold}\n--- verdict: {grades}")
+        else:
+            print(f"--- gold: {gold}\n--- verdict: none, {record['error']}")
 
 
 def run_comparison(o: CompareOptions, ranks: Ranks):
@@ -2060,7 +2165,7 @@ COMMANDS = {  # name: what it runs, its options, the required ones
     "report": (run_report, ReportOptions, ())}
 LEAST = {  # values of options, oracle.py's too
     "workers": 1, "request_timeout": 1e-3, "tries": 1, "temperature": 0, "top_k": 0, "seed": 0,
-    "max_tokens": 1, "batch_size": 1, "timeout": 1, "samples": 0, "limit": 0, "max_length": 2,
+    "max_tokens": 1, "batch_size": 1, "timeout": 1, "samples": 0, "limit": 0, "show": 0, "max_length": 2,
     "target": 0, "max_change_ratio": 0}
 
 

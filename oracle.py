@@ -143,8 +143,10 @@ def concluded(policy, asked, out, ranks, sort):
         files, summary = sort(answers)
         for name, rows in files.items():
             data.write_rows(os.path.join(out, f"{name}.jsonl"), rows)
-        data.write_json(os.path.join(out, "summary.json"), summary)
         ranks.say("\n".join(f"{n:7}  {outcome}" for outcome, n in summary.items()) + f"\n{out}")
+        if isinstance(policy, Server) and policy.refused:
+            summary["refused by the server"] = list(policy.refused)  # keys of the request
+        data.write_json(os.path.join(out, "summary.json"), summary)
         errors = [record["error"] for record in answers.values() if "error" in record]
         if isinstance(policy, Server) and errors and len(errors) == len(answers):
             raise UserError(f"all {len(errors)} requests failed, the first with: {errors[0]:.200}; "
@@ -224,17 +226,22 @@ def judge_answer(record: dict, gold: str) -> tuple:
 
 
 def rectify(items: list, out: str, oracle, encode, ranks: Ranks, prompt: str = "correct",
-            max_change_ratio: float = 0.6, target: int = 0, sampling: Sampling = Sampling(),
-            seed: int = 0):
+            max_change_ratio: float = 0.6, target: int = 0, sampling: Sampling | None = None,
+            seed: int | None = None):
     """Have every wrong answer corrected; keep what is right and a small change.
 
     oracle    a Server or LocalModel, asked with PROMPTS[prompt]; or a function (Item) -> corrected
               text, which raises where it has none
     encode    text -> token ids, for the change ratio
     target    stop asking at that many pairs (those under way still count); 0: ask for all
+    sampling  None: the default of the Server or LocalModel, and so the seed
     Writes pairs.jsonl (official row format), rejected.jsonl (every other answer with its reason)
     and summary.json (counts by outcome).
     """
+    if sampling is None:
+        sampling = Sampling(None, None, None, None) if isinstance(oracle, Server) else Sampling()
+    if seed is None and isinstance(oracle, LocalModel):
+        seed = 0
     requests = [request_for(item.id, oracle_messages(item, prompt), seed) for item in items]
     asked = {request.key: item for request, item in zip(requests, items)}
     by_function = not isinstance(oracle, (LocalModel, Server))
@@ -261,7 +268,7 @@ def rectify(items: list, out: str, oracle, encode, ranks: Ranks, prompt: str = "
             if pair:
                 pairs.append({**row, **pair})
             else:
-                raw = {k: record[k] for k in ("text", "error") if k in record}
+                raw = {k: record[k] for k in ("text", "error", "partial") if k in record}
                 row["original_answer"] = item.answer
                 rejected.append({**row, "reason": verdict, **raw})
         summary = {"errors given": len(items), "not asked": len(items) - counts.total(), **counts}
@@ -397,13 +404,13 @@ def run_elicit(o: ElicitOptions, ranks: Ranks):
         policy = open_policy(o, ranks.device)
     settings = {"command": "elicit", "seed": o.seed, "asked": identity(policy, o),
                 "sampling": asdict(o.sampling)}
-    claim_folder(o.out, settings, ranks)
+    claim_folder(o.out, settings, ranks, policy)
     elicit(items[:o.limit or None], o.out, policy, o.sampling, ranks, o.samples, o.seed)
 
 
 def run_rectify(o: RectifyOptions, ranks: Ranks):
     """From options to files."""
-    sampling = o.sampling
+    sampling, seed = o.sampling, o.seed
     with ranks.together():
         if not o.tokenizer and not o.model:
             raise UserError("--tokenizer is required: the policy's folder, whose tokens the change "
@@ -419,17 +426,18 @@ def run_rectify(o: RectifyOptions, ranks: Ranks):
         else:
             oracle = open_policy(o, ranks.device, non_thinking=False)
             name = identity(oracle, o)
-        if isinstance(oracle, Server):  # an Oracle has its own best settings
+        if isinstance(oracle, Server):  # it has its own best settings
             values = asdict(sampling).items()
             sampling = Sampling(**{k: v if k in o.given else None for k, v in values})
-    settings = {"command": "rectify", "seed": o.seed, "prompt": o.prompt, "asked": name,
+            seed = seed if "seed" in o.given else None
+    settings = {"command": "rectify", "seed": seed, "prompt": o.prompt, "asked": name,
                 "sampling": asdict(sampling)}
-    claim_folder(o.out, settings, ranks)
+    claim_folder(o.out, settings, ranks, oracle)
     if ranks.main and o.edited:  # the edited file is the record
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(o.out, "raw-0.jsonl"))
     rectify(items, o.out, oracle, encode, ranks, o.prompt, o.max_change_ratio, o.target, sampling,
-            o.seed)
+            seed)
 
 
 COMMANDS = {"elicit": (run_elicit, ElicitOptions, ("out", "questions")),

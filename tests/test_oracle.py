@@ -133,8 +133,6 @@ LASTING = {
     "choices of numbers": ({"choices": [1]}, "no chat completion: .*", 1),
     "a list": (b"[1]", "no chat completion: .1.", 1),
     "content of numbers": (completion(7), "the answer's content is a int, not text", 1),
-    "filtered": (completion("half an ans", "content_filter"),
-                 "the server ended the answer with 'content_filter'", 1),
 }
 
 
