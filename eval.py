@@ -1780,7 +1780,7 @@ def read_sequences(path: str, chat: data.Chat, max_length: int) -> tuple[list, s
         if "text" in row:
             ids, first = chat.encode(data.check_text(row["text"], "'text'")), 1
         else:
-            pair = data.parse_pair(row, line)
+            pair = data.parse_pair(row, line, Counter())
             prompt = chat.prompt(pair.messages)
             ids, first = [*prompt, *chat.encode(pair.chosen), chat.im_end], len(prompt)
         if min(len(ids), max_length) <= first:

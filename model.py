@@ -726,6 +726,9 @@ def open_ranks(timeout: int, toy: bool = False) -> Ranks:
     if count >= local_world:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
+        # torch prefers cuDNN's attention on new cards, which plans anew, for half a second, for each
+        # length that it has not met: here nearly every fork's.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         arguments |= {"backend": "nccl", "device_id": device}
     else:  # torchrun sets OMP_NUM_THREADS=1, which wastes cores where there are fewer ranks
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))

@@ -306,7 +306,7 @@ def judge_correction(item, record, encode, prompt, by_function, max_change_ratio
     if prompt != "direct" and not by_function:
         if START not in text or END not in text.rpartition(START)[2]:
             return "no text between the markers", None
-    text = data.clean_answer(text).strip()
+    text = data.strip_markers(text).strip()
     if not text:
         return "empty correction", None
     found = extract_answer(text)
@@ -317,7 +317,7 @@ def judge_correction(item, record, encode, prompt, by_function, max_change_ratio
     pair = {"gemini_corrected_answer": text, "gemini_extracted_answer": found, "is_correct": True}
     if prompt == "direct":  # no correction of y-: the paper's SFT data
         return "pairs", {"original_answer": "", "policy_answer": item.answer, **pair}
-    wrong, right = encode(data.clean_answer(item.answer)), encode(text)
+    wrong, right = encode(data.strip_markers(item.answer)), encode(text)
     if wrong == right:
         return "nothing was changed", None
     ratio = data.change_ratio(wrong, right)

@@ -80,6 +80,8 @@ class Options:
     max_length: int = option(8192, "tokens of prompt + one answer; longer pairs are dropped")
     max_change_ratio: float = option(0.6, "drop pairs with 1 - LCS(y-, y+)/|y+| above this (gamma)")
     skip_malformed: bool = option(False, "drop and count malformed rows instead of stopping")
+    template: str = option("", "compute this chat template, whatever the checkpoint's file says",
+                           ("", "hybrid", "instruct"))
     eval_pairs: str = option("", "held-out pair file, scored after each epoch")
     seed: int = option(0, "order of the pairs")
     dtype: str = option("bfloat16", "of the computation; weights, moments and sums stay float32",
@@ -571,7 +573,7 @@ def describe_pair(run, index, sums) -> dict:
     fork, prompt = run.forks[index], run.forks[index].prompt_length
     if run.state.step:  # the first line was lost
         sums = run.reference[[index]]
-    tokenizer = data.load_chat(run.folder, run.config.vocab_size).tokenizer
+    tokenizer = data.load_chat(run.folder, run.config.vocab_size, run.o.template).tokenizer
     parts = {"prompt": fork.trunk[:prompt], "trunk": fork.trunk[prompt:], "rejected": fork.rejected,
              "chosen": fork.chosen}
     texts = {name: [tokenizer.decode([i], skip_special_tokens=False) for i in ids]
@@ -835,7 +837,7 @@ def read_inputs(o: Options):
     if problems:
         raise UserError("\n  ".join(problems))
     config = qwen.read_config(folder)
-    chat = data.load_chat(folder, config.vocab_size)
+    chat = data.load_chat(folder, config.vocab_size, o.template)
     limits = (chat, o.max_length, o.max_change_ratio, o.loss in loss.PAIR_OBJECTIVES,
               o.skip_malformed)
     forks, log = data.load_forks(o.pairs, *limits)

@@ -115,7 +115,7 @@ def test_second_gradient_is_of_the_second_batch_alone(world, two_steps):
 
     out, _, first, second = two_steps
     hf = AutoModelForCausalLM.from_pretrained(world["model"], dtype=torch.float32)
-    chat, (pairs, _) = data.load_chat(world["model"], 265), data.read_pairs(world["pairs"])
+    chat, (pairs, *_) = data.load_chat(world["model"], 265), data.read_pairs(world["pairs"])
     pairs = [pairs[i] for i in data.epoch_batches(24, 8, 0, 0)[1]]
     with torch.no_grad():
         reference = both_logps(hf, chat, pairs)
@@ -340,7 +340,7 @@ def test_held_out_numbers_equal_transformers(world, scored, tmp_path):
     out, held_out = tmp_path / "out", scored[1][-1]
     run_here(world, out, "--loss", "spot-bco", "--eval_pairs", held_out, "--lr", "1e-3", "--epochs", "3",
              "--max_steps", "7", "--save_every", "1", "--keep", "9", "--save_dtype", "float32")
-    chat, (pairs, _) = data.load_chat(world["model"], 265), data.read_pairs(held_out)
+    chat, (pairs, *_) = data.load_chat(world["model"], 265), data.read_pairs(held_out)
     hf = AutoModelForCausalLM.from_pretrained(world["model"], dtype=torch.float32)
     with torch.no_grad():
         reference = both_logps(hf, chat, pairs)
@@ -511,26 +511,6 @@ def test_resume_takes_moved_files(world, scored, tmp_path, monkeypatch):
     resume_here(tmp_path / "moved", *(str(part) for pair in moved.items() for part in pair))
     assert same_checkpoints(scored[0], tmp_path / "moved")
     assert logged(scored[0]) == logged(tmp_path / "moved")
-
-
-QWEN_2_5 = ("{%- if messages[0]['role'] == 'system' %}{{- '<|im_start|>system\\n' + messages[0]['content'] + "
-            "'<|im_end|>\\n' }}{%- else %}{{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. "
-            "You are a helpful assistant.<|im_end|>\\n' }}{%- endif %}")
-QWEN_1_5 = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-            "{{ '<|im_start|>system\\nBe brief.<|im_end|>\\n' }}{% endif %}{% endfor %}")
-
-
-@pytest.mark.parametrize("start", [QWEN_2_5, QWEN_1_5], ids=["Qwen2.5", "Qwen1.5"])
-@pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json"])
-def test_template_with_a_system_message_of_its_own_is_refused(tmp_path, start, file):
-    tiny.write_tokenizer(tmp_path)
-    data.load_chat(str(tmp_path), 265)
-    if file == "chat_template.jinja":
-        (tmp_path / file).write_text(start + tiny.TEMPLATE)
-    else:
-        (tmp_path / file).write_text(json.dumps({"chat_template": start + tiny.TEMPLATE}))
-    with pytest.raises(UserError, match=f"{file}: this template adds a system message of its own"):
-        data.load_chat(str(tmp_path), 265)
 
 
 @pytest.mark.parametrize("key,value", [

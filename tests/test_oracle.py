@@ -210,7 +210,7 @@ def test_rectify_makes_pairs_that_train_reads(monkeypatch, capsys, tmp_path, che
     assert [p["gemini_extracted_answer"] for p in pairs] == [r["ground_truth"] for r in given]
     assert all(oracle.START not in p["gemini_corrected_answer"] for p in pairs)
     assert all(0 < p["change_ratio"] < 0.1 for p in pairs)
-    read, dropped = data.read_pairs(str(tmp_path / "out" / "pairs.jsonl"))
+    read, dropped, _ = data.read_pairs(str(tmp_path / "out" / "pairs.jsonl"))
     assert len(read) == len(given) and not dropped
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["pairs"] == len(given)
     no_key_in(tmp_path, err)
@@ -534,7 +534,7 @@ def test_elicit_sorts_the_answers_of_a_server(monkeypatch, capsys, tmp_path):
     errors = rows(tmp_path / "out" / "errors.jsonl")
     assert len(errors) == 8 and all(oracle.LAST_LINE in e["question"] for e in errors)
     assert len(rows(tmp_path / "out" / "samples.jsonl")) == 20
-    read, dropped = data.read_pairs(str(tmp_path / "out" / "correct.jsonl"))
+    read, dropped, _ = data.read_pairs(str(tmp_path / "out" / "correct.jsonl"))
     assert len(read) == 4 and all(p.rejected is None for p in read) and not dropped
 
 

@@ -116,7 +116,7 @@ def transformers_gradients(folder, pairs_path):
 
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     chat = data.load_chat(folder, 265)
-    pairs, _ = data.read_pairs(pairs_path)
+    pairs, *_ = data.read_pairs(pairs_path)
     for i in data.epoch_batches(24, 8, 0, 0)[0]:
         prompt = chat.prompt(pairs[i].messages)
         for text, sign in ((pairs[i].chosen, -1), (pairs[i].rejected, 1)):
