@@ -62,6 +62,7 @@ def open_run(shape, forks, ranks, **options):
     run = train.Run(o, ranks, shape, "", forks, [], {}, policy, mesh, train.make_optimizer(policy, o))
     batches = data.epoch_batches(len(forks), o.batch_size, 0, 0)
     run.reference = train.score_all(run, forks, batches, "reference")
+    run.state.step = 1  # step 0 insists on rewards of 0
     return run
 
 
