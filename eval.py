@@ -499,7 +499,6 @@ def check_asking(o: Asking, allowed: tuple) -> list:
                    "timeout": 1, "temperature": 0, "top_k": 0, "seed": 0}.items():
         if not low <= getattr(o, k) < 1e9:
             problems.append(f"--{k} is {getattr(o, k)}, a number from {low} to 1e9 expected")
-    problems += qwen.unfit(vars(o))
     if not 0 < o.top_p <= 1:
         problems.append(f"--top_p is {o.top_p}, a share above 0 and up to 1 expected")
     try:

@@ -123,12 +123,14 @@ def read_config(folder: str) -> Config:
         raise UserError(f"{path} is not a configuration this program computes:{listed(problems)}")
     config = Config(**values)
     heads, groups = config.num_attention_heads, config.num_key_value_heads
+    layers, layer_types = config.num_hidden_layers, raw.get("layer_types") or []
     if heads % groups or config.head_dim % 2:
         raise UserError(f"{path}: {heads} query heads on {groups} key heads of width "
                         f"{config.head_dim}: a multiple and an even width expected")
-    if raw.get("layer_types") not in (None, ["full_attention"] * config.num_hidden_layers):
-        raise UserError(f'{path}: "layer_types" is {raw["layer_types"]!r:.80}; "full_attention" '
-                        f'expected, "num_hidden_layers" ({config.num_hidden_layers}) times')
+    all_full = isinstance(layer_types, list) and set(map(str, layer_types)) <= {"full_attention"}
+    if not all_full or len(layer_types) not in (0, layers):
+        raise UserError(f'{path}: "layer_types" is {layer_types!r:.80}; "full_attention" expected, '
+                        f'"num_hidden_layers" ({layers}) times')
     return config
 
 
@@ -587,7 +589,7 @@ def load_weights(model: Qwen3, folder: str, device) -> None:
     head_twice = model.config.tie_word_embeddings and "lm_head.weight" in found
     if head_twice:
         wanted["lm_head.weight"] = model.embed_tokens.weight
-    problems = [f"missing: {name}" for name in wanted if name not in found]
+    problems = [f"missing: {n} {tuple(p.shape)}" for n, p in wanted.items() if n not in found]
     for name, (_, tensor) in found.items():
         shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
         if name not in wanted:
@@ -821,11 +823,6 @@ def leave(main):
 def option(default, text, choices=None):
     """A field of an Options dataclass with its line for --help."""
     return field(default=default, metadata={"help": text, "choices": choices})
-
-
-def unfit(options: dict) -> list:
-    """Nothing: goes with its three calls."""
-    return []
 
 
 def add_options(parser, record):

@@ -106,9 +106,8 @@ def parse_options(argv=None) -> Options:
     add_options(parser, Options)
     given = vars(parser.parse_args(argv))
     problems = []
-    problems += qwen.unfit(given)
     path = os.path.join(given.get("out", ""), "config.json")
-    if given.get("resume") and not problems and os.path.exists(path):
+    if given.get("resume") and os.path.exists(path):
         stored = data.read_json(path).get("options")
         stored = stored if isinstance(stored, dict) else {}
         kept = {f.name: stored[f.name] for f in fields(Options) if f.name in stored}
@@ -120,7 +119,6 @@ def parse_options(argv=None) -> Options:
         problems += [f"--{k} is {v!r}, the run in {given['out']} has {kept[k]!r}" for k, v in given.items()
                      if k in kept and k not in FREE and kept[k] != v]
         given = {**kept, **given}
-        problems += qwen.unfit(given)
     o = Options(**given)
     if set(given) <= {"out", "seed"}:  # nothing to train and nothing to train on: the toy story
         o.out = o.out or "runs/toy"
