@@ -153,7 +153,7 @@ def test_a_full_disk_loses_no_answer_but_the_one_in_hand(questions, size):
         assert ending.code == 1 and isinstance(ending.error, (UserError, OSError)), ending.said
         assert "Traceback" not in ending.said and ending.said.count("error: ") == 1
         assert "asked/raw-0.jsonl" in ending.said[ending.said.index("error: "):], ending.said
-        kept = len(evaluation.read_log(str(questions / "asked"), server_keys(questions)))
+        kept = len(evaluation.read_answers(str(questions / "asked"), server_keys(questions)))
         assert 0 < kept < 12 and len(server.requests) <= kept + 2  # it stopped at once
         before = len(server.requests)
         ending = asked(questions, server)
