@@ -167,16 +167,16 @@ def test_a_dummy_token_without_rows_gives_zero_gradients(tmp_path):
 REFUSED = [
     {"model_type": "llama"}, {"model_type": "qwen3_moe"}, {"use_sliding_window": True},
     {"layer_types": ["full_attention", "sliding_attention"]}, {"layer_types": ["full_attention"]},
-    {"layer_types": "full"}, {"attention_bias": True}, {"hidden_act": "gelu"},
+    {"layer_types": "full"}, {"layer_types": 5}, {"attention_bias": True}, {"hidden_act": "gelu"},
     {"rope_scaling": {"type": "yarn", "factor": 4}}, {"rope_scaling": {"rope_type": "linear"}},
     {"rope_scaling": {"rope_type": "default", "factor": 2}}, {"rope_scaling": "default"},
     {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "factor": 2}},
-    {"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 1e6}, {"rope_parameters": None},
+    {"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 1e6}, {"rope_parameters": None}, {"rope_parameters": 5},
     {"quantization_config": {"bits": 4}}, {"quantization": {"bits": 4}}, {"num_experts": 8},
     {"auto_map": {"AutoModel": "x.py"}}, {"use_qk_norm": True}, {"mlp_bias": True},
     {"logit_scale": 0.5}, {"final_logit_softcapping": 30.0}, {"partial_rotary_factor": 0.5},
     {"layer_scales": [1, 2]}, {"hidden_size": "32"}, {"hidden_size": 32.0}, {"hidden_size": -1},
-    {"hidden_size": True}, {"rms_norm_eps": float("nan")}, {"tie_word_embeddings": 1},
+    {"hidden_size": True}, {"num_hidden_layers": 0}, {"rms_norm_eps": float("nan")}, {"tie_word_embeddings": 1},
     {"vocab_size": None}, {"num_key_value_heads": 3}, {"head_dim": 15}, {"head_dim": []},
 ]
 BOOKKEEPING = {
