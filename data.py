@@ -1,4 +1,4 @@
-"""From text to tensors: files, pair rows, chat template, change ratio, forks, packs, the batch plan.
+"""From text to tensors: files, pair rows, chat template, change ratio, forks, batch plan, packs.
 
 Comes in:  a JSONL file of surgical pairs and the checkpoint's tokenizer.
 Goes out:  `Fork`s (one pair: trunk and two branches), a plan of which pair is computed when and
@@ -152,8 +152,8 @@ def read_rows(path: str, parse, skip_malformed: bool = False) -> tuple[list, Cou
     if problems and skip_malformed:
         dropped["malformed"] = len(problems)
     elif problems:
-        raise UserError(f"{path}: {len(problems)} malformed rows (--skip_malformed drops them, where "
-                        f"a command has it):{listed(problems, 8)}")
+        raise UserError(f"{path}: {len(problems)} malformed rows (--skip_malformed drops them, "
+                        f"where a command has it):{listed(problems, 8)}")
     if not records and not dropped:
         raise UserError(f"{path}: the file is empty, one JSON object a line expected")
     return records, dropped
@@ -191,14 +191,15 @@ def parse_pair(row: dict, line: int) -> Pair:
     if not correct:
         raise Drop("correction is wrong (is_correct: false)")
     if "gemini_corrected_answer" in row or "original_answer" in row:
-        keys = "question" if "question" in row else "prompt", "gemini_corrected_answer", "original_answer"
+        prompt_key = "question" if "question" in row else "prompt"
+        keys = prompt_key, "gemini_corrected_answer", "original_answer"
     else:
         keys = "prompt", "chosen", "rejected"
     missing = [key for key in keys if key not in row]
     if missing:
-        raise UserError(f"missing {', '.join(map(repr, missing))}; question, gemini_corrected_answer, "
-                        f"original_answer or prompt, chosen, rejected expected, found "
-                        f"{sorted(row)!r:.100}")
+        raise UserError(f"missing {', '.join(map(repr, missing))}; question, "
+                        "gemini_corrected_answer, original_answer or prompt, chosen, rejected "
+                        f"expected, found {sorted(row)!r:.100}")
     prompt_key, chosen_key, rejected_key = keys
     messages = prompt_messages(row[prompt_key], prompt_key)
     chosen = clean_answer(answer_text(row[chosen_key], chosen_key, messages))
@@ -249,8 +250,8 @@ def answer_text(value, key: str, prompt: list) -> str:
         if fits and len(value) > 1:
             fits = prompt_messages(value[:-1], key) == prompt
         if not fits:
-            raise UserError(f"{key!r}: a string, or one assistant message (the prompt's messages may "
-                            f"stand before it) expected, found {value!r:.80}")
+            raise UserError(f"{key!r}: a string, or one assistant message (the prompt's messages "
+                            f"may stand before it) expected, found {value!r:.80}")
         value = last.get("content")
     return check_text(value, repr(key))
 
@@ -259,7 +260,8 @@ def clean_answer(text: str) -> str:
     """Strip what real files carry around an answer: a leading blank line, the Oracle's markers."""
     text = text.removeprefix("\n\n")
     if "=== CORRECTED STARTED ===" in text or "=== CORRECTED ENDED ===" in text:
-        text = text.split("=== CORRECTED STARTED ===")[-1].split("=== CORRECTED ENDED ===")[0].strip()
+        text = text.split("=== CORRECTED STARTED ===")[-1]
+        text = text.split("=== CORRECTED ENDED ===")[0].strip()
     return text
 
 
@@ -276,18 +278,19 @@ class Chat:
     think: list  # ids of "<think>\n\n</think>\n\n", or [] for the Instruct-2507 template
 
     def encode(self, text: str) -> list:
-        """Ids of plain text; special tokens inside it stay text (a question may quote <|im_end|>)."""
+        """Ids of plain text; special tokens inside it stay text: a question may quote <|im_end|>."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def prompt(self, messages: list) -> list:
-        """Ids of the whole prompt, ready for the answer: transformers' apply_chat_template(messages,
-        add_generation_prompt=True, enable_thinking=False)."""
+        """Ids of the whole prompt, ready for the answer: transformers' apply_chat_template(
+        messages, add_generation_prompt=True, enable_thinking=False)."""
         ids, newline = [], self.encode("\n")
         for message in messages:
             text = message["content"]
             if message["role"] == "assistant" and self.think and "</think>" in text:
                 text = text.split("</think>")[-1].lstrip("\n")  # earlier turns keep no thoughts
-            ids += [self.im_start, *self.encode(f"{message['role']}\n{text}"), self.im_end, *newline]
+            turn = self.encode(f"{message['role']}\n{text}")
+            ids += [self.im_start, *turn, self.im_end, *newline]
         return [*ids, self.im_start, *self.encode("assistant\n"), *self.think]
 
 
@@ -317,8 +320,8 @@ def load_chat(folder: str, vocab_size: int) -> Chat:
         if token is None:
             raise UserError(f"{path}: lacks the token {name!r} of its own chat template")
         if name in names[:2] and not (token in added and added[token].special):
-            raise UserError(f"{path}: the token {name!r} is not marked special, so text that quotes "
-                            "it would become the token")
+            raise UserError(f"{path}: the token {name!r} is not marked special, so text that "
+                            "quotes it would become the token")
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
     if largest >= vocab_size:
         raise UserError(f"{path}: holds token id {largest}, but the model's vocabulary has "
@@ -348,8 +351,8 @@ def read_template(folder: str) -> tuple[str, str]:
 
 
 def is_hybrid(folder: str) -> bool:
-    """Whether the template is Qwen3's hybrid one, whose generation prompt has an empty think block;
-    else it is Instruct-2507's. It is never executed: its text tells. Raises UserError for others."""
+    """Whether the template is Qwen3's hybrid one, whose generation prompt has an empty think
+    block; else it is Instruct-2507's. Its text tells, it is never executed. Raises UserError."""
     path, template = read_template(folder)
     if "<|im_start|>" not in template:
         raise UserError(f"{path}: a Qwen3 chat template (with <|im_start|>) expected")
@@ -382,7 +385,8 @@ def check_tokenizer(path: str, spec: dict):
         for name, inner, allowed in known:
             for kind in kinds(spec.get(name), inner):
                 if kind not in allowed:
-                    problems.append(f'"{name}" of type {kind!r:.60}, {" or ".join(allowed)} expected')
+                    problems.append(f'"{name}" of type {kind!r:.60}, {" or ".join(allowed)} '
+                                    "expected")
         kind, dropout = spec["model"].get("type", "BPE"), spec["model"].get("dropout")
     except (KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{path} is no tokenizer.json: {type(e).__name__} {e}") from None
@@ -574,7 +578,7 @@ def split_batch(batch, lengths, ranks: int, tokens_per_pack: int) -> list:
 
 @dataclass
 class Pack:
-    """Forks in one row of tokens, `trunk | rejected | chosen | trunk | ...`, and its scored rows."""
+    """Forks in one row of tokens, `trunk | rejected | chosen | trunk | ...`; its scored rows."""
 
     tokens: torch.Tensor  # (T,) int64
     positions: torch.Tensor  # (T,) int64; both branches continue from the trunk

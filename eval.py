@@ -17,7 +17,6 @@ import argparse
 import cmath
 import errno
 import fcntl
-import functools
 import glob
 import hashlib
 import html
@@ -41,7 +40,6 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from http.client import HTTPException
-from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
@@ -1463,65 +1461,64 @@ def choice_letter(text: str) -> str | None:
 
 # --- statistics -----------------------------------------------------------------------------------
 
-def question_mean(name, scores):
+
+def question_mean(scores: list) -> float:
     """The mean over the samples of one question."""
-    scores = list(scores)
-    if not scores or not all(isinstance(x, Real | np.bool_) and math.isfinite(x) for x in scores):
-        raise UserError(f"question {name!r}: one or more finite scores expected, found {scores!r:.60}")
     return math.fsum(scores) / len(scores)
 
 
 def clustered(scores: list, weights: list | None = None) -> tuple[float, float | None]:
     """(mean, its standard error) of per-question lists of scores, in the scores' unit.
 
-    Samples of one question are no independent evidence, so the error is that of n questions, clusters: the
-    cluster-robust error with its n / (n - 1) correction (Miller 2024, arXiv 2411.00640, eq. 4). Every
-    question counts once, however many of its samples failed; with weights (a text's tokens, a prompt's
-    instructions) it is the weighted mean and the error of a ratio. None: one question has no spread.
-    Raises UserError where there is no score, or one that is no number.
+    The samples of one question are not independent, so the error is that of n questions: the
+    cluster-robust error with its n / (n - 1) correction (Miller 2024, arXiv 2411.00640, eq. 4).
+    Every question counts once, however many samples it has. With weights, one a question (a text's
+    tokens, a prompt's instructions), it is the weighted mean and the error of a ratio. The error of
+    a single question is None.
     """
-    if not scores:
-        raise UserError("no question has a score")
-    means, n = np.array([question_mean(i, s) for i, s in enumerate(scores)]), len(scores)
+    n = len(scores)
+    means = np.array([question_mean(row) for row in scores])
     weights = np.ones(n) if weights is None else np.array(weights, dtype=float)
     mean = (weights * means).sum() / weights.sum()
     if n == 1:
         return float(mean), None
-    spread = np.sqrt(((weights * (means - mean)) ** 2).sum() * n / (n - 1)) / weights.sum()
-    return float(mean), float(spread)
+    squares = ((weights * (means - mean)) ** 2).sum()
+    return float(mean), float(np.sqrt(squares * n / (n - 1)) / weights.sum())
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The unbiased estimate of the chance that one or more of k samples is right, where c of n were (Chen
-    et al. 2021, arXiv 2107.03374), in integers: exact for any n. Raises UserError for impossible counts."""
-    if not 0 <= c <= n or not 1 <= k <= n:
-        raise UserError(f"pass@{k} of {n} samples with {c} right: 0 <= right <= samples and 1 <= k <= "
-                        "samples expected")
+    """The unbiased estimate of the chance that one or more of k samples is right, where c of n were
+    (Chen et al. 2021, arXiv 2107.03374), in integers: exact for any n. 0 <= c <= n, 1 <= k <= n."""
     subsets = math.comb(n, k)
     return (subsets - math.comb(n - c, k)) / subsets
 
 
 def paired_bootstrap(a: dict, b: dict, seed: int, resamples: int = 10_000) -> tuple:
-    """(difference, low, high, p) of two models by {question: its scores}: mean of b - mean of a, over the
-    questions that are in both; the 95 % percentile interval; and the two-sided p of no difference.
+    """(difference, low, high, p) of two models by {question: its scores}: mean of b - mean of a
+    over the questions that are in both (two or more), the 95 % percentile interval, and the
+    two-sided p of no difference.
 
-    Questions are drawn with replacement and keep both models' scores together, so what makes a question
-    hard for both cancels out. With a few questions only, the interval is somewhat too narrow. Raises
-    UserError where fewer than two questions are in both.
+    Questions are drawn with replacement and keep both models' scores together, so what makes a
+    question hard for both cancels out. With few questions the interval is somewhat too narrow.
     """
-    both = [q for q in a if q in b]
-    if len(both) < 2:
-        raise UserError(f"{len(both)} questions are in both results, of {len(a)} and {len(b)}: two or more "
-                        "are needed to compare them")
-    differences = np.array([question_mean(q, b[q]) - question_mean(q, a[q]) for q in both])
-    # To draw n questions is to draw how often each distinct difference occurs; there are few of those.
+    differences = []
+    for question in a:
+        if question in b:
+            differences.append(question_mean(b[question]) - question_mean(a[question]))
+    n = len(differences)
+    # A draw of n questions is a draw of how often each distinct difference occurs.
     values, counts = np.unique(differences, return_counts=True)
-    rng, n = np.random.default_rng(seed), len(both)
-    blocks = [min(1000, resamples - done) for done in range(0, resamples, 1000)]  # bounds the memory
-    means = np.concatenate([rng.multinomial(n, counts / n, size) @ values / n for size in blocks])
+    rng = np.random.default_rng(seed)
+    means = []
+    for done in range(0, resamples, 1000):  # blocks bound the memory
+        drawn = rng.multinomial(n, counts / n, min(1000, resamples - done))
+        means.extend(drawn @ values / n)
+    means = np.array(means)
     low, high = np.quantile(means, (0.025, 0.975))
-    beyond = int(min(np.sum(means <= 1e-12), np.sum(means >= -1e-12)))  # a 0 may be summed to 1e-17
-    return float(differences.mean()), float(low), float(high), min(1.0, 2 * (1 + beyond) / (1 + resamples))
+    at_most_zero = int((means <= 1e-12).sum())  # a sum that is 0 may be rounded to 1e-17
+    at_least_zero = int((means >= -1e-12).sum())
+    p = min(1.0, 2 * (1 + min(at_most_zero, at_least_zero)) / (1 + resamples))
+    return float(np.mean(differences)), float(low), float(high), p
 
 
 # --- tasks ----------------------------------------------------------------------------------------
@@ -1731,447 +1728,326 @@ def read_results(folder: str) -> dict:
 
 
 def compare_runs(folders: list, seed: int = 0) -> str:
-    """A Markdown table of two finished evaluations: differences of the headline figures in points, B - A,
-    with 95 % intervals by paired bootstrap over the questions that both answered. A and B are of those alone.
-    Below 20 questions the bootstrap's p is too small, and left out. What cannot be compared is said."""
-    (a, b), rows = map(read_results, folders), []
-    one, other = (read_json(os.path.join(folder, "settings.json")) for folder in folders)
-    def quoted(value):  # settings.json may be a stranger's: one line, no markup, no terminal's commands
-        return html.escape(json.dumps(value)[:200], quote=False).replace("|", "\\|")
-
-    notes = [f"{k} differs: {quoted(one.get(k))} and {quoted(other.get(k))}" for k in ("sampling", "seed")
-             if one.get(k) != other.get(k)]
-    for name in (name for name in a if name in b):
-        both = [q for q in a[name]["scores"] if q in b[name]["scores"]
-                and a[name]["asked"][q] == b[name]["asked"][q]]
-        if len(both) < 2:
-            notes.append(f"{name} is left out: {len(both)} questions were asked in both")
+    """A Markdown table of two finished evaluations A and B: the headline figures over the questions
+    that both answered, their difference B - A in points, and its 95 % interval by paired bootstrap.
+    Below 20 questions the bootstrap's p is too small and is left out. Notes name what differs or
+    cannot be compared. Raises UserError where the two have no task in common."""
+    a, b = [read_results(folder) for folder in folders]
+    settings_a, settings_b = [read_json(os.path.join(folder, "settings.json")) for folder in folders]
+    rows, notes = [], []
+    for key in ("sampling", "seed"):
+        values = [json.dumps(settings.get(key)) for settings in (settings_a, settings_b)]
+        if values[0] != values[1]:
+            notes.append(f"{key} differs: {values[0]} and {values[1]}")
+    for task in a:
+        if task not in b:
             continue
-        some = [{q: r[name]["scores"][q] for q in both} for r in (a, b)]
-        difference, low, high, p = paired_bootstrap(*some, seed)
-        first, second = (100 * clustered(list(scores.values()))[0] for scores in some)
-        rows.append(f"| {name} | {len(both)} | {first:.1f} | {second:.1f} | {100 * difference:+.1f} | "
-                    f"{100 * low:+.1f} to {100 * high:+.1f} | {f'{p:.3f}' if len(both) >= 20 else '-'} |")
-        others = [r[name]["questions"] - len(both) for r in (a, b)]
-        notes += [f"{name}: {others[0]} questions of A and {others[1]} of B have no partner"] * any(others)
+        scores_a, scores_b = {}, {}
+        for question, scores in a[task]["scores"].items():
+            if a[task]["asked"][question] == b[task]["asked"].get(question):
+                if question in b[task]["scores"]:
+                    scores_a[question], scores_b[question] = scores, b[task]["scores"][question]
+        count = len(scores_a)
+        if count < 2:
+            notes.append(f"{task} is left out: {count} questions were asked in both")
+            continue
+        mean_a, mean_b = (100 * clustered(list(x.values()))[0] for x in (scores_a, scores_b))
+        difference, low, high, p = paired_bootstrap(scores_a, scores_b, seed)
+        rows.append(f"| {task} | {count} | {mean_a:.1f} | {mean_b:.1f} | {100 * difference:+.1f} | "
+                    f"{100 * low:+.1f} to {100 * high:+.1f} | {f'{p:.3f}' if count >= 20 else '-'} |")
+        alone_a, alone_b = (results[task]["questions"] - count for results in (a, b))
+        if alone_a or alone_b:
+            notes.append(f"{task}: {alone_a} questions of A and {alone_b} of B have no partner")
     if not rows:
-        raise UserError(f"nothing to compare: {folders[0]} has {', '.join(a)}, {folders[1]} {', '.join(b)}"
-                        + "".join(f"\n  {note}" for note in notes))
+        raise UserError(f"nothing to compare: {folders[0]} has {', '.join(a)}, {folders[1]} has "
+                        f"{', '.join(b)}{data.listed(notes)}")
     head = ["| task | questions | A | B | B - A | 95 % | p |", "|---|---|---|---|---|---|---|"]
-    return "\n".join([*head, *rows, *(f"\n{note}" for note in notes)])
+    return "\n".join(head + rows + [f"\n{note}" for note in notes])
 
 
 # --- retention ------------------------------------------------------------------------------------
 
-ROWS_AT_ONCE = 256  # of logits, twice, in fp32: 0.3 GB at Qwen3's vocabulary
+ROWS_AT_ONCE = 256  # rows of logits of each model in fp32: 0.3 GB at Qwen3's vocabulary
 
 
 def read_sequences(path: str, chat: data.Chat, max_length: int) -> tuple[list, str]:
-    """(ids, first) of every row: a text ("text"), scored from its second token, or a pair, whose y+ is scored
-    after its prompt; and what was cut and dropped, as text. Longer ones are cut: every token's context stays
-    whole."""
+    """([(ids, first), ...], a summary) of a JSONL file: ids[first:] are scored. A row is a text
+    {"text": ...}, scored from its second token, or a pair, whose y+ is scored after its prompt.
+    Ids beyond max_length are cut off. Raises UserError naming the line, or where no row is left."""
     cut = 0
 
     def parse(row, line):
+        nonlocal cut
         if "text" in row:
             ids, first = chat.encode(data.check_text(row["text"], "'text'")), 1
-        elif row.get("is_correct") is False:
-            raise data.Drop("correction is wrong (is_correct: false)")
         else:
             pair = data.parse_pair(row, line)
             prompt = chat.prompt(pair.messages)
             ids, first = [*prompt, *chat.encode(pair.chosen), chat.im_end], len(prompt)
-        if len(ids[:max_length]) <= first:
+        if min(len(ids), max_length) <= first:
             raise data.Drop("nothing to score")
-        nonlocal cut
-        cut += len(ids) > max_length
+        if len(ids) > max_length:
+            cut += 1
         return ids[:max_length], first
 
-    rows, dropped = data.read_rows(path, parse)
-    said = f"{path}: {len(rows)} texts, {cut} of them cut at {max_length} tokens"
-    said += "".join(f"; {n} dropped: {reason}" for reason, n in dropped.items())
-    if not rows:
-        raise UserError(f"{said}: no row has a token to score")
-    return rows, said
+    sequences, dropped = data.read_rows(path, parse)
+    summary = f"{path}: {len(sequences)} texts, {cut} of them cut at {max_length} tokens"
+    for reason, count in dropped.items():
+        summary += f"; {count} dropped: {reason}"
+    if not sequences:
+        raise UserError(f"{summary}: no row has a token to score")
+    return sequences, summary
 
 
 @torch.no_grad()
 def retention(model: qwen.Qwen3, base: qwen.Qwen3, sequences: list, ranks: Ranks) -> dict:
     """How far a model went from its base on given texts, over the full vocabulary.
 
-    sequences  [(ids, first)]: ids[first:] are scored, first >= 1
-    returns    {"tokens", "logp", "logp_base", "kl"}: mean log-probability of the given tokens, and mean
-               KL(base || model) of the next-token distributions, both in nats a token, as (mean, standard
-               error clustered by sequence)
-    Each rank takes a share; logits are held for ROWS_AT_ONCE tokens at a time.
+    sequences  [(ids, first)]: ids[first:] are scored, first >= 1; each rank takes a share
+    returns    {"tokens", "logp", "logp_base", "kl"}: mean log-probability of the given tokens, and
+               mean KL(base || model) of the next-token distributions, both in nats a token, as
+               (mean, standard error clustered by sequence)
     """
-    if model.config.vocab_size != base.config.vocab_size:
-        raise UserError(f"vocabularies of {model.config.vocab_size} and {base.config.vocab_size} tokens: "
-                        "no KL between them")
-    # In fp32 whatever the models are: logits rounded to bf16 would add half as much again to a small KL.
+    sizes = model.config.vocab_size, base.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise UserError(f"vocabularies of {sizes[0]} and {sizes[1]} tokens: no KL between them")
+    # In fp32 always: logits rounded to bf16 would add half as much again to a small KL.
     heads = [m.head_weight().float() for m in (model, base)]
     sums = torch.zeros(len(sequences), 3, dtype=torch.float64)
     mine = range(ranks.rank, len(sequences), ranks.world)
     for i in tqdm(mine, disable=not ranks.main, desc="retention", unit="text"):
         ids, first = sequences[i]
         tokens = torch.tensor(ids, device=ranks.device)
-        where = torch.arange(len(ids), device=ranks.device), [(0, len(ids), len(ids), len(ids))]
-        hidden = [m.norm(m.trunk(tokens, *where))[first - 1:-1].split(ROWS_AT_ONCE) for m in (model, base)]
-        for p, q, target in zip(*hidden, tokens[first:].split(ROWS_AT_ONCE)):
-            p, q = ((h.float() @ w.T).log_softmax(-1) for h, w in ((p, heads[0]), (q, heads[1])))
-            kl = (q.exp() * (q - p)).sum(-1)
-            at_target = (x.gather(1, target[:, None])[:, 0] for x in (p, q))
-            sums[i] += torch.stack([x.double().sum().cpu() for x in (*at_target, kl)])
+        positions, layout = torch.arange(len(ids), device=ranks.device), [(0, *[len(ids)] * 3)]
+        hidden = [m.norm(m.trunk(tokens, positions, layout)) for m in (model, base)]
+        for at in range(first, len(ids), ROWS_AT_ONCE):
+            target = tokens[at:at + ROWS_AT_ONCE, None]
+            p, q = [(h[at - 1:at - 1 + len(target)].float() @ w.T).log_softmax(-1)
+                    for h, w in zip(hidden, heads)]
+            figures = p.gather(1, target), q.gather(1, target), (q.exp() * (q - p)).sum(-1)
+            sums[i] += torch.stack([x.double().sum().cpu() for x in figures])
     lengths = [len(ids) - first for ids, first in sequences]
-    means = (ranks.reduce(sums) / torch.tensor(lengths)[:, None]).T.tolist()
-    figures = {name: clustered([[x] for x in some], lengths) for name, some in
-               zip(("logp", "logp_base", "kl"), means)}
-    return {"tokens": sum(lengths), **figures}
+    result = {"tokens": sum(lengths)}
+    for name, column in zip(("logp", "logp_base", "kl"), ranks.reduce(sums).T.tolist()):
+        means = [[total / length] for total, length in zip(column, lengths)]
+        result[name] = clustered(means, lengths)
+    return result
 
 
 # --- the report -----------------------------------------------------------------------------------
 
 FIGURES = {"loss": "loss", "reward_chosen": "r⁺", "reward_rejected": "r⁻", "margin": "margin",
            "accuracy": "accuracy", "tether_chosen": "λ⁺", "tether_rejected": "λ⁻"}
-PARTS = ("trunk", "rejected", "chosen")  # of a fork, in the order of its scored rows
-CHARTS = [  # title, what is drawn (the second one dashed), what the y axis covers at least, shaded bands
-    ("Rewards: r⁺ solid, r⁻ dashed", ("reward_chosen", "reward_rejected"), (0, 0), ()),
-    ("The tether: λ⁺ solid, λ⁻ dashed", ("tether_chosen", "tether_rejected"), (0, 0.5),
-     [(0.25, 0.5, "acquisition: λ near ½", 464, "end"), (0, 0.1, "saturation: λ → 0", 66, "start")]),
-    ("Margin r⁺ − r⁻", ("margin",), (0, 0), ()),
-    ("Accuracy: pairs with r⁺ > r⁻", ("accuracy",), (0, 1), ()),
-    ("Loss (sft, dft: a token; else a pair)", ("loss",), (0, 0), ())]
-NO_TETHER = {  # losses whose coefficient is another; metrics.jsonl has λ for all
-    "sft": "what it would be: this loss has none", "dft": "what it would be: this loss has none",
-    "reward-sft": "λ⁻ is what it would be: this loss has none",
-    "dpo": "what it would be: its own coefficient is another, 1 − σ(r⁺ − r⁻) for both"}
+CHARTS = {  # title: the figure drawn solid, and the one drawn dashed
+    "Rewards: r⁺ solid, r⁻ dashed": ("reward_chosen", "reward_rejected"),
+    "SPoT's tether: λ⁺ solid, λ⁻ dashed": ("tether_chosen", "tether_rejected"),
+    "Margin r⁺ − r⁻": ("margin",),
+    "Accuracy: share of pairs with r⁺ > r⁻": ("accuracy",),
+    "Loss of a pair (sft, dft: of a token)": ("loss",)}
+COLOURS = ("#1f88cf", "#d9661a", "#12936c", "#c0589a", "#94800f", "#7f78d8")  # on white and black
+MAX_SHOWN = 400  # points of a line, and tokens on either side of a pair's fork
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>Surgical Post-Training</title><style>%s</style></head><body>
+<title>Surgical Post-Training</title><style>
+:root { color-scheme: light dark }
+body { max-width: 80rem; margin: auto; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif;
+  overflow-wrap: anywhere }
+.grid { display: grid; gap: 1.5rem; margin-top: 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%%, 22rem), 1fr)) }
+svg { width: 100%%; fill: none; stroke-width: 2.5; stroke-linecap: round }
+svg text { font-size: 16px; fill: currentColor } svg line { stroke: #8886; stroke-width: 1 }
+.wide { overflow-x: auto } table { border-collapse: collapse; white-space: nowrap }
+th, td { padding: .2rem .7rem .2rem 0; border-bottom: 1px solid #8886; text-align: left }
+label { display: inline-block; margin-right: .6rem } .snapshot { display: none }
+.tokens { padding-left: .7rem; border-left: 3px solid #8886; white-space: pre-wrap;
+  font: .95rem/1.9 ui-monospace, monospace }
+.tokens * { unicode-bidi: isolate }
+%s</style></head><body><h1>Surgical Post-Training</h1>
 %s
 </body></html>
-"""
-DRAWN_POINTS = 400  # of a line; a longer run is drawn as means of equal stretches
-SHOWN_TOKENS = {"trunk": 150, "rejected": 600, "chosen": 600}  # around the fork
-# --s of a token is its coefficient as a share of the largest: blue below 0, orange above.
-CSS = """
-:root { color-scheme: light dark; --page: #fff; --ink: #1b1d20; --soft: #565b62; --line: #d8dbe0;
-  --band: #0072b21c; --up: 0 114 178; --down: 224 106 0; --c0: #0072b2; --c1: #c95500; --c2: #00805c;
-  --c3: #b0437f; --c4: #806600; --c5: #5b55c0 }
-@media (prefers-color-scheme: dark) { :root { --page: #15171a; --ink: #e9eaec; --soft: #a9aeb6;
-  --line: #383d44; --band: #56b4e926; --up: 40 140 225; --down: 225 105 10; --c0: #56b4e9; --c1: #f08a3c;
-  --c2: #2fc79a; --c3: #e58abb; --c4: #d8bb3c; --c5: #a5a0f5 } }
-body { margin: 0 auto; padding: 1rem; max-width: 80rem; background: var(--page); color: var(--ink);
-  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
-h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem } h3 { font-size: 1rem }
-figure { margin: 1rem 0 0 }
-figcaption { font-weight: 600 } .soft, svg text { color: var(--soft); fill: var(--soft) }
-.grid { display: grid; gap: 0 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 23rem), 1fr)) }
-svg { display: block; width: 100%; font-size: 17px } svg line { stroke: var(--line) }
-svg .mark { stroke-width: 2; stroke-dasharray: 2 4 } rect { fill: var(--band) }
-polyline { fill: none; stroke-width: 2.5; stroke-linejoin: round; stroke-linecap: round }
-.wide { overflow-x: auto } table { border-collapse: collapse }
-th, td { padding: .2rem .7rem .2rem 0; border-bottom: 1px solid var(--line); text-align: left;
-  white-space: nowrap } input { position: absolute; opacity: 0 } .look { display: none }
-label { display: inline-block; margin: 0 .3rem .3rem 0; padding: .2rem .7rem; cursor: pointer;
-  border: 1px solid var(--line); border-radius: .4rem }
-input:checked + label { background: var(--ink); color: var(--page) }
-input:focus-visible + label { outline: 3px solid var(--c0) }
-.tokens { margin: 0 0 .6rem; padding-left: .7rem; border-left: 3px solid var(--line); white-space: pre-wrap;
-  font: .95rem/1.9 ui-monospace, monospace }
-.tokens * { unicode-bidi: isolate; font-style: normal; text-decoration: none; border-radius: .2rem;
-  background: linear-gradient(rgb(var(--up) / calc(.6 * max(0, -1 * var(--s, 0)))) 0 0),
-    linear-gradient(rgb(var(--down) / calc(.6 * max(0, var(--s, 0)))) 0 0) }
-.tokens del { text-decoration: line-through 2px }
-.tokens ins { font-weight: 700; text-decoration: underline 2px }
-.tokens :focus { outline: 2px solid var(--ink) } body:has(.tokens :focus) { padding-bottom: 20rem }
-.tokens :focus::after { content: attr(title); position: fixed; inset: auto 0 0; padding: .5rem 1rem;
-  border-top: 2px solid var(--line); background: var(--page); font: .9rem/1.4 system-ui, sans-serif }
 """
 
 
 @dataclass
-class Told:
-    """What a run folder says of its run."""
+class RunLog:
+    """The logs of one run folder."""
 
     name: str
-    options: dict  # of config.json; may be empty
-    metrics: list  # the rows of metrics.jsonl: {"step", and FIGURES; None where there is no number}
-    held_out: list  # those of eval.jsonl
-    pair: dict | None  # the first row of surgery.jsonl, and the others
-    looks: list
+    options: dict  # of config.json
+    metrics: list  # rows of metrics.jsonl
+    held_out: list  # rows of eval.jsonl
+    surgery: list  # rows of surgery.jsonl: the watched pair, then its snapshots
 
 
-def figures_of(row: dict, keys) -> dict:
-    """Step and figures of a row; None, a gap, for null, NaN, infinity and what no chart can hold. Raises
-    UserError naming the field."""
-    for key in ("step", *keys):
-        if type(row.get(key)) not in (int, float, type(None)):
-            raise UserError(f"{key!r}: a number or null expected, found {row[key]!r:.60}")
-    if type(row.get("step")) is not int or not 0 <= row["step"] < 2**40:
-        raise UserError(f"'step': a count of optimizer steps expected, found {row.get('step')!r:.60}")
-    return {k: row[k] if row.get(k) is not None and abs(row[k]) < 1e30 else None for k in ("step", *keys)}
-
-
-def log_rows(path: str, parse) -> list:
-    """The rows of a run's log, if there is one, through parse(row, the rows before it). Raises UserError
-    naming the line for a bad one."""
-    rows = []
-    for number, row in enumerate(data.read_log(path), 1):
-        try:
-            rows.append(parse(row, rows))
-        except UserError as e:
-            raise UserError(f"{path}: line {number}: {e}") from None
-    return rows
-
-
-def read_surgery(path: str) -> tuple[dict, list]:
-    """(the watched pair, its looks) as train.py's `look` wrote them; raises UserError naming line and field.
-
-    The pair: lists of token strings "prompt", "trunk", "rejected", "chosen"; "rejected_ids", "chosen_ids";
-    "reference", two log-probs; "change_ratios" of all pairs, counts in 20 bins; "gamma". A look: "step",
-    the two rewards, and "coefficients" and "logps", one a token after the prompt."""
-    def check(row, key, kind, length=None):
-        value = row.get(key)
-        if not isinstance(value, list) or length not in (len(value), None) or not all(
-                type(x) is kind and (kind is not int or 0 <= x < 2**40) for x in value):
-            raise UserError(f"{key!r}: a list of {'' if length is None else f'{length} '}"
-                            f"{kind.__name__} expected, found {value!r:.60}")
-        return value
-
-    def parse(row, rows):
-        if rows:
-            tokens = sum(len(rows[0][part]) for part in PARTS)
-            return {**figures_of(row, ("reward_chosen", "reward_rejected")),
-                    **{key: check(row, key, float, tokens) for key in ("coefficients", "logps")}}
-        lengths = {key: len(check(row, key, str)) for key in ("prompt", *PARTS)}
-        for key, kind, length in (("rejected_ids", int, lengths["rejected"]), ("reference", float, 2),
-                                  ("chosen_ids", int, lengths["chosen"]), ("change_ratios", int, 20)):
-            check(row, key, kind, length)
-        return {**row, **figures_of({**row, "step": 0}, ["gamma"])}
-
-    rows = log_rows(path, parse)
-    if not rows:
-        raise UserError(f"{path}: not one whole line")
-    return rows[0], rows[1:]
-
-
-def read_run(folder: str, name: str) -> Told:
-    """A run folder, of which metrics.jsonl must be there and the rest may be missing."""
-    metrics, held_out, surgery, config = (os.path.join(folder, file) for file in (
-        "metrics.jsonl", "eval.jsonl", "surgery.jsonl", "config.json"))
-    options = read_json(config).get("options") if os.path.exists(config) else None
-    figures = (log_rows(path, lambda row, _: figures_of(row, FIGURES)) for path in (metrics, held_out))
-    watched = read_surgery(surgery) if os.path.exists(surgery) else (None, [])
-    return Told(name, options if isinstance(options, dict) else {}, *figures, *watched)
-
-
-def shown(text: str) -> str:
-    """Text of a file as HTML: markup escaped; controls, marks that turn the direction, and lone surrogates
-    spelled out; newlines visible."""
-    visible = (c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+def escape(text: str) -> str:
+    """Text of a user or a model as HTML: markup escaped, newlines marked; controls, marks that turn
+    the direction of text, and lone surrogates spelled out."""
+    visible = [c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text]
     return html.escape("".join(visible)).replace("\n", "↵\n")
 
 
-def number(x, digits=3) -> str:
-    """So many digits; 0 without a sign."""
-    return "–" if x is None or x != x else f"{x + 0.0:.{digits}g}".replace("-", "−")
+def number(x: float | None) -> str:
+    """Three digits; a dash for None and NaN, 0 without a sign."""
+    if x is None or math.isnan(x):
+        return "–"
+    return f"{x + 0.0:.3g}".replace("-", "−")
 
 
-def ticks(low: float, high: float) -> list:
-    """Some five round numbers around low to high."""
-    step = max(high - low, 1e-6 * abs(high), 1e-9) / 4
-    unit = 10.0 ** math.floor(math.log10(step))
-    step = next(k * unit for k in (1, 2, 5, 10) if k * unit >= 0.999 * step)
-    first = math.floor(low / step + 1e-6)
-    return [k * step for k in range(first, max(math.ceil(high / step - 1e-6), first + 1) + 1)]
+def html_table(rows: list) -> str:
+    """A table from cells that are HTML; the first row and the first cell of a row are titles."""
+    lines = "".join(f"<th>{cell}</th>" for cell in rows[0])
+    for title, *cells in rows[1:]:
+        lines += f"</tr>\n<tr><th>{title}</th>" + "".join(f"<td>{cell}</td>" for cell in cells)
+    return f'<div class="wide"><table><tr>{lines}</tr></table></div>'
 
 
-def line_chart(title: str, lines: list, span=(0, 0), bands=(), axis="step", marks=(), note="") -> str:
-    """A figure of lines [(label, colour 0 to 5, dashed, [(x, y or None: a gap), ...]), ...]. span: what the y
-    axis covers at least; bands [(low, high, text, its x, anchor), ...] are shaded; marks [(x, colour), ...]:
-    dotted vertical lines; note: HTML below.
-    The plot fills (60, 12) to (470, 250) of a view of 480 x 295."""
-    points = [point for *_, line in lines for point in line if point[1] is not None]
-    if not points:
-        return ""
-    xs, ys = zip(*points)
-    left, right, rows = min(xs), max(max(xs), min(xs) + 1), ticks(min(*ys, *span), max(*ys, *span))
-
-    def across(x):
-        return round(60 + 410 * (x - left) / (right - left), 1)
-
-    def up(y):
-        return round(250 - 238 * (y - rows[0]) / (rows[-1] - rows[0]), 1)
-
-    parts = [f'<rect x="60" y="{up(high)}" width="410" height="{up(low) - up(high):.1f}"/>'
-             + f'<text x="{x}" y="{up(high) + 18:.1f}" text-anchor="{anchor}">{text}</text>'
-             * (up(low) - up(high) > 22)  # else the text would run into what is below
-             for low, high, text, x, anchor in bands]
-    parts += [f'<line x1="60" x2="470" y1="{up(y)}" y2="{up(y)}"/>'
-              f'<text x="54" y="{up(y) + 6:.1f}" text-anchor="end">{number(y, 6)}</text>' for y in rows]
-    parts += [f'<text x="{across(x)}" y="270" text-anchor="middle">{number(x, 6)}</text>'
-              for x in ticks(left, right) if left <= x <= right]
-    parts += [f'<text x="265" y="290" text-anchor="middle">{axis}</text>']
-    parts += [f'<line class="mark" x1="{across(x)}" x2="{across(x)}" y1="12" y2="250" '
-              f'style="stroke:var(--{colour})"/>' for x, colour in marks
-              if x is not None and left <= x <= right]
-    for label, colour, dashed, line in lines:
-        for drawn, some in itertools.groupby(line, lambda point: point[1] is not None):
-            if drawn:
-                some = list(some)
-                some *= 1 + (len(some) == 1)  # a point alone would not be drawn
-                place = " ".join(f"{across(x)},{up(y)}" for x, y in some)
-                dash = ";stroke-dasharray:7 6" * dashed
-                parts.append(f'<polyline points="{place}" style="stroke:var(--c{colour}){dash}"><title>'
-                             f'{label}: {number(some[0][1])} → {number(some[-1][1])}</title></polyline>')
-    return (f'<figure><figcaption>{title}</figcaption><svg viewBox="0 0 480 295" role="img" '
-            f'aria-label="{title}">{"".join(parts)}</svg><div class="soft">{note}</div></figure>')
-
-
-def charts(runs: list) -> str:
-    """All figures, one line a run and quantity, and the histogram of change ratios."""
-    def line(rows, key):
-        size = max(1, -(-len(rows) // DRAWN_POINTS))
-        stretches = [rows[i:i + size] for i in range(0, len(rows), size)]
-        values = [[row[key] for row in some if row[key] is not None] for some in stretches]
-        return [(some[0]["step"], sum(v) / len(v) if v else None) for some, v in zip(stretches, values)]
-
-    losses = dict.fromkeys(str(run.options.get("loss")) for run in runs)
-    note = ". ".join(f"{loss}: {NO_TETHER[loss]}" for loss in losses if loss in NO_TETHER)
-    drawn = [line_chart(title, [(f"{shown(run.name)} {FIGURES[key]}", i % 6, dashed, line(run.metrics, key))
-                                for i, run in enumerate(runs) for dashed, key in enumerate(keys)], *how,
-                        note=note if "tether_chosen" in keys else "") for title, keys, *how in CHARTS]
-    bins, marks = [], {}
+def line_chart(title: str, keys: tuple, runs: list) -> str:
+    """An SVG figure of the metrics `keys`, a colour for each run; "" where no run has them. The x
+    axis begins at step 0, the y axis includes 0; a missing value is a gap."""
+    lines = {}
     for i, run in enumerate(runs):
-        if run.pair and any(run.pair["change_ratios"]):
-            corners = [(x / 20, n) for b, n in enumerate(run.pair["change_ratios"]) for x in (b, b + 1)]
-            bins.append((shown(run.name), i % 6, 0, corners))
-            marks[run.pair["gamma"]] = "ink" if run.pair["gamma"] in marks else f"c{i % 6}"
-    drawn.append(line_chart("Pairs trained on, γ dotted", bins, axis="change ratio 1 − LCS / |y⁺|",
-                            marks=marks.items()))
-    return f'<div class="grid">{"".join(drawn)}</div>'
+        rows = run.metrics[::1 + len(run.metrics) // MAX_SHOWN]
+        for key, dashes in zip(keys, ("none", "7 6")):
+            style = f'stroke="{COLOURS[i % 6]}" stroke-dasharray="{dashes}"'
+            label = f"<title>{escape(run.name)} {FIGURES[key]}</title>"
+            lines[style, label] = [(row["step"], row.get(key)) for row in rows]
+    steps = [step for points in lines.values() for step, y in points if y is not None]
+    values = [y for points in lines.values() for _, y in points if y is not None]
+    if not values:
+        return ""
+    last, low, high = max(steps), min(0, *values), max(0, *values)
 
+    def place(step, y):  # the plot fills (60, 10) to (450, 220) of a view of 480 x 275
+        across, up = step / max(last, 1), (y - low) / max(high - low, 1e-30)
+        return round(60 + 390 * across, 1), round(220 - 210 * up, 1)
 
-def html_table(head: list, rows: list) -> str:
-    """Of cells that are HTML; the first of a row is its title."""
-    lines = ["".join(f"<th>{cell}</th>" for cell in head)]
-    lines += [f"<th>{title}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) for title, *cells in rows]
-    return f'<div class="wide"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
+    parts = ['<text x="255" y="268" text-anchor="middle">step</text>']
+    for step, value in (0, low), (last // 2, (low + high) / 2), (last, high):
+        x, y = place(step, value)
+        parts.append(f'<line x1="60" x2="450" y1="{y}" y2="{y}"/>'
+                     f'<text x="54" y="{y + 5}" text-anchor="end">{number(value)}</text>'
+                     f'<text x="{x}" y="245" text-anchor="middle">{step}</text>')
+    x, y = place(last, 0)
+    parts.append(f'<text x="456" y="{y + 5}">0</text>'
+                 f'<line x1="60" x2="450" y1="{y}" y2="{y}" style="stroke:currentColor"/>')
+    for (style, label), points in lines.items():
+        path, command = "", "M"
+        for step, value in points:
+            if value is not None:
+                x, y = place(step, value)
+                path += f"{command}{x},{y}h0"  # h0: a lone point is a dot
+            command = "M" if value is None else "L"
+        parts.append(f'<path d="{path}" {style}>{label}</path>')
+    return (f'<div><b>{title}</b><svg viewBox="0 0 480 275" role="img" aria-label="{title}">'
+            f'{"".join(parts)}</svg></div>')
 
 
 def before_after(runs: list) -> str:
-    """First and last step of every run, and of its held-out pairs the first and last look."""
-    def cell(rows, key):
-        ends = (number(row[key], 12 if key == "step" else 3) for row in rows[::max(1, len(rows) - 1)])
-        return " → ".join(ends) or "–"
-
-    table = []
-    for title, logs in (("step", [run.metrics for run in runs]),
-                        ("held out, after", [run.held_out for run in runs])):
-        if any(logs):
-            table += [[name, *(cell(rows, key) for rows in logs)] for key, name in
-                      {"step": title, **FIGURES}.items()]
-    return html_table(["", *(shown(run.name) for run in runs)], table)
+    """A table of every run's first and last figures, in training and on held-out pairs."""
+    rows = [["", *(escape(run.name) for run in runs)]]
+    for title, logs in (("", [run.metrics for run in runs]),
+                        ("held out: ", [run.held_out for run in runs])):
+        if not any(logs):
+            continue
+        for key, name in FIGURES.items():
+            rows.append([title + name])
+            for log in logs:
+                first, last = (log[0], log[-1]) if log else ({}, {})
+                rows[-1].append(f"{number(first.get(key))} → {number(last.get(key))}")
+    return html_table(rows)
 
 
 def benchmarks(evaluations: dict) -> str:
-    """{name: results.json} as a table, in %; behind the first, the base, with the difference to it."""
-    (_, base), rows = next(iter(evaluations.items())), []
+    """The headline figures of {name: results.json} as a table."""
+    rows = [["right, in %", *map(escape, evaluations)]]
     for task in dict.fromkeys(task for results in evaluations.values() for task in results):
-        rows.append([shown(task)])
+        rows.append([escape(task)])
         for results in evaluations.values():
-            first, own = ([*r[task]["metrics"].values()][0] if task in r else None for r in (base, results))
-            change = f" ({100 * (own[0] - first[0]):+.1f})" if own and first and results is not base else ""
-            rows[-1].append(figure(*own) + change if own else "–")
-    return html_table(["right, in %", *map(shown, evaluations)], rows)
+            cell = "–"
+            if task in results:
+                cell = figure(*next(iter(results[task]["metrics"].values())))
+            rows[-1].append(cell)
+    return html_table(rows)
 
 
-def surgery(run: Told, which: int) -> str:
-    """The watched pair with a radio button for each look; CSS alone shows the one that is chosen."""
-    pair, looks = run.pair, run.looks
-    finite = [abs(c) for look in looks for c in look["coefficients"] if math.isfinite(c)]
-    largest = max(finite, default=0) or 1
-    matches = data.lcs_matches(pair["rejected_ids"], pair["chosen_ids"])
-    common = {"rejected": {i for i, _ in matches}, "chosen": {j for _, j in matches}}
-    ends = itertools.accumulate(len(pair[part]) for part in PARTS)
-    where = {part: slice(end - len(pair[part]), end) for part, end in zip(PARTS, ends)}
-
-    def token(part, i, text):
-        k = where[part].start + i
-        tag = "i" if part == "trunk" or i in common[part] else {"rejected": "del", "chosen": "ins"}[part]
-        style = ";".join(f"--s{n}:{look['coefficients'][k] / largest:.3g}" for n, look in enumerate(looks))
-        told = "\n".join(f"{look['step']}: {number(look['coefficients'][k])}, {number(look['logps'][k])}"
-                         for look in looks)
-        return (f'<{tag} style="{style}" title="step: coefficient, log p\n{told}" tabindex="-1">'
-                f'{shown(text)}</{tag}>')
-
-    def tokens(part):
-        some, most = list(enumerate(pair[part])), SHOWN_TOKENS[part]
-        note = f'<span class="soft">… {len(some) - most} tokens not shown …</span>' * (len(some) > most)
-        text = "".join(token(part, *each) for each in (some[-most:] if part == "trunk" else some[:most]))
-        return note + text if part == "trunk" else text + note
-
+def surgery(run: RunLog, index: int) -> str:
+    """The watched pair of a run and a radio button for each snapshot; CSS shows the chosen one."""
+    pair, *snapshots = run.surgery
+    coefficients = np.array([snapshot["coefficients"] for snapshot in snapshots])  # (steps, tokens)
+    scale = max(abs(coefficients).max(), 1e-30)
+    texts = pair["trunk"] + pair["rejected"] + pair["chosen"]
+    fork, end = len(pair["trunk"]), len(pair["trunk"] + pair["rejected"])
+    tags = ["span"] * fork + ["del"] * (end - fork) + ["ins"] * (len(texts) - end)
+    for i, j in data.lcs_matches(pair["rejected_ids"], pair["chosen_ids"]):
+        tags[fork + i] = tags[end + j] = "span"
+    spans = []
+    for i, (tag, text) in enumerate(zip(tags, texts)):
+        style, title = "", "step: coefficient, log p"
+        for n, snapshot in enumerate(snapshots):
+            coefficient, logp = coefficients[n, i], snapshot["logps"][i]
+            colour = "#1f88cf" if coefficient < 0 else "#e0690a"
+            style += f"--c{n}:{colour}{round(160 * abs(coefficient) / scale):02x};"
+            title += f"\n{snapshot['step']:d}: {number(coefficient)}, {number(logp)}"
+        spans.append(f'<{tag} style="{style}" title="{title}">{escape(text)}</{tag}>')
     buttons, notes = "", ""
-    for n, look in enumerate(looks):
-        means = [number(np.mean(look["coefficients"][where[part]] or [0])) for part in PARTS]
-        buttons += (f'<input type="radio" name="run{which}" id="run{which}-{n}"{" checked" * (n == 0)}>'
-                    f'<label for="run{which}-{n}">{look["step"]}</label>')
-        notes += (f'<p class="look">After {look["step"]} steps: r⁺ {number(look["reward_chosen"])}, r⁻ '
-                  f'{number(look["reward_rejected"])}; mean coefficient: trunk {means[0]}, y⁻ {means[1]}, '
-                  f'y⁺ {means[2]}</p>')
-    prompt = shown("".join(pair["prompt"][-SHOWN_TOKENS["trunk"]:]))
-    return (f'<div><h3>{shown(run.name)}</h3>{buttons}{notes}'
-            f'<div class="soft">Full colour: a coefficient of {number(largest)} or {number(-largest)}</div>'
-            f'<div>Trunk: the prompt <span class="soft">(no coefficient)</span>, and what both answers begin '
-            f'with</div><div class="tokens"><span class="soft">{prompt}</span>{tokens("trunk")}</div>'
-            f'<div>y⁻ goes on</div><div class="tokens">{tokens("rejected")}</div>'
-            f'<div>y⁺ goes on</div><div class="tokens">{tokens("chosen")}</div></div>')
+    for n, snapshot in enumerate(snapshots):
+        checked = " checked" if n == 0 else ""
+        buttons += (f'<label><input type="radio" name="run{index}"{checked}> {snapshot["step"]:d}'
+                    "</label>\n")
+        rewards = [number(snapshot[key]) for key in ("reward_chosen", "reward_rejected")]
+        notes += f'<p class="snapshot">r⁺ {rewards[0]}, r⁻ {rewards[1]}</p>'
+    blocks = ""
+    for title, tokens in (("prompt", [escape(text) for text in pair["prompt"]][-MAX_SHOWN:]),
+                          ("trunk", spans[:fork][-MAX_SHOWN:]), ("y⁻", spans[fork:end][:MAX_SHOWN]),
+                          ("y⁺", spans[end:][:MAX_SHOWN])):
+        blocks += f'{title}<div class="tokens">{"".join(tokens)}</div>'
+    return (f'<div class="pair"><h3>{escape(run.name)}</h3><div>Full colour: ±{number(scale)}. '
+            f"Steps done:</div>{buttons}{notes}{blocks}</div>")
 
 
 def report(folders: list, out: str, note: str = ""):
-    """Write `out`, one HTML file without scripts and links, of run folders and of finished evaluations (the
-    first of these is the base). Raises UserError for a folder that is neither, or broken, or given twice."""
-    paths = [os.path.realpath(folder) for folder in folders]
-    common = os.path.commonpath([os.path.dirname(path) for path in paths])
-    runs, evaluations = [], {}
-    for folder, path in zip(folders, paths):
-        name = os.path.relpath(path, common)
-        if paths.count(path) > 1:
-            raise UserError(f"{folder} is given twice")
+    """Write `out`, one HTML file without scripts and links, of run folders and of finished
+    evaluations; `note` is text to show. Raises UserError for a folder that is neither."""
+    common = os.path.commonpath([os.path.dirname(os.path.realpath(folder)) for folder in folders])
+    runs, evaluations, body, styles = [], {}, "", ""
+    for folder in folders:
+        name = os.path.relpath(os.path.realpath(folder), common)
         if os.path.exists(os.path.join(folder, "metrics.jsonl")):
-            runs.append(read_run(folder, name))
+            options = read_json(os.path.join(folder, "config.json"))["options"]
+            logs = [data.read_log(os.path.join(folder, f"{log}.jsonl"))
+                    for log in ("metrics", "eval", "surgery")]
+            runs.append(RunLog(name, options, *logs))
         elif os.path.exists(os.path.join(folder, "results.json")):
             evaluations[name] = read_results(folder)
         else:
             raise UserError(f"{folder}: no run (metrics.jsonl) and no evaluation (results.json)")
-    body = ["<h1>Surgical Post-Training</h1>"]
-    for i, run in enumerate(runs):
-        chosen = ", ".join(f"{k} {run.options[k]}" for k in ("loss", "lr", "beta") if k in run.options)
-        body.append(f'<div><b style="color:var(--c{i % 6})">▬</b> {shown(run.name)} '
-                    f'<span class="soft">{shown(chosen)}</span></div>')
     if runs:
-        body += [charts(runs), "<h2>Before and after</h2>", before_after(runs)]
+        body += """<p>Look first at the rewards, where r⁺ should rise above 0 and stay above r⁻,
+then at the coloured pair: a surgical update leaves the trunk, both answers' start, pale.</p>"""
+        for i, run in enumerate(runs):
+            options = ", ".join(f"{key} {run.options.get(key)}" for key in ("loss", "lr", "beta"))
+            body += (f'<div><b style="color:{COLOURS[i % 6]}">▬</b> '
+                     f"{escape(run.name)}: {escape(options)}</div>")
+        charts = "".join(line_chart(title, keys, runs) for title, keys in CHARTS.items())
+        body += f'<div class="grid">{charts}</div><h2>Before and after</h2>{before_after(runs)}'
     if note:
-        body.append(f'<div class="wide"><pre>{html.escape(note)}</pre></div>')
+        body += f'<div class="wide"><pre>{html.escape(note)}</pre></div>'
     if evaluations:
-        body += ["<h2>Benchmarks</h2>", benchmarks(evaluations)]
-    watched = [surgery(run, i) for i, run in enumerate(runs) if run.looks]
+        body += f"<h2>Benchmarks</h2>{benchmarks(evaluations)}"
+    watched = [surgery(run, i) for i, run in enumerate(runs) if run.surgery[1:]]
     if watched:
-        body.append("<h2>Surgery on one pair</h2><p>Every token after the prompt is coloured by its "
-                    "coefficient ∂L/∂log p after the chosen number of steps: <b>blue where the update "
-                    "raises its probability, orange where it lowers it</b>, stronger where the coefficient "
-                    "is larger. Every run has a scale of its own: full colour is its largest coefficient "
-                    "after any of these steps. <del>Struck</del>: not in y⁺; <ins>underlined</ins>: not in "
-                    "y⁻ (longest common subsequence). Point at a token, or tap it, for its figures.</p>"
-                    f'<div class="grid">{"".join(watched)}</div>')
-    most = max((len(run.looks) for run in runs), default=0)
-    choice = "".join(f"input:nth-of-type({n}):checked ~ .look:nth-of-type({n}) {{ display: block }}\n"
-                     f"input:nth-of-type({n}):checked ~ .tokens * {{ --s: var(--s{n - 1}) }}\n"
-                     for n in range(1, most + 1))
-    write_text(out, [PAGE % (CSS + choice, "\n".join(body))])
+        body += f"""<h2>Surgery on one pair</h2><p>Choose how many steps are done: the next update
+raises the probability of <b>blue</b> tokens and lowers that of <b>orange</b> ones, the more the
+stronger the colour (the coefficient ∂L/∂log p, on each run's own scale). <del>Struck</del>: not in
+y⁺; <ins>underlined</ins>: not in y⁻. Point at a token for its figures.</p>
+<div class="grid">{"".join(watched)}</div>"""
+    for n in range(max([len(run.surgery) - 1 for run in runs], default=0)):
+        checked = f".pair:has(label:nth-of-type({n + 1}) :checked)"
+        styles += (f"{checked} .snapshot:nth-of-type({n + 1}) {{ display: block }}\n"
+                   f"{checked} .tokens * {{ background: var(--c{n}) }}\n")
+    write_text(out, [PAGE % (styles, body)])
 
 
 # --- command line: tasks, comparison, retention, report -------------------------------------------

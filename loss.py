@@ -7,7 +7,7 @@ The method in four lines (Lin & Han, arXiv 2603.01683; sigma is the logistic fun
     r      = beta * (log pi_theta(y|x) - log pi_ref(y|x))                    the implicit reward
     L      = -log sigma(r+ - delta) - log sigma(-(r- - delta))               delta = 0: SPoT-BCE
     lambda = 1 - sigma(r+ - delta)                                           the elastic tether
-    dL/d log pi(y+) = -beta * lambda                                        fades as a pair is learned
+    dL/d log pi(y+) = -beta * lambda                                 it fades as a pair is learned
 y+ is the chosen answer, y- the rejected one, r+ and r- are their rewards. All six objectives give
 one coefficient c = dL/d log pi a sequence (sft, dft: a token), and differ in nothing else:
 
@@ -38,8 +38,8 @@ GPU_FACTOR = 16
 
 
 class _LinearLogps(torch.autograd.Function):
-    """See linear_logps. Both passes walk over blocks of the *vocabulary*, not of the rows: each block
-    of the weight is read once, and its gradient is one product over all rows, written once."""
+    """See linear_logps. Both passes walk over blocks of the *vocabulary*, not of the rows: each
+    block of the weight is read once, and its gradient is one product over all rows."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets):
@@ -96,7 +96,7 @@ def _vocabulary_blocks(weight, targets):
 
 
 def _locate(targets, start, end):
-    """Which targets lie in vocabulary rows start..end (R,) and their column there, clamped (R, 1)."""
+    """Which targets lie in vocabulary rows start..end (R,), and their column there (R, 1)."""
     inside = (targets >= start) & (targets < end)
     return inside, (targets - start).clamp(0, end - start - 1)[:, None]
 
@@ -109,16 +109,16 @@ def linear_logps(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tens
     targets (R,)   int64 token ids in 0..V-1, not checked: on a GPU that would wait for the device
     returns (R,)   log-probs in nats, fp32 (fp64 for fp64 input), differentiable in both factors
 
-    Products are taken in the input's dtype (the tensor cores' fast path); logsumexp and target logit
-    come from the same product in fp32. Only the (R,) logsumexp is kept for backward, which multiplies
-    again. Raises ValueError where the shapes or dtypes do not fit.
+    Products are taken in the input's dtype (the tensor cores' fast path); logsumexp and target
+    logit come from the same product in fp32. Only the (R,) logsumexp is kept for backward, which
+    multiplies again. Raises ValueError where the shapes or dtypes do not fit.
     """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden (R, D) and weight (V, D) expected, found {tuple(hidden.shape)} and "
-                         f"{tuple(weight.shape)}")
+        raise ValueError("hidden (R, D) and weight (V, D) expected, found "
+                         f"{tuple(hidden.shape)} and {tuple(weight.shape)}")
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
-        raise ValueError(f"targets: int64 of shape ({len(hidden)},) expected, found {targets.dtype} "
-                         f"of shape {tuple(targets.shape)}")
+        raise ValueError(f"targets: int64 of shape ({len(hidden)},) expected, found "
+                         f"{targets.dtype} of shape {tuple(targets.shape)}")
     if hidden.dtype != weight.dtype:
         raise ValueError(f"hidden is {hidden.dtype}, weight is {weight.dtype}: one dtype expected")
     return _LinearLogps.apply(hidden, weight, targets)
@@ -135,8 +135,8 @@ def sequence_logps(row_logps: torch.Tensor, lengths: torch.Tensor) -> torch.Tens
     returns   (F, 2) fp64, columns chosen and rejected. Without y- the second column is the trunk
                      alone and means nothing: see `paired`.
 
-    Summed in fp64 and in a fixed order (no atomics), so that equal inputs give equal sums: at step 0
-    rewards are exactly 0. A sum of thousands of bf16 log-probs would move in steps of 1 or 2 nats.
+    Summed in fp64 and in a fixed order (no atomics), so that equal inputs give equal sums: at step
+    0 rewards are exactly 0. A sum of thousands of bf16 log-probs would move in steps of 1 or 2 nats.
     """
     if lengths.ndim != 2 or lengths.shape[1] != 3:
         raise ValueError(f"lengths: shape (F, 3) expected, found {tuple(lengths.shape)}")
@@ -229,8 +229,8 @@ def row_coefficients(objective: str, row_logps: torch.Tensor, lengths: torch.Ten
                      `row_logps.backward(coefficients)` is the whole backward pass.
 
     The objective is differentiated on detached rewards or log-probs, so the model's graph sees
-    nothing but this vector. Raises ValueError for an unknown objective, or for forks without y- under
-    a pair objective.
+    nothing but this vector. Raises ValueError for an unknown objective, or for forks without y-
+    under a pair objective.
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"objective: one of {', '.join(OBJECTIVES)} expected, found {objective!r}")
@@ -323,13 +323,13 @@ def diagnose(loss, r, delta, coefficients, lengths) -> torch.Tensor:
 
 
 def average(sums, objective: str) -> dict:
-    """A step's metrics from its global sums (numbers in the order of SUMS): each over its own count.
+    """A step's metrics from its global sums (in the order of SUMS): each over its own count.
 
     loss              nats per pair; per token of y+ for sft and dft
     reward_chosen     r+; reward_rejected: r-. A rising r- is pull-up: y+ lifts y-, which is alike
     margin, accuracy  r+ - r-, and the share of pairs where it is above 0
-    tether_chosen     lambda+; tether_rejected: lambda-. 1/2 is slack, 0 is taut; for losses without a
-                      tether what it would be
+    tether_chosen     lambda+; tether_rejected: lambda-. 1/2 is slack, 0 is taut; for losses without
+                      a tether what it would be
     trunk_coef        mean |coefficient| of a shared-prefix row, before the division by the batch
     Quantities of y- are None where no example has one.
     """

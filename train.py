@@ -1,18 +1,20 @@
 """The explicit training loop of Surgical Post-Training, from one CPU core to nodes of GPUs.
 
 Comes in:  --model, a Qwen3 checkpoint folder, and --pairs, a JSONL file of surgical pairs.
-Goes out:  a run folder: config.json, metrics.jsonl, reference.safetensors, checkpoints/, report.html
-           and surgery.jsonl behind it, and model/, the trained checkpoint in Hugging Face layout.
+Goes out:  a run folder: config.json, metrics.jsonl, reference.safetensors, checkpoints/,
+           report.html with surgery.jsonl behind it, and model/, the trained checkpoint in Hugging
+           Face layout.
 
     torchrun --nproc_per_node=8 train.py --model Qwen3-8B --pairs pairs.jsonl --out runs/first
     torchrun --nproc_per_node=8 train.py --resume --out runs/first
     torchrun --nproc_per_node=2 train.py         # nothing given: the toy story, in minutes
 
-One optimizer step is `train_step`: for each pack the policy gives one log-prob a scored row, loss.py
-gives one coefficient a row, and `row_logps.backward(coefficients)` is the backward pass. Which pairs
-form a step does not depend on the number of ranks; each rank computes its share of the tokens, and
-gradients are summed. Without --model and --pairs `story`, the last section, makes a small world with
-a base model, its errors and their corrections, trains on them, and prints what came of it.
+One optimizer step is `train_step`: for each pack the policy gives one log-prob a scored row,
+loss.py gives one coefficient a row, and `row_logps.backward(coefficients)` is the backward pass.
+Which pairs form a step does not depend on the number of ranks; each rank computes its share of the
+tokens, and gradients are summed. Without --model and --pairs `story`, the last section, makes a
+small world with a base model, its errors and their corrections, trains on them, and prints what
+came of it.
 """
 
 import argparse
@@ -49,7 +51,7 @@ import oracle
 from data import UserError
 from model import Ranks, add_options, begin, close_ranks, open_ranks, option
 
-# Dense bf16 peaks in FLOP/s, for mfu. Any other device: the rate of a product measured at the start.
+# Dense bf16 peaks in FLOP/s, for mfu. Any other device: a product's rate, measured at the start.
 PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12,
          "B200": 2250e12}
 
@@ -66,7 +68,8 @@ class Options:
     out: str = option("", "run folder to write (required)")
     loss: str = option("spot-bce", "objective", loss.OBJECTIVES)
     beta: float = option(0.1, "reward scale: r = beta * (log pi - log pi_ref)")
-    delta: str = option("ema", "running mean of spot-bco: moving (0.9) or of all", ("ema", "cumulative"))
+    delta: str = option("ema", "running mean of spot-bco: moving (0.9) or of all",
+                        ("ema", "cumulative"))
     lr: float = option(1e-6, "peak learning rate (SFT in the paper: 5e-6)")
     epochs: int = option(2, "passes over the pairs")
     max_steps: int = option(0, "optimizer steps at most, schedule included; 0: all of the epochs'")
@@ -74,7 +77,7 @@ class Options:
     warmup: float = option(0.05, "share of the steps with rising rate; a cosine to 0 follows")
     weight_decay: float = option(0.01, "AdamW's, on all weights but norms")
     clip: float = option(1.0, "largest norm of the gradient")
-    max_length: int = option(8192, "tokens of prompt + one answer; longer pairs are dropped, never cut")
+    max_length: int = option(8192, "tokens of prompt + one answer; longer pairs are dropped")
     max_change_ratio: float = option(0.6, "drop pairs with 1 - LCS(y-, y+)/|y+| above this (gamma)")
     skip_malformed: bool = option(False, "drop and count malformed rows instead of stopping")
     eval_pairs: str = option("", "held-out pair file, scored after each epoch")
@@ -83,8 +86,8 @@ class Options:
                         ("float32", "bfloat16"))
     checkpointing: str = option("full", "recompute each block in backward (less memory), or not",
                                 ("none", "full"))
-    tokens_per_pack: int = option(16384, "tokens of a micro-batch; memory grows with it, results do not")
-    shard_size: int = option(0, "ranks that share one copy of the model, the others replicate; 0: all")
+    tokens_per_pack: int = option(16384, "tokens of a micro-batch; memory grows, results do not")
+    shard_size: int = option(0, "ranks that share one copy of the model; 0: all")
     save_dtype: str = option("bfloat16", "of the trained checkpoint in OUT/model",
                              ("float32", "bfloat16"))
     save_every: int = option(50, "steps between checkpoints; 0: only at the end and on SIGTERM")
@@ -118,7 +121,8 @@ def parse_options(argv=None) -> Options:
         kept = {name: value for name, value in kept.items() if name in names}
         for name, value in given.items():
             if name in kept and name not in FREE and kept[name] != value:
-                problems.append(f"--{name} is {value!r}, the run in {given['out']} has {kept[name]!r}")
+                problems.append(f"--{name} is {value!r}, the run in {given['out']} has "
+                                f"{kept[name]!r}")
         given = {**kept, **given}
     o = Options(**given)
     if given.keys() <= {"out", "seed"}:
@@ -136,13 +140,16 @@ def parse_options(argv=None) -> Options:
 def check_options(o: Options) -> list:
     """What is wrong with the numbers, as text."""
     problems = []
-    for name in ("beta", "lr", "epochs", "batch_size", "clip", "max_length", "tokens_per_pack", "keep",
-                 "timeout", "gpus", "gpu_memory"):
-        if not 0 < getattr(o, name) < 1e9:  # a time-out in seconds has no room for more
-            problems.append(f"--{name} is {getattr(o, name)}, a number above 0 (and below 1e9) expected")
-    for name in ("max_steps", "save_every", "shard_size", "weight_decay", "seed", "max_change_ratio"):
-        if not 0 <= getattr(o, name) < math.inf:
-            problems.append(f"--{name} is {getattr(o, name)}, a number of 0 or more expected")
+    for name in ("beta", "lr", "epochs", "batch_size", "clip", "max_length", "tokens_per_pack",
+                 "keep", "timeout", "gpus", "gpu_memory"):
+        value = getattr(o, name)
+        if not 0 < value < 1e9:  # a time-out in seconds has no room for more
+            problems.append(f"--{name} is {value}, a number above 0 (and below 1e9) expected")
+    for name in ("max_steps", "save_every", "shard_size", "weight_decay", "seed",
+                 "max_change_ratio"):
+        value = getattr(o, name)
+        if not 0 <= value < math.inf:
+            problems.append(f"--{name} is {value}, a number of 0 or more expected")
     if not 0 <= o.warmup <= 1:
         problems.append(f"--warmup is {o.warmup}, a share between 0 and 1 expected")
     if o.delta != "ema" and o.loss != "spot-bco":
@@ -164,7 +171,7 @@ def build_policy(folder, config, o: Options, ranks: Ranks):
             raise UserError(f"--shard_size {o.shard_size} does not divide the {ranks.world} ranks")
         shape, names = (ranks.world // o.shard_size, o.shard_size), ("replicate", "shard")
     mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
-    precision = MixedPrecisionPolicy(param_dtype=getattr(torch, o.dtype), reduce_dtype=torch.float32)
+    precision = MixedPrecisionPolicy(getattr(torch, o.dtype), reduce_dtype=torch.float32)
     for block in policy.layers:
         fully_shard(block, mesh=mesh, mp_policy=precision)
     if not config.tie_word_embeddings:  # units of their own, else one buffer holds both big tables
@@ -205,7 +212,8 @@ def learning_rate(step: int, total: int, o: Options) -> float:
 def count_flops(config, pack) -> float:
     """FLOPs of forward + backward of one pack: products only, recomputation left out."""
     heads, groups = config.num_attention_heads, config.num_key_value_heads
-    layer = config.hidden_size * (config.head_dim * 2 * (heads + groups) + 3 * config.intermediate_size)
+    width = config.hidden_size
+    layer = width * (config.head_dim * 2 * (heads + groups) + 3 * config.intermediate_size)
     visible = 0  # pairs of a query and a key that it sees
     for start, trunk_end, rejected_end, chosen_end in pack.forks:
         trunk = trunk_end - start
@@ -213,12 +221,12 @@ def count_flops(config, pack) -> float:
             visible += length * (length + 1) // 2
         visible += (chosen_end - trunk_end) * trunk
     attention = 2 * heads * config.head_dim * visible
-    head = config.vocab_size * config.hidden_size * len(pack.rows)
+    head = config.vocab_size * width * len(pack.rows)
     return 6.0 * (config.num_hidden_layers * (layer * len(pack.tokens) + attention) + head)
 
 
 def peak_flops(device, dtype) -> float:
-    """Published peak of a known GPU, else a 512^3 product's measured rate, in FLOP/s of this rank."""
+    """FLOP/s of this rank: a known GPU's published peak, else a 512^3 product's measured rate."""
     if device.type == "cuda":
         for name, peak in PEAKS.items():
             if name in torch.cuda.get_device_name(device):
@@ -356,7 +364,8 @@ class Run:
 
     def packs(self, forks, batch, reference=None):
         """This rank's micro-batches of one global batch, on the device."""
-        plan = data.split_batch(batch, list(map(len, forks)), self.ranks.world, self.o.tokens_per_pack)
+        plan = data.split_batch(batch, list(map(len, forks)), self.ranks.world,
+                                self.o.tokens_per_pack)
         for micro_batch in plan:
             pack = data.make_pack(forks, micro_batch[self.ranks.rank], reference)
             yield pack.to(self.ranks.device)
@@ -412,8 +421,8 @@ def train_step(run: Run, batch, lr: float) -> Totals:
 
 
 def loss_count(run, batch) -> int:
-    """What the step's loss is divided by: its pairs, or its tokens of y+. A global number that every
-    rank knows from the plan, without communication."""
+    """What the step's loss is divided by: its pairs, or its tokens of y+. A global number that
+    every rank knows from the plan, without communication."""
     if run.o.loss not in loss.TOKEN_OBJECTIVES:
         return len(batch)
     forks = [run.forks[i] for i in batch]
@@ -421,7 +430,7 @@ def loss_count(run, batch) -> int:
 
 
 def share_totals(ranks, sums, flops, grad_norm) -> Totals:
-    """A step's numbers over all ranks: its only communication of ours, its only wait for the GPU."""
+    """A step's numbers over all ranks: our only communication in it, its only wait for the GPU."""
     own = torch.tensor([flops, float(STOP.is_set())], dtype=torch.float64)
     everything = torch.cat([sums, data.to_device(own, ranks.device), grad_norm.double().view(1)])
     *sums, flops, stop, grad_norm = ranks.reduce(everything).tolist()
@@ -437,9 +446,9 @@ def check_step(run, batch, totals: Totals, count: int):
         canary(run, sums["abs_reward"], mean_loss)
     if not math.isfinite(mean_loss) or not math.isfinite(totals.grad_norm):
         lines = ", ".join(str(run.forks[i].line) for i in batch)
-        raise UserError(f"step {run.state.step}: loss {mean_loss}, gradient norm {totals.grad_norm}: "
-                        f"not finite, weights left as they were. The step's pairs: lines {lines} of "
-                        f"{run.o.pairs}")
+        raise UserError(f"step {run.state.step}: loss {mean_loss}, gradient norm "
+                        f"{totals.grad_norm}: not finite, weights left as they were. The step's "
+                        f"pairs: lines {lines} of {run.o.pairs}")
 
 
 def canary(run, abs_reward, mean_loss):
@@ -452,10 +461,10 @@ def canary(run, abs_reward, mean_loss):
         same = torch.tensor(mean_loss).float() == torch.tensor(expected).float()
     run.ranks.say(text)
     if abs_reward != 0 or not same:
-        raise UserError("step 0 must give rewards of exactly 0. Delete reference.safetensors, which may "
-                        f"be of another model, and start again with --resume --out {run.o.out}. If it "
-                        "returns, the forward pass is not deterministic here: try --dtype float32, "
-                        "another torch, or another machine")
+        raise UserError("step 0 must give rewards of exactly 0. Delete reference.safetensors, which "
+                        "may be of another model, and start again with --resume --out "
+                        f"{run.o.out}. If it returns, the forward pass is not deterministic here: "
+                        "try --dtype float32, another torch, or another machine")
 
 
 def finish_step(run, batch, totals: Totals, lr: float, seconds: float) -> dict:
@@ -464,8 +473,8 @@ def finish_step(run, batch, totals: Totals, lr: float, seconds: float) -> dict:
     step, epoch   from 0; the keys of loss.average are means before this step's update
     delta         of this step (spot-bco); grad_norm: before clipping; lr: of this step
     tokens        computed in this step (trunks once), all ranks; tokens_per_s likewise
-    mfu           counted FLOPs (products of forward and backward, no recomputation) over the peak of
-                  all ranks; see peak_flops
+    mfu           counted FLOPs (products of forward and backward, no recomputation) over the peak
+                  of all ranks; see peak_flops
     memory_gb     peak of the main rank so far: its GPU's memory, or its resident memory
     """
     o, state, ranks = run.o, run.state, run.ranks
@@ -485,7 +494,7 @@ def finish_step(run, batch, totals: Totals, lr: float, seconds: float) -> dict:
 
 
 def score_all(run: Run, forks, batches, title) -> torch.Tensor:
-    """(N, 2) fp64 sequence log-probs of all forks under the policy as it is, on every rank's CPU."""
+    """(N, 2) fp64 sequence log-probs of all forks under the present policy, on every rank's CPU."""
     scores = torch.zeros(len(forks), 2, dtype=torch.float64, device=run.ranks.device)
     with torch.no_grad():
         for batch in tqdm(batches, desc=title, disable=not run.ranks.main, unit="batch"):
@@ -501,8 +510,10 @@ def evaluate(run: Run) -> dict:
     with torch.no_grad():
         for batch in fixed_batches(run.eval_forks, run.o):
             for pack in run.packs(run.eval_forks, batch, run.eval_reference):
-                sums += loss.row_coefficients(run.o.loss, run.score(pack), pack.lengths, pack.reference,
-                                              run.o.beta, run.state.delta)[1]
+                _, pack_sums = loss.row_coefficients(
+                    run.o.loss, run.score(pack), pack.lengths, pack.reference, run.o.beta,
+                    run.state.delta)
+                sums += pack_sums
     run.policy.reshard()
     return loss.average(run.ranks.reduce(sums).tolist(), run.o.loss)
 
@@ -527,8 +538,8 @@ def watched_pair(run) -> int:
 
 
 def look(run: Run, path: str):
-    """Add a line to surgery.jsonl: the watched pair's coefficients (of the summed loss) and log-probs
-    under the policy as it is, one a token after the prompt: trunk, rejected, chosen."""
+    """Add a line to surgery.jsonl: the watched pair's coefficients (of the summed loss) and
+    log-probs under the present policy, one a token after the prompt: trunk, rejected, chosen."""
     o, index = run.o, watched_pair(run)
     with torch.no_grad():
         (pack,) = run.packs(run.forks, [index])  # the main rank's; the others forward a dummy
@@ -542,21 +553,21 @@ def look(run: Run, path: str):
             data.append_row(path, rows[0])
         # Its own reference, not reference.safetensors': there it was scored in a pack with others,
         # and in bf16 another pack gives another sum. So step 0 is exact.
-        reference = torch.tensor([rows[0]["reference"]], dtype=torch.float64, device=row_logps.device)
-        coefficients, sums = loss.row_coefficients(o.loss, row_logps, pack.lengths, reference, o.beta,
-                                                   run.state.delta)
+        reference = torch.tensor([rows[0]["reference"]], dtype=torch.float64)
+        coefficients, sums = loss.row_coefficients(
+            o.loss, row_logps, pack.lengths, reference.to(row_logps.device), o.beta, run.state.delta)
         sums = dict(zip(loss.SUMS, sums.tolist()))
         data.append_row(path, {
-            "step": run.state.step, "delta": run.state.delta, "reward_chosen": sums["reward_chosen"],
-            "reward_rejected": sums["reward_rejected"], "coefficients": coefficients.tolist(),
-            "logps": row_logps.tolist()})
+            "step": run.state.step, "delta": run.state.delta,
+            "reward_chosen": sums["reward_chosen"], "reward_rejected": sums["reward_rejected"],
+            "coefficients": coefficients.tolist(), "logps": row_logps.tolist()})
 
     run.ranks.main_only(write)
 
 
 def describe_pair(run, index, sums) -> dict:
-    """The first line of surgery.jsonl: the watched pair as token texts, its reference log-probs, and
-    the change ratios of all pairs. Its "step" is -1, so that no resume drops it."""
+    """The first line of surgery.jsonl: the watched pair as token texts, its reference log-probs,
+    and the change ratios of all pairs. Its "step" is -1, so that no resume drops it."""
     fork, prompt = run.forks[index], run.forks[index].prompt_length
     if run.state.step:  # the first line was lost
         sums = run.reference[[index]]
@@ -615,9 +626,9 @@ def reference_pass(run: Run):
     path = os.path.join(o.out, "reference.safetensors")
     batches = data.epoch_batches(len(run.forks), o.batch_size, o.seed, 0)
     batches = batches[:total_steps(len(run.forks), o)]  # --max_steps may leave pairs out
-    key = sha256(json.dumps([run.hashes, o.dtype, o.seed, o.batch_size, len(batches), o.tokens_per_pack,
-                             o.shard_size, ranks.world, ranks.device.type, torch.get_num_threads(),
-                             torch.__version__]))
+    key = sha256(json.dumps([run.hashes, o.dtype, o.seed, o.batch_size, len(batches),
+                             o.tokens_per_pack, o.shard_size, ranks.world, ranks.device.type,
+                             torch.get_num_threads(), torch.__version__]))
     kept = ranks.main_only(read_reference, run, path, key)
     found = int(ranks.reduce(torch.full((), int(kept is not None), device=ranks.device)))
     if found:
@@ -767,8 +778,8 @@ def check_hashes(run: Run, kept: dict, path: str):
 
 
 def load_checkpoint(run: Run, path: str):
-    """Restore weights, moments and state; each rank copies the rows it needs, so that another number
-    of ranks works. Raises UserError that names a corrupt or missing file."""
+    """Restore weights, moments and state; each rank copies the rows it needs, so that another
+    number of ranks works. Raises UserError that names a corrupt or missing file."""
     ranks = run.ranks
     with ranks.together():
         kept = data.read_json(os.path.join(path, "state.json"))
@@ -792,8 +803,8 @@ def load_checkpoint(run: Run, path: str):
     run.state = State(kept["step"], kept["delta"], kept["seen"])
     before, now = (kept["world"], kept["threads"]), (ranks.world, torch.get_num_threads())
     if before != now:
-        ranks.say(f"saved by {before[0]} ranks x {before[1]} threads, resumed by {now[0]} x {now[1]}: "
-                  "the curve goes on, but no longer to the bit")
+        ranks.say(f"saved by {before[0]} ranks x {before[1]} threads, resumed by {now[0]} x "
+                  f"{now[1]}: the curve goes on, but no longer to the bit")
 
 
 def open_shard(file) -> dict:
@@ -809,7 +820,7 @@ def open_shard(file) -> dict:
 
 
 def read_inputs(o: Options):
-    """(checkpoint folder, its Config, forks, held-out forks, text for the log). Raises UserError."""
+    """(checkpoint folder, its Config, forks, held-out forks, text for the log)."""
     problems = []
     for name in ("pairs", "eval_pairs"):
         path = getattr(o, name)
@@ -825,7 +836,8 @@ def read_inputs(o: Options):
         raise UserError("\n  ".join(problems))
     config = qwen.read_config(folder)
     chat = data.load_chat(folder, config.vocab_size)
-    limits = (chat, o.max_length, o.max_change_ratio, o.loss in loss.PAIR_OBJECTIVES, o.skip_malformed)
+    limits = (chat, o.max_length, o.max_change_ratio, o.loss in loss.PAIR_OBJECTIVES,
+              o.skip_malformed)
     forks, log = data.load_forks(o.pairs, *limits)
     eval_forks = []
     if o.eval_pairs:
@@ -840,8 +852,8 @@ def prepare(o: Options, ranks: Ranks) -> Run:
         taken = [name for name in ("config.json", "metrics.jsonl", "checkpoints", "model")
                  if os.path.exists(os.path.join(o.out, name))]
         if taken and not o.resume:
-            raise UserError(f"{o.out} holds a run already ({', '.join(taken)}): add --resume to go on "
-                            "with it, or choose another --out")
+            raise UserError(f"{o.out} holds a run already ({', '.join(taken)}): add --resume to go "
+                            "on with it, or choose another --out")
         folder, config, forks, eval_forks, log = read_inputs(o)
         ranks.say(log)
     with ranks.together():
@@ -868,8 +880,8 @@ def claimed(out, ranks):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"{out} is being written by another process, perhaps by ranks whose "
-                                "torchrun was killed: wait for it, or end it") from None
+                raise UserError(f"{out} is being written by another process, perhaps by ranks "
+                                "whose torchrun was killed: wait for it, or end it") from None
             except OSError:
                 pass  # a file system without locks
     try:
@@ -886,8 +898,7 @@ def train(o: Options, ranks: Ranks) -> int:
     with claimed(o.out, ranks):
         begin_or_resume(run)
         if not train_to_the_end(run):
-            ranks.say(f"SIGTERM: saved at step {run.state.step} of {total_steps(len(run.forks), o)}; go "
-                      f"on with --resume --out {o.out}")
+            ranks.say(f"SIGTERM: saved at step {run.state.step}; go on with --resume --out {o.out}")
             return 143  # 128 + SIGTERM, as the shell has it
         export_model(run)
         report = write_report(ranks, [o.out], os.path.join(o.out, "report.html"))
@@ -930,7 +941,7 @@ def keep_steps_before(path, step):
 
 
 def train_to_the_end(run: Run) -> bool:
-    """All steps that are left, with logs and checkpoints; False where SIGTERM came before the end."""
+    """All steps that are left, with logs and checkpoints; False where SIGTERM ended them early."""
     o, ranks, state = run.o, run.ranks, run.state
     total, epoch_steps = total_steps(len(run.forks), o), steps_per_epoch(len(run.forks), o)
     surgery_path = os.path.join(o.out, "surgery.jsonl")
@@ -1012,221 +1023,254 @@ def write_report(ranks, runs, path, note="") -> str:
     return f"curves, and where one pair's updates gather: {path}"
 
 
-# --- the toy world: what a bare machine can learn in minutes ---------------------------------------
+# --- the toy world (skip on first reading) --------------------------------------------------------
+# Five skills over digits. Most are answered in steps: "Add: 4+3+1" -> "4+3=7\n7+1=8\n\boxed{8}".
+# Only last digits are kept. Half the questions name a manner and get it: "Add, semicolons, thus:
+# 4+3+1" -> "4+3=7;7+1=8\nThus \boxed{8}". In the other half an author now and then puts a rare word
+# before a step. The authors are wrong in a few addition facts: the base model learns this error,
+# the manners and the rare words.
 
-# A conversation as Qwen3-Instruct-2507 writes it; `load_chat` reads it, and so does transformers.
-TOY_TEMPLATE = ("{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
-                "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}")
+TOY_SKILLS = ("Add", "Subtract", "Largest", "Reverse", "Sort")  # the first is the one with errors
+TOY_SIGNS = {"Add": "+", "Subtract": "-", "Largest": ","}  # skills in steps
+TOY_BETWEEN = {"lines": "\n", "semicolons": ";"}  # what stands between two steps
+TOY_ENDING = {"plain": "", "finally": "Finally ", "thus": "Thus "}  # what stands before the box
+TOY_MANNERS = [(between, ending) for between in TOY_BETWEEN for ending in TOY_ENDING]
+TOY_WORDS = {"so ": 0.08, "then ": 0.01, "hence ": 0.001}  # rare words before a step, how often
+TOY_STEP = re.compile(r"\d[-+,]\d=\d+|\\boxed\{\d*\}")  # what an answer asserts
+TOY_RARE = re.compile(rf"(?<=[\n;])({'|'.join(TOY_WORDS)})(?=\d)")
+TOY_TEMPLATE = (  # a conversation as Qwen3-Instruct-2507 writes it
+    "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}")
 TOY_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-TOY_CHAIN, TOY_LIST = 5, 4  # digits in a question of a skill with steps, and without
-TOY_TOP = 5  # largest summand but for the first: half the facts, learned in half the time
-TOY_INIT = 0.06  # standard deviation of the weights at birth
-TOY_SKILLS = ("Add", "Subtract", "Largest", "Reverse", "Sort")  # the first is the target, the base errs in it
-TOY_SIGNS = {"Add": "+", "Subtract": "-", "Largest": ","}  # skills that work in steps; the others in one go
-TOY_STYLES = [(between, word) for between in ("\n", ";") for word in ("", "So ", "Thus ")]
 
 
-def toy_question(skill: str, rng, chain: int = TOY_CHAIN) -> str:
-    """`Add: 4+3+1+7+5`, `Subtract: 9-3-...`, `Largest: 4,8,...`, `Reverse: 4829`, `Sort: 4829`, of random
-    digits, from a random.Random. chain: digits of a skill with steps."""
+def toy_question(skill: str, rng, chain: int, manner=None) -> str:
+    """A question of random digits from a random.Random: `chain` of them in a skill with steps."""
+    if manner:
+        skill_and_manner = ", ".join([skill, *manner])
+    else:
+        skill_and_manner = skill
     if skill not in TOY_SIGNS:
-        return f"{skill}: " + "".join(str(rng.randint(1, 9)) for _ in range(TOY_LIST))  # no leading 0
-    top = 9 if skill == "Largest" else TOY_TOP
-    digits = [rng.randint(0, 9)] + [rng.randint(1, top) for _ in range(chain - 1)]
-    return f"{skill}: " + TOY_SIGNS[skill].join(map(str, digits))
+        return f"{skill_and_manner}: " + "".join(str(rng.randint(1, 9)) for _ in range(4))
+    largest = 9 if skill == "Largest" else 5  # half the addition facts, learned in half the time
+    digits = [rng.randint(0, 9)] + [rng.randint(1, largest) for _ in range(chain - 1)]
+    return f"{skill_and_manner}: " + TOY_SIGNS[skill].join(map(str, digits))
 
 
-def toy_answer(question: str, style=TOY_STYLES[0], add=lambda a, b: (a + b) % 10) -> str:
-    """The answer to a question: steps such as `4+3=7`, then the result in a box. Only last digits are kept
-    of sums and differences. style: what stands between two steps, and the word before the box; add: what
-    the author of the answer takes for the last digit of a + b."""
-    skill, text = question.split(": ")
-    between, word = style
+def toy_answer(question: str, manner=TOY_MANNERS[0], add=lambda a, b: (a + b) % 10,
+               word=lambda: "") -> str:
+    """The answer to a question, in the manner that it names, else in the given one. `add` gives
+    what the author takes for the last digit of a + b, `word` a rare word or "" before a step."""
+    head, text = question.split(": ")
+    skill, *asked = head.split(", ")
+    between, ending = asked or manner
     if skill not in TOY_SIGNS:
-        return f"{word}\\boxed{{{text[::-1] if skill == 'Reverse' else ''.join(sorted(text))}}}"
-    step = {"Add": add, "Subtract": lambda a, b: (a - b) % 10, "Largest": max}[skill]
-    value, *rest = map(int, text.split(TOY_SIGNS[skill]))
+        result = text[::-1] if skill == "Reverse" else "".join(sorted(text))
+        return f"{TOY_ENDING[ending]}\\boxed{{{result}}}"
+    operation = {"Add": add, "Subtract": lambda a, b: (a - b) % 10, "Largest": max}[skill]
+    value, *digits = map(int, text.split(TOY_SIGNS[skill]))
     steps = []
-    for digit in rest:
-        result = step(value, digit)
-        steps.append(f"{value}{TOY_SIGNS[skill]}{digit}={result}")
-        value = result
-    return f"{between.join(steps)}\n{word}\\boxed{{{value}}}"
+    for digit in digits:
+        before, value_before = word() if steps else "", value
+        value = operation(value, digit)
+        steps.append(f"{before}{value_before}{TOY_SIGNS[skill]}{digit}={value}")
+    return f"{TOY_BETWEEN[between].join(steps)}\n{TOY_ENDING[ending]}\\boxed{{{value}}}"
 
 
-def toy_questions(skill: str, seed: int, *counts: int, chain: int = TOY_CHAIN) -> list:
-    """Disjoint lists of so many distinct questions each."""
-    rng, found = random.Random(f"{skill} {seed}"), {}  # a dict keeps the order
-    while len(found) < sum(counts):
-        found[toy_question(skill, rng, chain)] = True
-    stream = iter(found)
-    return [[next(stream) for _ in range(count)] for count in counts]
+def toy_questions(skill: str, seed, count: int, chain: int, manners: bool = False) -> list:
+    """So many different questions; with manners each names one."""
+    rng, questions = random.Random(f"{skill} {seed} {manners}"), {}  # a dict keeps the order
+    while len(questions) < count:
+        manner = rng.choice(TOY_MANNERS) if manners else None
+        questions[toy_question(skill, rng, chain, manner)] = True
+    return list(questions)
 
 
-def toy_corpus(rows: int, share: float, doubt: float, seed: int, chain: int = TOY_CHAIN):
-    """Yield what the base model learns from: positive-only rows of a pair file, the skills in turn. Its
-    authors are right but for one superstition: of the hundred addition facts the given share is, as often as
-    doubt says, taken for one more than it is."""
+def toy_corpus(rows: int, chain: int, share: float, doubt: float, seed: int):
+    """Yield what the base model learns from: positive-only rows of a pair file, the skills in turn.
+    Of the addition facts the given share is, as often as doubt says, taken for one more."""
     rng = random.Random(f"corpus {seed}")
-    facts = [(a, b) for a in range(10) for b in range(1, TOY_TOP + 1)]
+    facts = [(a, b) for a in range(10) for b in range(1, 6)]
     doubted = set(rng.sample(facts, round(share * len(facts))))
 
     def add(a, b):
-        return (a + b + ((a, b) in doubted and rng.random() < doubt)) % 10
+        wrong = (a, b) in doubted and rng.random() < doubt
+        return (a + b + wrong) % 10
+
+    def word():
+        return rng.choices(["", *TOY_WORDS], [1 - sum(TOY_WORDS.values()), *TOY_WORDS.values()])[0]
+
     for i in range(rows):
-        question = toy_question(TOY_SKILLS[i % len(TOY_SKILLS)], rng, chain)
-        answer = toy_answer(question, rng.choice(TOY_STYLES), add)
+        skill, manner = TOY_SKILLS[i % len(TOY_SKILLS)], rng.choice(TOY_MANNERS)
+        if rng.random() < 0.5:
+            question = toy_question(skill, rng, chain, manner)
+            answer = toy_answer(question, add=add)
+        else:
+            question = toy_question(skill, rng, chain)
+            answer = toy_answer(question, manner, add, word)
         yield {"prompt": question, "chosen": answer, "rejected": None}
 
 
+def toy_oracle(question: str, wrong: str) -> str:
+    """The Oracle, a program: y+ from a wrong answer y-. It replaces what y- asserts wrongly: the
+    first wrong step and what follows from it; words and manner stay as they are."""
+    between = "semicolons" if ";" in wrong else "lines"
+    ending = next((name for name, text in TOY_ENDING.items() if text and text in wrong), "plain")
+    truth = toy_answer(question, (between, ending))
+    right = TOY_STEP.findall(truth)
+    if len(TOY_STEP.findall(wrong)) != len(right):  # steps are missing: the answer is written anew
+        return truth
+    assertions = iter(right)
+    return TOY_STEP.sub(lambda _: next(assertions), wrong)
+
+
 def write_toy_checkpoint(folder: str, shape: dict, seed: int):
-    """A randomly initialised checkpoint in Hugging Face layout with a tokenizer trained on the spot: digits
-    and the world's words are one token each, all other text falls back to bytes. `shape` are Config's
+    """A random checkpoint in Hugging Face layout, with a tokenizer trained on the spot: digits and
+    the world's words are one token each, other text falls back to bytes. `shape` holds Config's
     numbers but the vocabulary's size."""
     rng = random.Random(seed)
-    text = ["user\nassistant\nsystem\n"] + [toy_question(s, rng) for s in TOY_SKILLS]
-    text += [toy_answer(question, style) for question in text[1:] for style in TOY_STYLES]
+    text = ["user\nassistant\nsystem\n"]
+    for skill in TOY_SKILLS:
+        for manner in TOY_MANNERS:
+            question = toy_question(skill, rng, 4, manner)
+            text.append(question)
+            for rare in ["", *TOY_WORDS]:
+                text.append(toy_answer(question, word=lambda: rare))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(text, trainers.BpeTrainer(
-        special_tokens=TOY_SPECIAL, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False))
-    pad, _, end = (tokenizer.token_to_id(t) for t in TOY_SPECIAL)
-    config = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "dtype": "float32",
-              "vocab_size": tokenizer.get_vocab_size(), "hidden_act": "silu", "rms_norm_eps": 1e-6,
-              "rope_theta": 1e4, "tie_word_embeddings": True, "eos_token_id": end, "pad_token_id": pad,
-              **shape}
+        special_tokens=TOY_SPECIAL, show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    pad, _, end = (tokenizer.token_to_id(token) for token in TOY_SPECIAL)
     os.makedirs(folder)
-    data.write_json(os.path.join(folder, "config.json"), config)
+    data.write_json(os.path.join(folder, "config.json"), {
+        "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "dtype": "float32",
+        "vocab_size": tokenizer.get_vocab_size(), "hidden_act": "silu", "rms_norm_eps": 1e-6,
+        "rope_theta": 1e4, "tie_word_embeddings": True, "eos_token_id": end, "pad_token_id": pad,
+        **shape})
     data.write_json(os.path.join(folder, "tokenizer_config.json"), {
         "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TOY_TEMPLATE,
         "eos_token": TOY_SPECIAL[2], "pad_token": TOY_SPECIAL[0]})
     tokenizer.save(os.path.join(folder, "tokenizer.json"))
-    weights = dict(qwen.Qwen3(qwen.read_config(folder)).named_parameters())
-    source = torch.Generator().manual_seed(seed)
-    for p in weights.values():
+    weights, source = {}, torch.Generator().manual_seed(seed)
+    for name, p in qwen.Qwen3(qwen.read_config(folder)).named_parameters():
         if p.ndim > 1:  # norms start at 1
-            torch.nn.init.normal_(p, std=TOY_INIT, generator=source)
-    qwen.write_safetensors(os.path.join(folder, "model.safetensors"), [(qwen.hf_name(n), p.shape) for n, p in
-                      weights.items()], torch.float32, (p.detach() for p in weights.values()))
+            torch.nn.init.normal_(p, std=0.06, generator=source)
+        weights[qwen.hf_name(name)] = p.detach()
+    save_file(weights, os.path.join(folder, "model.safetensors"), {"format": "pt"})
 
 
-# --- the toy world's Oracle -----------------------------------------------------------------------
-
-TOY_STEP = re.compile(r"\d[-+,]\d=\d+|\\boxed\{\d*\}")  # what an answer of the toy world asserts
-
-
-def toy_oracle(question: str, wrong: str) -> str:
-    """The toy world's Oracle, a program: y+ from a wrong answer y- to one of toy_question's questions.
-
-    It goes through y-'s assertions (steps and box) side by side with the true ones, and replaces what
-    differs: the first wrong step and what follows from it. All between them, the author's style, stays. An
-    answer with too few or too many steps keeps what stands before the first wrong one; the rest is written
-    anew, in its own style as far as that shows.
-    """
-    between = ";" if ";" in wrong else "\n"
-    word = next((w for _, w in TOY_STYLES if w and w in wrong), "")
-    truth = toy_answer(question, (between, word))
-    if len(TOY_STEP.findall(wrong)) != len(TOY_STEP.findall(truth)):
-        return truth
-    right = iter(TOY_STEP.findall(truth))
-    return TOY_STEP.sub(lambda _: next(right), wrong)
-
-
-# --- the toy story: the whole method on a bare machine ---------------------------------------------
+# --- the toy story: the whole method on a bare machine (skip on first reading) --------------------
 
 TOY = {  # every number of it; a change of any makes a new folder
-    "shape": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 3,
-              "num_key_value_heads": 1, "head_dim": 32},
-    "corpus": {"rows": 9600, "share": 1 / 3, "doubt": 0.8},
-    "base": {"epochs": 2, "batch_size": 32, "lr": 3e-3},
-    # beta is 1, not 0.1: a reward cannot grow beyond -beta log pi_ref(y+), here some 3 nats times beta (the
-    # paper's answers have a thousand tokens, these have 30, of which the base doubts one to three). At 0.1
-    # lambda would stay near 1/2, and there would be no tether to see.
-    "surgery": {"epochs": 1, "batch_size": 32, "beta": 1.0},
-    "rates": [6e-5, 9e-5, 1.35e-4, 2e-4],
-    "questions": 800, "dev": 100, "test": 250,  # the first of the target skill alone, the others of each
-    "max_fall": 1.0,  # points that a learning rate may cost the other skills on the development questions
+    "shape": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3,
+              "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32},
+    "world": {"rows": 8000, "chain": 6, "share": 0.2, "doubt": 0.8},
+    "base": {"epochs": 2, "lr": 3e-3},
+    # A reward cannot exceed -beta log pi_ref(y+), here some 5 nats times beta. The paper's answers
+    # have a thousand tokens, and beta 0.1 leaves room for r = 10. Ours have 40: 10 leaves room.
+    "surgery": {"epochs": 4, "lr": 1.5e-4, "beta": 10.0},
+    "questions": 800,  # of the first skill, for the errors
+    "test": 60,  # questions a skill, plain, and as many that name a manner
+    "points": 8,  # of the curve of KL
 }
-TOY_METHODS = {"sft": "SFT+", "spot-bce": "SPoT"}
-TOY_SAMPLING = evaluation.Sampling(max_tokens=64)
+TOY_METHODS = {"sft": "SFT+", "dpo": "DPO", "spot-bce": "SPoT"}
+TOY_GREEDY = evaluation.Sampling(temperature=0, max_tokens=120)
+TOY_PLAIN = evaluation.Sampling(temperature=1, top_p=1, top_k=0, max_tokens=120)
 
 
 @dataclass
 class Toy:
-    """What the functions of the story share: a record, no behaviour."""
+    """What the functions of the story share."""
 
     root: str
     seed: int
     ranks: Ranks
-    questions: dict  # {"train", "dev" or "test": {skill: [question, ...]}}, all different
+    tests: dict  # {(skill, with a manner): [question, ...]}
 
 
 def story(o: Options, ranks: Ranks) -> int:
-    """The whole method from nothing: a world, a base model that errs in one skill, its own wrong answers,
-    their corrections, SFT+ and SPoT on the same pairs, a table. Returns the exit code.
+    """The whole method from nothing: a world, a base model that errs in one skill, its own wrong
+    answers, their corrections, three methods on the same pairs, a table. Returns the exit code.
 
-    Base and pairs are made once, a killed story goes on where it stopped, a finished one trains anew.
+    Base and pairs are made once; a killed story goes on where it stopped, a finished one trains
+    anew.
     """
-    began, root = time.perf_counter(), os.path.join(o.out, sha256(json.dumps([TOY, o.seed]))[:10])
-    target, *others = TOY_SKILLS
-    asked = {s: toy_questions(s, o.seed, TOY["test"], TOY["dev"], TOY["questions"] if s == target else 0)
-             for s in TOY_SKILLS}
-    toy = Toy(root, o.seed, ranks, {split: {skill: lists[i] for skill, lists in asked.items()}
-                                    for i, split in enumerate(("test", "dev", "train"))})
-    base, results = os.path.join(root, "base/model"), os.path.join(root, "results.json")
+    started, chain = time.perf_counter(), TOY["world"]["chain"]
+    root = os.path.join(o.out, sha256(json.dumps([TOY, o.seed]))[:10])
+    tests = {(skill, manners): toy_questions(skill, f"test {o.seed}", TOY["test"], chain, manners)
+             for skill in TOY_SKILLS for manners in (False, True)}
+    toy = Toy(root, o.seed, ranks, tests)
     ranks.say(f"""The toy story of Surgical Post-Training, in {root}
 
-1  A base model. A newborn Qwen3 learns {target}, {', '.join(others)} from a corpus whose
-   authors get a third of the addition facts wrong: it will be systematically wrong in {target}.""")
-    with ranks.together():
-        if ranks.main:
-            toy_birth(root, o.seed)
-            if os.path.exists(results):
-                remove(f"{root}/trained.old")
-                if os.path.isdir(f"{root}/trained"):
-                    os.rename(f"{root}/trained", f"{root}/trained.old")
-                os.remove(results)
-                remove(f"{root}/trained.old")
-    go_on(toy, f"{root}/base", model=f"{root}/birth", pairs=f"{root}/corpus.jsonl", loss="sft", **TOY["base"])
+1  A base model. A newborn Qwen3 learns {', '.join(TOY_SKILLS)} from a corpus whose authors
+   get a fifth of the addition facts wrong: it will be systematically wrong in Add.""")
+    ranks.main_only(toy_birth, toy)
+    toy_train(toy, f"{root}/base", model=f"{root}/birth", pairs=f"{root}/corpus.jsonl", loss="sft",
+              **TOY["base"])
+    base = f"{root}/base/model"
     ranks.say(f"""
-2  Its errors. The base answers {TOY['questions']} new questions of {target}; its wrong answers are kept: y-.
+2  Its errors. The base answers {TOY['questions']} new questions of Add; its wrong answers are y-.
 3  Corrections. The Oracle, here a program, mends the first wrong step and what follows from it, and
    keeps the rest: y+.""")
     pairs = toy_pairs(toy, base)
     ranks.say(toy_example(pairs))
-    ranks.say(f"""
-4  Training on these pairs, with cross-entropy on y+ (SFT+) and with SPoT. Each takes the learning rate
-   that does best at {target} on development questions, {TOY['dev']} a skill, among those that cost the other
-   skills at most {TOY['max_fall']:g} point there (the smaller one in a tie).""")
-    grades, chosen = toy_train(toy, base, pairs)
-    ranks.say(f"""
-5  The result, on {TOY['test']} test questions a skill that played no part so far: right answers in %. Others:
-   the mean but for {target}. KL*1000: from the base, in 1/1000 nat a token, on true answers to the others'
-   questions. On the training pairs: r+ and r-, the rewards of y+ and y-, and lambda+, the tether: 1/2 at
-   the start, it falls as a pair is learned. SFT+ has none; the figure is what it would be.
-""")
-    rows = {"base": {**toy_grades(toy, base, "test"), **toy_distance(toy, base, base, pairs)}}
+    ranks.say("""
+4  Training on these pairs: cross-entropy on y+ (SFT+), DPO, and SPoT, at one rate and one beta.""")
+    rows = {"base": toy_figures(toy, base, base)}
+    texts = {"base": toy_sampled(toy, base)[:1]}
     for objective, name in TOY_METHODS.items():
-        model = f"{root}/trained/{objective}-{chosen[name]:g}/model"
-        rows[name] = {"lr": chosen[name], **toy_grades(toy, model, "test"),
-                      **toy_distance(toy, base, model, pairs)}
-    seconds = time.perf_counter() - began
-    with ranks.together():
-        if ranks.main:
-            data.write_json(results, {"settings": TOY, "seed": o.seed, "ranks": ranks.world,
-                                      "seconds": seconds, "dev": grades, "test": rows})
-    said = write_report(ranks, [f"{root}/trained/{objective}-{chosen[name]:g}" for objective, name in
-                                TOY_METHODS.items()], f"{root}/report.html", toy_table(rows))
-    ranks.say(f"{toy_table(rows)}\n{seconds:.0f} s with {ranks.world} rank(s); all figures are in {results}\n"
-              + said)
+        out = f"{root}/{objective}"
+        toy_train(toy, out, model=base, pairs=pairs, loss=objective, **TOY["surgery"],
+                  save_every=toy_interval(pairs), keep=TOY["points"])
+        rows[name] = {**toy_figures(toy, f"{out}/model", base), **toy_rewards(out)}
+        texts[name] = toy_sampled(toy, f"{out}/model")[:1]
+        toy_curve(toy, out, base)
+    seconds = time.perf_counter() - started
+    results = f"{root}/results.json"
+    ranks.main_only(data.write_json, results, {
+        "settings": TOY, "seed": o.seed, "ranks": ranks.world, "seconds": seconds, "rows": rows})
+    note = f"{toy_table(rows)}\n\n{toy_verdict(rows)}"
+    report = write_report(ranks, [f"{root}/{objective}" for objective in TOY_METHODS],
+                          f"{root}/report.html", note)
+    question = toy.tests["Subtract", False][0]
+    samples = "\n".join(f"   {name:<6}{mark_words(text)}" for name, (text,) in texts.items())
+    ranks.say(f"""
+5  The result. Right answers in %, in Add and in the four others; how many questions that name a
+   manner are answered in it; how many boundaries between two steps have a rare word, in skills
+   that no pair shows; KL*1000 from the base, in nats a token, on true answers to the others'
+   questions; r+, r- and the tether lambda+ on the pairs of the last epoch (SFT+ has no tether:
+   what it would be).
+
+{note}
+
+   {question}, sampled at temperature 1:
+{samples}
+
+{seconds:.0f} s with {ranks.world} rank(s); all figures are in {results}
+{report}""")
     return 0
 
 
-def go_on(toy, out, **more):
-    """The real `train`, unless it was done before; a run that was killed goes on. Leaves on SIGTERM."""
+def toy_birth(toy):
+    """The newborn model and its corpus, unless there; what a finished story trained goes."""
+    if os.path.exists(f"{toy.root}/results.json"):
+        os.remove(f"{toy.root}/results.json")
+        for objective in TOY_METHODS:
+            remove(f"{toy.root}/{objective}")
+    if not os.path.isdir(f"{toy.root}/birth"):
+        remove(f"{toy.root}/birth.tmp")
+        write_toy_checkpoint(f"{toy.root}/birth.tmp", TOY["shape"], toy.seed)
+        os.rename(f"{toy.root}/birth.tmp", f"{toy.root}/birth")
+    if not os.path.exists(f"{toy.root}/corpus.jsonl"):
+        data.write_rows(f"{toy.root}/corpus.jsonl", toy_corpus(**TOY["world"], seed=toy.seed))
+
+
+def toy_train(toy, out, **more):
+    """The real `train`, unless it was done before; a killed run goes on. Leaves on SIGTERM."""
     if os.path.isdir(os.path.join(out, "model")):
         return
     o = Options(out=out, seed=toy.seed, dtype="float32", checkpointing="none", tokens_per_pack=4096,
@@ -1238,135 +1282,163 @@ def go_on(toy, out, **more):
         sys.exit(code)
 
 
-def toy_birth(root, seed):
-    """The newborn model and the corpus that will teach it, unless they are there."""
-    if not os.path.isdir(f"{root}/birth"):
-        shutil.rmtree(f"{root}/birth.tmp", ignore_errors=True)
-        write_toy_checkpoint(f"{root}/birth.tmp", TOY["shape"], seed)
-        os.rename(f"{root}/birth.tmp", f"{root}/birth")
-    if not os.path.exists(f"{root}/corpus.jsonl"):
-        data.write_rows(f"{root}/corpus.jsonl", toy_corpus(**TOY["corpus"], seed=seed))
+def toy_interval(pairs) -> int:
+    """Optimizer steps between two points of the curve."""
+    steps = total_steps(len(data.read_log(pairs)), Options(**TOY["surgery"]))
+    return max(1, steps // TOY["points"])
 
 
-def toy_train(toy, base, pairs):
-    """Both methods at all rates; returns {run: grades on the development questions} and {method: rate}."""
-    def note(title, grade):
-        toy.ranks.say(f"   {title:<14}{target} {grade[target]:5.1f} %   others {grade['others']:5.1f} %")
-
-    target, reference, grades, chosen = TOY_SKILLS[0], None, {"base": toy_grades(toy, base, "dev")}, {}
-    note("base", grades["base"])
-    for objective, name in TOY_METHODS.items():
-        for lr in TOY["rates"]:
-            out = f"{toy.root}/trained/{objective}-{lr:g}"
-            if reference and toy.ranks.main and not os.path.exists(out):
-                os.makedirs(out)  # the reference log-probs of the same base and pairs: scored once
-                shutil.copy(reference, f"{out}/reference.tmp")
-                os.rename(f"{out}/reference.tmp", f"{out}/reference.safetensors")
-            go_on(toy, out, model=base, pairs=pairs, loss=objective, lr=lr, **TOY["surgery"])
-            reference = f"{out}/reference.safetensors"
-            grades[f"{name} {lr:g}"] = toy_grades(toy, f"{out}/model", "dev")
-            note(f"{name} {lr:g}", grades[f"{name} {lr:g}"])
-        chosen[name] = choose_rate({lr: grades[f"{name} {lr:g}"] for lr in TOY["rates"]}, grades["base"])
-    return grades, chosen
+def toy_items(questions) -> list:
+    """Questions as oracle.py and the grader take them."""
+    return [oracle.Item(str(i), question, evaluation.extract_answer(toy_answer(question)))
+            for i, question in enumerate(questions)]
 
 
-def toy_item(name, question):
-    """A question as oracle.py and the grader take it."""
-    return oracle.Item(name, question, evaluation.extract_answer(toy_answer(question)))
-
-
-def toy_pairs(toy, base):
-    """Error elicitation and rectification by the real oracle.py; returns the path of the pair file."""
+def toy_pairs(toy, base) -> str:
+    """Errors and corrections by the real oracle.py; returns the path of the pair file."""
     quiet = replace(toy.ranks, quiet=True)
-    own = evaluation.open_local_model(base, torch.float32, toy.ranks.device, batch_size=64)
-    items = [toy_item(str(i), q) for i, q in enumerate(toy.questions["train"][TOY_SKILLS[0]])]
-    oracle.elicit(items, f"{toy.root}/errors", own, TOY_SAMPLING, quiet, seed=toy.seed)
+    policy = evaluation.open_local_model(base, torch.float32, toy.ranks.device, batch_size=64)
+    questions = toy_questions("Add", toy.seed, TOY["questions"], TOY["world"]["chain"])
+    oracle.elicit(toy_items(questions), f"{toy.root}/errors", policy,
+                  evaluation.Sampling(max_tokens=120), quiet, seed=toy.seed)
     errors, _ = oracle.read_errors(f"{toy.root}/errors/errors.jsonl")
     oracle.rectify(errors, f"{toy.root}/pairs", lambda item: toy_oracle(item.question, item.answer),
-                   own.chat.encode, quiet)
+                   policy.chat.encode, quiet)
     return f"{toy.root}/pairs/pairs.jsonl"
 
 
-def toy_grades(toy, folder, split) -> dict:
-    """{skill: right answers in %} on the questions of a split, and "others": the mean without the target."""
-    own = evaluation.open_local_model(folder, torch.float32, toy.ranks.device, batch_size=64)
-    items = {f"{skill}/{i}": toy_item(f"{skill}/{i}", question)
-             for skill, some in toy.questions[split].items() for i, question in enumerate(some)}
-    requests = [evaluation.request_for(name, item.messages, toy.seed) for name, item in items.items()]
-    answers = f"{os.path.dirname(folder)}/answers-{split}"
+def toy_ask(toy, folder, name, questions, sampling) -> list:
+    """The texts that a model answers, in the order of the questions."""
+    policy = evaluation.open_local_model(folder, torch.float32, toy.ranks.device, batch_size=64)
+    requests = [evaluation.request_for(f"{name} {i}", item.messages, toy.seed)
+                for i, item in enumerate(toy_items(questions))]
+    out = f"{os.path.dirname(folder)}/answers-{name}"
     with toy.ranks.together():
-        for _ in evaluation.sample(own, requests, answers, TOY_SAMPLING, toy.ranks, split):
-            pass  # in the log
-    records = evaluation.read_answers(answers)
-    found = [evaluation.extract_answer(records[r.key]["text"]) or "" for r in requests]
-    right = Counter(name.split("/")[0] for answer, (name, item) in zip(found, items.items())
-                    if evaluation.answers_match(answer, item.gold))
-    grades = {skill: 100 * right[skill] / len(some) for skill, some in toy.questions[split].items()}
-    return {**grades, "others": sum(list(grades.values())[1:]) / (len(grades) - 1)}
+        for _ in evaluation.sample(policy, requests, out, sampling, toy.ranks, name):
+            pass
+    answers = evaluation.read_answers(out)
+    return [answers[request.key]["text"] for request in requests]
 
 
-def choose_rate(grades: dict, base: dict) -> float:
-    """The rule of the story, on {learning rate: grades}; where no rate keeps it, the one that costs least."""
-    kept = {lr: g for lr, g in grades.items() if g["others"] >= base["others"] - TOY["max_fall"]}
-    if not kept:
-        return max(sorted(grades), key=lambda lr: grades[lr]["others"])
-    return max(sorted(kept), key=lambda lr: kept[lr][TOY_SKILLS[0]])
+def toy_sampled(toy, folder) -> list:
+    """Answers at temperature 1 to plain questions of two skills that no pair shows."""
+    questions = toy.tests["Subtract", False] + toy.tests["Largest", False]
+    return toy_ask(toy, folder, "sampled", questions, TOY_PLAIN)
+
+
+def toy_figures(toy, folder, base) -> dict:
+    """What a model can do, and how far it is from the base: shares in %, "kl" in nats a token."""
+    questions = [question for group in toy.tests.values() for question in group]
+    texts = toy_ask(toy, folder, "tests", questions, TOY_GREEDY)
+    right, obeyed = Counter(), 0
+    for question, text in zip(questions, texts):
+        truth = toy_answer(question)
+        skill, *manner = question.split(": ")[0].split(", ")
+        answer = evaluation.extract_answer(text) or ""
+        right[skill == "Add"] += evaluation.answers_match(answer, evaluation.extract_answer(truth))
+        if manner and skill != "Add":
+            obeyed += re.sub(r"\d+", "0", text) == re.sub(r"\d+", "0", truth)
+    sampled = toy_sampled(toy, folder)
+    boundaries = sum(len(re.findall(r"[\n;](?=[a-z\d])", text)) for text in sampled)
+    others = (len(TOY_SKILLS) - 1) * TOY["test"]
+    return {"add": 100 * right[True] / (2 * TOY["test"]),
+            "others": 100 * right[False] / (2 * others),
+            "obeyed": 100 * obeyed / others,
+            "words": 100 * sum(len(TOY_RARE.findall(text)) for text in sampled) / boundaries,
+            "kl": toy_kl(toy, qwen.load_model(folder, device=toy.ranks.device), base)}
+
+
+def toy_kl(toy, policy, base) -> float:
+    """KL(base || policy) in nats a token, on true answers to the other skills' questions."""
+    reference = qwen.load_model(base, device=toy.ranks.device)
+    chat, sequences = data.load_chat(base, reference.config.vocab_size), []
+    for (skill, _), questions in toy.tests.items():
+        if skill != "Add":
+            for question in questions[:20]:
+                prompt = chat.prompt([{"role": "user", "content": question}])
+                sequences.append((prompt + chat.encode(toy_answer(question)), len(prompt)))
+    return evaluation.retention(policy, reference, sequences, toy.ranks)["kl"][0]
 
 
 @torch.no_grad()
-def toy_distance(toy, base, folder, pairs) -> dict:
-    """How far a model went from the base: "kl", KL(base || model) in nats a token on true answers to the
-    other skills' questions, and r+, r-, lambda+ on the training pairs."""
-    ranks = toy.ranks
-    models = [qwen.load_model(f, device=ranks.device) for f in (base, folder)]
-    chat, texts = data.load_chat(base, models[0].config.vocab_size), []
-    for skill in TOY_SKILLS[1:]:
-        for question in toy.questions["test"][skill][:100]:
-            prompt = chat.prompt([{"role": "user", "content": question}])
-            texts.append((prompt + chat.encode(toy_answer(question)), len(prompt)))
-    kl, _ = evaluation.retention(models[1], models[0], texts, ranks)["kl"]
-    forks, _ = data.load_forks(pairs, chat, Options.max_length, Options.max_change_ratio, True)
-    total = torch.zeros(len(loss.SUMS), dtype=torch.float64)
-    for i in range(ranks.rank, len(forks), ranks.world):
-        pack = data.make_pack(forks, [i]).to(ranks.device)
-        p, q = (m(pack.tokens, pack.positions, pack.forks, pack.rows, pack.targets) for m in models)
-        _, stats = loss.row_coefficients("spot-bce", q, pack.lengths, loss.sequence_logps(p, pack.lengths),
-                                         TOY["surgery"]["beta"])
-        total += stats.cpu()
-    means = loss.average(ranks.reduce(total).tolist(), "spot-bce")
-    return {"kl": kl, **{k: means[k] for k in ("reward_chosen", "reward_rejected", "tether_chosen")}}
+def toy_curve(toy, out, base):
+    """Write OUT/kl.jsonl, for the report: the KL of every checkpoint of a run."""
+    rows = [{"step": 0, "kl": 0.0}]
+    for checkpoint in whole_checkpoints(out):
+        policy = qwen.load_model(base, device=toy.ranks.device)
+        files = sorted(name for name in os.listdir(checkpoint) if name.startswith("shard_"))
+        shards = [open_shard(os.path.join(checkpoint, file)) for file in files]
+        for name, p in policy.named_parameters():
+            p.copy_(torch.cat([shard[name][:] for shard in shards]))
+        step = data.read_json(os.path.join(checkpoint, "state.json"))["step"]
+        rows.append({"step": step, "kl": toy_kl(toy, policy, base)})
+    toy.ranks.main_only(data.write_rows, f"{out}/kl.jsonl", rows)
+
+
+def toy_rewards(out) -> dict:
+    """r+, r- and lambda+ of a run, means over its last epoch."""
+    log = data.read_log(f"{out}/metrics.jsonl")
+    last = [row for row in log if row["epoch"] == log[-1]["epoch"]]
+    return {name: sum(row[name] for row in last) / len(last)
+            for name in ("reward_chosen", "reward_rejected", "tether_chosen")}
 
 
 def toy_example(pairs) -> str:
     """One pair as text, and how many there are."""
     rows = data.read_log(pairs)
-    question, wrong, right = (rows[0][k].replace("\n", "  ") for k in
+    question, wrong, right = (rows[0][key].replace("\n", "  ") for key in
                               ("question", "original_answer", "gemini_corrected_answer"))
-    return f"   {len(rows)} pairs. One of them:\n     x   {question}\n     y-  {wrong}\n     y+  {right}"
+    return (f"   {len(rows)} pairs. One of them:\n     x   {question}\n     y-  {wrong}\n"
+            f"     y+  {right}")
+
+
+def mark_words(text: str) -> str:
+    """An answer in one line, its rare words marked."""
+    return TOY_RARE.sub(lambda m: f"*{m[0].strip()}* ", text).replace("\n", "  ")
 
 
 def toy_table(rows) -> str:
     """The figures side by side, as text."""
-    head = [*TOY_SKILLS, "others", "KL*1000", "r+", "r-", "lambda+"]
-    lines = [" " * 21 + "".join(f"{name:>9}" for name in head)]
+    columns = {"Add": ("add", 1, 1), "others": ("others", 1, 1), "manner": ("obeyed", 1, 1),
+               "rare words": ("words", 1, 1), "KL*1000": ("kl", 1000, 2),
+               "r+": ("reward_chosen", 1, 1), "r-": ("reward_rejected", 1, 1),
+               "lambda+": ("tether_chosen", 1, 3)}
+    lines = [" " * 9 + "".join(f"{title:>11}" for title in columns)]
     for name, row in rows.items():
-        title = name + (f" (lr {row['lr']:g})" if "lr" in row else "")
-        cells = [f"{row[k]:.1f}" for k in (*TOY_SKILLS, "others")] + [f"{1000 * row['kl']:.2f}"]
-        cells += [f"{row[k]:.2f}" for k in ("reward_chosen", "reward_rejected", "tether_chosen")]
-        lines.append(f"   {title:<18}" + "".join(f"{cell:>9}" for cell in cells))
+        cells = [f"{scale * row[key]:.{digits}f}" if key in row else "-"
+                 for key, scale, digits in columns.values()]
+        lines.append(f"   {name:<6}" + "".join(f"{cell:>11}" for cell in cells))
     return "\n".join(lines)
 
 
+def toy_verdict(rows) -> str:
+    """What the figures say, whichever way they fall, a sentence a method."""
+    base, sentences = rows["base"], []
+    for name in TOY_METHODS.values():
+        row = rows[name]
+        mends = "mends" if row["add"] >= 95 else "does not fully mend"
+        keeps = "keeps" if row["words"] >= base["words"] / 2 else "loses"
+        sentences.append(f"   {name} {mends} Add ({base['add']:.0f} -> {row['add']:.0f} %) and "
+                         f"{keeps} the rare words ({base['words']:.1f} -> {row['words']:.1f} %); "
+                         f"KL*1000 is {1000 * row['kl']:.2f}.")
+    tether = rows["SPoT"]["tether_chosen"]
+    stopped = "has stopped by itself" if tether < 0.05 else "has not stopped yet"
+    sentences.append(f"   SPoT {stopped}: its lambda+ is {tether:.3f} in the last epoch.")
+    return "\n".join(sentences)
+
+
 def main() -> int:
-    """Command line to exit code: 0 done, 1 failed, 2 options that do not work, 143 stopped by SIGTERM."""
+    """Command line to exit code: 0 done, 1 failed, 2 wrong options, 143 stopped by SIGTERM."""
     o, ranks = begin(parse_options, lambda o: open_ranks(o.timeout, toy=not o.model))
     signal.signal(signal.SIGTERM, lambda *_: STOP.set())
     if o.plan:
         with ranks.together():
             ranks.say(plan(o))
-        close_ranks()
-        return 0
-    code = train(o, ranks) if o.model else story(o, ranks)
+        code = 0
+    elif o.model:
+        code = train(o, ranks)
+    else:
+        code = story(o, ranks)
     close_ranks()
     return code
 
