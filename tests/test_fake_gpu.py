@@ -70,7 +70,7 @@ def check_scoring(train, run, watch, batches, function, *args):
 
 
 def check_step(train, run, watch, batch):
-    """Each pack gathers each unit forward and, but for the root, backward, and scatters gradients."""
+    """Each pack gathers each unit forward and, but the root, backward, and scatters gradients."""
     canary, step = int(run.step == 0), run.ranks.together()(train.train_step)
     _, waits, collectives = watch.call(step, run, batch, 1e-6)
     assert waits == STEP + Counter({SUMS: canary})
