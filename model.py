@@ -244,8 +244,9 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
-        # HF's order: statistics in fp32, back to x's dtype, then the weight. F.rms_norm's own weight
-        # argument rounds once only: a quarter of all bf16 outputs differ. On CUDA it is one kernel.
+        # HF's order: statistics in fp32, back to x's dtype, then the weight. With its own weight
+        # argument F.rms_norm rounds once only: a quarter of all bf16 outputs differ. On CUDA it is
+        # one kernel.
         return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
@@ -769,8 +770,8 @@ def open_ranks(timeout: int, toy: bool = False) -> Ranks:
     if count >= local_world:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-        # torch prefers cuDNN's attention on new cards, which plans anew, for half a second, for each
-        # length that it has not met: here nearly every fork's.
+        # On new cards torch prefers cuDNN's attention, which plans anew, for half a second, for
+        # each length that it has not met: here nearly every fork's.
         torch.backends.cuda.enable_cudnn_sdp(False)
         arguments |= {"backend": "nccl", "device_id": device}
     else:  # torchrun sets OMP_NUM_THREADS=1, which wastes cores where there are fewer ranks

@@ -457,8 +457,8 @@ def canary(run, abs_reward, mean_loss):
         same = torch.tensor(mean_loss).float() == torch.tensor(expected).float()
     run.ranks.say(text)
     if abs_reward != 0 or not same:
-        raise UserError("step 0 must give rewards of exactly 0. Delete reference.safetensors, which "
-                        "may be of another model, and start again with --resume --out "
+        raise UserError("step 0 must give rewards of exactly 0. Delete reference.safetensors, "
+                        "which may be of another model, and start again with --resume --out "
                         f"{run.o.out}. If it returns, the forward pass is not deterministic here: "
                         "try --dtype float32, another torch, or another machine")
 
@@ -551,7 +551,8 @@ def look(run: Run, path: str):
         # and in bf16 another pack gives another sum. So step 0 is exact.
         reference = torch.tensor([rows[0]["reference"]], dtype=torch.float64)
         coefficients, sums = loss.row_coefficients(
-            o.loss, row_logps, pack.lengths, reference.to(row_logps.device), o.beta, run.state.delta)
+            o.loss, row_logps, pack.lengths, reference.to(row_logps.device), o.beta,
+            run.state.delta)
         sums = dict(zip(loss.SUMS, sums.tolist()))
         data.append_row(path, {
             "step": run.state.step, "delta": run.state.delta,
