@@ -17,7 +17,7 @@ CASES = [  # layers, rank, ranks, --shard_size, tied, --loss, --checkpointing
     pytest.param((36, 0, 8, 0, False, "spot-bce", "full"), marks=pytest.mark.slow),
     pytest.param((36, 7, 8, 0, False, "spot-bce", "full"), marks=pytest.mark.slow),
 ]
-LOAD, SUMS = "build_policy > load_weights", ("copy to the CPU", "train_step > reduce")
+LOAD, SUMS = "build_policy > load_weights", ("copy to the CPU", "share_totals > reduce")
 # All that a step waits for: the sums over ranks, and, after the update, whether a rank failed.
 STEP = Counter({SUMS: 1, ("copy to the CPU", "together > reduce"): 1})
 
@@ -48,7 +48,7 @@ def make_run(train, ranks, watch, layers, shard_size, tied, objective, checkpoin
         paired = objective in train.loss.PAIR_OBJECTIVES or i % 2 == 0
         rejected = ids + [1002] + ids[:50] if paired else None
         forks.append(train.data.make_fork(ids, ids + [1001] + ids, rejected, i, 0.5))
-    return train.Run(o, ranks, config, "", forks, policy, mesh, optimizer, {}, eval_forks=forks[:3])
+    return train.Run(o, ranks, config, "", forks, forks[:3], {}, policy, mesh, optimizer)
 
 
 def count_packs_and_units(train, run, batches):
@@ -71,11 +71,15 @@ def check_scoring(train, run, watch, batches, function, *args):
 
 def check_step(train, run, watch, batch):
     """Each pack gathers each unit forward and, but the root, backward, and scatters gradients."""
-    canary, step = int(run.step == 0), run.ranks.together()(train.train_step)
-    _, waits, collectives = watch.call(step, run, batch, 1e-6)
-    assert waits == STEP + Counter({SUMS: canary})
+    @run.ranks.together()
+    def step():
+        totals = train.train_step(run, batch, 1e-6)
+        train.finish_step(run, batch, totals, 1e-6, seconds=1.0)
+
+    _, waits, collectives = watch.call(step)
+    assert waits == STEP
     packs, units = count_packs_and_units(train, run, [batch])
-    expected = Counter(allreduce_=2 + canary)
+    expected = Counter(allreduce_=2)
     if run.ranks.world > 1:
         expected.update(_allgather_base_=packs * (2 * units - 1), all_reduce=1, wait_tensor=1,
                         _reduce_scatter_base_=packs * units)  # all_reduce: the gradient's norm
@@ -91,9 +95,9 @@ def check_files(train, run, watch, out):
     count = sum(part.numel() for part in parts if part.is_cuda and part.dtype == torch.float32)
     assert count * (run.o.shard_size or run.ranks.world) == 3 * sum(s.numel() for s in shapes)
 
-    def write(path, shapes, dtype, tensors):
-        written.extend(tensor.shape for tensor in tensors)
-    with mock.patch.object(train.qwen, "write_safetensors", write):
+    def write(path, tensors):
+        written.extend(tensor.shape for tensor in tensors.values())
+    with mock.patch.object(train.qwen, "write_tensors", write):
         _, _, collectives = watch.call(train.qwen.export, run.policy, out, "", main=run.ranks.main)
     assert written == (shapes if run.ranks.main else [])
     gathers = len(shapes) if run.ranks.world > 1 else 0
@@ -112,11 +116,10 @@ def test_one_rank(case, monkeypatch, tmp_path):
         run.eval_reference = run.reference[:3]
         check_step(train, run, watch, batches[0])
         if rank > 0:  # without work
-            assert [len(pack.rows) for pack in run.packs(one_pair, run.forks)] == [0]
+            assert [len(pack.rows) for pack in run.packs(run.forks, one_pair)] == [0]
         check_step(train, run, watch, one_pair)
         check_scoring(train, run, watch, [range(3)], train.evaluate)
         check_step(train, run, watch, batches[1])
-        train.watched_reference.return_value = run.reference[:1]
         train.look(run, "surgery.jsonl")
         check_step(train, run, watch, one_pair)
         check_files(train, run, watch, str(tmp_path))
