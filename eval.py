@@ -301,14 +301,15 @@ def read_completion(server: Server, answer) -> dict:
     if not isinstance(content, str | None):
         raise RequestFailed(f"the answer's content is a {type(content).__name__}, not text")
     text = hide_key(server, content or "")
-    partial = text or "".join(str(message.get(k) or "") for k in thoughts)
+    partial = text.strip() or "".join(str(message.get(k) or "") for k in thoughts)
     if ending.lower() not in (*ENDED, *CUT):  # content_filter, tool_calls, ...: half an answer
         raise RequestFailed(f"the server ended the answer with {ending[:60]!r}", partial=partial)
     if thoughts and not text.strip():
         if "refusal" in thoughts:
             raise RequestFailed(f"the model refused: {partial[:200]}", partial=partial)
-        raise RequestFailed(f"no answer, only {thoughts[0]}: the server's reasoning parser took the "
-                            "whole answer: start it without, or raise --max_tokens", partial=partial)
+        raise RequestFailed(f"no answer, only {thoughts[0]}: the server's reasoning parser took "
+                            "the whole answer: start it without, or raise --max_tokens",
+                            partial=partial)
     finish = "length" if ending.lower() in CUT else "stop"
     return {"text": text, "finish": finish, "tokens": tokens}
 

@@ -402,7 +402,10 @@ def train_step(run: Run, batch, lr: float) -> Totals:
     """One optimizer step on one global batch of pair indices. Raises UserError on NaN or infinity,
     on all ranks alike and before the weights are touched."""
     o, ranks = run.o, run.ranks
-    count = loss_count(run, batch)
+    count = len(batch)
+    if o.loss in loss.TOKEN_OBJECTIVES:  # a global number that every rank knows: no communication
+        forks = [run.forks[i] for i in batch]
+        count = sum(len(f.trunk) - f.prompt_length + len(f.chosen) for f in forks)
     sums = torch.zeros(len(loss.SUMS), dtype=torch.float64, device=ranks.device)
     flops = 0.0
     for pack in run.packs(run.forks, batch, run.reference):
@@ -420,15 +423,6 @@ def train_step(run: Run, batch, lr: float) -> Totals:
     run.optimizer.step()
     run.optimizer.zero_grad()
     return totals
-
-
-def loss_count(run, batch) -> int:
-    """What the step's loss is divided by: its pairs, or its tokens of y+. A global number that
-    every rank knows from the plan, without communication."""
-    if run.o.loss not in loss.TOKEN_OBJECTIVES:
-        return len(batch)
-    forks = [run.forks[i] for i in batch]
-    return sum(len(f.trunk) - f.prompt_length + len(f.chosen) for f in forks)
 
 
 def share_totals(ranks, sums, flops, grad_norm) -> Totals:
@@ -631,12 +625,12 @@ def reference_pass(run: Run):
     key = sha256(json.dumps([run.hashes, o.dtype, o.seed, o.batch_size, len(batches),
                              o.tokens_per_pack, o.shard_size, ranks.world, ranks.device.type,
                              torch.get_num_threads(), torch.__version__]))
-    kept = ranks.main_only(read_reference, run, path, key)
-    found = int(ranks.reduce(torch.full((), int(kept is not None), device=ranks.device)))
-    if found:
+    with ranks.together():
+        kept = read_reference(run, path, key)  # every rank sees the run folder
+    found = torch.full((), int(kept is not None), device=ranks.device)
+    if int(ranks.reduce(found)) == ranks.world:  # all ranks take the same way
         ranks.say(f"reference log-probs taken from {path}")
-        run.reference = share_scores(ranks, kept and kept["pairs"], len(run.forks))
-        run.eval_reference = share_scores(ranks, kept and kept["eval_pairs"], len(run.eval_forks))
+        run.reference, run.eval_reference = kept["pairs"], kept["eval_pairs"]
         return
     run.reference = score_all(run, run.forks, batches, "reference")
     run.eval_reference = score_all(run, run.eval_forks, fixed_batches(run.eval_forks, o),
@@ -646,7 +640,15 @@ def reference_pass(run: Run):
         if bad:
             raise UserError(f"the model gives log-probs that are not finite, first at line "
                             f"{run.forks[bad[0]].line} of {o.pairs}: are its weights sound?")
-    ranks.main_only(write_reference, run, path, key)
+
+    def write():
+        with data.writing(path):
+            save_file({"pairs": run.reference, "eval_pairs": run.eval_reference}, path + ".tmp",
+                      {"key": key, "hashes": json.dumps(run.hashes)})
+            fsync(path + ".tmp")
+            os.replace(path + ".tmp", path)
+
+    ranks.main_only(write)
 
 
 def read_reference(run: Run, path: str, key: str) -> dict | None:
@@ -664,22 +666,6 @@ def read_reference(run: Run, path: str, key: str) -> dict | None:
     if metadata.get("hashes") != json.dumps(run.hashes):
         raise UserError(f"{path} {problem}")
     return tensors
-
-
-def write_reference(run: Run, path: str, key: str):
-    """Keep the scores for the next start."""
-    with data.writing(path):
-        save_file({"pairs": run.reference, "eval_pairs": run.eval_reference}, path + ".tmp",
-                  {"key": key, "hashes": json.dumps(run.hashes)})
-        fsync(path + ".tmp")
-        os.replace(path + ".tmp", path)
-
-
-def share_scores(ranks, scores, count: int) -> torch.Tensor:
-    """(count, 2) fp64 scores that the main rank holds, on every rank's CPU."""
-    if not ranks.main:
-        scores = torch.zeros(count, 2, dtype=torch.float64)
-    return ranks.reduce(scores)  # the others add zeros
 
 
 # --- checkpoints ----------------------------------------------------------------------------------

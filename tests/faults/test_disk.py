@@ -89,7 +89,7 @@ FULL = {
     "held-out metrics": (train.data, "append_row", "eval.jsonl", "out/eval.jsonl"),
     "checkpoint": (train, "save_file", "tmp_000002", "tmp_000002/shard_0.safetensors"),
     "checkpoint state": (qwen, "write_json", "tmp_000002", "tmp_000002/state.json"),
-    "export": (qwen, "write_safetensors", "model.tmp", "model.tmp/model.safetensors"),
+    "export": (qwen, "write_tensors", "model.tmp", "model.tmp/model.safetensors"),
     "export config": (qwen, "write_json", "model.tmp", "model.tmp/config.json"),
     "export tokenizer": (shutil, "copyfile", "model.tmp", "model.tmp/generation_config.json"),
 }
@@ -242,7 +242,7 @@ sys.path.insert(0, {os.path.dirname(train.__file__)!r})
 import model, train
 def full(path, *_):
     raise OSError(28, "No space left on device", path)
-model.write_safetensors = full
+model.write_tensors = full
 model.leave(train.main)
 """)
     done = subprocess.run(
