@@ -134,7 +134,8 @@ def open_server(url: str, model: str = "", **settings) -> Server:
     url = url.rstrip("/")
     if not re.fullmatch(r"https?://[^/@\s]+(/\S*)?", url):
         shown = url.rpartition("@")[2]  # a password may stand before it
-        raise UserError(f"--server is {shown!r}, http://host:port/v1 or https://host/v1 expected")
+        raise UserError(f"--server is {shown!r}, an address such as http://localhost:8000/v1 "
+                        "expected")
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not re.fullmatch(r"[!-~]*", key):  # http.client would show it in its error
         raise UserError("OPENAI_API_KEY holds characters that no HTTP header can carry")
@@ -189,7 +190,11 @@ def fetch_json(server: Server, path: str, body: dict | None = None) -> dict:
         try:
             request = urllib.request.Request(server.url + path, content, headers)
             with opener.open(request, timeout=server.timeout) as answer:
-                return json.load(answer)
+                value = json.load(answer)
+            if not isinstance(value, dict) or "error" not in value or "choices" in value:
+                return value
+            reason = None
+            problem = hide_key(server, f"HTTP 200 with an error: {value['error']}")[:300]
         except urllib.error.HTTPError as e:  # hide the key before cutting: half of it is not found
             detail = hide_key(server, " ".join(e.read().decode(errors="replace").split()))
             problem, reason = f"HTTP {e.code}: {detail[:300]}", None
@@ -200,7 +205,7 @@ def fetch_json(server: Server, path: str, body: dict | None = None) -> dict:
             if re.fullmatch(r"\d{1,9}", e.headers.get("Retry-After") or ""):
                 pause = max(pause, min(600.0, float(e.headers["Retry-After"])))
         except (OSError, ValueError, HTTPException) as e:
-            reason = getattr(e, "reason", e)  # of a URLError
+            reason = e.reason if isinstance(e, urllib.error.URLError) else e
             problem = hide_key(server, f"{type(reason).__name__}: {reason}"[:300])
         if attempt + 1 < server.tries:
             time.sleep(pause)
@@ -295,7 +300,7 @@ def read_completion(server: Server, answer) -> dict:
             thoughts += [part["type"] for part in content if part["type"] != "text"]
             content = "".join(part["text"] for part in content if part["type"] == "text")
         tokens = (answer.get("usage") or {}).get("completion_tokens") or 0
-    except (KeyError, IndexError, TypeError, AttributeError):  # proxies send errors with status 200
+    except (KeyError, IndexError, TypeError, AttributeError):
         raise RequestFailed(f"no chat completion: {hide_key(server, json.dumps(answer))[:300]}"
                             ) from None
     if not isinstance(content, str | None):
