@@ -276,11 +276,9 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
-        # HF's order: statistics in fp32, back to x's dtype, then the weight. The other order differs in a
-        # quarter of all bf16 outputs.
-        wide = x.float() if x.dtype != torch.float64 else x
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        # HF's order: statistics in fp32, back to x's dtype, then the weight. F.rms_norm's own weight
+        # argument rounds once only: a quarter of all bf16 outputs differ. On CUDA it is one kernel.
+        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
 class Head(nn.Module):
