@@ -226,7 +226,7 @@ PLANNED_TRAFFIC = 300e9  # bytes/s that FSDP's collectives bring to one GPU of a
 
 def plan_memory(policy, o: Options, tokens: int) -> dict:
     """Peak bytes of one GPU in a training step, by part: `policy` on any device, `tokens` of the
-    largest pack. Fragments, CUDA and NCCL come on top. LOG.md compares it with torch's tracker."""
+    largest pack. Within 2.2 % of torch's tracker (LOG.md); fragments, CUDA, NCCL come on top."""
     c, size, full = policy.config, getattr(torch, o.dtype).itemsize, o.checkpointing == "full"
     weights, block = (sum(p.numel() for p in m.parameters()) for m in (policy, policy.layers[0]))
     query, key = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
