@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from eval import CHECKS, count_sentences, ifeval_verdicts, is_language
-from model import UserError
+from data import UserError
 
 OFFICIAL = Path(__file__).parents[2] / "shared" / "data" / "ifeval" / "half_with_official_verdicts.jsonl"
 

@@ -15,7 +15,7 @@ import eval as tasks
 from eval import (choice_letter, clustered, connect4_file, connect4_rows, connect4_state, gpqa_file,
                   grade_connect4, grade_math, math_gold, paired_bootstrap, pass_at_k, read_connect4,
                   winning_moves)
-from model import UserError
+from data import UserError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the public data sets are not here")
@@ -344,9 +344,11 @@ def test_standard_error_equals_the_textbook_formula():
     assert clustered(singles) == (0.6, pytest.approx(math.sqrt(0.3 / 5)))
     assert clustered([[1, 1, 1, 1], [0]])[0] == 0.5  # every question counts once
     assert clustered([[1, 0]]) == (0.5, None)
-    for bad in ([], [[1], []], [[1], ["1"]], [[1], [math.nan]], [[1], [None]]):
-        with pytest.raises(UserError, match="question"):
-            clustered(bad)
+    # with weights: the weighted mean, and the error of a ratio by its textbook formula
+    weights = [3, 1, 4, 1, 5]
+    mean, n = 10 / 14, len(weights)
+    spread = sum((w * (x - mean)) ** 2 for w, (x,) in zip(weights, singles)) * n / (n - 1)
+    assert clustered(singles, weights) == (pytest.approx(mean), pytest.approx(math.sqrt(spread) / 14))
 
 
 @pytest.mark.parametrize("samples", [[8], [1, 16]])
@@ -372,9 +374,6 @@ def test_pass_at_k_equals_enumeration():
                 assert pass_at_k(n, c, k) == sum(any(d) for d in draws) / len(draws)
     assert pass_at_k(20_000, 1, 10_000) == 0.5 and pass_at_k(10_000, 3, 1) == 0.0003
     assert 0 < 1 - pass_at_k(5000, 40, 3000) < 1e-12
-    for bad in ((4, 5, 1), (4, -1, 1), (4, 2, 0), (4, 2, 5), (0, 0, 1)):
-        with pytest.raises(UserError, match="pass@"):
-            pass_at_k(*bad)
 
 
 def test_bootstrap_equals_all_resamples():
@@ -393,9 +392,6 @@ def test_bootstrap_equals_all_resamples():
     assert paired_bootstrap(a, a, seed=0) == (0, 0, 0, 1)
     for x, y in ((0.1 + 0.2, -0.3), (-0.1 - 0.2, 0.3)):  # x + y is 0, were it not for rounding
         assert paired_bootstrap({1: [0], 2: [0]}, {1: [x], 2: [y]}, seed=0)[3] == 1
-    for other in ({}, {"a": [1]}, {"a": [], "b": [1]}, {"a": ["x"], "b": [1]}):
-        with pytest.raises(UserError, match="question"):
-            paired_bootstrap(a, other, seed=0)
 
 
 @pytest.mark.parametrize("gain", [0.0, 0.06])

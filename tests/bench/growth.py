@@ -32,7 +32,7 @@ def measure(pairs, length, vocab, layers, dtype):
             common.train.train_step(run, batch, 1e-5)
         best = min(best, time.perf_counter() - start)
     batches = common.data.epoch_batches(pairs, 8, 0, 0)
-    packs = [pack for b in batches for pack in run.packs(b, forks)]
+    packs = [pack for b in batches for pack in run.packs(forks, b)]
     largest = max(packs, key=lambda pack: len(pack.tokens))
     parts = common.train.plan_memory(run.policy, run.o, len(largest.tokens))
     return {"seconds": best, "flops": sum(common.train.count_flops(shape, pack) for pack in packs),

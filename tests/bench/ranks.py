@@ -31,7 +31,7 @@ def measure(a, ranks):
         if done.returncode:
             sys.exit(done.stderr)
         seconds = Counter()
-        for _, row in common.data.read_lines(os.path.join(folder, "run", "metrics.jsonl")):
+        for row in common.data.read_log(os.path.join(folder, "run", "metrics.jsonl")):
             seconds[row["epoch"]] += row["tokens"] / row["tokens_per_s"]
     return list(seconds.values())
 

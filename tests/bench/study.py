@@ -49,7 +49,7 @@ ABLATIONS = {  # name: (method, what differs from the plain run)
     "direct y+": ("SPoT-BCE", {"data": "direct pairs"}),
     "beta 0.3": ("SPoT-BCE", {"beta": 0.3}), "beta 3": ("SPoT-BCE", {"beta": 3.0}),
     "cumulative delta": ("SPoT-BCO", {"delta": "cumulative"})}
-TARGET, *OTHERS = data.TOY_SKILLS
+TARGET, *OTHERS = train.TOY_SKILLS
 CHAIN, VARIANTS = 5, (3, 4, 6)  # the pairs' chains, and the held-out variants of the target skill
 PARTS = ("trunk", "chosen matched", "chosen divergent", "rejected matched", "rejected divergent")
 LOOKED_AT = 1.2e-4  # the rate at which gradients are looked at
@@ -70,18 +70,18 @@ SHORT = {**FULL, "worlds": [0, 1], "seeds": [0], "rates": [1.2e-4, 2.5e-4], "abl
 def direct_answer(question):
     """What the Oracle writes when it does not correct but answers: right, of tokens that the base knows, in
     an order that it never writes."""
-    return re.sub(r"(\d)\+(\d)=(\d)", r"So \2 Add \1: \3", data.toy_answer(question, data.TOY_STYLES[2]))
+    return re.sub(r"(\d)\+(\d)=(\d)", r"So \2 Add \1: \3", train.toy_answer(question, train.TOY_STYLES[2]))
 
 
 def questions(world, s):
     """{name: questions} of development and test: the skills, and the target at other lengths of chain."""
     asked = {}
-    for skill in data.TOY_SKILLS:
+    for skill in train.TOY_SKILLS:
         less = 1 if skill == TARGET else s["others"]
-        test, dev = data.toy_questions(skill, world, round(less * s["test"]), round(less * s["dev"]))
+        test, dev = train.toy_questions(skill, world, round(less * s["test"]), round(less * s["dev"]))
         asked |= {f"test {skill}": test, f"dev {skill}": dev}
     for n in VARIANTS:
-        (some,) = data.toy_questions(TARGET, world, round(s["others"] * s["test"]), chain=n)
+        (some,) = train.toy_questions(TARGET, world, round(s["others"] * s["test"]), chain=n)
         asked[f"test {TARGET} {n}"] = some
     return asked
 
@@ -90,18 +90,18 @@ def build_world(folder, world, s, ranks):
     """Base model, its samples, and the files of rows of one world."""
     if not os.path.isdir(f"{folder}/base/model"):
         shutil.rmtree(folder, ignore_errors=True)
-        data.write_toy_checkpoint(f"{folder}/birth", s["shape"], world)
+        train.write_toy_checkpoint(f"{folder}/birth", s["shape"], world)
         rows = [row for n in (CHAIN, *VARIANTS)
-                for row in data.toy_corpus(s["corpus"] // 4, s["share"], s["doubt"], world, n)]
+                for row in train.toy_corpus(s["corpus"] // 4, s["share"], s["doubt"], world, n)]
         held_out = {question for some in questions(world, s).values() for question in some}
         rows = [row for row in rows if row["prompt"] not in held_out]
         random.Random(world).shuffle(rows)
-        evaluation.write_rows(f"{folder}/corpus.jsonl", rows)
+        data.write_rows(f"{folder}/corpus.jsonl", rows)
         learn(ranks, f"{folder}/base", model=f"{folder}/birth", pairs=f"{folder}/corpus.jsonl", loss="sft",
               lr=s["base_lr"], seed=world, epochs=2, batch_size=32)
     base = f"{folder}/base/model"
-    own = evaluation.open_own(base, torch.float32, ranks.device, batch_size=64)
-    train_on = data.toy_questions(TARGET, world, s["test"], s["dev"], s["questions"])[2]
+    own = evaluation.open_local_model(base, torch.float32, ranks.device, batch_size=64)
+    train_on = train.toy_questions(TARGET, world, s["test"], s["dev"], s["questions"])[2]
     items = [train.toy_item(str(i), question) for i, question in enumerate(train_on)]
     oracle.elicit(items, f"{folder}/errors", own, train.TOY_SAMPLING, ranks, samples=s["samples"], seed=world)
     errors, _ = oracle.read_errors(f"{folder}/errors/errors.jsonl")
@@ -110,13 +110,13 @@ def build_world(folder, world, s, ranks):
     rewritten = {item.id for item in errors if rng.random() < s["rewritten"]}
 
     def correct(item):
-        return direct_answer(item.question) if item.id in rewritten else oracle.toy_oracle(item.question,
+        return direct_answer(item.question) if item.id in rewritten else train.toy_oracle(item.question,
                                                                                            item.answer)
     oracle.rectify(errors, f"{folder}/rectified", correct, own.chat.encode, ranks, max_change_ratio=1.0)
-    pairs = [row for _, row in data.read_lines(f"{folder}/rectified/pairs.jsonl")]
+    pairs = [row for row in data.read_log(f"{folder}/rectified/pairs.jsonl")]
     kept = [row for row in pairs if row["change_ratio"] <= s["gamma"]]
     tries, mine = Counter(), []  # its own right answers: each question's first, then the seconds, ...
-    for _, row in data.read_lines(f"{folder}/errors/correct.jsonl"):
+    for row in data.read_log(f"{folder}/errors/correct.jsonl"):
         tries[row["question"]] += 1
         mine.append((tries[row["question"]], len(mine), row))
     own_rows = [row for *_, row in sorted(mine)][:len(kept)]
@@ -126,7 +126,7 @@ def build_world(folder, world, s, ranks):
              "direct pairs": as_direct, "direct": [{**row, "original_answer": ""} for row in as_direct],
              "own": own_rows, "tracked": kept[:96]}  # tracked: training pairs
     for name, rows in files.items():
-        evaluation.write_rows(f"{folder}/{name}.jsonl", rows)
+        data.write_rows(f"{folder}/{name}.jsonl", rows)
     return {"rows": {name: len(rows) for name, rows in files.items()},
             "own questions": len({row["question"] for row in own_rows}),
             **measure(folder, base, world, s, ranks)}
@@ -151,8 +151,8 @@ def run_one(folder, job, s, ranks):
           eval_pairs=f"{world}/tracked.jsonl", loss=job["objective"], lr=job["lr"], seed=job["seed"],
           beta=job["beta"], delta=job["delta"], max_change_ratio=1.0, epochs=job["epochs"], max_steps=steps,
           batch_size=s["batch_size"], **keep)
-    tethers = [row["tether_chosen"] for _, row in data.read_lines(f"{out}/metrics.jsonl")]
-    *_, (_, tracked) = data.read_lines(f"{out}/eval.jsonl")  # after the last step
+    tethers = [row["tether_chosen"] for row in data.read_log(f"{out}/metrics.jsonl")]
+    tracked = data.read_log(f"{out}/eval.jsonl")[-1]  # after the last step
     tracked = {k: tracked[k] for k in ("reward_chosen", "reward_rejected", "tether_chosen")}
     flat = next((step for step, value in enumerate(tethers) if value <= 1 / 4), steps)
     figures = {"flat": 100 * flat / steps, "tracked": tracked,
@@ -168,7 +168,7 @@ def run_one(folder, job, s, ranks):
 @torch.no_grad()
 def measure(world, model, seed, s, ranks):
     """Right answers in % (greedy), KL(base || model) on general text, and where the rewards come from."""
-    own = evaluation.open_own(model, torch.float32, ranks.device, batch_size=64)
+    own = evaluation.open_local_model(model, torch.float32, ranks.device, batch_size=64)
     base = qwen.load_model(f"{world}/base/model", device=ranks.device)
     asked = questions(seed, s)
     flat = [(name, question) for name, some in asked.items() for question in some]
@@ -188,7 +188,7 @@ def measure(world, model, seed, s, ranks):
                        **{skill: share[f"{split} {skill}"] for skill in OTHERS}} for split in ("dev", "test")}
     figures["test"]["variants"] = statistics.mean(share[f"test {TARGET} {n}"] for n in VARIANTS)
     # General text: answers to questions of the other skills, as the corpus has them.
-    rows, texts = data.toy_corpus(2 * s["texts"], 0, 0, f"text {seed}"), []
+    rows, texts = train.toy_corpus(2 * s["texts"], 0, 0, f"text {seed}"), []
     for row in [row for row in rows if TARGET not in row["prompt"]][:s["texts"]]:
         prompt = own.chat.prompt([{"role": "user", "content": row["prompt"]}])
         texts.append((prompt + own.chat.encode(row["chosen"]) + [own.chat.im_end], len(prompt)))
@@ -219,7 +219,7 @@ def row_kinds(forks):
 def concentration(world, checkpoint, job, ranks):
     """Mean norm of the loss's gradient with respect to hidden states, by what the position predicts: after
     the last block, and over all blocks. Of positions in y+ alone: SFT puts no gradient on a branch of y-."""
-    base = evaluation.open_own(f"{world}/base/model", torch.float32, ranks.device)
+    base = evaluation.open_local_model(f"{world}/base/model", torch.float32, ranks.device)
     forks, _ = data.load_forks(f"{world}/tracked.jsonl", base.chat, 8192, 1.0, True)
     pack = data.make_pack(forks, range(len(forks)))
     with torch.no_grad():

@@ -168,7 +168,7 @@ def build(w):
 
 def stop_after(step, w, out="run"):
     """A training run in w/OUT as SIGTERM right after that step leaves it: one more step, a checkpoint."""
-    write = train.append_line
+    write = train.data.append_row
 
     def write_and_ask(path, row):
         write(path, row)
@@ -178,7 +178,7 @@ def stop_after(step, w, out="run"):
     module, argv = command("train", w)
     argv = [w / out if a == w / "out" else a for a in argv]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "append_line", write_and_ask)
+        patch.setattr(train.data, "append_row", write_and_ask)
         patch.setitem(train.STOP, "asked", False)
         assert program(module, *argv).code == 143
 

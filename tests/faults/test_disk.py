@@ -22,7 +22,8 @@ import eval as evaluation
 import model as qwen
 import oracle
 import train
-from model import UserError
+import data
+from data import UserError
 
 
 @contextmanager
@@ -84,11 +85,11 @@ def last_state(out):
 FULL = {
     "reference cache": (train, "save_file", "reference.safetensors", "out/reference.safetensors"),
     "run config": (qwen, "write_json", "out/config.json", "out/config.json"),
-    "metrics": (train, "append_line", "metrics.jsonl", "out/metrics.jsonl"),
-    "held-out metrics": (train, "append_line", "eval.jsonl", "out/eval.jsonl"),
+    "metrics": (train.data, "append_row", "metrics.jsonl", "out/metrics.jsonl"),
+    "held-out metrics": (train.data, "append_row", "eval.jsonl", "out/eval.jsonl"),
     "checkpoint": (train, "save_file", "tmp_000002", "tmp_000002/shard_0.safetensors"),
     "checkpoint state": (qwen, "write_json", "tmp_000002", "tmp_000002/state.json"),
-    "export": (qwen, "write_safetensors", "model.tmp", "model.tmp/model.safetensors"),
+    "export": (qwen, "write_tensors", "model.tmp", "model.tmp/model.safetensors"),
     "export config": (qwen, "write_json", "model.tmp", "model.tmp/config.json"),
     "export tokenizer": (shutil, "copyfile", "model.tmp", "model.tmp/generation_config.json"),
 }
@@ -113,7 +114,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on_from_its_last_state(world, who
     assert ("resumed from" in ending.said) == (what not in ("reference cache", "run config", "metrics"))
     found = last_state(world / "out")
     assert found.keys() == whole.keys() and all(torch.equal(found[k], whole[k]) for k in whole)
-    steps = [row["step"] for _, row in train.data.read_lines(str(world / "out/metrics.jsonl"))]
+    steps = [row["step"] for row in train.data.read_log(str(world / "out/metrics.jsonl"))]
     assert steps == [0, 1, 2, 3]
 
 
@@ -152,13 +153,13 @@ def test_a_full_disk_loses_no_answer_but_the_one_in_hand(questions, size):
         assert ending.code == 1 and isinstance(ending.error, (UserError, OSError)), ending.said
         assert "Traceback" not in ending.said and ending.said.count("error: ") == 1
         assert "asked/raw-0.jsonl" in ending.said[ending.said.index("error: "):], ending.said
-        kept = len(evaluation.read_log(str(questions / "asked"), server_keys(questions)))
+        kept = len(evaluation.read_answers(str(questions / "asked"), server_keys(questions)))
         assert 0 < kept < 12 and len(server.requests) <= kept + 2  # it stopped at once
         before = len(server.requests)
         ending = asked(questions, server)
         assert ending.code == 0, ending.said
         assert len(server.requests) == before + 12 - kept
-    rows = [row for _, row in train.data.read_lines(str(questions / "asked/samples.jsonl"))]
+    rows = [row for row in train.data.read_log(str(questions / "asked/samples.jsonl"))]
     assert [row["id"] for row in rows] == [f"{i + 1}/0" for i in range(12)]
 
 
@@ -184,9 +185,9 @@ def test_files_made_from_the_answers_are_whole_or_as_before(questions, name, mon
 def test_pairs_of_an_earlier_start_survive_a_full_disk(questions):
     """pairs.jsonl is written anew at each start: beside, then renamed."""
     path = questions / "pairs.jsonl"
-    evaluation.write_rows(str(path), [{"a": 1}])
+    data.write_rows(str(path), [{"a": 1}])
     with no_file_above(50), pytest.raises((UserError, OSError), match="pairs.jsonl"):
-        evaluation.write_rows(str(path), ({"a": i} for i in range(100)))
+        data.write_rows(str(path), ({"a": i} for i in range(100)))
     assert path.read_text() == '{"a": 1}\n'
 
 
@@ -241,7 +242,7 @@ sys.path.insert(0, {os.path.dirname(train.__file__)!r})
 import model, train
 def full(path, *_):
     raise OSError(28, "No space left on device", path)
-model.write_safetensors = full
+model.write_tensors = full
 model.leave(train.main)
 """)
     done = subprocess.run(
@@ -269,13 +270,13 @@ def test_a_small_disk_fills_up_with_checkpoints_and_is_named(world, tmp_path):
 
 def stop(world, out):
     """As if SIGTERM came after step 1 of 4."""
-    write = train.append_line
+    write = train.data.append_row
 
     def write_and_ask(path, row):
         write(path, row)
         train.STOP["asked"] |= path.endswith("metrics.jsonl") and row["step"] == 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "append_line", write_and_ask)
+        patch.setattr(train.data, "append_row", write_and_ask)
         patch.setitem(train.STOP, "asked", False)
         assert program(train, *argv(world), "--out", out).code == 143
 

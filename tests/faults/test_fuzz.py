@@ -29,7 +29,7 @@ import eval as evaluation
 import model as qwen
 import oracle
 import train
-from model import UserError
+from data import UserError
 
 MANY = int(os.environ.get("FUZZ", 0))
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -176,12 +176,6 @@ def w(tmp_path_factory):
     options |= {"model": "m", "pairs": "p", "out": "o"}
     (w / "config.json").write_text(json.dumps({"options": options}))
     (w / "metrics.jsonl").write_text("".join(f'{{"step": {i}, "loss": 1.5}}\n' for i in range(6)))
-    pair = {"step": -1, "reference": [-1.0, -2.0], "gamma": 0.6, "change_ratios": [1] * 20,
-            "prompt": ["q"], "trunk": ["a"], "rejected": ["x", "s"], "rejected_ids": [1, 2], "chosen": ["s"],
-            "chosen_ids": [2]}
-    look = {"step": 3, "reward_chosen": 0.5, "reward_rejected": 0.0, "coefficients": [0.1] * 4,
-            "logps": [-1.0] * 4}
-    (w / "surgery.jsonl").write_text(f"{json.dumps(pair)}\n{json.dumps(look)}\n")
     return w
 
 
@@ -222,7 +216,7 @@ def read_chat(w):
 
 
 def read_end_tokens(w):
-    evaluation.open_own(str(w / "model"), torch.float32, "cpu")
+    evaluation.open_local_model(str(w / "model"), torch.float32, "cpu")
 
 
 def read_weights(w):
@@ -265,7 +259,7 @@ def reader_of_task(name):
 
 
 def read_log(w):
-    records = evaluation.read_log(str(w), "abc")
+    records = evaluation.read_answers(str(w), "abc")
     for record in records.values():
         (record.get("text", "") + record.get("error", "")).encode()
     sum(r.get("tokens", 0) for r in records.values()) / 3
@@ -289,14 +283,7 @@ def read_options(w):
 
 def read_metrics(w):
     train.keep_steps_before(str(w / "metrics.jsonl"), 3)
-    assert all(row["step"] < 3 for _, row in data.read_lines(str(w / "metrics.jsonl")))
-
-
-def read_report(w):
-    evaluation.report([str(w)], str(w / "report.html"))
-    page = (w / "report.html").read_text(encoding="utf-8")
-    os.remove(w / "report.html")
-    assert "<script" not in page and not any(c in page for c in "\0\ud800\N{RIGHT-TO-LEFT OVERRIDE}")
+    assert all(row["step"] < 3 for row in data.read_log(str(w / "metrics.jsonl")))
 
 
 # name: (reader, the file that is hurt, how, cases for one of the others)
@@ -321,8 +308,6 @@ READERS = {
     "results.json": (read_results, "results.json", damaged, 1),
     "options of a run": (read_options, "config.json", damaged, 2),
     "metrics.jsonl": (read_metrics, "metrics.jsonl", damaged, 0.5),
-    "metrics of a report": (read_report, "metrics.jsonl", damaged, 1),
-    "surgery.jsonl": (read_report, "surgery.jsonl", damaged, 2),
 }
 
 

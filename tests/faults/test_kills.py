@@ -98,8 +98,7 @@ def send(pids, which):
 
 def steps_done(out):
     path = os.path.join(out, "metrics.jsonl")
-    rows = data.read_lines(path) if os.path.exists(path) else []
-    return sum(isinstance(row, dict) for _, row in rows)
+    return len(data.read_log(path))
 
 
 def merged(folder):
@@ -109,7 +108,7 @@ def merged(folder):
 
 def metrics(out):
     return [{k: v for k, v in row.items() if k not in TIMING}
-            for _, row in data.read_lines(os.path.join(out, "metrics.jsonl"))]
+            for row in data.read_log(os.path.join(out, "metrics.jsonl"))]
 
 
 def same_end(one, other):
@@ -451,16 +450,16 @@ def endure(world, tmp_path, monkeypatch, steps):
         train.close_ranks()
         return code
     assert go(tmp_path / "whole") == 0
-    write = train.append_line
+    write = train.data.append_row
 
     def write_and_ask(path, row):
         write(path, row)
         train.STOP["asked"] = (row["step"] + 2) % (steps // 10) == 0  # the step after the look is the last
-    monkeypatch.setattr(train, "append_line", write_and_ask)
+    monkeypatch.setattr(train.data, "append_row", write_and_ask)
     codes = [go(tmp_path / "pieces") for _ in range(10)]
     assert codes == [143] * 9 + [0]
     same_end(tmp_path / "whole", tmp_path / "pieces")
-    memory = [row["memory_gb"] for _, row in data.read_lines(str(tmp_path / "whole" / "metrics.jsonl"))]
+    memory = [row["memory_gb"] for row in data.read_log(str(tmp_path / "whole" / "metrics.jsonl"))]
     assert len(memory) == steps
     return memory[steps // 10], memory[-1]
 

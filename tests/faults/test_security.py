@@ -16,7 +16,7 @@ import data
 import eval as evaluation
 import oracle
 import train
-from model import UserError
+from data import UserError
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data" / "qwen3_tokenizer"
@@ -182,7 +182,7 @@ def test_every_artefact_opens_as_json_text_or_safetensors(everything):
                 size = sum(f.get_tensor(k).nbytes for k in f.keys())
             assert len(content) - size == 8 + int.from_bytes(content[:8], "little"), name  # nothing behind it
         elif kind == "jsonl":
-            assert all(isinstance(row, dict) for _, row in data.read_lines(str(path))), name
+            assert all(isinstance(row, dict) for row in data.read_log(str(path))), name
         elif kind == "json":
             json.loads(content)
         elif name == "run/.lock":
