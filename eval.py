@@ -17,6 +17,7 @@ import argparse
 import cmath
 import errno
 import fcntl
+import functools
 import glob
 import hashlib
 import html
