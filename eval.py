@@ -97,11 +97,12 @@ class LocalModel:
     batch_size: int = 32
 
 
-def open_local_model(folder: str, dtype, device, batch_size: int = 32) -> LocalModel:
+def open_local_model(folder: str, dtype, device, batch_size: int = 32,
+                     template: str = "") -> LocalModel:
     """A LocalModel from a checkpoint folder or hub id. Answers end at <|im_end|>, and at what
     generation_config.json names."""
     folder = qwen.checkpoint_folder(folder)
-    chat = data.load_chat(folder, qwen.read_config(folder).vocab_size)
+    chat = data.load_chat(folder, qwen.read_config(folder).vocab_size, template)
     end = None
     if os.path.exists(path := os.path.join(folder, "generation_config.json")):
         end = read_json(path).get("eos_token_id")
@@ -463,6 +464,8 @@ class SamplingOptions:
     top_k: int = option(20, "keep that many likeliest tokens; 0: all")
     max_tokens: int = option(32768, "tokens of an answer; longer ones are cut off and counted")
     batch_size: int = option(32, "answers a local model writes at a time")
+    template: str = option("", "compute this chat template, whatever the checkpoint's file says",
+                           ("", "hybrid", "instruct"))
     dtype: str = option("bfloat16", "of a local model", ("float32", "bfloat16"))
     seed: int = option(0, "of the samples")
     timeout: int = option(86400, "seconds after which a stalled rank ends the run")
@@ -495,7 +498,7 @@ def open_policy(o: SamplingOptions, device, non_thinking: bool = True):
     """The LocalModel or the Server that the options name. non_thinking: ask a server for Qwen3's
     template without thinking, as vLLM and SGLang understand it."""
     if o.model:
-        return open_local_model(o.model, getattr(torch, o.dtype), device, o.batch_size)
+        return open_local_model(o.model, getattr(torch, o.dtype), device, o.batch_size, o.template)
     extras = {"chat_template_kwargs": {"enable_thinking": False}} if non_thinking else {}
     given = {"temperature", "top_p", "top_k", "max_tokens", "seed"} & set(o.given)
     return open_server(o.server, o.server_model, workers=o.workers, timeout=o.request_timeout,
