@@ -168,10 +168,6 @@ def w(tmp_path_factory):
     log = [{"key": "a", "text": "It is \\boxed{1}.", "finish": "stop", "tokens": 3},
            {"key": "b", "error": "HTTP 500"}, {"key": "c", "text": "", "finish": "length", "tokens": 0}]
     (w / "raw-0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
-    results = {"own": {"questions": 3, "metrics": {"accuracy": [0.5, 0.1]}, "pass@1": 0.5,
-                       "asked": {"1": "x", "2": "y", "3": "z"},
-                       "scores": {"1": [1.0, 0.0], "2": [0.0, 0.0], "3": [1.0, 1.0]}}}
-    (w / "results.json").write_text(json.dumps(results))
     options = {f.name: f.default for f in train.fields(train.Options)}
     options |= {"model": "m", "pairs": "p", "out": "o"}
     (w / "config.json").write_text(json.dumps({"options": options}))
@@ -258,8 +254,8 @@ def read_texts(w):
 def reader_of_task(name):
     def read(w):
         task = evaluation.load_task(name, str(w / "tasks"))
-        for key, turn, gold in task.rows:
-            evaluation.request_for(f"{key}/0", [{"role": "user", "content": turn}], 0)
+        for key, messages, gold in task.rows:
+            evaluation.request_for(f"{key}/0", messages, 0)
             task.grade("It is \\boxed{1}, (A).", gold)
     return read
 
@@ -269,14 +265,6 @@ def read_log(w):
     for record in records.values():
         (record.get("text", "") + record.get("error", "")).encode()
     sum(r.get("tokens", 0) for r in records.values()) / 3
-
-
-def read_results(w):
-    for folder in ("a", "b"):
-        os.makedirs(w / folder, exist_ok=True)
-        shutil.copy(w / ("results.json" if folder == "b" else "good.json"), w / folder / "results.json")
-        (w / folder / "settings.json").write_text('{"seed": 0, "sampling": {}}')
-    evaluation.compare_runs([str(w / "a"), str(w / "b")])
 
 
 def read_options(w):
@@ -318,7 +306,6 @@ READERS = {
     **{name: (reader_of_task(name), f"tasks/{name}.jsonl", damaged, 0.5)
        for name in ("math500", "gpqa", "ifeval", "connect4")},
     "raw log": (read_log, "raw-0.jsonl", damaged, 0.5),
-    "results.json": (read_results, "results.json", damaged, 1),
     "options of a run": (read_options, "config.json", damaged, 2),
     "metrics.jsonl": (read_metrics, "metrics.jsonl", damaged, 0.5),
     "metrics of a report": (read_report, "metrics.jsonl", damaged, 1),
@@ -333,8 +320,6 @@ def test_damaged_files_are_read_or_refused(w, name):
     if name == "tokenizer_config.json":  # the folder without chat_template.jinja
         def read(w):
             data.load_chat(str(w / "sharded"), 265)
-    if name == "results.json":
-        (w / "good.json").write_bytes(good)
     read(w)  # unhurt it is accepted, whatever else it does
     (w / file).write_bytes(good)
     before = files(w)
@@ -354,7 +339,7 @@ def test_damaged_files_are_read_or_refused(w, name):
             assert len(str(e)) < 20_000
         now = files(w)
         assert now.keys() == before.keys()
-        assert all(now[k] == before[k] for k in before if k not in (file, "b/results.json"))
+        assert all(now[k] == before[k] for k in before if k != file)
 
     try:
         check()
