@@ -1440,13 +1440,21 @@ class Task:
     rows: list = field(default_factory=list)  # (id, messages, gold), from load_task
 
 
+def question_messages(row: dict, prompt: str) -> list:
+    """The messages that ask a row's question, in question, problem or prompt: a string goes into the
+    prompt's {question}, a list of messages stays as it is. Raises UserError naming the field."""
+    for key in ("question", "problem", "prompt"):
+        if row.get(key) is not None:
+            messages = data.prompt_messages(row[key], key)
+            if isinstance(row[key], str):
+                messages = user_turn(prompt, row[key])
+            return messages
+    raise UserError(f"question, problem or prompt expected, found {sorted(row)!r:.100}")
+
+
 def read_math(row, prompt):
     """A row of a math set: (messages, Gold). Raises UserError naming the field."""
-    key = next((k for k in ("question", "problem", "prompt") if isinstance(row.get(k), str)), None)
-    if key is None:
-        raise UserError("a string in question, problem or prompt expected, "
-                        f"found {sorted(row)!r:.100}")
-    return user_turn(prompt, data.check_text(row[key], repr(key))), math_gold(row)
+    return question_messages(row, prompt), math_gold(row)
 
 
 def score_math(text, gold):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import eval as tasks
+import oracle
 from eval import (TASKS, choice_letter, clustered, connect4_rows, connect4_state, grade_connect4,
                   grade_math, load_task, math_gold, paired_bootstrap, pass_at_k, winning_moves)
 from data import UserError
@@ -337,6 +338,55 @@ def test_the_paper_s_nine_benchmarks():
         "in-domain": {"aime24": 16, "aime25": 16, "amc23": 16, "math500": 5, "minerva": 5,
                       "olympiadbench": 5},
         "OOD": {"gpqa": 5, "connect4": 1}, "IF": {"ifeval": 5}, "": {"gsm8k": 5}}
+
+
+USER = {"role": "user", "content": "2 + {question}?"}
+TURNS = [{"role": "system", "content": "Brief."}, USER, {"role": "assistant", "content": "4"}, USER]
+WRAPPED = [{"role": "user", "content": tasks.INSTRUCTION.replace("{question}", "2 + {question}?")}]
+QUESTIONS = [  # fields of a row, messages
+    ({"question": "2 + {question}?", "answer": "4"}, WRAPPED),
+    ({"problem": "2 + {question}?", "question": None, "answer": 4}, WRAPPED),
+    ({"prompt": "2 + {question}?", "solution": "so $\\boxed{4}$"}, WRAPPED),
+    ({"prompt": [USER], "label": "4"}, [USER]), ({"question": TURNS, "ground_truth": "4"}, TURNS),
+    ({"data_source": "math_dapo", "prompt": [USER], "ability": "MATH", "extra_info": {"index": "x"},
+      "reward_model": {"ground_truth": "4", "style": "rule"}}, [USER])]
+
+
+def test_a_set_of_the_user_s_own(tmp_path):
+    """Rows of every kind that `elicit` reads, in one file, read alike."""
+    path = write_jsonl(tmp_path / "own.jsonl", [row for row, _ in QUESTIONS])
+    task = load_task(f"own={path}", "")
+    assert [messages for _, messages, _ in task.rows] == [messages for _, messages in QUESTIONS]
+    assert {gold.text for *_, gold in task.rows} == {"4"}
+    assert [name for name, *_ in task.rows] == list("123456") and task.samples == 5
+    for row, messages in QUESTIONS:
+        one = write_jsonl(tmp_path / "one.jsonl", [row])
+        assert oracle.read_questions(one, tasks.INSTRUCTION)[0][0].messages == messages
+
+
+@pytest.mark.parametrize("row, expected", [
+    ({"answer": "4"}, "question, problem or prompt expected, found .'answer'"),
+    ({"prompt": [], "answer": "4"}, "'prompt': a non-empty user turn"),
+    ({"prompt": [{"role": "assistant", "content": "x"}], "answer": "4"}, "'prompt': a non-empty"),
+    ({"question": "", "answer": "4"}, "'question': a non-empty user turn"),
+    ({"problem": 5, "answer": "4"}, "'problem', message 0"),
+    ({"prompt": [USER], "reward_model": {}}, "a gold answer expected")])
+def test_bad_rows_of_the_user_s_own(row, expected, tmp_path):
+    path = write_jsonl(tmp_path / "own.jsonl", [QUESTIONS[0][0], row])
+    with pytest.raises(UserError, match=f"(?s)own.jsonl.*line 2: {expected}"):
+        load_task(f"own={path}", "")
+
+
+@needs_data
+@pytest.mark.parametrize("file, count", [
+    ("dapo/dapo_math_17k_sample6", 6), ("math/aime24", 30), ("math/amc23", 40),
+    ("math/math500", 500), ("math/minerva_math", 272), ("math/olympiadbench", 675), ("gsm8k/test", 1319)])
+def test_public_files_are_read_by_tasks_and_elicit_alike(file, count):
+    path = str(SHARED / f"{file}.jsonl")
+    items, dropped = oracle.read_questions(path, tasks.INSTRUCTION)  # drops repeated questions
+    rows = {name: messages for name, messages, _ in load_task(f"own={path}", "").rows}
+    assert len(rows) == len(items) + dropped.total() == count
+    assert all(rows[item.id] == item.messages for item in items)
 
 
 @pytest.mark.parametrize("name, gold, headline", [
