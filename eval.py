@@ -1378,8 +1378,7 @@ GPQA_PROMPT = """Answer this multiple-choice question. Think step by step, then 
 line that gives the letter of your choice in exactly this form: "Answer": "C"
 
 {question}"""
-GPQA_KEYS = ("Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2",
-             "Incorrect Answer 3")
+GPQA_KEYS = ["Question", "Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3))]
 QUOTE = "[\"'“”‘’]"
 CHOICES = [re.compile(pattern) for pattern in (
     rf"(?i:{QUOTE}answer{QUOTE})\s*:\s*{QUOTE}\(?([A-D])\)?\.?{QUOTE}",  # as the prompt asks for
