@@ -262,15 +262,6 @@ def test_task_names_that_are_markup_or_paths_are_refused(tmp_path, name):
     assert files(tmp_path) == before
 
 
-def test_a_comparison_of_foreign_results_is_inert(tmp_path):
-    for folder in ("a", "b"):
-        os.mkdir(tmp_path / folder)
-        (tmp_path / folder / "results.json").write_text(json.dumps({"<b>|x": {
-            "metrics": {"accuracy": [0.5, 0.1]}, "scores": {"1": [1.0], "2": [0.0]}}}))
-    with pytest.raises(UserError, match=r"a/results.json: .*'<b>\|x'"):
-        evaluation.compare_runs([str(tmp_path / "a"), str(tmp_path / "b")])
-
-
 def test_names_and_texts_of_a_server_reach_no_report(tmp_path, monkeypatch):
     """A model called like a tag, answers full of markup: results.md holds figures and our own task names."""
     rows = [{"id": f"<i>{i}|", "question": "<script>", "answer": "1"} for i in range(2)]
