@@ -557,11 +557,13 @@ def claim_folder(out: str, settings: dict, ranks: Ranks, policy=None):
 # equals p and p / 100. A list is a set, a union is a list. Of several boxes the last one counts.
 # Not seen: even roots of negative numbers, intervals that touch, degrees in sin 30°.
 
-BOX = re.compile(r"\\f?box(?:ed)?\s*(\{|[^\s{}\\$])")
+BOX = re.compile(r"\\f?box(?:ed)?\s*(\{|-?\d+(?:[.,/]\d+)*)")  # in prose, \boxed boxes no letter
 STATED = re.compile(
-    r"(?:####|\banswers?\b[^.\n:$\\\d]{0,40}?(?:\b(?:is|are|be)\b|:|=))(?:[\s:,*]*"
-    r"\b(?:thus|hence|therefore|then|simply|just|exactly|equal to|equals|given by)\b)*[\s:,*]*",
-    re.I)
+    r"(?:^[#*_ ]*(?:final )?answers?[*_ ]*$|####"  # a heading
+    r"|\banswers?\b[^.\n:$\\\d]{0,40}?(?:\b(?:is|are|be)\b|:|=))(?:[\s:,*`_]*"
+    r"\b(?:thus|hence|therefore|then|simply|just|exactly|equal to|equals|given by)\b)*[\s:,*`_]*",
+    re.I | re.M)
+FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
 
 
 def extract_answer(text: str) -> str | None:
@@ -571,12 +573,13 @@ def extract_answer(text: str) -> str | None:
     answer = last_boxed(text)
     stated = list(STATED.finditer(text))
     if answer is None and stated:
-        line = text[stated[-1].end():].split("\n")[0].split("<|")[0]
-        formula = re.match(r"\$+[^$]+\$+|\\\(.+?\\\)|\\\[.+?\\\]", line)
+        rest = text[stated[-1].end():]
+        formula = FORMULA.match(rest)
         if formula:
-            answer = formula[0]
+            answer = formula[formula.lastindex]
         else:
-            answer = re.split(r"[.;]\s|,?\s(?:because|since)\b", line)[0].strip(".* ")
+            line = rest.split("\n")[0].split("<|")[0]
+            answer = re.split(r"[.;]\s|,?\s(?:because|since)\b", line)[0].strip(".*`_ ")
     return (answer or "").strip() or None
 
 
@@ -611,25 +614,40 @@ TEXT = r"\\(?:text|mbox|mathrm|operatorname)\w*\s*"
 MATRIX = r"\s*\{(?:[pbB]?matrix|array)\}"
 MULTIPLES = {"dozen": "12", "hundred": "100", "thousand": "1000", "million": "10^6",
              "billion": "10^9"}
+SUPERSCRIPTS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
+UNIT_TEXT = (r"(?:[A-Za-z\s~/().'·*%°-]|\\(?:[,;:! ]|(?:cdot|times|mu|Omega|AA)(?![A-Za-z]))"
+             r"|\^\s*(?:-?\d|\{\s*-?\d+\s*\}))")
+WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]+(?:['.-]+[A-Za-z]+)*|\\(mu|Omega|AA)(?![A-Za-z])")
+
+
+def quote(word):
+    return ' "' + word[0].lstrip("\\") + '" '
+
+
 REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in [
     # numbers: 0.1\overline{6}, the ratio 3:4
     (r"(?<![\w.])(\d{1,9}\.(\d{0,9}))\\(?:overline|bar|dot)\s*\{?(\d{1,9})\}?",
      lambda m: f"({m[1]}+{m[3]}/{10 ** len(m[3]) - 1}/{10 ** len(m[2])})"),
     (r"\A([\s$]*\d+)\s*:\s*(\d+[\s$]*)\Z", r"\1/\2"),
-    # units and other words in \text{}
+    # units and other words: \mathrm{m/s^{2}} is "m"/"s"^{2}
+    (r"[⁻⁰¹²³⁴-⁹]+", lambda m: "^{" + m[0].translate(SUPERSCRIPTS) + "}"),
+    (r"[µμ]", r"\\mu "),
     (r"\b(?:square|sq)\s+([a-z]+)", r"\1^2"),
-    (TEXT + r"\{[\s~(]*([A-Za-z][A-Za-z\s/.'-]*?)[\s).]*\}", r' "\1" '),
-    (TEXT + r"\{([^{}]*)\}", r" \1 "),
+    (r"\bcubic\s+([a-z]+)", r"\1^3"),
+    (TEXT + r"\{(" + UNIT_TEXT + r"+)\}", lambda m: f" {WORD.sub(quote, m[1].strip(' .'))} "),
+    (TEXT + r"\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1 "),
+    (r'\\mu\s*(?=")', ' "mu" '),
     # thousands: 10{,}000   11,\! 111   1\,000
     (r"(?<=\d)(?:\{,\}|,\\!|\\[,! ])\s*(?=\d{3}(?!\d))", ""),
     # layout
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits|math(?:bf|it|cal)|boldsymbol|q?quad"
-     r"|f?box(?:ed)?)(?![A-Za-z])|(?<!\\)\\[,;:! ()\[\]$]|[$£€~]", " "),
+     r"|f?box(?:ed)?)(?![A-Za-z])|(?<!\\)\\[,;:! ()\[\]$]|[$£€~]|\{\s*\}", " "),
     # words outside \text{}: a lone one is no product of letters
     (r"\\mathbb\s*\{?\s*R\s*\}?|\ball real numbers\b", r"(-\\infty,\\infty)"),
     (r"\A\s*([A-Za-z' ]*[A-Za-z]{3}[A-Za-z' ]*|[Nn]o)[.\s]*\Z", r' "\1" '),
     (r'"?\b(?:and|or)\b"?|\\cup\b', ","),
-    (r'(?<=\d)\s*"?\b(' + "|".join(MULTIPLES) + r')\b', lambda m: "*" + MULTIPLES[m[1]]),
+    (r'(?<=\d)\s*"?\b(' + "|".join(MULTIPLES) + r')\b"?', lambda m: "*" + MULTIPLES[m[1]]),
+    (r"(?<=[\d}])\s*([kcm]?m|ft|mi)\s*/\s*(s|h|hr|min)\b", r' "\1"/"\2"'),
     # a matrix is ⟦(1,2),(3,4)⟧
     (r"\\begin" + MATRIX + r"(?:\s*\{[^{}]*\})?", "⟦("),
     (r"(?:\\\\\s*)?\\end" + MATRIX, ")⟧"),
@@ -656,7 +674,7 @@ REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in [
     (r"\b(?:np|math)\.(?=[a-z])", "")]]
 # What one token may be written as. Tokens are signs, numbers, names (letters first), words ('"cm').
 SPELLINGS = {
-    "-": "− –", "*": r"\cdot \times × ·", "/": r"\div ÷", "^": "**", "±": r"\pm", "∓": r"\mp",
+    "-": "− –", "*": r"\cdot \times × ·", "/": r"\div ÷ per", "^": "**", "±": r"\pm", "∓": r"\mp",
     ",": r"& ∪", "<": r"\lt", ">": r"\gt", "≤": r"\le \leq \leqslant <=", "≠": r"\ne \neq",
     "≥": r"\ge \geq \geqslant >=", "=": r"\in ∈ \approx \simeq ≈", "(": r"\langle", ")": r"\rangle",
     r"\{": r"\lbrace", r"\}": r"\rbrace", "frac": r"\dfrac \tfrac \cfrac",
@@ -667,13 +685,15 @@ SPELLINGS = {
     '"cm': "centimeter centimeters", '"km': "kilometer kilometers", '"in': "inch inches",
     '"ft': "foot feet", '"mi': "mile miles", '"h': "hour hours hr", '"min': "minute minutes",
     '"s': "second seconds sec", '"g': "gram grams", '"kg': "kilogram kilograms",
-    '"lb': "pound pounds"}
+    '"lb': "pound pounds", '"yr': "year years", '"mol': "mole moles",
+    '"J': "joule joules", '"N': "newton newtons", '"L': "liter liters", '"W': "watt watts",
+    '"AA': r"\AA Å"}
 SAME = {old: new for new, olds in SPELLINGS.items() for old in olds.split()}
 TOKEN = re.compile(r"""
     ( "[^"]*" | (?<![A-Za-z\d\\])[A-Za-z]{4,}
       | (?<![A-Za-z\\]) (?:sin|cos|tan|sec|csc|cot|log|ln|exp|abs|pi|inf
-        |cm|mm|km|kg|ft|in|mi|yd|hr|min|mph|lb|oz|sq|day|way)(?![A-Za-z]) )                # a word
-    | ( (?:\\[A-Za-z]+|[A-Za-z]) (?:_(?:\{[^{}]*\}|\\[A-Za-z]+|\w)|')* )                   # a name
+        |cm|mm|km|kg|ft|in|mi|yd|hr|min|mph|lb|oz|sq|per|day|way)(?![A-Za-z]) )            # a word
+    | ( (?:\\[A-Za-z]+|[A-Za-z]) (?:_(?:\{[^{}]*\}|\\[A-Za-z]+|\w)|')* )               # a name
     | \d+_(?:\d+|\{\d+\}) | (?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?
     | \\. | \*\* | [<>]= | !! | \S
     """, re.S | re.X)
@@ -882,8 +902,12 @@ def compute(tokens):
 
 # --- grading: answers, and whether two are the same -----------------------------------------------
 
-UNIT = re.compile(
-    r'((?:.* )?[^" ]*[\w)\]}!])((?: "\S+(?: \^(?: \{)?(?: -)? \d(?: \})?)?(?: [/*])?)+)')
+# An operand, then words with powers: 9.8 "m / "s ^ 2, but not 5 "cm - 3
+FACTOR = r' "\S+(?: \^(?: \{)?(?: -)? \d+(?: \})?)?'
+FACTORS = FACTOR + r"(?:(?: \*)?" + FACTOR + ")*"
+GROUP = "(?:" + FACTORS + r"| \(" + FACTORS + r" \))"
+UNIT = re.compile(r'((?:.*? )??[^" ]*[\w)\]}!])(' + GROUP + "(?: /" + GROUP + ")*"
+                  r"| frac \{" + FACTORS + r" \} \{" + FACTORS + r" \})")
 RELATIONS = ("=", "≠", "<", "≤", ">", "≥")
 CHAINS = ({"="}, {"≠"}, {"<", "≤"}, {">", "≥"})  # relations that may stand in one chain
 # x, a_n, f(x), f^{-1}(x), (p,q), frac{dM}{dt}: letters and brackets, no operation on them
@@ -978,7 +1002,7 @@ def read_leaf(tokens):
     tokens = text.split(" ")
     words = all(t[0] == '"' and len(t) > 2 for t in tokens)
     values = [None] if words else compute(tokens)
-    return Answer("leaf", text.replace('"', ""), values=values, unit=re.sub('[{}" ]', "", unit))
+    return Answer("leaf", text.replace('"', ""), values=values, unit=unit.strip())
 
 
 def answers_match(pred: str, gold: str, tolerance=0) -> bool:
@@ -996,7 +1020,7 @@ def bare_answer(text):
     """What the box holds, or the formula after prose: Hence $x > 2$ holds."""
     text = last_boxed(text) or text
     formula = PROSE.match(text)
-    return (formula[1] if formula else text).strip("* \t\n")
+    return (formula[1] if formula else text).strip("*`_ \t\n")
 
 
 def same(a, b, tolerance=0) -> bool:
@@ -1029,15 +1053,16 @@ def same_leaf(a, b, tolerance):
     """Words by their letters; values at all points, where a percent sign, a missing unit, and the
     rounding of an exact value to six or more digits are forgiven."""
     if a.unit and b.unit and a.unit != b.unit:
-        return False
+        if not agree(compute(a.unit.split()), compute(b.unit.split())):
+            return False
     decimals = [x.text for x in (a, b) if "." in x.text]
     if len(decimals) == 1 and re.fullmatch(r"[+-]? ?[0.]*[1-9](\.?\d){5,}", decimals[0]):
         half_a_digit = Fraction(50001, 100000 * 10 ** len(decimals[0].partition(".")[2]))
         tolerance = max(tolerance, half_a_digit)
     if a.text == b.text or agree(a.values, b.values, tolerance):
         return True
-    if (a.unit == "%") != (b.unit == "%"):
-        share, other = (a, b) if a.unit == "%" else (b, a)
+    if (a.unit == '"%') != (b.unit == '"%'):
+        share, other = (a, b) if a.unit == '"%' else (b, a)
         return agree(share.values, [x and 100 * x for x in other.values])
     if [None] not in (a.values, b.values):
         return False
