@@ -1859,29 +1859,25 @@ def read_sequences(path: str, chat: data.Chat, max_length: int) -> tuple[list, s
     """([(ids, first), ...], a summary) of a JSONL file: ids[first:] are scored. A row is a text
     {"text": ...}, scored from its second token, or a pair, whose y+ is scored after its prompt.
     Ids beyond max_length are cut off. Raises UserError naming the line, or where no row is left."""
-    cut = 0
-
     def parse(row, line):
-        nonlocal cut
         if "text" in row:
             ids, first = chat.encode(data.check_text(row["text"], "'text'")), 1
         else:
-            pair = data.parse_pair(row, line, Counter())
+            pair = data.parse_pair(row, line)
             prompt = chat.prompt(pair.messages)
             ids, first = [*prompt, *chat.encode(pair.chosen), chat.im_end], len(prompt)
         if min(len(ids), max_length) <= first:
             raise data.Drop("nothing to score")
-        if len(ids) > max_length:
-            cut += 1
-        return ids[:max_length], first
+        return ids, first
 
-    sequences, dropped = data.read_rows(path, parse)
-    summary = f"{path}: {len(sequences)} texts, {cut} of them cut at {max_length} tokens"
+    rows, dropped = data.read_rows(path, parse)
+    cut = sum(len(ids) > max_length for ids, _ in rows)
+    summary = f"{path}: {len(rows)} texts, {cut} of them cut at {max_length} tokens"
     for reason, count in dropped.items():
         summary += f"; {count} dropped: {reason}"
-    if not sequences:
+    if not rows:
         raise UserError(f"{summary}: no row has a token to score")
-    return sequences, summary
+    return [(ids[:max_length], first) for ids, first in rows], summary
 
 
 @torch.no_grad()
@@ -1893,9 +1889,9 @@ def retention(model: qwen.Qwen3, base: qwen.Qwen3, sequences: list, ranks: Ranks
                mean KL(base || model) of the next-token distributions, both in nats a token, as
                (mean, standard error clustered by sequence)
     """
-    sizes = model.config.vocab_size, base.config.vocab_size
-    if sizes[0] != sizes[1]:
-        raise UserError(f"vocabularies of {sizes[0]} and {sizes[1]} tokens: no KL between them")
+    if model.config.vocab_size != base.config.vocab_size:
+        raise UserError(f"vocabularies of {model.config.vocab_size} and {base.config.vocab_size} "
+                        "tokens: no KL between them")
     # In fp32 always: logits rounded to bf16 would add half as much again to a small KL.
     heads = [m.head_weight().float() for m in (model, base)]
     sums = torch.zeros(len(sequences), 3, dtype=torch.float64)
@@ -1909,14 +1905,14 @@ def retention(model: qwen.Qwen3, base: qwen.Qwen3, sequences: list, ranks: Ranks
             target = tokens[at:at + ROWS_AT_ONCE, None]
             p, q = [(h[at - 1:at - 1 + len(target)].float() @ w.T).log_softmax(-1)
                     for h, w in zip(hidden, heads)]
-            figures = p.gather(1, target), q.gather(1, target), (q.exp() * (q - p)).sum(-1)
-            sums[i] += torch.stack([x.double().sum().cpu() for x in figures])
+            values = p.gather(1, target), q.gather(1, target), (q.exp() * (q - p)).sum(-1)
+            sums[i] += torch.stack([x.double().sum().cpu() for x in values])
     lengths = [len(ids) - first for ids, first in sequences]
-    result = {"tokens": sum(lengths)}
+    figures = {"tokens": sum(lengths)}
     for name, column in zip(("logp", "logp_base", "kl"), ranks.reduce(sums).T.tolist()):
         means = [[total / length] for total, length in zip(column, lengths)]
-        result[name] = clustered(means, lengths)
-    return result
+        figures[name] = clustered(means, lengths)
+    return figures
 
 
 # --- the report -----------------------------------------------------------------------------------
