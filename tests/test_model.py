@@ -28,19 +28,21 @@ SHAPES = [
 ]
 
 
-def hf_pair(folder, shape, dtype=torch.float32, **more):
+def hf_pair(folder, shape, dtype=torch.float32):
     """The same random checkpoint opened by transformers and by us."""
     from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     heads, groups, head_dim, hidden, tied, kind, shard = shape
     torch.manual_seed(SHAPES.index(shape))
-    config = Qwen3Config(vocab_size=131, hidden_size=hidden, num_hidden_layers=3, num_attention_heads=heads,
-                         num_key_value_heads=groups, head_dim=head_dim, intermediate_size=2 * hidden + 8,
-                         tie_word_embeddings=tied, rope_theta=1e6, rms_norm_eps=1e-6, **more)
+    config = Qwen3Config(
+        vocab_size=131, hidden_size=hidden, num_hidden_layers=3, num_attention_heads=heads,
+        num_key_value_heads=groups, head_dim=head_dim, intermediate_size=2 * hidden + 8,
+        tie_word_embeddings=tied, rope_theta=1e6, rms_norm_eps=1e-6)
     hf = Qwen3ForCausalLM(config)
     with torch.no_grad():
         for p in hf.parameters():
-            p.copy_(1 + 0.3 * torch.randn_like(p) if p.ndim == 1 else torch.randn_like(p) * 1.5 / hidden**0.5)
+            scale, mean = (0.3, 1) if p.ndim == 1 else (1.5 / hidden**0.5, 0)
+            p.copy_(mean + scale * torch.randn_like(p))
     hf.save_pretrained(folder, max_shard_size=shard)
     if kind == "old":  # as published checkpoints have it
         raw = json.load(open(folder / "config.json"))
@@ -159,7 +161,8 @@ def test_a_dummy_token_without_rows_gives_zero_gradients(tmp_path):
     one = torch.zeros(1, dtype=torch.int64)
     out = ours(one, one, [(0, 1, 1, 1)], none, none)
     out.backward(torch.zeros(0))
-    assert out.shape == (0,) and all(p.grad is not None and not p.grad.any() for p in ours.parameters())
+    assert out.shape == (0,)
+    assert all(p.grad is not None and not p.grad.any() for p in ours.parameters())
 
 
 # --- what is read and what is refused -------------------------------------------------------------
@@ -171,18 +174,19 @@ REFUSED = [
     {"rope_scaling": {"type": "yarn", "factor": 4}}, {"rope_scaling": {"rope_type": "linear"}},
     {"rope_scaling": {"rope_type": "default", "factor": 2}}, {"rope_scaling": "default"},
     {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "factor": 2}},
-    {"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 1e6}, {"rope_parameters": None}, {"rope_parameters": 5},
-    {"quantization_config": {"bits": 4}}, {"quantization": {"bits": 4}}, {"num_experts": 8},
-    {"auto_map": {"AutoModel": "x.py"}}, {"use_qk_norm": True}, {"mlp_bias": True},
-    {"logit_scale": 0.5}, {"final_logit_softcapping": 30.0}, {"partial_rotary_factor": 0.5},
-    {"layer_scales": [1, 2]}, {"hidden_size": "32"}, {"hidden_size": 32.0}, {"hidden_size": -1},
-    {"hidden_size": True}, {"num_hidden_layers": 0}, {"rms_norm_eps": float("nan")}, {"tie_word_embeddings": 1},
-    {"vocab_size": None}, {"num_key_value_heads": 3}, {"head_dim": 15}, {"head_dim": []},
+    {"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 1e6}, {"rope_parameters": None},
+    {"rope_parameters": 5}, {"quantization_config": {"bits": 4}}, {"quantization": {"bits": 4}},
+    {"num_experts": 8}, {"auto_map": {"AutoModel": "x.py"}}, {"use_qk_norm": True},
+    {"mlp_bias": True}, {"logit_scale": 0.5}, {"final_logit_softcapping": 30.0},
+    {"partial_rotary_factor": 0.5}, {"layer_scales": [1, 2]}, {"hidden_size": "32"},
+    {"hidden_size": 32.0}, {"hidden_size": -1}, {"hidden_size": True}, {"num_hidden_layers": 0},
+    {"rms_norm_eps": float("nan")}, {"tie_word_embeddings": 1}, {"vocab_size": None},
+    {"num_key_value_heads": 3}, {"head_dim": 15}, {"head_dim": []},
 ]
 BOOKKEEPING = {
     "_name_or_path": "x", "_commit_hash": "x", "_flag": True, "_number": 3.5, "unsloth_fixed": True,
     "unsloth_version": "2025.4.1", "transformers_version": "4.51.0", "axolotl_config": {"lr": 1e-5},
-    "transformers.js_config": {"dtype": "q4"}, "llamafactory_version": 1, "mergekit_weights": [1, 2],
+    "transformers.js_config": {"dtype": "q4"}, "llamafactory_version": 1, "mergekit_parts": [1, 2],
     "base_model": "Qwen/Qwen3-8B", "license": "mit", "training_date": "2025-07-01",
     "sep_token_id": 3, "temperature": 0.6, "do_sample": True, "torch_dtype": "bfloat16",
     "mlp_bias": False, "num_experts": None, "pruned_heads": {}, "rope_scaling": None,
@@ -286,7 +290,8 @@ def test_weights_that_do_not_fit_are_listed_all_at_once(checkpoint, tmp_path):
     with pytest.raises(UserError) as e:
         qwen.load_model(str(tmp_path))
     for part in ("missing: model.norm.weight", "unexpected: model.extra",
-                 "wrong shape: model.layers.0.mlp.up_proj", "wrong type: model.layers.1.self_attn.q_norm"):
+                 "wrong shape: model.layers.0.mlp.up_proj",
+                 "wrong type: model.layers.1.self_attn.q_norm"):
         assert part in str(e.value)
     for size in (0, 4, 100, os.path.getsize(path) - 1):
         os.truncate(path, size)
@@ -370,7 +375,7 @@ def test_export_in_shards_opens_everywhere(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "source")
     (tmp_path / "source" / "generation_config.json").write_text('{"eos_token_id": [258]}')
     ours = qwen.load_model(checkpoint)
-    qwen.export(ours, str(tmp_path / "out"), str(tmp_path / "source"), torch.float32, shard_bytes=40_000)
+    qwen.export(ours, str(tmp_path / "out"), str(tmp_path / "source"), torch.float32, 40_000)
     files = sorted(f for f in os.listdir(tmp_path / "out") if f.endswith(".safetensors"))
     assert len(files) > 2 and all(os.path.getsize(tmp_path / "out" / f) < 42_000 for f in files)
     again = qwen.load_model(str(tmp_path / "out"))
@@ -459,8 +464,7 @@ def test_importing_the_model_makes_the_first_call_of_every_mkl_function():
 def test_the_first_forward_of_a_process_equals_the_second():
     """pytorch issue 188792: 60 processes, two at a time, each with two threads."""
     def differing(_):
-        return int(subprocess.run([sys.executable, "-c", FIRST_FORWARD], check=True, capture_output=True,
-                                  text=True).stdout)
+        return int(subprocess.check_output([sys.executable, "-c", FIRST_FORWARD]))
 
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(differing, range(60))) == [0] * 60

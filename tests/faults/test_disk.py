@@ -172,8 +172,7 @@ def server_keys(w):
 def test_files_made_from_the_answers_are_whole_or_as_before(questions, name, monkeypatch):
     """The raw log has room, one of the files made from it has not; as if they lay on two disks."""
     with Misbehaving(lambda body, attempt: completion("It is \\boxed{7}")) as server:
-        where, writer = (oracle, "write_rows") if name.endswith("l") else (qwen, "write_json")
-        with full_at(where, writer, name):
+        with full_at(oracle.data, "write_rows" if name.endswith("l") else "write_json", name):
             ending = asked(questions, server)
         assert ending.code == 1 and isinstance(ending.error, (UserError, OSError)), repr(ending.error)
         assert f"asked/{name}" in ending.said[ending.said.index("error: "):], ending.said
