@@ -626,7 +626,7 @@ def export(model: Qwen3, folder: str, source: str, dtype=torch.bfloat16, shard_b
         if main and not error:
             try:
                 os.makedirs(folder, exist_ok=True)
-                write_tensors(os.path.join(folder, file), tensors)
+                write_tensors(os.path.join(folder, file), tensors, {"format": "pt"})
             except (UserError, OSError) as e:
                 error = e
     if error:
@@ -646,11 +646,11 @@ def export(model: Qwen3, folder: str, source: str, dtype=torch.bfloat16, shard_b
             shutil.copyfile(os.path.join(source, file), os.path.join(folder, file))
 
 
-def write_tensors(path: str, tensors: dict):
+def write_tensors(path: str, tensors: dict, metadata: dict | None = None):
     """A safetensors file, durable on return. Raises UserError or OSError that names the file."""
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as e:
+        save_file(tensors, path, metadata)
+    except SafetensorError as e:  # names no file, be the disk full
         raise UserError(f"{path}: {e}") from None
     with writing(path), open(path, "rb") as f:
         os.fsync(f.fileno())

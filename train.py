@@ -668,11 +668,9 @@ def read_reference(run: Run, path: str, key: str) -> dict | None:
 
 def write_reference(run: Run, path: str, key: str):
     """Keep the scores for the next start."""
-    with data.writing(path):
-        save_file({"pairs": run.reference, "eval_pairs": run.eval_reference}, path + ".tmp",
-                  {"key": key, "hashes": json.dumps(run.hashes)})
-        fsync(path + ".tmp")
-        os.replace(path + ".tmp", path)
+    tensors = {"pairs": run.reference, "eval_pairs": run.eval_reference}
+    qwen.write_tensors(path + ".tmp", tensors, {"key": key, "hashes": json.dumps(run.hashes)})
+    os.replace(path + ".tmp", path)
 
 
 def share_scores(ranks, scores, count: int) -> torch.Tensor:
@@ -711,9 +709,7 @@ def save_checkpoint(run: Run):
         if ranks.rank < shards:  # the first replica writes
             path = os.path.join(beside, f"shard_{shard}.safetensors")
             tensors = checkpoint_tensors(run)
-            with data.writing(path):
-                save_file({k: t.cpu().contiguous() for k, (t, *_) in tensors.items()}, path)
-                fsync(path)
+            qwen.write_tensors(path, {k: t.cpu().contiguous() for k, (t, *_) in tensors.items()})
             digests[shard] = torch.tensor(list(bytes.fromhex(file_sha256(path))))
     digests = [bytes(row).hex() for row in ranks.reduce(digests).tolist()]
 
