@@ -17,6 +17,7 @@ import argparse
 import cmath
 import errno
 import fcntl
+import functools
 import glob
 import hashlib
 import html
@@ -134,7 +135,8 @@ def open_server(url: str, model: str = "", **settings) -> Server:
     url = url.rstrip("/")
     if not re.fullmatch(r"https?://[^/@\s]+(/\S*)?", url):
         shown = url.rpartition("@")[2]  # a password may stand before it
-        raise UserError(f"--server is {shown!r}, http://host:port/v1 or https://host/v1 expected")
+        raise UserError(f"--server is {shown!r}, an address such as http://localhost:8000/v1 "
+                        "expected")
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not re.fullmatch(r"[!-~]*", key):  # http.client would show it in its error
         raise UserError("OPENAI_API_KEY holds characters that no HTTP header can carry")
@@ -189,7 +191,11 @@ def fetch_json(server: Server, path: str, body: dict | None = None) -> dict:
         try:
             request = urllib.request.Request(server.url + path, content, headers)
             with opener.open(request, timeout=server.timeout) as answer:
-                return json.load(answer)
+                value = json.load(answer)
+            if not isinstance(value, dict) or "error" not in value or "choices" in value:
+                return value
+            reason = None
+            problem = hide_key(server, f"HTTP 200 with an error: {value['error']}")[:300]
         except urllib.error.HTTPError as e:  # hide the key before cutting: half of it is not found
             detail = hide_key(server, " ".join(e.read().decode(errors="replace").split()))
             problem, reason = f"HTTP {e.code}: {detail[:300]}", None
@@ -200,7 +206,7 @@ def fetch_json(server: Server, path: str, body: dict | None = None) -> dict:
             if re.fullmatch(r"\d{1,9}", e.headers.get("Retry-After") or ""):
                 pause = max(pause, min(600.0, float(e.headers["Retry-After"])))
         except (OSError, ValueError, HTTPException) as e:
-            reason = getattr(e, "reason", e)  # of a URLError
+            reason = e.reason if isinstance(e, urllib.error.URLError) else e
             problem = hide_key(server, f"{type(reason).__name__}: {reason}"[:300])
         if attempt + 1 < server.tries:
             time.sleep(pause)
@@ -295,20 +301,21 @@ def read_completion(server: Server, answer) -> dict:
             thoughts += [part["type"] for part in content if part["type"] != "text"]
             content = "".join(part["text"] for part in content if part["type"] == "text")
         tokens = (answer.get("usage") or {}).get("completion_tokens") or 0
-    except (KeyError, IndexError, TypeError, AttributeError):  # proxies send errors with status 200
+    except (KeyError, IndexError, TypeError, AttributeError):
         raise RequestFailed(f"no chat completion: {hide_key(server, json.dumps(answer))[:300]}"
                             ) from None
     if not isinstance(content, str | None):
         raise RequestFailed(f"the answer's content is a {type(content).__name__}, not text")
     text = hide_key(server, content or "")
-    partial = text or "".join(str(message.get(k) or "") for k in thoughts)
+    partial = text.strip() or "".join(str(message.get(k) or "") for k in thoughts)
     if ending.lower() not in (*ENDED, *CUT):  # content_filter, tool_calls, ...: half an answer
         raise RequestFailed(f"the server ended the answer with {ending[:60]!r}", partial=partial)
     if thoughts and not text.strip():
         if "refusal" in thoughts:
             raise RequestFailed(f"the model refused: {partial[:200]}", partial=partial)
-        raise RequestFailed(f"no answer, only {thoughts[0]}: the server's reasoning parser took the "
-                            "whole answer: start it without, or raise --max_tokens", partial=partial)
+        raise RequestFailed(f"no answer, only {thoughts[0]}: the server's reasoning parser took "
+                            "the whole answer: start it without, or raise --max_tokens",
+                            partial=partial)
     finish = "length" if ending.lower() in CUT else "stop"
     return {"text": text, "finish": finish, "tokens": tokens}
 
@@ -537,121 +544,139 @@ def claim_folder(out: str, settings: dict, ranks: Ranks, policy=None):
 
 # --- grading: which answer does a text commit itself to? ------------------------------------------
 
-# `tokenize` turns spellings into canonical tokens by two tables; `read` takes lists, tuples and relations
-# apart; the expressions that remain are computed at POINTS. Equal are expressions with equal values: exact
-# fractions while that is possible, else floats within 1e-11 of the larger one. A float that has lost its
-# digits (sin pi, 1 - cos 10^-9) equals nothing but the same text.
+# `tokenize` turns spellings into canonical tokens by two tables. `read` takes lists, tuples and
+# relations apart. The expressions that remain are computed at POINTS and compared: exact fractions
+# where possible, else floats within 1e-11 of the larger one. A float that has lost its digits
+# (sin pi, 1 - cos 10^-9) equals nothing but the same text.
 #
-# Where this differs from math-verify on purpose: a decimal equals an exact value only as its rounding to six
-# or more digits (0.333 is not 1/3), and another decimal only exactly; numbers in a base have a value (10_2
-# is 2); {2n \choose n}, factorials, 1e-5 and -1./3 are read; a unit that one side lacks is forgiven, two
-# different units are not; p % equals p and p / 100; a list is a set, and a union is a list; of several boxes
-# only the last is the answer. Not seen: even roots of negative numbers, intervals that touch, degrees in
-# sin 30°, differences of irrational values below 1e-11.
+# This differs from math-verify on purpose. A decimal equals an exact value only as its rounding to
+# six or more digits (0.333 is not 1/3), and another decimal only exactly. 10_2 is 2. Factorials,
+# 1e-5 and -1./3 are read. A unit that one side lacks is forgiven, two different units are not. p %
+# equals p and p / 100. A list is a set, a union is a list. Of several boxes the last one counts.
+# Not seen: even roots of negative numbers, intervals that touch, degrees in sin 30°.
 
 BOX = re.compile(r"\\f?box(?:ed)?\s*(\{|[^\s{}\\$])")
 STATED = re.compile(
     r"(?:####|\banswers?\b[^.\n:$\\\d]{0,40}?(?:\b(?:is|are|be)\b|:|=))(?:[\s:,*]*"
-    r"\b(?:thus|hence|therefore|then|simply|just|exactly|equal to|equals|given by)\b)*[\s:,*]*", re.I)
+    r"\b(?:thus|hence|therefore|then|simply|just|exactly|equal to|equals|given by)\b)*[\s:,*]*",
+    re.I)
 
 
 def extract_answer(text: str) -> str | None:
-    """What the last box of a response holds, else what the last "answer is", "Answer:" or "####" states.
-    Thinking is dropped; a text that ends inside <think> or its last box was cut off and has no answer."""
+    """What the last box of a response holds, else what its last "answer is", "Answer:" or "####"
+    states. None if there is neither, or if the text ends inside <think> or its last box."""
     text = after_thinking(text)
-    answer, stated = last_boxed(text), [m.end() for m in STATED.finditer(text)]
+    answer = last_boxed(text)
+    stated = list(STATED.finditer(text))
     if answer is None and stated:
-        rest = text[stated[-1]:].split("\n")[0].split("<|")[0]
-        formula = re.match(r"\$+[^$]+\$+|\\\(.+?\\\)|\\\[.+?\\\]", rest)
-        answer = formula[0] if formula else re.split(r"[.;]\s|,?\s(?:because|since)\b", rest)[0].strip(".* ")
+        line = text[stated[-1].end():].split("\n")[0].split("<|")[0]
+        formula = re.match(r"\$+[^$]+\$+|\\\(.+?\\\)|\\\[.+?\\\]", line)
+        if formula:
+            answer = formula[0]
+        else:
+            answer = re.split(r"[.;]\s|,?\s(?:because|since)\b", line)[0].strip(".* ")
     return (answer or "").strip() or None
 
 
 def after_thinking(text):
-    """What a response says once its thinking has ended: nothing, where it was cut off before that."""
-    _, thought, said = text.rpartition("</think>")
-    return "" if "<think>" in said else said.lstrip() if thought else said
+    """What a response says after its thinking; nothing if it was cut off before that."""
+    _, mark, answer = text.rpartition("</think>")
+    if "<think>" in answer:
+        return ""
+    return answer.lstrip() if mark else answer
 
 
 def last_boxed(text):
-    """Contents of the last \\boxed{} or \\fbox{}, braces balanced; "" if it never closes, None if none."""
-    *_, box = [None, *BOX.finditer(text)]
-    if box is None or box[1] != "{":
-        return box and box[1]
-    depth = 0
-    for brace in re.compile(r"\\.|[{}]", re.S).finditer(text, box.start(1)):  # an escaped brace is no brace
+    """Contents of the last \\boxed{} or \\fbox{}; "" if it never closes, None if there is none."""
+    boxes = list(BOX.finditer(text))
+    if not boxes:
+        return None
+    inside = text[boxes[-1].end():]
+    if boxes[-1][1] != "{":
+        return boxes[-1][1]
+    depth = 1
+    for brace in re.finditer(r"\\.|[{}]", inside, re.S):  # \{ is no brace
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
-            return text[box.end():brace.start()]
+            return inside[:brace.start()]
     return ""
 
 
 # --- grading: text to tokens ----------------------------------------------------------------------
 
-MAX_CHARS, MAX_DEPTH, MAX_COMMAS, MAX_BITS = 400, 25, 60, 3000  # beyond these only the same text is equal
-TEXT, MATRIX = r"\\(?:text|mbox|mathrm|operatorname)\w*\s*", r"\s*\{(?:[pbB]?matrix|array)\}"
-MULTIPLES = {"dozen": "12", "hundred": "100", "thousand": "1000", "million": "10^6", "billion": "10^9",
-             "trillion": "10^{12}"}
-
-
-def repeating(m):
-    """0.1\\overline{6} is (16 - 1) / 90."""
-    once, again = m[1] + m[2], m[1] + m[2] + m[3]
-    return f"({int(again) - int(once)}/{10 ** len(m[2] + m[3]) - 10 ** len(m[2])})"
-
-
+MAX_CHARS, MAX_COMMAS, MAX_BITS = 400, 60, 3000  # beyond these only the same text is equal
+TEXT = r"\\(?:text|mbox|mathrm|operatorname)\w*\s*"
+MATRIX = r"\s*\{(?:[pbB]?matrix|array)\}"
+MULTIPLES = {"dozen": "12", "hundred": "100", "thousand": "1000", "million": "10^6",
+             "billion": "10^9"}
 REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in [
-    (r"(?<![\w.])(\d{1,9})\.(\d{0,9})\\(?:overline|bar|dot)\s*\{?(\d{1,9})\}?", repeating),
-    (r"\A([\s$]*\d+)\s*:\s*(\d+[\s$]*)\Z", r"\1/\2"),  # a ratio
-    (r"\b(?:square|sq)\s+([a-z]+)", r"\1^2"),  # units
-    (TEXT + r"\{[\s~(]*([A-Za-z][A-Za-z\s/.'-]*?)[\s).]*\}", r' "\1" '),  # "words": perhaps a unit
+    # numbers: 0.1\overline{6}, the ratio 3:4
+    (r"(?<![\w.])(\d{1,9}\.(\d{0,9}))\\(?:overline|bar|dot)\s*\{?(\d{1,9})\}?",
+     lambda m: f"({m[1]}+{m[3]}/{10 ** len(m[3]) - 1}/{10 ** len(m[2])})"),
+    (r"\A([\s$]*\d+)\s*:\s*(\d+[\s$]*)\Z", r"\1/\2"),
+    # units and other words in \text{}
+    (r"\b(?:square|sq)\s+([a-z]+)", r"\1^2"),
+    (TEXT + r"\{[\s~(]*([A-Za-z][A-Za-z\s/.'-]*?)[\s).]*\}", r' "\1" '),
     (TEXT + r"\{([^{}]*)\}", r" \1 "),
-    (r"(?<=\d)(?:\{,\}|,\\!|\\[,! ])\s*(?=\d{3}(?!\d))", ""),  # 10{,}000   11,\! 111   1\,000
-    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits|math(?:bf|it|cal)|boldsymbol|q?quad|f?box(?:ed)?)"
-     r"(?![A-Za-z])|(?<!\\)\\[,;:! ()\[\]$]|[$£€~]", " "),
+    # thousands: 10{,}000   11,\! 111   1\,000
+    (r"(?<=\d)(?:\{,\}|,\\!|\\[,! ])\s*(?=\d{3}(?!\d))", ""),
+    # layout
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits|math(?:bf|it|cal)|boldsymbol|q?quad"
+     r"|f?box(?:ed)?)(?![A-Za-z])|(?<!\\)\\[,;:! ()\[\]$]|[$£€~]", " "),
+    # words outside \text{}: a lone one is no product of letters
     (r"\\mathbb\s*\{?\s*R\s*\}?|\ball real numbers\b", r"(-\\infty,\\infty)"),
-    (r"\A\s*([A-Za-z' ]*[A-Za-z]{3}[A-Za-z' ]*|[Nn]o)[.\s]*\Z", r' "\1" '),  # a word, no product of letters
+    (r"\A\s*([A-Za-z' ]*[A-Za-z]{3}[A-Za-z' ]*|[Nn]o)[.\s]*\Z", r' "\1" '),
     (r'"?\b(?:and|or)\b"?|\\cup\b', ","),
-    (r'(?<=\d)\s*"?\b(hundred|thousand|million|billion|trillion|dozen)\b', lambda m: "*" + MULTIPLES[m[1]]),
-    (r"\\begin" + MATRIX + r"(?:\s*\{[^{}]*\})?", "⟦("),  # a matrix is ⟦(1,2),(3,4)⟧
+    (r'(?<=\d)\s*"?\b(' + "|".join(MULTIPLES) + r')\b', lambda m: "*" + MULTIPLES[m[1]]),
+    # a matrix is ⟦(1,2),(3,4)⟧
+    (r"\\begin" + MATRIX + r"(?:\s*\{[^{}]*\})?", "⟦("),
     (r"(?:\\\\\s*)?\\end" + MATRIX, ")⟧"),
     (r"\\\\", "),("),
+    # functions that are written as brackets
     (r"(?:\||\\[lr]?vert\b)(.*?)(?:\||\\[lr]?vert\b)", r" abs(\1)"),
     (r"\\l(floor|ceil)\b(.*?)\\r\1\b", r" \1(\2)"),
     (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
+    # subscripts and superscripts: a subscript belongs to its name, but for a logarithm's base
     (r"\s*([_^])\s*", r"\1"),
-    (r"(log|ln)_(\{[^{}]*\}|\w)", r"\1 _{\2}"),  # a base; any other subscript belongs to its name
+    (r"(log|ln)_(\{[^{}]*\}|\w)", r"\1 _{\2}"),
     (r"\^(?:\{\s*\\circ\s*\}|\\circ)", "°"),
     (r"\\prime\s*", "'"),
     (r"\^\{?('+)\}?", r"\1"),
     (r"\^(\{[^{}]*\}|\w)_(\{[^{}]*\}|\w)", r"_\2^\1"),  # v^2_0
     (r"(?<![A-Za-z\\_^])([A-Za-z])\((\d+)\)", r"\1_{\2}"),  # I(0) is no product
     (r"\((\d+)\)_", r"\1_"),
-    (r"(?<![\w.^}])(\d+)\s*\\[dtc]?frac\s*(\{\d+\}|\d)\s*(\{\d+\}|\d)", r"(\1+\2/\3)"),  # mixed: 1\frac45
+    # mixed numbers: 1\frac45   1 4/5
+    (r"(?<![\w.^}])(\d+)\s*\\[dtc]?frac\s*(\{\d+\}|\d)\s*(\{\d+\}|\d)", r"(\1+\2/\3)"),
     (r"(?<![\w.^])(\d+) +(\d+)/(\d+)(?![\d.])", r"(\1+\2/\3)"),
-    (r"(frac|binom)\s*(\d)", r"\1{\2}"),  # \frac12
-    (r"(frac|binom)\s*(\{[^{}]*\})\s*(\d)", r"\1\2{\3}"),
-    (r"((?<=[\d}])|(?<=pi))\s*(?:\\approx|\\simeq|≈)[^=]*\Z", ""),  # pi/2 ≈ 1.57: the exact side counts
+    # \frac12; pi/2 ≈ 1.57, where the exact side counts; np.arcsin
+    (r"(frac|binom)\s*(\d)", r"\1{\2}"),
+    (r"((?<=[\d}])|(?<=pi))\s*(?:\\approx|\\simeq|≈)[^=]*\Z", ""),
     (r"\b(?:np|math)\.(?=[a-z])", "")]]
-# What one token may be written as. Tokens are signs, numbers, names (letters first) and words ('"cm').
-SAME = {old: new for new, olds in {
-    "-": "− –", "*": r"\cdot \times × ·", "/": r"\div ÷", "^": "**", "±": r"\pm", "∓": r"\mp", ",": r"& ∪",
-    "<": r"\lt", ">": r"\gt", "≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=", "≠": r"\ne \neq",
-    "=": r"\in ∈ \approx \simeq ≈", "(": r"\langle", ")": r"\rangle", r"\{": r"\lbrace", r"\}": r"\rbrace",
-    "frac": r"\dfrac \tfrac \cfrac", "binom": r"\dbinom \tbinom", "sqrt": "√", "pi": "π", "theta": "θ",
-    "phi": r"\varphi", "infty": "∞ infinity inf", '"emptyset': r"\emptyset \varnothing ∅",
-    "asin": r"arcsin \arcsin", "acos": r"arccos \arccos", "atan": r"arctan \arctan", "log": r"ln \ln",
-    '"%': r"% \% percent percentage", '"°': r"° \degree degree degrees", '"m': "meter meters", "": "the",
-    '"cm': "centimeter centimeters", '"km': "kilometer kilometers", '"in': "inch inches", '"ft': "foot feet",
-    '"mi': "mile miles", '"h': "hour hours hr", '"min': "minute minutes", '"s': "second seconds sec",
-    '"g': "gram grams", '"kg': "kilogram kilograms", '"lb': "pound pounds"}.items() for old in olds.split()}
+# What one token may be written as. Tokens are signs, numbers, names (letters first), words ('"cm').
+SPELLINGS = {
+    "-": "− –", "*": r"\cdot \times × ·", "/": r"\div ÷", "^": "**", "±": r"\pm", "∓": r"\mp",
+    ",": r"& ∪", "<": r"\lt", ">": r"\gt", "≤": r"\le \leq \leqslant <=", "≠": r"\ne \neq",
+    "≥": r"\ge \geq \geqslant >=", "=": r"\in ∈ \approx \simeq ≈", "(": r"\langle", ")": r"\rangle",
+    r"\{": r"\lbrace", r"\}": r"\rbrace", "frac": r"\dfrac \tfrac \cfrac",
+    "binom": r"\dbinom \tbinom", "sqrt": "√", "pi": "π", "theta": "θ", "phi": r"\varphi",
+    "infty": "∞ infinity inf", '"emptyset': r"\emptyset \varnothing ∅", "asin": r"arcsin \arcsin",
+    "acos": r"arccos \arccos", "atan": r"arctan \arctan", "log": r"ln \ln", "": "the",
+    '"%': r"% \% percent percentage", '"°': r"° \degree degree degrees", '"m': "meter meters",
+    '"cm': "centimeter centimeters", '"km': "kilometer kilometers", '"in': "inch inches",
+    '"ft': "foot feet", '"mi': "mile miles", '"h': "hour hours hr", '"min': "minute minutes",
+    '"s': "second seconds sec", '"g': "gram grams", '"kg': "kilogram kilograms",
+    '"lb': "pound pounds"}
+SAME = {old: new for new, olds in SPELLINGS.items() for old in olds.split()}
 TOKEN = re.compile(r"""
-    ( "[^"]*" | (?<![A-Za-z\d\\])[A-Za-z]{4,} | (?<![A-Za-z\\]) (?:sin|cos|tan|sec|csc|cot|log|ln|exp|abs|pi
-      |cm|mm|km|kg|ft|in|mi|yd|hr|min|mph|lb|oz|sq|day|way|inf)(?![A-Za-z]) )                      # a word
-    | ( (?:\\[A-Za-z]+|[A-Za-z]) (?:_(?:\{[^{}]*\}|\\[A-Za-z]+|\w)|')* )                           # a name
-    | \d+_(?:\d+|\{\d+\}) | (?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))? | \\. | \*\* | [<>]= | \S
+    ( "[^"]*" | (?<![A-Za-z\d\\])[A-Za-z]{4,}
+      | (?<![A-Za-z\\]) (?:sin|cos|tan|sec|csc|cot|log|ln|exp|abs|pi|inf
+        |cm|mm|km|kg|ft|in|mi|yd|hr|min|mph|lb|oz|sq|day|way)(?![A-Za-z]) )                # a word
+    | ( (?:\\[A-Za-z]+|[A-Za-z]) (?:_(?:\{[^{}]*\}|\\[A-Za-z]+|\w)|')* )                   # a name
+    | \d+_(?:\d+|\{\d+\}) | (?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?
+    | \\. | \*\* | [<>]= | !! | \S
     """, re.S | re.X)
-CLOSE = dict(zip(r"( [ { \{ ⟦".split(), r") ] } \} ⟧".split()))
+THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+CLOSE = {"(": ")", "[": "]", "{": "}", r"\{": r"\}", "⟦": "⟧"}
 
 
 def tokenize(text: str) -> list[str]:
@@ -662,112 +687,136 @@ def tokenize(text: str) -> list[str]:
         text = text.replace("\\\\", "\\")
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
-    if not re.search(r"[(\[]|\\\{", text):  # inside brackets a comma separates: (100,200) is a point
-        text = re.sub(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", ""), text)
+    if not re.search(r"[(\[]|\\\{", text):  # in brackets a comma separates: (100,200) is a point
+        text = THOUSANDS.sub(lambda m: m[0].replace(",", ""), text)
     tokens = []
     for m in TOKEN.finditer(text):
-        for word in m[1].strip('"').split() if m[1] else ():
-            tokens.append(SAME.get(word.lower(), word if word in KEYWORDS else '"' + word))
-        if not m[1]:  # a name is the same with and without braces, a_{n}
-            tokens.append(SAME.get(m[0], re.sub(r'[\s{}"\\]', "", m[0]) if m[2] else m[0]))
-    tokens = [t for t in tokens if t]
-    if max(depths(tokens), default=0) > MAX_DEPTH:
-        raise ValueError("too deep")
-    return tokens
+        if m[1]:
+            for word in m[1].strip('"').split():
+                tokens.append(SAME.get(word.lower(), word if word in KEYWORDS else '"' + word))
+        elif m[2]:  # a name is the same with and without braces, a_{n}
+            tokens.append(SAME.get(m[2], re.sub(r'[\s{}"\\]', "", m[2])))
+        else:
+            tokens.append(SAME.get(m[0], m[0]))
+    return [t for t in tokens if t]
 
 
 def depths(tokens):
-    """How many brackets are open after each token; intervals mix them, (0, 1], so their kind is ignored."""
-    depth = 0
-    for token in tokens:
-        depth += (token in CLOSE) - (token in CLOSE.values())
-        yield depth
+    """How many brackets are open after each token. Their kind is ignored: intervals mix them."""
+    changes = [(t in CLOSE) - (t in CLOSE.values()) for t in tokens]
+    return list(itertools.accumulate(changes))
 
 
 def split(tokens, separators):
-    """The non-empty parts between separators outside brackets, and the separators."""
-    cuts = [i for i, depth in enumerate(depths(tokens)) if depth == 0 and tokens[i] in separators]
-    parts = [tokens[i + 1:j] for i, j in zip([-1, *cuts], [*cuts, len(tokens)])]
-    return [p for p in parts if p], [tokens[i] for i in cuts]
+    """The non-empty parts between separators outside brackets, and these separators."""
+    parts, cuts = [[]], []
+    for token, depth in zip(tokens, depths(tokens)):
+        if depth == 0 and token in separators:
+            cuts.append(token)
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    return [p for p in parts if p], cuts
 
 
 # --- grading: an expression to numbers ------------------------------------------------------------
 
 
 def power(x, n):
-    """x^n over the reals, where x^(1/3) of a negative x is negative and x^(1/2) is undefined."""
-    exact = isinstance(x, Fraction) and isinstance(n, Fraction) and n.denominator == 1
-    if exact and max(abs(x.numerator), x.denominator).bit_length() * abs(n) <= 2 * MAX_BITS:
-        return x ** int(n)
+    """x^n over the reals: x^(1/3) of a negative x is negative, x^(1/2) of it is undefined."""
+    if isinstance(x, Fraction) and bits(x) * abs(n) > 2 * MAX_BITS:
+        x = float(x)
     if isinstance(x + n, complex) or x >= 0 or n % 1 == 0:
-        return (x + 0.0) ** n
-    odd = abs(1 / n - round(1 / n)) < 1e-9 and round(1 / n) % 2
-    return -((-x) ** float(n)) if odd else math.nan
+        return x ** n
+    root = round(1 / n)
+    if root % 2 == 0 or abs(1 / n - root) > 1e-9:
+        raise ValueError("no real power")
+    return -((-x) ** float(n))
+
+
+def bits(x):
+    return max(abs(x.numerator), x.denominator).bit_length()
 
 
 def factorial(n):
     """n!, exact for whole n up to 400, else by the gamma function."""
-    exact = isinstance(n, Fraction) and n.denominator == 1 and 0 <= n <= 400
-    return Fraction(math.factorial(int(n))) if exact else math.gamma(n + 1)
+    if isinstance(n, Fraction) and n.denominator == 1 and 0 <= n <= 400:
+        return Fraction(math.factorial(int(n)))
+    return math.gamma(n + 1)
 
 
 CONSTANTS = {"pi": math.pi, "e": math.e, "i": 1j}
+ALMOST = Fraction(1, 10**9)  # floor(log_2 8) is 3
 OPERATIONS = {
-    "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "frac": operator.truediv,
-    "^": power, "!": factorial, "binom": lambda n, k: factorial(n) / factorial(k) / factorial(n - k),
-    "abs": abs, "exp": lambda x: power(math.e, x), "sec": lambda x: 1 / operate("cos", x),
-    "csc": lambda x: 1 / operate("sin", x), "cot": lambda x: 1 / operate("tan", x),
-    "floor": lambda x: Fraction(math.floor(x + Fraction(1, 10**9))),  # floor(log_2 8) is 3
-    "ceil": lambda x: Fraction(math.ceil(x - Fraction(1, 10**9)))}
-FUNCTIONS = set("sin cos tan asin acos atan sinh cosh tanh log abs exp sec csc cot floor ceil".split())
+    "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "^": power,
+    "!": factorial, "frac": operator.truediv, "abs": abs, "exp": lambda x: power(math.e, x),
+    "binom": lambda n, k: factorial(n) / factorial(k) / factorial(n - k),
+    "sec": lambda x: 1 / operate("cos", x), "csc": lambda x: 1 / operate("sin", x),
+    "cot": lambda x: 1 / operate("tan", x), "floor": lambda x: Fraction(math.floor(x + ALMOST)),
+    "ceil": lambda x: Fraction(math.ceil(x - ALMOST))}
+TRIGONOMETRY = "sin cos tan asin acos atan sinh cosh tanh sec csc cot"
+FUNCTIONS = {*TRIGONOMETRY.split(), "log", "abs", "exp", "floor", "ceil"}
 KEYWORDS = {*FUNCTIONS, *OPERATIONS, *CONSTANTS, "sqrt", "infty"}
-BINDING = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 4, "!": 5}  # a sign binds as 3: -x^2 is -(x^2)
-ATOM, STARTS_ATOM = 5, re.compile(r"""[^\W_]|["([{]""").match
-# Variables are (low to high) / denominator: small, near 1 (x^2018 fits a float), medium, large (floor(x/100)
-# is not 0), negative (|x| is not x), of either sign, integers ((-1)^n is real only there, and floor and ceil
-# agree too easily elsewhere: so many that n and m are even and odd in all combinations).
-POINTS = [(1, 996, 997), (900, 996, 997), (998, 1100, 997), (998, 9000, 997), (99_000, 990_000, 997),
-          (-9000, -998, 997), (-2500, 2500, 997), (2, 13, 1), (3, 40, 1), *[(1, 10, 1)] * 12]
+BINDING = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 4, "!": 5}
+SIGN, ATOM = 3, 5  # how tightly a sign binds, -x^2 is -(x^2), and what an operand is
+STARTS_ATOM = re.compile(r"""[^\W_]|["([{]""").match
+# Variables are (low to high) / denominator: small, near 1 (x^2018 fits a float), medium, large
+# (floor(x/100) is not 0), negative (|x| is not x), of either sign, integers ((-1)^n is real only
+# there; floor and ceil agree too easily elsewhere; so many that n and m are even and odd in all
+# combinations).
+POINTS = [(1, 996, 997), (900, 996, 997), (998, 1100, 997), (998, 9000, 997),
+          (99_000, 990_000, 997), (-9000, -998, 997), (-2500, 2500, 997),
+          (2, 13, 1), (3, 40, 1), *[(1, 10, 1)] * 12]
 
 
 def operate(op, *args):
-    """One operation, exact on fractions where it can be; raises ArithmeticError if no digit is certain:
-    a sum or a function that comes out small beside what it came from has lost them."""
-    if op in OPERATIONS:
-        value, scale = OPERATIONS[op](*args), max(map(abs, args)) if op in "+-" else 0
+    """One operation, exact on fractions where it can be. Raises ArithmeticError if no digit is
+    certain: a sum or a function that is small beside what it came from has lost them."""
+    scale = 0
+    if op not in OPERATIONS:
+        library = cmath if isinstance(args[0], complex) else math
+        value, scale = getattr(library, op)(args[0]), min(1, abs(args[0]))
     else:
-        if op in ("sin", "cos", "tan") and abs(args[0]) > 1e5:
-            raise ArithmeticError("digits lost")
-        value = getattr(cmath if isinstance(args[0], complex) else math, op)(args[0])
-        scale = min(1, abs(args[0]))
+        value = OPERATIONS[op](*args)
+        if op in "+-":
+            scale = max(abs(x) for x in args)
     if isinstance(value, Fraction):
-        return value if max(abs(value.numerator), value.denominator) < 2**MAX_BITS else float(value)
-    if not cmath.isfinite(value) or abs(value) < 1e-4 * scale or value == 0 and all(args):
+        return value if bits(value) <= MAX_BITS else float(value)
+    lost = abs(value) < 1e-4 * scale or value == 0 and all(args)
+    if lost or not cmath.isfinite(value) or op in ("sin", "cos", "tan") and abs(args[0]) > 1e5:
         raise ArithmeticError("digits lost")
     return value
 
 
 def expression(tokens, point, floor=0):
-    """The value of the longest expression whose operators all bind tighter than `floor`. `tokens` is a stack,
-    the next one on top, " " at the bottom; what is read is taken from it."""
+    """A Pratt parser that computes at once: the value of the longest expression whose operators
+    bind tighter than `floor`. `tokens` is a stack, the next token on top, " " at the bottom; what
+    is read is taken from it."""
     if tokens[-1] in ("+", "-"):
-        value = operate("*", Fraction(tokens.pop() + "1"), expression(tokens, point, 3))
+        sign = Fraction(tokens.pop() + "1")
+        value = operate("*", sign, expression(tokens, point, SIGN))
     else:
         value = atom(tokens, point)
-    while BINDING.get(tokens[-1], 2 if STARTS_ATOM(tokens[-1]) else 0) > floor:
+    while True:
+        op = tokens[-1]
+        if op not in BINDING and STARTS_ATOM(op):
+            op = "*"  # 2x
+        if BINDING.get(op, 0) <= floor:
+            return value
         if tokens[-1][0].isdigit():
             raise ValueError("a number after an operand: 2 3")
-        op = tokens.pop() if tokens[-1] in BINDING else "*"
-        if op == tokens[-1] == "!":
-            raise ValueError("a double factorial")
-        value = operate(op, value, *([] if op == "!" else [expression(tokens, point, min(BINDING[op], 3))]))
-    return value
+        if op == tokens[-1]:
+            tokens.pop()
+        if op == "!":
+            value = operate(op, value)
+        else:
+            value = operate(op, value, expression(tokens, point, min(BINDING[op], SIGN)))
 
 
 def atom(tokens, point):
     """The value of a bracket, a number, a function of its arguments, or a name."""
     token = tokens.pop()
-    word = token.lstrip('"')
+    name = token.lstrip('"')
     if token in CLOSE:
         value = expression(tokens, point)
         if tokens.pop() != CLOSE[token]:
@@ -775,7 +824,7 @@ def atom(tokens, point):
         return value
     if token[0].isdigit() or token[0] == "." and len(token) > 1:
         digits, _, base = token.partition("_")
-        return Fraction(int(digits, int(base.strip("{}")) or 1) if base else token)  # base 0 would guess
+        return Fraction(int(digits, int(base.strip("{}"))) if base else digits)
     if token == "sqrt":
         degree = atom(tokens, point) if tokens[-1] == "[" else 2
         return operate("^", expression(tokens, point, ATOM), operate("/", Fraction(1), degree))
@@ -783,57 +832,69 @@ def atom(tokens, point):
         return operate(token, expression(tokens, point, ATOM), expression(tokens, point, ATOM))
     if token in FUNCTIONS:
         return function(token, tokens, point)
-    if not word[:1].isalpha():
+    if name in CONSTANTS:
+        return CONSTANTS[name]
+    if not name[:1].isalpha():
         raise ValueError(f"{token!r} is no operand")
-    if word in CONSTANTS:
-        return CONSTANTS[word]
-    low, high, denominator = POINTS[point]  # fixed by the name alone: the same in every run
-    chance = hashlib.sha256(ascii(f"{word} {point}").encode()).digest()  # a CRC's parities go together
-    return Fraction(low + int.from_bytes(chance[:4], "little") % (high - low + 1), denominator)
+    low, high, denominator = POINTS[point]
+    chance = random.Random(f"{name} {point}")  # a name has the same values in every run
+    return Fraction(chance.randint(low, high), denominator)
 
 
 def function(name, tokens, point):
-    """sin^2 x, sin^{-1} x, log_2 8; without brackets the argument is a product: sin 2 t cos t."""
+    """sin^2 x, sin^{-1} x, log_2 8. Without brackets the argument is a product: sin 2 t cos t."""
     marks = {}
     while tokens[-1] in ("^", "_"):
-        marks |= {tokens.pop(): expression(tokens, point, ATOM)}
+        mark = tokens.pop()
+        marks[mark] = expression(tokens, point, ATOM)
     if marks.get("^") == -1 and "a" + name in FUNCTIONS:
         name, marks = "a" + name, {}
-    bracket = tokens[-1] in CLOSE
-    value = expression(tokens, point, ATOM if bracket else 2)
-    while not bracket and STARTS_ATOM(tokens[-1]) and tokens[-1] not in FUNCTIONS and tokens[-1] != "(":
-        value = operate("*", value, expression(tokens, point, 2))
-    value = operate(name, value)
-    value = operate("/", value, operate("log", marks["_"])) if "_" in marks else value
-    return operate("^", value, marks["^"]) if "^" in marks else value
+    if tokens[-1] in CLOSE:
+        argument = expression(tokens, point, ATOM)
+    else:
+        argument = expression(tokens, point, BINDING["*"])
+        while STARTS_ATOM(tokens[-1]) and tokens[-1] not in FUNCTIONS and tokens[-1] != "(":
+            argument = operate("*", argument, expression(tokens, point, BINDING["*"]))
+    value = operate(name, argument)
+    if "_" in marks:
+        value = operate("/", value, operate("log", marks["_"]))
+    if "^" in marks:
+        value = operate("^", value, marks["^"])
+    return value
 
 
 def compute(tokens):
-    """The values of an expression at all points, None where it is undefined or not mathematics."""
-    def value(point):
-        stack = [" ", " ", *reversed(tokens)]
-        try:
-            found = expression(stack, point)
-            return found if len(stack) == 2 else None
-        except (ValueError, ArithmeticError, TypeError):  # TypeError: the factorial of i
-            return None
-
-    names = (t.lstrip('"') for t in tokens)
+    """The values of an expression at all points, None where it has none or is not mathematics."""
+    names = [t.lstrip('"') for t in tokens]
     constant = all(name in KEYWORDS or not name[:1].isalpha() for name in names)
-    return [value(0)] * len(POINTS) if constant else [value(point) for point in range(len(POINTS))]
+    values = []
+    for point in range(1 if constant else len(POINTS)):
+        stack = [" ", *reversed(tokens)]
+        try:
+            value = expression(stack, point)
+        except (ValueError, ArithmeticError, TypeError):  # TypeError: the factorial of i
+            value = None
+        values.append(value if stack == [" "] else None)
+    return values * len(POINTS) if constant else values
 
 
 # --- grading: answers, and whether two are the same -----------------------------------------------
 
+UNIT = re.compile(
+    r'((?:.* )?[^" ]*[\w)\]}!])((?: "\S+(?: \^(?: \{)?(?: -)? \d(?: \})?)?(?: [/*])?)+)')
 RELATIONS = ("=", "≠", "<", "≤", ">", "≥")
+CHAINS = ({"="}, {"≠"}, {"<", "≤"}, {">", "≥"})  # relations that may stand in one chain
 # x, a_n, f(x), f^{-1}(x), (p,q), frac{dM}{dt}: letters and brackets, no operation on them
-NAME = re.compile(r"""(?!(?:pi|e|i|infty)\Z)([^\W\d]\w*+(\^\{-1\}(?=\())?|['"(){},])+""").fullmatch
+NAME = re.compile(r"""(?!(?:pi|e|i|infty)\Z)([^\W\d]\w*+(\^\{-1\}(?=\())?|['"(){},])+""")
+PROSE = re.compile(
+    r"(?=[^$\\]*?[A-Za-z]{2})[^\d\\$]+(\$.*\$|\\\(.*\\\)|\\\[.*\\\])", re.S)
 
 
 class Answer(NamedTuple):
-    """`kind` is "leaf" (an expression or words), "list" (without order), the brackets of a tuple, interval or
-    matrix, or a relation, whose `values` are left minus right. A relation that says what a name is (x = 5;
-    x < 5: x is in (-oo, 5)) is "=", with the name as its `text` and the rest as its one item."""
+    """`kind` is "leaf" (an expression or words), "list" (without order), the brackets of a tuple,
+    interval or matrix, or a relation, whose `values` are left minus right. A relation that says
+    what a name is (x = 5; x < 5: x is in (-oo, 5)) is "=": the name in `text`, the rest in `items`.
+    """
 
     kind: str
     text: str = ""
@@ -849,112 +910,122 @@ def read(tokens: list) -> Answer:
     if not tokens:
         raise ValueError("nothing there")
     inside, brackets = tokens[1:-1], tokens[0] + tokens[-1]
-    enclosed = inside and tokens[0] in CLOSE and min(list(depths(tokens))[:-1]) > 0
+    enclosed = inside and tokens[0] in CLOSE and min(depths(tokens)[:-1]) > 0
     if enclosed and brackets in ("{}", r"\{\}"):
         return read(inside)
-    parts = split(tokens, ";")[0]
-    if len(parts) == 1 and {"±", "∓"} & {*tokens} and r"\{" not in tokens:  # both answers
-        signs = {"±": "+-", "∓": "-+"}
-        upper, lower = ([signs.get(t, (t, t))[i] for t in tokens] for i in (0, 1))
+    parts, _ = split(tokens, ";")
+    if len(parts) == 1 and r"\{" not in tokens and {"±", "∓"} & set(tokens):  # both answers
+        upper = [{"±": "+", "∓": "-"}.get(t, t) for t in tokens]
+        lower = [{"±": "-", "∓": "+"}.get(t, t) for t in tokens]
         return read([*upper, ",", *lower])
-    parts = parts if len(parts) > 1 else split(tokens, ",")[0]
+    if len(parts) == 1:
+        parts, _ = split(tokens, ",")
     if len(parts) > 1:
         return Answer("list", items=[read(p) for p in parts])
     if split(tokens, RELATIONS)[1]:
         return read_relation(tokens)
     if enclosed and brackets in ("()", "[]", "(]", "[)", "⟦⟧"):
         items = [read(p) for p in split(inside, ",;")[0]]
-        kind = brackets if brackets == "⟦⟧" or len(items) == 2 else "()"  # [1,2,3] is (1,2,3)
-        return items[0] if kind == "()" and len(items) == 1 else Answer(kind, items=items)
+        if brackets == "⟦⟧" or len(items) == 2:
+            return Answer(brackets, items=items)
+        return items[0] if len(items) == 1 else Answer("()", items=items)  # [1,2,3] is (1,2,3)
     return read_leaf(tokens)
 
 
 def read_relation(tokens):
     """x = 5, 5 = x, a = b = 5, 2 + 3 = 5, 2x + y = 5, x in (0, 1), x < 5, 1 <= x < 5, 2x + y < 5"""
-    parts, signs = split(tokens, RELATIONS)
-    if len(parts) != len(signs) + 1 or not any({*signs} <= {*kind} for kind in ("=", "≠", "<≤", ">≥")):
+    sides, signs = split(tokens, RELATIONS)
+    if len(sides) != len(signs) + 1 or not any(set(signs) <= chain for chain in CHAINS):
         raise ValueError("a side is empty, or relations are mixed")
-    # AB = 5 says what a segment is, xy = 6 is an equation
-    names = [NAME("".join(p)) and not (len(p) > 1 and all(
-        len(t) == 1 and t.islower() for t in p)) for p in parts]
-    if signs[0] in ">≥" or signs[0] == "=" and names[-1] and not names[0]:
-        parts, names, signs = parts[::-1], names[::-1], [{">": "<", "≥": "≤"}.get(s, s) for s in signs[::-1]]
-    left, right = parts[0], parts[-1]
-    values = compute(["(", *left, ")", "-", "(", *right, ")"])
-    if signs[0] in "<≤" and len(parts) == 2 and any(names):
-        parts = [["-", "infty"], *parts] if names[0] else [*parts, ["infty"]]
-        signs = ["<", *signs] if names[0] else [*signs, "<"]
-    if signs[0] in "<≤" and len(parts) == 3:
-        left, right = parts[1], ["(["[signs[0] == "≤"], *parts[0], ",", *parts[2], ")]"[signs[1] == "≤"]]
+    if signs[0] in (">", "≥"):
+        sides = sides[::-1]
+        signs = [{">": "<", "≥": "≤"}[sign] for sign in reversed(signs)]
+    elif signs[0] == "=" and is_name(sides[-1]) and not is_name(sides[0]):
+        sides = sides[::-1]
+    name, rest = sides[0], sides[-1]
+    values = compute(["(", *name, ")", "-", "(", *rest, ")"])
+    if signs[0] in ("<", "≤"):
+        if len(sides) == 2 and is_name(sides[0]):
+            sides, signs = [["-", "infty"], *sides], ["<", *signs]
+        elif len(sides) == 2 and is_name(sides[1]):
+            sides, signs = [*sides, ["infty"]], [*signs, "<"]
+        if len(sides) != 3:
+            return Answer(signs[0], values=values)
+        opening = "[" if signs[0] == "≤" else "("
+        closing = "]" if signs[1] == "≤" else ")"
+        name, rest = sides[1], [opening, *sides[0], ",", *sides[2], closing]
         values = []  # N < n is not N = n
-    elif signs[0] != "=" or len(parts) == 2 and not names[0] and len({*compute(left)} - {None}) != 1:
-        return Answer(signs[0], values=values)
-    return Answer("=", re.sub(r'[{}"]', "", "".join(left)), [read(right)], values)
+    else:
+        constant = len({*compute(name)} - {None}) == 1
+        if signs[0] == "≠" or len(sides) == 2 and not is_name(name) and not constant:
+            return Answer(signs[0], values=values)
+    return Answer("=", "".join(name).replace('"', ""), [read(rest)], values)
+
+
+def is_name(tokens):
+    """AB = 5 says what a segment is, but xy = 6 is an equation."""
+    product = len(tokens) > 1 and all(len(t) == 1 and t.islower() for t in tokens)
+    return bool(NAME.fullmatch("".join(tokens))) and not product
 
 
 def read_leaf(tokens):
     """An expression, its unit apart, or else words."""
-    at = next((i for i in range(1, len(tokens)) if tokens[i][0] == '"' and tokens[i] not in ('"e', '"i') and (
-        tokens[i - 1][0].isalnum() or tokens[i - 1] in (")", "]", "}", "!"))), len(tokens))
-    shape = "".join('"' if t[0] == '"' else t for t in tokens[at:])
-    if not re.fullmatch(r'("(\^\{?-?\d\}?)?[/*]?)+', shape):  # 5 cm - 3
-        at = len(tokens)
-    text, unit = " ".join(tokens[:at]).replace('"', ""), re.sub(r'["{}]', "", "".join(tokens[at:]))
-    words = all(t[0] == '"' and len(t) > 2 for t in tokens[:at])
-    return Answer("leaf", text, values=[None] if words else compute(tokens[:at]), unit=unit)
+    text, unit = " ".join(tokens), ""
+    if quantity := UNIT.fullmatch(text):  # not 5 cm - 3
+        text, unit = quantity.groups()
+    tokens = text.split(" ")
+    words = all(t[0] == '"' and len(t) > 2 for t in tokens)
+    values = [None] if words else compute(tokens)
+    return Answer("leaf", text.replace('"', ""), values=values, unit=re.sub('[{}" ]', "", unit))
 
 
 def answers_match(pred: str, gold: str, tolerance=0) -> bool:
-    """Whether two answers are equal as mathematics (see above), numbers up to a tolerance. Takes any strings,
-    never raises, and does a bounded amount of work; an empty answer matches nothing."""
-    if max(len(pred), len(gold)) > 20 * MAX_CHARS:
-        return bool(pred.strip()) and pred.strip() == gold.strip()
+    """Whether two answers are equal as mathematics (see above), numbers up to a tolerance. Takes
+    any strings, never raises, does a bounded amount of work. An empty answer matches nothing."""
     pred, gold = bare_answer(pred), bare_answer(gold)
     try:
         pred, gold = tokenize(pred), tokenize(gold)
         return bool(pred and gold) and (pred == gold or same(read(pred), read(gold), tolerance))
-    except (ValueError, ArithmeticError, RecursionError):  # or an exact value that no float can hold
+    except (ValueError, ArithmeticError, RecursionError):  # or a value that no float can hold
         return bool(pred) and pred == gold
 
 
 def bare_answer(text):
-    """What the box holds, or of prose around a formula the formula: Hence $x > 2$ holds."""
+    """What the box holds, or the formula after prose: Hence $x > 2$ holds."""
     text = last_boxed(text) or text
-    start = re.search(r"\$|\\[(\[]", text)
-    if start and re.fullmatch(r"(?=.*[A-Za-z]{2})[^\d\\]+", text[:start.start()], re.S):
-        text = text[start.start():max(text.rfind(end) for end in ("$", "\\)", "\\]")) + 2]
-    return text.strip("* \t\n")
+    formula = PROSE.match(text)
+    return (formula[1] if formula else text).strip("* \t\n")
 
 
 def same(a, b, tolerance=0) -> bool:
-    """Whether two answers are equal; in lists, whether each member has its like on the other side. An
+    """Whether two answers are equal. In lists each member must have its like on the other side. An
     equation is any multiple of itself, an inequality any positive one."""
-    def equal(x, y):
-        return same(x, y, tolerance)
-
-    if a.kind not in RELATIONS and (b.kind in RELATIONS or a.kind == "list"):
-        a, b = b, a
-    if a.kind in RELATIONS:
-        if b.kind not in RELATIONS:  # x = 5 is 5
-            return bool(a.items) and equal(a.items[0], b)
-        if a.items and b.items and a.text == b.text:
-            return equal(a.items[0], b.items[0])
-        ratios = [x / y for x, y in zip(a.values, b.values) if x and y]
-        constant = a.kind == b.kind and agree(ratios, ratios[:1] * len(ratios))
-        return constant and (a.kind in "=≠" or ratios[0].real > 0)
+    equal = functools.partial(same, tolerance=tolerance)
     if a.kind == b.kind == "leaf":
         return same_leaf(a, b, tolerance)
+    if a.kind == b.kind != "list" and a.text == b.text and a.items and b.items:
+        return len(a.items) == len(b.items) and all(map(equal, a.items, b.items))
+    if a.kind in RELATIONS and b.kind in RELATIONS:
+        ratios = [x / y for x, y in zip(a.values, b.values) if x and y]
+        constant = a.kind == b.kind and agree(ratios, ratios[:1] * len(ratios))
+        return constant and (a.kind in ("=", "≠") or ratios[0].real > 0)
+    if b.kind in RELATIONS or b.kind != "list" and a.kind not in RELATIONS:
+        a, b = b, a
+    if a.kind in RELATIONS:  # x = 5 is 5
+        return bool(a.items) and equal(a.items[0], b)
+    if b.kind != "list":
+        return False
     names = {x.text for x in b.items if x.kind == "=" and x.items}
-    if "list" != a.kind != "leaf" and (a.kind == b.kind or len(names) == len(b.items) > 1):
-        return len(a.items) == len(b.items) and all(map(equal, a.items, b.items))  # x = 2, y = 3 is (2, 3)
+    if a.kind not in ("list", "leaf") and len(names) == len(b.items) > 1:  # x = 2, y = 3 is (2, 3)
+        return len(a.items) == len(b.items) and all(map(equal, a.items, b.items))
     xs, ys = a.items if a.kind == "list" else [a], b.items
-    return b.kind == "list" and all(any(equal(x, y) for y in ys) for x in xs) and all(
-        any(equal(x, y) for x in xs) for y in ys)
+    return (all(any(equal(x, y) for y in ys) for x in xs)
+            and all(any(equal(x, y) for x in xs) for y in ys))
 
 
 def same_leaf(a, b, tolerance):
-    """Words by their letters; values at all points, where a percent sign, a missing unit, and the rounding
-    of an exact value to six or more digits are forgiven."""
+    """Words by their letters; values at all points, where a percent sign, a missing unit, and the
+    rounding of an exact value to six or more digits are forgiven."""
     if a.unit and b.unit and a.unit != b.unit:
         return False
     decimals = [x.text for x in (a, b) if "." in x.text]
@@ -966,16 +1037,20 @@ def same_leaf(a, b, tolerance):
     if (a.unit == "%") != (b.unit == "%"):
         share, other = (a, b) if a.unit == "%" else (b, a)
         return agree(share.values, [x and 100 * x for x in other.values])
-    letters = [x.text.replace(" ", "").casefold() for x in (a, b)]
-    return [None] in (a.values, b.values) and letters[0] == letters[1] and letters[0].isalpha()
+    if [None] not in (a.values, b.values):
+        return False
+    letters = a.text.replace(" ", "").casefold()
+    return letters.isalpha() and letters == b.text.replace(" ", "").casefold()
 
 
 def agree(u, v, tolerance=0):
     """Whether two values are equal at all points where both are defined, two at least."""
     pairs = [(x, y) for x, y in zip(u, v) if x is not None and y is not None]
-    return len(pairs) > 1 and all(
-        abs(x - y) <= tolerance or abs(x - y) <= 1e-11 * max(abs(x), abs(y))
-        and not (isinstance(x, Fraction) and isinstance(y, Fraction)) for x, y in pairs)
+    for x, y in pairs:
+        bound = 0 if isinstance(x, Fraction) and isinstance(y, Fraction) else 1e-11
+        if abs(x - y) > max(tolerance, bound * max(abs(x), abs(y))):
+            return False
+    return len(pairs) > 1
 
 
 # --- IFEval: was an instruction followed that a program can check? --------------------------------
@@ -1209,6 +1284,9 @@ def ifeval_verdicts(response: str, instruction_ids: list[str], kwargs: list[dict
 
 # --- math: gold answers and their rows ------------------------------------------------------------
 
+GOLD_FIELDS = ("answer", "ground_truth", "label", "reward_model.ground_truth", "solution")
+
+
 @dataclass(frozen=True)
 class Gold:
     """What a right answer is: `text`, and for some rows of OlympiadBench more."""
@@ -1219,69 +1297,65 @@ class Gold:
 
 
 def gold_answer(row: dict) -> str:
-    """The gold answer from whatever field this data set keeps it in; a whole solution gives its last box or
-    its `####` line. Raises UserError where there is none."""
-    if row.get("final_answer") is not None:  # OlympiadBench; its field `solution` is a list of proofs
-        key, parts = "final_answer", row["final_answer"]
-        if not isinstance(parts, list) or not parts or not all(isinstance(x, str) for x in parts):
-            raise UserError(f"'final_answer': a list of strings expected, found {parts!r:.60}")
-        value = ", ".join(parts)
-    else:
-        nested = row.get("reward_model")
-        fields = {**row, "reward_model.ground_truth": nested.get("ground_truth")
-                  if isinstance(nested, dict) else None}
-        known = ("answer", "ground_truth", "label", "reward_model.ground_truth", "solution")  # last: prose
-        key = next((k for k in known if fields.get(k) is not None), None)
-        value = fields.get(key)
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value in (math.inf, -math.inf):
-        raise UserError("a gold answer expected in answer, solution, ground_truth, label or "
-                        f"reward_model.ground_truth: a string or a number, found {value!r:.60}")
+    """The gold answer from whatever field this data set keeps it in; of a whole solution its last
+    box or its `####` line. Raises UserError where there is none."""
+    key, value = "final_answer", row.get("final_answer")
+    if isinstance(value, list):  # OlympiadBench
+        value = ", ".join(str(part) for part in value)
+    if value is None:
+        if isinstance(row.get("reward_model"), dict):
+            row = {**row, "reward_model.ground_truth": row["reward_model"].get("ground_truth")}
+        key = next((k for k in GOLD_FIELDS if row.get(k) is not None), None)
+        value = row.get(key)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number and not isinstance(value, str):
+        raise UserError(f"a gold answer expected in final_answer, {', '.join(GOLD_FIELDS)}: "
+                        f"a string or a number, found {value!r:.60}")
     text = data.check_text(str(value), repr(key)).strip()
     gold = extract_answer(text) if "boxed" in text or "####" in text else text
-    if not gold or len(gold) > MAX_CHARS or value != value:
-        raise UserError(f"{key!r}: no final answer in it (\\boxed{{}}, ####, or the bare answer expected), "
-                        f"found {text!r:.60}")
+    if not gold or len(gold) > MAX_CHARS:
+        raise UserError(f"{key!r}: no final answer in it (\\boxed{{}}, ####, or the bare answer "
+                        f"expected), found {text!r:.60}")
     return gold
 
 
 def math_gold(row: dict) -> Gold:
-    """The gold answer of a row of any math set, with OlympiadBench's fields is_multiple_answer, error (the
-    tolerance) and unit. Raises UserError naming the field."""
+    """The gold answer of a row of any math set, with OlympiadBench's fields is_multiple_answer,
+    error (the tolerance) and unit. Raises UserError naming the field."""
     text = gold_answer(row)
-    if row.get("final_answer") is None:  # elsewhere `error` and `unit` may be anything
+    parts = row.get("final_answer")
+    if parts is None:  # elsewhere `error` and `unit` may be anything
         return Gold(text)
-    several, unit, error = (row.get(k) for k in ("is_multiple_answer", "unit", "error"))
-    if not isinstance(several, bool | None):
-        raise UserError(f"'is_multiple_answer': true or false expected, found {several!r:.60}")
-    if not isinstance(unit, str | None):
-        raise UserError(f"'unit': a string or null expected, found {unit!r:.60}")
     try:
-        tolerance = Fraction(str(float(str(error or 0))))  # "1e-1" is 1/10; the float bounds the work
-    except ValueError:
+        tolerance = Fraction(str(float(row.get("error") or 0)))  # "1e-1" is 1/10
+    except (TypeError, ValueError):
         tolerance = Fraction(-1)
     if tolerance < 0:
-        raise UserError(f"'error': one positive number or null expected, found {error!r:.60}")
-    several = bool(several) or len(row["final_answer"]) > 1
-    unit = (unit or "").strip("$ ")
-    unit = unit if "\\" in unit or not unit else rf"\text{{{unit}}}"
-    return Gold(f"{apart(text) if several else text} {unit}".strip(), several, tolerance)
+        raise UserError(f"'error': one positive number expected, found {row['error']!r:.60}")
+    unit = str(row.get("unit") or "").strip("$ ")
+    if unit and "\\" not in unit:
+        unit = rf"\text{{{unit}}}"
+    several = row.get("is_multiple_answer") is True or isinstance(parts, list) and len(parts) > 1
+    if several:
+        text = space_commas(text)
+    return Gold(f"{text} {unit}".strip(), several, tolerance)
 
 
-def apart(text):
+def space_commas(text):
     """A list of answers with its commas spaced: 5,150 are two of them."""
     return re.sub(r"(?<!\{),\s*", ", ", text)
 
 
 def grade_math(text: str, gold: Gold) -> bool:
-    """Whether a response ends in the right answer. Several answers may also stand in several boxes, if
-    those are in one line, the last that has a box."""
-    found = extract_answer(text)
-    answers = [] if found is None else [found]
-    if answers and gold.several:
-        line = ([""] + [x for x in after_thinking(text).split("\n") if BOX.search(x)])[-1]
-        at = [m.start() for m in BOX.finditer(line)]
-        boxes = [last_boxed(line[i:j]) for i, j in zip(at, [*at[1:], None])]
-        answers = [apart(found), apart(", ".join(boxes))]
+    """Whether a response ends in the right answer. Several answers may also stand in several boxes
+    of one line, the last that has a box."""
+    answer = extract_answer(text)
+    if answer is None or not gold.several:
+        return answer is not None and answers_match(answer, gold.text, gold.tolerance)
+    lines = [line for line in after_thinking(text).split("\n") if BOX.search(line)]
+    starts = [box.start() for line in lines[-1:] for box in BOX.finditer(line)]
+    boxes = [last_boxed(lines[-1][i:j]) for i, j in itertools.pairwise([*starts, None])]
+    answers = [space_commas(answer), space_commas(", ".join(boxes))]
     return any(answers_match(x, gold.text, gold.tolerance) for x in answers)
 
 

@@ -136,7 +136,7 @@ def sequence_logps(row_logps: torch.Tensor, lengths: torch.Tensor) -> torch.Tens
                      alone and means nothing: see `paired`.
 
     Summed in fp64 and in a fixed order (no atomics), so that equal inputs give equal sums: at step
-    0 rewards are exactly 0. A sum of thousands of bf16 log-probs would move in steps of 1 or 2 nats.
+    0 rewards are exactly 0. A sum of thousands of bf16 log-probs would move in steps of 1 nat.
     """
     if lengths.ndim != 2 or lengths.shape[1] != 3:
         raise ValueError(f"lengths: shape (F, 3) expected, found {tuple(lengths.shape)}")

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import functools
 import importlib
+import io
 import math
 import os
 import re
@@ -66,18 +67,21 @@ class Config:
     tie_word_embeddings: bool
 
 
-# Keys that do not change the forward pass. What is neither here nor in Config is refused by name.
+# Keys that change no forward pass, or that read_config checks by itself.
 HARMLESS = {
     "architectures", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype",
     "transformers_version", "use_cache", "initializer_range", "max_window_layers",
-    "max_position_embeddings", "sliding_window", "_name_or_path", "output_attentions",
-    "output_hidden_states", "return_dict", "id2label", "label2id", "chunk_size_feed_forward",
-    "unsloth_fixed",
+    "sliding_window", "max_position_embeddings", "output_attentions", "output_hidden_states",
+    "return_dict", "id2label", "label2id", "chunk_size_feed_forward", "gradient_checkpointing",
+    "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "max_length",
+    "rope_parameters", "rope_scaling", "layer_types",
 }
+TOOLS = ("_", "transformers", "unsloth", "axolotl", "llamafactory", "llama_factory", "swift", "trl",
+         "peft", "mergekit", "vllm", "sglang", "mlx", "deepspeed", "megatron", "nemo", "verl")
 # Keys that would change it, with the only values this file computes.
 ONLY = {
     "model_type": ("qwen3",), "hidden_act": ("silu", None), "attention_bias": (False, None),
-    "attention_dropout": (0, None), "use_sliding_window": (False, None), "rope_scaling": (None,),
+    "attention_dropout": (0, None), "use_sliding_window": (False, None),
     "quantization_config": (None,),
 }
 EXPECTED = {int: "a whole number above 0", float: "a number above 0", bool: "true or false"}
@@ -85,18 +89,21 @@ EXPECTED = {int: "a whole number above 0", float: "a number above 0", bool: "tru
 
 def read_config(folder: str) -> Config:
     """Read folder/config.json in either layout (rope_theta at the top, or inside rope_parameters).
-    Raises UserError that lists every key that is missing, of a wrong type, or not supported."""
+
+    Raises UserError that lists every key that is missing, of a wrong type, or not supported; so is
+    every unknown key but bookkeeping: texts, token ids, keys of tools, and what is switched off.
+    """
     path = os.path.join(folder, "config.json")
     raw = {"head_dim": 128, "tie_word_embeddings": False, **read_json(path)}  # HF's defaults
     problems = []
-    for name, supported in ONLY.items():
-        value = raw.pop(name, None)
+    for key, supported in ONLY.items():
+        value = raw.pop(key, None)
         if value not in supported:
-            problems.append(f'"{name}" is {value!r:.60}; only {supported[0]!r} is supported')
-    rope = raw.pop("rope_parameters", None) or {}
+            problems.append(f'"{key}" is {value!r:.60}; only {supported[0]!r} is supported')
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # transformers' order
     if not isinstance(rope, dict) or {k for k in rope if rope[k] != "default"} - {"rope_theta"}:
-        problems.append(f'"rope_parameters" is {rope!r:.200}; only the "rope_type" "default" and '
-                        '"rope_theta" are supported')
+        problems.append(f'"rope_scaling" or "rope_parameters" is {rope!r:.200}; only the '
+                        '"rope_type" "default" and "rope_theta" are supported')
     elif "rope_theta" in rope:
         if raw.get("rope_theta") not in (None, rope["rope_theta"]):
             problems.append('"rope_theta" and "rope_parameters" contradict each other')
@@ -107,22 +114,23 @@ def read_config(folder: str) -> Config:
         types = (int, float) if f.type is float else (f.type,)
         if type(value) not in types or (f.type is not bool and not 0 < value < math.inf):
             problems.append(f'"{f.name}": {EXPECTED[f.type]} expected, found {value!r:.60}')
-    layer_types = raw.pop("layer_types", None) or []
-    for name, value in raw.items():
-        if name not in HARMLESS and value not in (None, False, [], {}):
-            problems.append(f'"{name}": {value!r:.60} is unknown and might change the computation')
-    if not problems:
-        config = Config(**values)
-        heads, groups = config.num_attention_heads, config.num_key_value_heads
-        layers = config.num_hidden_layers
-        if heads % groups or config.head_dim % 2:
-            problems.append(f"{heads} query heads on {groups} key heads of width "
-                            f"{config.head_dim}: a multiple and an even width expected")
-        if layer_types and layer_types != ["full_attention"] * layers:
-            problems.append(f'"layer_types" is {layer_types!r:.80}; {layers} times '
-                            '"full_attention" expected')
+    for key, value in raw.items():
+        if key in HARMLESS or key.startswith(TOOLS) or key.endswith("_token_id"):
+            continue
+        if not isinstance(value, str) and value not in (None, False, [], {}):
+            problems.append(f'"{key}": {value!r:.60} is unknown and might change the computation')
     if problems:
         raise UserError(f"{path} is not a configuration this program computes:{listed(problems)}")
+    config = Config(**values)
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    layers, layer_types = config.num_hidden_layers, raw.get("layer_types") or []
+    if heads % groups or config.head_dim % 2:
+        raise UserError(f"{path}: {heads} query heads on {groups} key heads of width "
+                        f"{config.head_dim}: a multiple and an even width expected")
+    all_full = isinstance(layer_types, list) and set(map(str, layer_types)) <= {"full_attention"}
+    if not all_full or len(layer_types) not in (0, layers):
+        raise UserError(f'{path}: "layer_types" is {layer_types!r:.80}; "full_attention" expected, '
+                        f'"num_hidden_layers" ({layers}) times')
     return config
 
 
@@ -148,7 +156,8 @@ class Qwen3(nn.Module):
         Returns (R,) fp32: log p(targets[i] | all that token rows[i] sees). R may be 0."""
         # Only scored rows reach the norm and the head. index_select: h[rows] is 5-7x slower on CPU.
         hidden = self.norm(self.trunk(tokens, positions, forks).index_select(0, rows))
-        return self.lm_head(hidden, targets, self.tied_weight())
+        tied_weight = self.embed_tokens.weight if self.config.tie_word_embeddings else None
+        return self.lm_head(hidden, targets, tied_weight)
 
     def trunk(self, tokens, positions, forks):
         """(T,) ids to the (T, D) output of the last block, before the final norm."""
@@ -169,11 +178,9 @@ class Qwen3(nn.Module):
         hidden = self.trunk(tokens, positions, [(0, length, length, length)])
         return self.norm(hidden) @ self.head_weight().T
 
-    def tied_weight(self):
-        return self.embed_tokens.weight if self.config.tie_word_embeddings else None
-
     def head_weight(self):
-        return self.lm_head.weight if self.tied_weight() is None else self.tied_weight()
+        tied = self.config.tie_word_embeddings
+        return self.embed_tokens.weight if tied else self.lm_head.weight
 
 
 class Block(nn.Module):
@@ -237,8 +244,9 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
-        # HF's order: statistics in fp32, back to x's dtype, then the weight. F.rms_norm's own weight
-        # argument rounds once only: a quarter of all bf16 outputs differ. On CUDA it is one kernel.
+        # HF's order: statistics in fp32, back to x's dtype, then the weight. With its own weight
+        # argument F.rms_norm rounds once only: a quarter of all bf16 outputs differ. On CUDA it is
+        # one kernel.
         return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
@@ -493,18 +501,36 @@ SIDE_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json
 
 def checkpoint_folder(name: str) -> str:
     """A local folder as it is; a hub id is downloaded, or UserError gives the command for it."""
-    if os.path.isdir(name):
-        return name
-    advice = "a folder with config.json, tokenizer.json and *.safetensors expected"
-    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+    folder = name
+    if not os.path.isdir(name):
+        advice = "a folder with config.json, tokenizer.json and *.safetensors expected"
+        if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+            raise UserError(f"{name} is no folder: {advice}")
         try:  # comes with tokenizers; not one of the five packages, hence no import at the top
             hub = importlib.import_module("huggingface_hub")
             patterns = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
-            return hub.snapshot_download(name, allow_patterns=patterns)
+            folder = hub.snapshot_download(name, allow_patterns=patterns)
         except Exception as e:  # offline, unknown id, gated: the advice is always the same
-            advice += (f"; the hub could not be asked ({type(e).__name__}). Where there is a "
-                       f"network:\n  hf download {name} --local-dir {name.split('/')[1]}")
-    raise UserError(f"{name} is no folder: {advice}")
+            raise UserError(f"{name} is no folder: {advice}; the hub could not be asked "
+                            f"({type(e).__name__}). Where there is a network:\n"
+                            f"  hf download {name} --local-dir {name.split('/')[1]}") from None
+    if os.path.exists(os.path.join(folder, "adapter_config.json")):
+        raise UserError(f"{folder} holds a LoRA adapter (adapter_config.json): merge it first "
+                        "(peft's merge_and_unload), or remove that file if this is done")
+    return folder
+
+
+def unread_parts(folder: str) -> list:
+    """What lies in a checkpoint and is not read, as lines for the log."""
+    known = HARMLESS | ONLY.keys() | {f.name for f in fields(Config)}
+    keys = sorted(read_json(os.path.join(folder, "config.json")).keys() - known)
+    lines = []
+    if keys:
+        lines.append(f"{folder}/config.json: no part of the computation: {', '.join(keys)}")
+    single = os.path.join(folder, "model.safetensors")
+    if os.path.exists(single) and os.path.exists(single + ".index.json"):
+        lines.append(f"{single} is read, not the shards of the index beside it")
+    return lines
 
 
 def hf_name(name: str) -> str:
@@ -513,20 +539,19 @@ def hf_name(name: str) -> str:
 
 
 def open_tensors(folder: str) -> dict:
-    """All tensors of a checkpoint: {HF name: (file path, safetensors slice)}; reads only the
-    headers of model.safetensors or of the files that model.safetensors.index.json names. Raises UserError
-    for missing, truncated or corrupt files."""
+    """All tensors of a checkpoint: {HF name: (file path, safetensors slice)}; reads headers alone,
+    of model.safetensors or else of the files that model.safetensors.index.json names. Raises
+    UserError for missing, truncated or corrupt files."""
+    files = ["model.safetensors"]
     index_path = os.path.join(folder, "model.safetensors.index.json")
-    if os.path.exists(index_path):
+    if not os.path.exists(os.path.join(folder, "model.safetensors")):
+        if not os.path.exists(index_path):
+            raise UserError(f"{folder}: neither model.safetensors nor model.safetensors.index.json "
+                            "is there (weights in pickle formats are not read)")
         index = read_json(index_path).get("weight_map")
         if not isinstance(index, dict):
             raise UserError(f'{index_path}: "weight_map", an object of file names, expected')
         files = sorted({str(file) for file in index.values()})
-    elif os.path.exists(os.path.join(folder, "model.safetensors")):
-        files = ["model.safetensors"]
-    else:
-        raise UserError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is "
-                        "there (weights in pickle formats are not read)")
     tensors = {}
     for file in files:
         path = os.path.join(folder, file)
@@ -556,20 +581,21 @@ def load_weights(model: Qwen3, folder: str, device) -> None:
 
     Strict, and checked before memory is taken: raises one UserError that lists all missing,
     unexpected, mis-shaped and mis-typed tensors; later another for the first that is not finite. A
-    tied checkpoint may carry lm_head.weight; it is the embedding again, and is not read.
+    tied checkpoint may carry lm_head.weight if it is the embedding again.
     """
     found = open_tensors(folder)
     wanted = {hf_name(name): p for name, p in model.named_parameters()}
-    if model.config.tie_word_embeddings and "lm_head.weight" in found:
+    head_twice = model.config.tie_word_embeddings and "lm_head.weight" in found
+    if head_twice:
         wanted["lm_head.weight"] = model.embed_tokens.weight
-    problems = [f"missing: {name}" for name in wanted if name not in found]
-    for name, (path, tensor) in found.items():
+    problems = [f"missing: {n} {tuple(p.shape)}" for n, p in wanted.items() if n not in found]
+    for name, (_, tensor) in found.items():
         shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
-        expected = tuple(wanted[name].shape) if name in wanted else None
         if name not in wanted:
             problems.append(f"unexpected: {name} {shape}")
-        elif shape != expected:
-            problems.append(f"wrong shape: {name} is {shape}, config.json says {expected}")
+        elif shape != tuple(wanted[name].shape):
+            problems.append(f"wrong shape: {name} is {shape}, config.json says "
+                            f"{tuple(wanted[name].shape)}")
         elif dtype not in DTYPES:
             problems.append(f"wrong type: {name} is {dtype}, {'/'.join(DTYPES)} expected")
     if problems:
@@ -584,6 +610,11 @@ def load_weights(model: Qwen3, folder: str, device) -> None:
     for name, sound in zip(wanted, finite.tolist()):  # a GPU waits here, once
         if not sound:
             raise UserError(f"{found[name][0]}: {name} holds NaN or infinity")
+    if head_twice:
+        local, start, end = rows_here(model.embed_tokens.weight)
+        if end > start and (found["lm_head.weight"][1][start:end].to(local) != local).any():
+            raise UserError(f"{folder}: lm_head.weight differs from model.embed_tokens.weight, so "
+                            'config.json should say "tie_word_embeddings": false')
 
 
 def load_model(folder: str, dtype=torch.float32, device="cpu", checkpointing=False) -> Qwen3:
@@ -709,25 +740,38 @@ class Ranks:
         return result
 
 
+def launched() -> bool:
+    """Whether torchrun or the like started this process; raises UserError where it is unclear."""
+    numbers = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    given = [name for name in numbers if name in os.environ]
+    lacking = [name for name in numbers if not os.environ.get(name, "").isdigit()]
+    lacking += [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if given and lacking:
+        raise UserError(f"half a launcher's environment: {', '.join(given)} set, but not a usable "
+                        f"{', '.join(lacking)}: start with torchrun, or unset {', '.join(given)}")
+    return bool(given)
+
+
 def open_ranks(timeout: int, toy: bool = False) -> Ranks:
     """Join the process group that torchrun describes; without torchrun a group of one. Raises
     UserError where there are fewer GPUs than ranks; the toy story takes the CPU then."""
+    from_launcher = launched()
     local = int(os.environ.get("LOCAL_RANK", 0))
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     count = torch.cuda.device_count()
     if 0 < count < local_world and not toy:
         raise UserError(f"{local_world} ranks on this machine, but {count} GPUs: start with "
                         f"--nproc_per_node={count}, or use the CPU with CUDA_VISIBLE_DEVICES= "
                         "(empty)")
     arguments = {"backend": "gloo", "timeout": timedelta(seconds=timeout)}
-    if "RANK" not in os.environ:
+    if not from_launcher:
         arguments |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     device = torch.device("cpu")
     if count >= local_world:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-        # torch prefers cuDNN's attention on new cards, which plans anew, for half a second, for each
-        # length that it has not met: here nearly every fork's.
+        # On new cards torch prefers cuDNN's attention, which plans anew, for half a second, for
+        # each length that it has not met: here nearly every fork's.
         torch.backends.cuda.enable_cudnn_sdp(False)
         arguments |= {"backend": "nccl", "device_id": device}
     else:  # torchrun sets OMP_NUM_THREADS=1, which wastes cores where there are fewer ranks
@@ -746,9 +790,9 @@ def close_ranks():
 def begin(parse, join=lambda o: open_ranks(o.timeout)):
     """(options, Ranks) of a program. On wrong options one rank a machine says what is wrong, and
     all exit with code 2."""
-    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
-    out = sys.stdout if speaks else None  # argparse prints by itself
-    err = sys.stderr if speaks else None
+    speaks = not re.fullmatch(r"[1-9]\d*", os.environ.get("LOCAL_RANK", ""))
+    out = sys.stdout if speaks else io.StringIO()  # argparse prints by itself
+    err = sys.stderr if speaks else io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             o = parse()
@@ -786,20 +830,16 @@ def option(default, text, choices=None):
     return field(default=default, metadata={"help": text, "choices": choices})
 
 
-def unfit(options: dict) -> list:
-    """Nothing: goes with its three calls."""
-    return []
-
-
 def add_options(parser, record):
     """A --flag for every `option` of a dataclass; the parsed result holds only those given."""
     for f in fields(record):
         if not f.metadata:
             continue
-        text = f.metadata["help"].replace("%", "%%")
+        text = f.metadata["help"]
         kind = {"action": "store_true"}
         if f.type is not bool:
             kind = {"type": f.type, "choices": f.metadata["choices"]}
             if f.default != "":
                 text += f" [{f.default}]"
+        text = text.replace("%", "%%")
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **kind)

@@ -251,84 +251,71 @@ def memory_gb(ranks) -> float:
 
 # --- a plan without a run -------------------------------------------------------------------------
 
-PLANNED_MFU = 0.4  # of PEAKS["H100"]; the best found for dense models of this size is 0.46 (llm-foundry)
+PLANNED_MFU = 0.4  # of PEAKS["H100"]; where the rest goes is counted in tests/bench/LOG.md
+PLANNED_TRAFFIC = 300e9  # bytes/s that FSDP's collectives bring to one GPU of a node
 
 
-def block_bytes(c, dtype, cuda) -> int:
-    """What autograd keeps of one block without checkpointing, in bytes a token."""
-    size = torch.empty((), dtype=dtype).element_size()
-    width, query, key = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    # A norm keeps its input in fp32 and the normed value; its product with the weight goes into a linear
-    # layer, or is rotated and goes into attention, which is fp32 on a CPU.
-    norm, attention = 4 + size, size if cuda else 4
-    kept = 2 * width * (norm + size)
-    kept += (query + key) * (norm + attention) + key * attention  # q, k; v
-    kept += 0 if cuda else 2 * key * attention  # branches lay the trunk's keys and values beside their own
-    kept += query * (attention + size)  # attention's output, and as o_proj takes it
-    return kept + 4 * c.intermediate_size * size  # gate, up, silu(gate), product
-
-
-def plan_memory(c, o: Options, ranks: int, tokens: int, rows: int, cuda=True) -> dict:
-    """Peak memory of one rank in bytes, by part: c the Config, `tokens` and `rows` of the largest pack."""
-    with torch.device("meta"):
-        policy = qwen.Qwen3(c)
-    count, block = (sum(p.numel() for p in m.parameters()) for m in (policy, policy.layers[0]))
-    table, size = c.vocab_size * c.hidden_size, torch.empty((), dtype=getattr(torch, o.dtype)).element_size()
-    shards, layers = min(o.shard_size or ranks, ranks), c.num_hidden_layers
-    kept = block_bytes(c, getattr(torch, o.dtype), cuda)
-    full = o.checkpointing == "full"
-    at_once = loss.LOGITS_AT_ONCE * (loss.GPU_FACTOR if cuda else 1)
-    # What comes and goes: at the head, then in the backward of the last block.
-    head = at_once * (4 + 2 * size) + rows * c.hidden_size * (8 + 5 * size) + table * size
-    working = tokens * (3 * c.intermediate_size + 4 * c.hidden_size) * size + full * tokens * kept
+def plan_memory(policy, o: Options, tokens: int) -> dict:
+    """Peak bytes of one GPU in a training step, by part: `policy` on any device, `tokens` of the
+    largest pack. Within 2.2 % of torch's tracker (LOG.md); fragments, CUDA, NCCL come on top."""
+    c, size, full = policy.config, getattr(torch, o.dtype).itemsize, o.checkpointing == "full"
+    weights, block = (sum(p.numel() for p in m.parameters()) for m in (policy, policy.layers[0]))
+    query, key = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    # Values that autograd keeps of a token in a block. Two norms: input, normed, times the weight.
+    # q, k: projected, normed, rotated. k, v beside each branch, trunk included: up to twice; v.
+    # Attention's output in two layouts. gate, up, silu(gate), product.
+    kept = 6 * c.hidden_size + 3 * (query + key) + 5 * key + 2 * query + 4 * c.intermediate_size
     return {
-        "weights and Adam's moments, fp32": 12 * count // shards,
-        "gradients, fp32": 4 * count // shards,
-        # The root's table stays, of blocks there are two and a buffer; an untied head comes beside it.
-        "gathered weights": (table * (1 if c.tie_word_embeddings else 2) + 3 * block) * size,
-        "gradients on their way to the shards": max(table, block) * (size + 4 + 4 // shards),
-        "activations kept for backward": tokens * layers * (c.hidden_size * size if full else kept),
-        "at work, in the head or in a block": max(head, working),
+        "weights, gradients, Adam's moments, fp32": 16 * weights // (o.shard_size or o.gpus),
+        # Two blocks are gathered, a third is on its way. A tied table waits with its gradient; that
+        # of an untied head is summed in fp32.
+        "gathered weights, the head's gradient": 3 * block * size
+            + c.vocab_size * c.hidden_size * (2 * size if c.tie_word_embeddings else 4),
+        "activations kept for backward":
+            tokens * c.num_hidden_layers * (c.hidden_size if full else kept) * size,
+        "one block in backward":
+            tokens * (2 * c.intermediate_size + (kept if full else 0)) * size,
     }
 
 
 def plan(o: Options) -> str:
     """What the run would take: memory a GPU by part, FLOPs, minutes. Reads no weights."""
-    if o.shard_size and o.gpus % o.shard_size:
+    shards = o.shard_size or o.gpus
+    if o.gpus % shards:
         raise UserError(f"--shard_size {o.shard_size} does not divide --gpus {o.gpus}")
     folder, config, forks, eval_forks, log = read_inputs(o)
-    epoch_steps = steps_per_epoch(len(forks), o)
-    batches = [b for epoch in range(o.epochs)
-               for b in data.epoch_batches(len(forks), o.batch_size, o.seed, epoch)][:total_steps(len(forks), o)]
-
-    def packs(forks, batches):
-        lengths = list(map(len, forks))
-        plans = (data.split_batch(b, lengths, o.gpus, o.tokens_per_pack) for b in batches)
-        return [data.make_pack(forks, pack) for plan in plans for micro in plan for pack in micro if pack]
-
-    def flops(packs):
-        return sum(count_flops(config, p) for p in packs)
-
-    trained = packs(forks, batches)
-    work = {"PFLOP in products of training": flops(trained),  # forward alone is a third
-            "in the reference pass": flops(packs(forks, batches[:epoch_steps])) / 3}
-    if eval_forks:  # scored by the reference, after each epoch and at the end
-        passes = 1 + -(-len(batches) // epoch_steps)
-        work["in held-out pairs"] = passes * flops(packs(eval_forks, fixed_batches(eval_forks, o))) / 3
-    minutes = sum(work.values()) / (o.gpus * PLANNED_MFU * PEAKS["H100"]) / 60
-    largest = max(trained, key=lambda p: len(p.tokens))
-    parts = plan_memory(config, o, o.gpus, len(largest.tokens), len(largest.rows))
+    with torch.device("meta"):
+        policy = qwen.Qwen3(config)
+    weights, size = sum(p.numel() for p in policy.parameters()), getattr(torch, o.dtype).itemsize
+    steps = total_steps(len(forks), o)
+    epoch = data.epoch_batches(len(forks), o.batch_size, o.seed, 0)
+    held_out = fixed_batches(eval_forks or [], o)
+    epochs = steps / len(epoch)
+    tokens, flops, moved = 0, 0.0, 0.0
+    # Forward alone (the reference pass; held-out pairs, by the reference and after each epoch) is a
+    # third of the FLOPs and gathers weights once. Training does so twice, and sums fp32 gradients.
+    for pairs, batches, trained, scored in ((forks, epoch, epochs, min(1, epochs)),
+                                            (eval_forks, held_out, 0, 1 + math.ceil(epochs))):
+        for batch in batches:
+            for micro in data.split_batch(batch, list(map(len, pairs)), o.gpus, o.tokens_per_pack):
+                packs = [data.make_pack(pairs, indices) for indices in micro if indices]
+                tokens = max(tokens, *(len(pack.tokens) for pack in packs))
+                flops += (trained + scored / 3) * sum(count_flops(config, p) for p in packs)
+                moved += (trained * (2 * size + 4) + scored * size) * weights * (1 - 1 / shards)
+    parts = plan_memory(policy, o, tokens)
     total = sum(parts.values()) / 1e9
-    fits = total < 0.9 * o.gpu_memory  # a tenth is left to CUDA, NCCL and fragments
+    verdict = "" if total < 0.9 * o.gpu_memory else ": TOO MUCH, above nine tenths of its memory"
+    products = flops / (o.gpus * PLANNED_MFU * PEAKS["H100"]) / 60
+    traffic = moved / PLANNED_TRAFFIC / 60
     return "\n".join([
-        log, f"{o.gpus} GPU(s) of {o.gpu_memory:g} GB, {o.dtype}, --checkpointing {o.checkpointing}, packs "
-        f"of at most {len(largest.tokens)} tokens. A GPU would hold",
+        log,
+        f"{o.gpus} GPU(s) of {o.gpu_memory:g} GB, {o.dtype}, --checkpointing {o.checkpointing}, "
+        f"packs of at most {tokens} tokens. A GPU would hold",
         *(f"  {value / 1e9:8.2f} GB  {name}" for name, value in parts.items()),
-        f"  {total:8.2f} GB  in all" + ("" if fits else ": TOO MUCH, above nine tenths of its memory"),
-        f"{len(batches)} step{'s' * (len(batches) > 1)}; "
-        + ", ".join(f"{value / 1e15:.4g} {name}" for name, value in work.items())
-        + f": {minutes:.2g} minutes at {PLANNED_MFU:.0%} of an H100's 989 TFLOP/s. Communication, loading, "
-        "saving and compiling come on top."])
+        f"  {total:8.2f} GB  in all{verdict}",
+        f"{steps} step{'s' if steps > 1 else ''}, {flops / 1e15:.4g} PFLOP: {products:.2g} minutes "
+        f"at {PLANNED_MFU:.0%} of an H100's 989 TFLOP/s and {traffic:.2g} of communication, less "
+        f"what overlaps, at {PLANNED_TRAFFIC / 1e9:.0f} GB/s a GPU. Loading, saving come on top."])
 
 
 # --- the run and its step -------------------------------------------------------------------------
@@ -402,7 +389,10 @@ def train_step(run: Run, batch, lr: float) -> Totals:
     """One optimizer step on one global batch of pair indices. Raises UserError on NaN or infinity,
     on all ranks alike and before the weights are touched."""
     o, ranks = run.o, run.ranks
-    count = loss_count(run, batch)
+    count = len(batch)
+    if o.loss in loss.TOKEN_OBJECTIVES:  # a global number that every rank knows: no communication
+        forks = [run.forks[i] for i in batch]
+        count = sum(len(f.trunk) - f.prompt_length + len(f.chosen) for f in forks)
     sums = torch.zeros(len(loss.SUMS), dtype=torch.float64, device=ranks.device)
     flops = 0.0
     for pack in run.packs(run.forks, batch, run.reference):
@@ -420,15 +410,6 @@ def train_step(run: Run, batch, lr: float) -> Totals:
     run.optimizer.step()
     run.optimizer.zero_grad()
     return totals
-
-
-def loss_count(run, batch) -> int:
-    """What the step's loss is divided by: its pairs, or its tokens of y+. A global number that
-    every rank knows from the plan, without communication."""
-    if run.o.loss not in loss.TOKEN_OBJECTIVES:
-        return len(batch)
-    forks = [run.forks[i] for i in batch]
-    return sum(len(f.trunk) - f.prompt_length + len(f.chosen) for f in forks)
 
 
 def share_totals(ranks, sums, flops, grad_norm) -> Totals:
@@ -463,8 +444,8 @@ def canary(run, abs_reward, mean_loss):
         same = torch.tensor(mean_loss).float() == torch.tensor(expected).float()
     run.ranks.say(text)
     if abs_reward != 0 or not same:
-        raise UserError("step 0 must give rewards of exactly 0. Delete reference.safetensors, which "
-                        "may be of another model, and start again with --resume --out "
+        raise UserError("step 0 must give rewards of exactly 0. Delete reference.safetensors, "
+                        "which may be of another model, and start again with --resume --out "
                         f"{run.o.out}. If it returns, the forward pass is not deterministic here: "
                         "try --dtype float32, another torch, or another machine")
 
@@ -557,7 +538,8 @@ def look(run: Run, path: str):
         # and in bf16 another pack gives another sum. So step 0 is exact.
         reference = torch.tensor([rows[0]["reference"]], dtype=torch.float64)
         coefficients, sums = loss.row_coefficients(
-            o.loss, row_logps, pack.lengths, reference.to(row_logps.device), o.beta, run.state.delta)
+            o.loss, row_logps, pack.lengths, reference.to(row_logps.device), o.beta,
+            run.state.delta)
         sums = dict(zip(loss.SUMS, sums.tolist()))
         data.append_row(path, {
             "step": run.state.step, "delta": run.state.delta,
@@ -631,12 +613,12 @@ def reference_pass(run: Run):
     key = sha256(json.dumps([run.hashes, o.dtype, o.seed, o.batch_size, len(batches),
                              o.tokens_per_pack, o.shard_size, ranks.world, ranks.device.type,
                              torch.get_num_threads(), torch.__version__]))
-    kept = ranks.main_only(read_reference, run, path, key)
-    found = int(ranks.reduce(torch.full((), int(kept is not None), device=ranks.device)))
-    if found:
+    with ranks.together():
+        kept = read_reference(run, path, key)  # every rank sees the run folder
+    found = torch.full((), int(kept is not None), device=ranks.device)
+    if int(ranks.reduce(found)) == ranks.world:  # all ranks take the same way
         ranks.say(f"reference log-probs taken from {path}")
-        run.reference = share_scores(ranks, kept and kept["pairs"], len(run.forks))
-        run.eval_reference = share_scores(ranks, kept and kept["eval_pairs"], len(run.eval_forks))
+        run.reference, run.eval_reference = kept["pairs"], kept["eval_pairs"]
         return
     run.reference = score_all(run, run.forks, batches, "reference")
     run.eval_reference = score_all(run, run.eval_forks, fixed_batches(run.eval_forks, o),
@@ -646,7 +628,14 @@ def reference_pass(run: Run):
         if bad:
             raise UserError(f"the model gives log-probs that are not finite, first at line "
                             f"{run.forks[bad[0]].line} of {o.pairs}: are its weights sound?")
-    ranks.main_only(write_reference, run, path, key)
+
+    def write():
+        tensors = {"pairs": run.reference, "eval_pairs": run.eval_reference}
+        qwen.write_tensors(path + ".tmp", tensors,
+                           {"key": key, "hashes": json.dumps(run.hashes)})
+        os.replace(path + ".tmp", path)
+
+    ranks.main_only(write)
 
 
 def read_reference(run: Run, path: str, key: str) -> dict | None:
@@ -664,20 +653,6 @@ def read_reference(run: Run, path: str, key: str) -> dict | None:
     if metadata.get("hashes") != json.dumps(run.hashes):
         raise UserError(f"{path} {problem}")
     return tensors
-
-
-def write_reference(run: Run, path: str, key: str):
-    """Keep the scores for the next start."""
-    tensors = {"pairs": run.reference, "eval_pairs": run.eval_reference}
-    qwen.write_tensors(path + ".tmp", tensors, {"key": key, "hashes": json.dumps(run.hashes)})
-    os.replace(path + ".tmp", path)
-
-
-def share_scores(ranks, scores, count: int) -> torch.Tensor:
-    """(count, 2) fp64 scores that the main rank holds, on every rank's CPU."""
-    if not ranks.main:
-        scores = torch.zeros(count, 2, dtype=torch.float64)
-    return ranks.reduce(scores)  # the others add zeros
 
 
 # --- checkpoints ----------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """A GPU that is not there: the six files run as written, on tensors without content.
 
-FakeTensorMode keeps shapes, dtypes and devices and computes nothing. Torch's "fake" process group
-answers at once. Torch's otherwise unused device type "lazy", which autograd accepts in a CPU build,
-stands for "cuda": the files are loaded with that word replaced. `Watch` sees every operation.
+FakeTensorMode keeps shapes, dtypes and devices and computes nothing; torch's "fake" process group
+answers at once; torch's unused device type "lazy", which a CPU build's autograd accepts, stands for
+"cuda": that word is replaced in the sources. `Watch` sees every operation.
 """
 
 import contextlib
@@ -27,8 +27,7 @@ from torch.utils._pytree import tree_leaves
 NAMES = ("loss", "model", "data", "eval", "oracle", "train")
 FILES = {str(Path(__file__).parent.parent / f"{name}.py"): name for name in NAMES}
 DEVICE = torch.device("lazy", 0)
-dist.Backend.register_backend("fake", fake_pg._create_fake_pg, extended_api=True,
-                              devices=["cpu", "cuda", "lazy"])
+dist.Backend.register_backend("fake", fake_pg._create_fake_pg, True, ["cpu", "cuda", "lazy"])
 
 
 def place() -> str:
@@ -61,8 +60,7 @@ class Watch(TorchDispatchMode):
             return {torch.bool: True, torch.int64: dist.get_world_size()}.get(inputs[0].dtype, 1.0)
         if "c10d" in name:
             self.collectives[name.split("::")[1]] += 1
-            for t in inputs:
-                assert t.device == DEVICE, f"{name} in {place()}: a tensor on the {t.device}"
+            assert {t.device for t in inputs} == {DEVICE}, f"{name} in {place()}: off the device"
         out = func(*args, **kwargs)
         if name in ("aten::_to_copy", "aten::copy_"):
             way = inputs[-1].device.type, out.device.type

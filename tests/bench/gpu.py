@@ -213,8 +213,8 @@ def narrow(sizes, report):
         packs = [pack for batch in part[1:] for pack in run.packs(run.forks, batch)]
         tokens = [len(pack.tokens) for pack in packs]
         flops = sum(train.count_flops(config, pack) for pack in packs) / 3
-        planned = train.plan_memory(config, replace(run.o, checkpointing=name), 1, max(tokens),
-                                    max(tokens), run.ranks.device.type == "cuda")
+        options = replace(run.o, checkpointing=name, gpus=1)
+        planned = train.plan_memory(run.policy, options, max(tokens))
         name = f"checkpointing {name}"
         report(f"{name}: a step of {sizes.pairs} pairs", 1e3 * took, "ms")
         report(f"{name}: on lengths seen before", 1e3 * seconds(train_step, part[-1]), "ms")

@@ -165,9 +165,6 @@ def w(tmp_path_factory):
     (w / "tasks").mkdir()
     for name, rows in ROWS.items():
         (w / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    log = [{"key": "a", "text": "It is \\boxed{1}.", "finish": "stop", "tokens": 3},
-           {"key": "b", "error": "HTTP 500"}, {"key": "c", "text": "", "finish": "length", "tokens": 0}]
-    (w / "raw-0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     results = {"own": {"questions": 3, "metrics": {"accuracy": [0.5, 0.1]}, "pass@1": 0.5,
                        "asked": {"1": "x", "2": "y", "3": "z"},
                        "scores": {"1": [1.0, 0.0], "2": [0.0, 0.0], "3": [1.0, 1.0]}}}
@@ -258,13 +255,6 @@ def reader_of_task(name):
     return read
 
 
-def read_log(w):
-    records = evaluation.read_answers(str(w), "abc")
-    for record in records.values():
-        (record.get("text", "") + record.get("error", "")).encode()
-    sum(r.get("tokens", 0) for r in records.values()) / 3
-
-
 def read_results(w):
     for folder in ("a", "b"):
         os.makedirs(w / folder, exist_ok=True)
@@ -304,7 +294,6 @@ READERS = {
     "texts": (read_texts, "texts.jsonl", damaged, 0.5),
     **{name: (reader_of_task(name), f"tasks/{name}.jsonl", damaged, 0.5)
        for name in ("math500", "gpqa", "ifeval", "connect4")},
-    "raw log": (read_log, "raw-0.jsonl", damaged, 0.5),
     "results.json": (read_results, "results.json", damaged, 1),
     "options of a run": (read_options, "config.json", damaged, 2),
     "metrics.jsonl": (read_metrics, "metrics.jsonl", damaged, 0.5),
