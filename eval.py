@@ -1,16 +1,16 @@
 """Sampling and grading: what a model answers, and whether it is right.
 
-Comes in:  questions as chat messages and a model, our own or one behind an OpenAI-compatible server; the
-           text of a response, and a gold answer as the benchmark files write it (LaTeX or plain).
-Goes out:  `sample`: every answer, kept in a log as it comes; `extract_answer`: the answer that a text
-           commits itself to, or None; `answers_match`: True or False; `evaluate`: the paper's table with
-           honest error bars; `retention`: how far a model went from its base; `report`: training runs and
-           evaluations as one HTML file.
+Comes in:  questions as chat messages and a model, in this process or behind an OpenAI-compatible
+           server; the text of a response, and a gold answer as the benchmark files write it.
+Goes out:  `sample`: every answer, kept in a log as it comes; `extract_answer`: the answer that a
+           text commits itself to, or None; `answers_match`: True or False; `evaluate`: the paper's
+           table with error bars; `retention`: how far a model went from its base; `report`: runs
+           and evaluations as one HTML file.
 
-    torchrun --nproc_per_node=8 eval.py --model runs/first/model --tasks aime24,math500,connect4 --out out/A
+    torchrun --nproc_per_node=8 eval.py --model runs/a/model --tasks aime24,math500 --out out/A
     python eval.py compare --a out/A --b out/B
-    torchrun --nproc_per_node=8 eval.py retention --model runs/first/model --base Qwen3-8B --texts texts.jsonl
-    python eval.py report runs/first runs/second out/A out/B
+    torchrun --nproc_per_node=8 eval.py retention --model runs/a/model --base Qwen3-8B --texts t
+    python eval.py report runs/a runs/b out/A out/B
 """
 
 import argparse
@@ -26,7 +26,6 @@ import json
 import math
 import operator
 import os
-import queue
 import random
 import re
 import signal
@@ -34,12 +33,13 @@ import socket
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
-from http.client import HTTPException, IncompleteRead
-from numbers import Real
+from http.client import HTTPException
 from typing import NamedTuple
 
 import numpy as np
@@ -51,17 +51,16 @@ import model as qwen
 from data import UserError, read_json, write_json, write_text, writing
 from model import Ranks, add_options, begin, close_ranks, open_ranks, option
 
-# --- sampling: the own model or a server, every answer kept as it comes ---------------------------
-
+# --- sampling: requests, and who answers them -----------------------------------------------------
 
 LAST_LINE = r"Therefore, the final answer is: $\boxed{ANSWER}$."
-INSTRUCTION = ("Solve the following problem step by step. End with this line, ANSWER replaced by your final "
-               f"answer:\n{LAST_LINE}\n\n{{question}}")
+INSTRUCTION = ("Solve the following problem step by step. End with this line, ANSWER replaced by "
+               f"your final answer:\n{LAST_LINE}\n\n{{question}}")
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are sampled; the defaults are the paper's."""
+    """How answers are sampled; the defaults are the paper's. None: left to the server."""
 
     temperature: float = 0.7  # 0: greedy
     top_p: float = 0.8
@@ -70,7 +69,25 @@ class Sampling:
 
 
 @dataclass
-class Own:
+class Request:
+    """One answer wanted. The key names it in the log; a LocalModel's chance is the seed alone."""
+
+    key: str
+    messages: list
+    seed: int | None  # None: left to the server
+
+
+def request_for(name: str, messages: list, seed: int | None) -> Request:
+    """A Request whose key and seed follow from what is asked: none meets another's answer."""
+    digest = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:12]
+    if seed is not None:
+        own_seed = hashlib.sha256(f"{seed} {name} {digest}".encode()).digest()
+        seed = int.from_bytes(own_seed[:4], "little") >> 1
+    return Request(f"{name} {digest}", messages, seed)
+
+
+@dataclass
+class LocalModel:
     """A model in this process (under torchrun: a whole one in every process) with its tokenizer."""
 
     model: qwen.Qwen3
@@ -79,18 +96,18 @@ class Own:
     batch_size: int = 32
 
 
-def open_own(folder: str, dtype, device, batch_size: int = 32) -> Own:
-    """An Own model from a checkpoint folder or hub id. Answers end at <|im_end|>, and at what
+def open_local_model(folder: str, dtype, device, batch_size: int = 32) -> LocalModel:
+    """A LocalModel from a checkpoint folder or hub id. Answers end at <|im_end|>, and at what
     generation_config.json names."""
     folder = qwen.checkpoint_folder(folder)
     chat = data.load_chat(folder, qwen.read_config(folder).vocab_size)
-    path, end = os.path.join(folder, "generation_config.json"), None
-    if os.path.lexists(path):  # a link to nowhere is no absence
+    end = None
+    if os.path.exists(path := os.path.join(folder, "generation_config.json")):
         end = read_json(path).get("eos_token_id")
-    ends = end if isinstance(end, list) else [] if end is None else [end]
-    if not all(isinstance(token, int) for token in ends):
-        raise UserError(f'{path}: "eos_token_id": an integer or a list of them expected, found {end!r}')
-    return Own(qwen.load_model(folder, dtype, device), chat, {chat.im_end, *ends}, batch_size)
+    if not isinstance(end, list):
+        end = [end]
+    model = qwen.load_model(folder, dtype, device)
+    return LocalModel(model, chat, {chat.im_end, *end} - {None}, batch_size)
 
 
 @dataclass
@@ -101,554 +118,564 @@ class Server:
     model: str
     key: str = field(default="", repr=False)
     workers: int = 16  # requests at a time
-    timeout: float = 600.0  # seconds a request may take in all
+    timeout: float = 600.0  # seconds without a byte from the server
     tries: int = 6
-    pause: float = 1.0  # seconds before the second try; doubled each time, up to 60
-    body: dict = field(default_factory=dict)  # more keys of the request, as the server knows them
+    extras: dict = field(default_factory=dict)  # more keys of a request, sent of our own accord
+    body: dict = field(default_factory=dict)  # keys by the user; None removes one
+    given: set = field(default_factory=set)  # keys of Sampling, or "seed", that the user gave
+    refused: dict = field(default_factory=dict)  # {key of our own that is not sent: its new name}
+    settings: str = ""  # the settings.json that records `refused`
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
 
 def open_server(url: str, model: str = "", **settings) -> Server:
-    """A Server with the key of OPENAI_API_KEY, at `url` or OPENAI_BASE_URL; without a model name the only
-    model that the server lists. Raises UserError."""
-    url = (url or os.environ.get("OPENAI_BASE_URL", "")).rstrip("/")
-    try:
-        urllib.parse.urlsplit(url).port  # raises where it is no number
-        fits = re.fullmatch(r"https?://[^/@\s.][^/@\s]*(/[^@\s]*)?", url) and url.isascii()
-    except ValueError:
-        fits = False
-    if not fits:
-        shown = re.sub("//.*@", "//***@", url)  # a password may stand there
-        raise UserError(f"--server is {shown!r}; an address such as http://localhost:8000/v1 expected (or "
-                        "OPENAI_BASE_URL)")
+    """A Server with the key of OPENAI_API_KEY; without a model name the only model that the server
+    lists. Raises UserError."""
+    url = url.rstrip("/")
+    if not re.fullmatch(r"https?://[^/@\s]+(/\S*)?", url):
+        shown = url.rpartition("@")[2]  # a password may stand before it
+        raise UserError(f"--server is {shown!r}, an address such as http://localhost:8000/v1 "
+                        "expected")
     key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if not re.fullmatch(r"[!-~]*", key):
+    if not re.fullmatch(r"[!-~]*", key):  # http.client would show it in its error
         raise UserError("OPENAI_API_KEY holds characters that no HTTP header can carry")
     server = Server(url, model, key, **settings)
     if not model:
         try:
-            listed = http(server, "/models").get("data")
-        except Refused as e:
+            names = [str(listed["id"]) for listed in fetch_json(server, "/models")["data"]]
+        except (RequestFailed, KeyError, TypeError) as e:
             raise UserError(f"{url}/models: {e}; name the model with --server_model") from None
-        names = [m.get("id") for m in listed if isinstance(m, dict)] if isinstance(listed, list) else []
-        names = [hide(server, name) if isinstance(name, str) else "" for name in names]
-        if len(names) != 1 or not 0 < len(names[0]) < 200 or not names[0].isprintable():
-            raise UserError(f"{url} serves {len(names)} models ({', '.join(map(repr, names))[:200]}): choose "
+        if len(names) != 1:
+            raise UserError(f"{url} serves {len(names)} models ({', '.join(names)[:200]}): choose "
                             "one with --server_model")
         server.model = names[0]
     return server
 
 
-class Refused(Exception):
-    """One request that got no usable answer; the text says why. The others go on."""
+class RequestFailed(Exception):
+    """One request got no usable answer; the text says why. The others go on."""
+
+    def __init__(self, reason: str, status: int = 0, detail: str = "", partial: str = ""):
+        super().__init__(reason)
+        self.status, self.detail = status, detail  # of the HTTP answer
+        self.partial = partial  # what was said so far
 
 
-class AnyStatus(urllib.request.HTTPErrorProcessor):
-    """Every status is an answer. No redirect is followed: it would carry the key to another host."""
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error: to follow it would carry the key to another host."""
 
-    def http_response(self, request, response):
-        return response
-
-    https_response = http_response
+    def redirect_request(self, *args):
+        return None
 
 
-RETRIED = {408, 409, 425, 429, *range(500, 600)}
+RETRIED = (408, 409, 425, 429)  # and all from 500 on
 FATAL = {401: "the key in OPENAI_API_KEY is missing or wrong", 402: "the account has no credit",
          403: "the key in OPENAI_API_KEY may not use this model",
          404: "the address or the model name is wrong", 405: "the address is no chat endpoint"}
-MAX_ANSWER = 64 * 2**20  # bytes of one HTTP answer
 
 
-def http(server: Server, path: str, body: dict | None = None) -> dict:
-    """One JSON request, POST if it has a body, tried up to server.tries times with exponential, jittered
-    pauses, or longer where the server says so (Retry-After).
+def fetch_json(server: Server, path: str, body: dict | None = None) -> dict:
+    """One JSON request, POST if it has a body, tried up to server.tries times with doubling,
+    jittered pauses, or as Retry-After says.
 
-    Raises UserError, which ends the whole run, where every other request would fail too: a FATAL status, or
-    nobody listens. Raises Refused for the rest: a status not worth a retry, or no try left.
+    Raises UserError, which ends the whole run, where every other request would fail too: a FATAL
+    status, or nobody listens. Raises RequestFailed for the rest.
     """
-    opener, headers = urllib.request.build_opener(AnyStatus), {"Content-Type": "application/json"}
+    opener, headers = urllib.request.build_opener(NoRedirect), {"Content-Type": "application/json"}
     if server.key:
         headers["Authorization"] = f"Bearer {server.key}"
     content = None if body is None else json.dumps(body).encode()
     for attempt in range(server.tries):
-        status, wait, raw = 200, 0.0, b""
+        pause = min(60.0, 2.0**attempt) * random.uniform(0.5, 1.0)
         try:
             request = urllib.request.Request(server.url + path, content, headers)
-            status, wait, raw = within(server.timeout, lambda: fetch(opener, request, server.timeout))
-            value = json.loads(raw) if status < 300 else None
-            if isinstance(value, dict) and ("error" not in value or "choices" in value):
+            with opener.open(request, timeout=server.timeout) as answer:
+                value = json.load(answer)
+            if not isinstance(value, dict) or "error" not in value or "choices" in value:
                 return value
-            problem = "the answer is no JSON object"
-            if isinstance(value, dict):
-                problem = f"an error in an answer with status 200: {hide(server, str(value['error']))[:300]}"
-        except (ValueError, RecursionError):  # also UnicodeDecodeError
-            problem = "the answer is no JSON"
-        except (OSError, HTTPException) as e:  # TimeoutError and URLError are OSErrors
-            reason = getattr(e, "reason", e)
-            problem = f"connection failed: {type(reason).__name__}"
-            if isinstance(reason, TimeoutError):
-                problem = f"no answer within {server.timeout:g} s"
-            nobody_there = isinstance(reason, (ConnectionRefusedError, socket.gaierror))
-            if nobody_there and attempt == server.tries - 1:
-                raise UserError(f"{server.url} cannot be reached: {reason}. Is the server up? What has "
-                                "arrived is kept; the same command goes on from there.") from None
-        if status > 299:  # hidden in the whole text: half a key would not be found
-            detail = " ".join(hide(server, raw.decode(errors="replace")).split())
-            problem = f"HTTP {status}: {detail[:300]}"
-            if status in FATAL:
-                raise UserError(f"{server.url}{path}: {FATAL[status]} ({problem})")
-            if status not in RETRIED:
-                raise Refused(problem)
-        if attempt < server.tries - 1:
-            time.sleep(max(wait, min(60.0, server.pause * 2**attempt) * random.uniform(0.5, 1.0)))
-    raise Refused(f"{problem} (tried {server.tries} times)")
+            reason = None
+            problem = hide_key(server, f"HTTP 200 with an error: {value['error']}")[:300]
+        except urllib.error.HTTPError as e:  # hide the key before cutting: half of it is not found
+            detail = hide_key(server, " ".join(e.read().decode(errors="replace").split()))
+            problem, reason = f"HTTP {e.code}: {detail[:300]}", None
+            if e.code in FATAL:
+                raise UserError(f"{server.url}{path}: {FATAL[e.code]} ({problem})") from None
+            if e.code < 500 and e.code not in RETRIED:
+                raise RequestFailed(problem, e.code, detail) from None
+            if re.fullmatch(r"\d{1,9}", e.headers.get("Retry-After") or ""):
+                pause = max(pause, min(600.0, float(e.headers["Retry-After"])))
+        except (OSError, ValueError, HTTPException) as e:
+            reason = e.reason if isinstance(e, urllib.error.URLError) else e
+            problem = hide_key(server, f"{type(reason).__name__}: {reason}"[:300])
+        if attempt + 1 < server.tries:
+            time.sleep(pause)
+    if isinstance(reason, (ConnectionRefusedError, socket.gaierror)):
+        raise UserError(f"{server.url} cannot be reached: {reason}. Is the server up? What has "
+                        "arrived is kept; the same command goes on from there.")
+    raise RequestFailed(f"{problem} (tried {server.tries} times)")
 
 
-def hide(server, text):
-    """Text without the key, should a server repeat it (a short key is a dummy, and a part of many words), and
-    without what no file can hold."""
-    text = text.encode(errors="replace").decode()
+def hide_key(server: Server, text: str) -> str:
+    """Text without the key, should a server repeat it (a short key is a dummy, and a part of many
+    words), and without lone surrogates, which no file can hold."""
     if len(server.key) > 11:
-        quoted = json.dumps(server.key)[1:-1]
-        for form in {server.key, quoted, quoted.replace("/", "\\/"), repr(server.key)[1:-1]}:
-            text = text.replace(form, "***")
-    return text
+        text = text.replace(server.key, "***")
+    return text.encode(errors="replace").decode()
 
 
-def within(seconds, call):
-    """call(), in a thread that is left to itself when the time is over: a socket's own time-out starts anew
-    at each byte, and a hostile server has many of them. Raises what the call does, or TimeoutError."""
-    for _, result in concurrently(lambda call: call(), [call], 1, seconds):
-        return result
+ENDED = ("", "stop", "eos", "eos_token", "end_turn", "stop_sequence")
+CUT = ("length", "max_tokens")
 
 
-def fetch(opener, request, timeout):
-    """(status, seconds to wait, body) of one HTTP answer, unless it is endless in size."""
-    with opener.open(request, timeout=timeout) as answer:
-        body = bytearray()
-        while part := answer.read1(2**16):
-            body += part
-            if len(body) > MAX_ANSWER:
-                raise Refused(f"an answer of more than {MAX_ANSWER >> 20} MiB")
-        if answer.length:  # announced, but not sent
-            raise IncompleteRead(b"", answer.length)
-        return answer.status, retry_after(answer.headers["Retry-After"]), bytes(body)
-
-
-def retry_after(value: str | None) -> float:
-    """Seconds that a Retry-After header asks for, at most 10 minutes; a date asks for nothing here."""
-    return min(float(value), 600.0) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?", value or "") else 0.0
-
-
-def ask(server: Server, request, sampling: Sampling) -> dict:
-    """One chat completion: {"text", "finish": "stop" | "length", "tokens"} or {"error": why}. Settings that
-    are None are left to the server; top_k is no key of the OpenAI protocol and goes into Server.body."""
-    body = {"model": server.model, "messages": request.messages, "temperature": sampling.temperature,
-            "top_p": sampling.top_p, "max_tokens": sampling.max_tokens, "seed": request.seed}
-    body = {k: v for k, v in body.items() if v is not None} | server.body
-    try:
-        answer = http(server, "/chat/completions", body)
-        choice, usage = answer["choices"][0], answer.get("usage")
-        text, ending = choice["message"].get("content"), choice.get("finish_reason")
-    except Refused as e:
-        return {"error": str(e)}
-    except (KeyError, IndexError, TypeError, AttributeError):
-        return {"error": "the answer is no chat completion"}
-    if text is not None and not isinstance(text, str):
-        return {"error": f"the answer's content is a {type(text).__name__}, not text"}
-    if ending not in ("stop", "eos", "length", "", None):  # content_filter, abort, tool_calls: half an answer
-        return {"error": f"the server ended the answer with {hide(server, str(ending))[:60]!r}"}
-    tokens = usage.get("completion_tokens") if isinstance(usage, dict) else 0
-    return {"text": hide(server, text or ""), "finish": "length" if ending == "length" else "stop",
-            "tokens": tokens if is_count(tokens) else 0}
-
-
-def is_count(value):
-    """Whether a number of tokens can be believed."""
-    return type(value) is int and 0 <= value < 2**40
-
-
-def concurrently(call, items, workers: int, timeout: float | None = None):
-    """Yield (item, call(item)) in the order of completion, `workers` calls at a time, taking items as needed.
-    Raises TimeoutError where none ends for `timeout` seconds.
-
-    Each call has a daemon thread: an interrupt, or an exception of one call (raised here), ends the program
-    at once, not after the slowest request as with concurrent.futures.
-    """
-    ready, items, busy = queue.SimpleQueue(), iter(items), 0
-
-    def work(item):
-        try:
-            ready.put((item, call(item), None))
-        except BaseException as e:
-            ready.put((item, None, e))
-
+def ask(server: Server, request: Request, sampling: Sampling) -> dict:
+    """One chat completion: {"text", "finish": "stop" | "length", "tokens"} or {"error": why}. A key
+    that we sent of our own accord and the server refuses is dropped, once for the run."""
     while True:
-        for item in itertools.islice(items, workers - busy):
-            threading.Thread(target=work, args=(item,), daemon=True).start()
-            busy += 1
-        if not busy:
-            return
+        own = {**asdict(sampling), "seed": request.seed, **server.extras}
+        for key, new_name in list(server.refused.items()):
+            value = own.pop(key, None)
+            if new_name:
+                own[new_name] = value
+        own = {k: v for k, v in own.items() if v is not None and k not in server.body}
+        body = {"model": server.model, "messages": request.messages, **own, **server.body}
+        body = {k: v for k, v in body.items() if v is not None}
         try:
-            item, result, error = ready.get(timeout=timeout)
-        except queue.Empty:
-            raise TimeoutError from None
-        busy -= 1
-        if error:
-            raise error
-        yield item, result
+            return read_completion(server, fetch_json(server, "/chat/completions", body))
+        except RequestFailed as e:
+            if e.status not in (400, 422) or not drop_refused(server, own, e):
+                partial = {"partial": hide_key(server, e.partial)} if e.partial else {}
+                return {"error": hide_key(server, str(e)), **partial}
 
 
-@dataclass
-class Request:
-    """One answer wanted. The key names it in the log; equal seeds give equal answers of the own model."""
+def drop_refused(server: Server, own: dict, failure: RequestFailed) -> bool:
+    """Whether the server refuses keys of `own` that may be dropped; notes them. Raises UserError
+    where it refuses what the user gave."""
+    words = error_words(failure.detail)
+    named = [key for key in (*own, *server.body) if re.search(rf"\b{key}\b", words)]
+    given = {*server.given, *server.body}
+    if "max_tokens" in given:
+        given.add("max_completion_tokens")
+    refused = {key: None for key in named if key not in given}
+    if "max_tokens" in own and re.search("max_completion_tokens.{0,9} instead", words):
+        refused["max_tokens"] = "max_completion_tokens"  # the same under its new name
+    if len({"temperature", "top_p"} & refused.keys()) == 2:  # "cannot both be specified"
+        del refused["temperature"]
+    always = [key for key in named if key in given and not key.startswith("max_")]
+    if always and not refused:  # a limit depends on the prompt: there only this request fails
+        raise UserError(f"{server.url} refuses {', '.join(always)}: {failure}")
+    with server.lock:
+        for key in refused.keys() - server.refused.keys():
+            server.refused[key] = refused[key]
+            instead = f"with {refused[key]} instead" if refused[key] else "without it"
+            tqdm.write(f"the server refuses {key}: sampling goes on {instead}", file=sys.stderr)
+            if server.settings:
+                settings = read_json(server.settings)
+                write_json(server.settings, {**settings, "refused": server.refused})
+    return bool(refused)
 
-    key: str
-    messages: list
-    seed: int
+
+def error_words(detail: str) -> str:
+    """The words of an error's JSON, without what it repeats of the request."""
+    def words(value):
+        if isinstance(value, dict):
+            value = [v for k, v in value.items() if k != "input"]
+        if isinstance(value, list):
+            return " ".join(map(words, value))
+        return str(value)
+
+    try:
+        return words(json.loads(detail))
+    except ValueError:
+        return detail
 
 
-def request_for(name, messages, seed):
-    """A Request whose key and seed follow from what is asked: other questions never meet old answers."""
-    digest = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:12]
-    own_seed = hashlib.sha256(f"{seed} {name} {digest}".encode()).digest()
-    return Request(f"{name} {digest}", messages, int.from_bytes(own_seed[:4], "little") >> 1)
+def read_completion(server: Server, answer) -> dict:
+    """The record of a chat completion; raises RequestFailed."""
+    try:
+        choice = answer["choices"][0]
+        message, ending = choice["message"], str(choice.get("finish_reason") or "")
+        content = message.get("content")
+        thoughts = [k for k in ("reasoning_content", "reasoning", "refusal") if message.get(k)]
+        if isinstance(content, list):  # of parts; those that think are no answer
+            thoughts += [part["type"] for part in content if part["type"] != "text"]
+            content = "".join(part["text"] for part in content if part["type"] == "text")
+        tokens = (answer.get("usage") or {}).get("completion_tokens") or 0
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise RequestFailed(f"no chat completion: {hide_key(server, json.dumps(answer))[:300]}"
+                            ) from None
+    if not isinstance(content, str | None):
+        raise RequestFailed(f"the answer's content is a {type(content).__name__}, not text")
+    text = hide_key(server, content or "")
+    partial = text.strip() or "".join(str(message.get(k) or "") for k in thoughts)
+    if ending.lower() not in (*ENDED, *CUT):  # content_filter, tool_calls, ...: half an answer
+        raise RequestFailed(f"the server ended the answer with {ending[:60]!r}", partial=partial)
+    if thoughts and not text.strip():
+        if "refusal" in thoughts:
+            raise RequestFailed(f"the model refused: {partial[:200]}", partial=partial)
+        raise RequestFailed(f"no answer, only {thoughts[0]}: the server's reasoning parser took "
+                            "the whole answer: start it without, or raise --max_tokens",
+                            partial=partial)
+    finish = "length" if ending.lower() in CUT else "stop"
+    return {"text": text, "finish": finish, "tokens": tokens}
 
 
-def raw_logs(folder):
-    """The logs of all ranks."""
-    return sorted(glob.glob(os.path.join(glob.escape(folder), "raw-*.jsonl")))
+# --- sampling: every answer kept as it comes ------------------------------------------------------
 
 
-def read_log(folder: str, keys) -> dict:
-    """{key: record} of all raw answers in a folder; a later record of a key replaces an earlier one.
+def in_parallel(call, items, workers: int):
+    """Yield call(item) in the order of completion, `workers` calls at a time. A consumer that stops
+    early waits for the calls under way; Ctrl-C does not."""
+    pool, items, running = ThreadPoolExecutor(workers), iter(items), set()
+    try:
+        while True:
+            for item in itertools.islice(items, workers - len(running)):
+                running.add(pool.submit(call, item))
+            if not running:
+                return
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+    except GeneratorExit:
+        pool.shutdown()
+        raise
+    finally:
+        pool.shutdown(wait=False)
 
-    A last line without its newline was cut off by a kill and does not count. Raises UserError for a broken
-    line elsewhere, and for an answer to something that is not asked now.
-    """
-    records, keys = {}, set(keys)
-    for path in raw_logs(folder):
-        with open(path, "rb") as f:
-            lines = f.read().split(b"\n")[:-1]
-        for number, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line)
-                key, text = record["key"], record.get("text", "") + record.get("error", "")
-                fits = isinstance(key, str) and ("error" in record or "text" in record and is_count(
-                    record["tokens"]) and record["finish"] in ("stop", "length"))
-                text.encode()  # a lone surrogate is no text: a ValueError
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                fits = False
-            if not fits:
-                raise UserError(f"{path}, line {number}: not a record of this program; found {line!r:.80}")
-            if key not in keys:
-                raise UserError(f"{path}, line {number}: answers {key!r}, which is not among the questions "
-                                "given now: choose another output folder")
-            records[key] = record
-    return records
+
+def read_answers(folder: str, keys=None) -> dict:
+    """{key: record} of all ranks' raw answers in a folder; an answer goes before a failed request.
+    Raises UserError for a broken line, and for an answer to something that is not in `keys`."""
+    answers = {}
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "raw-*.jsonl"))):
+        for record in data.read_log(path):
+            key = record["key"]
+            if keys is not None and key not in keys:
+                raise UserError(f"{path}: answers {key!r}, which is not among the questions given "
+                                "now: choose another output folder")
+            if "text" not in answers.get(key, {}):
+                answers[key] = record
+    return answers
 
 
 def open_log(path: str):
-    """A raw log open for adding lines, a torn last line removed; refused while another process writes it."""
+    """A raw log open for adding lines, a torn last line removed; refused while another process
+    writes it: a resumed run must not write beside a living one."""
     f = open(path, "a+b", buffering=0)
     try:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         f.close()
         raise UserError(f"{path} is being written by another process") from None
+    except OSError:
+        pass  # a file system without locks
     f.seek(0)
     f.truncate(f.read().rfind(b"\n") + 1)
     return f
 
 
-def claim_folder(out, settings):
-    """Make `out`, or check that it was made with the same settings. Raises UserError where not."""
-    path = os.path.join(out, "settings.json")
-    if os.path.exists(path):
-        kept = read_json(path)
-        differ = [f"{k} was {kept.get(k)!r}, now {v!r}" for k, v in settings.items() if kept.get(k) != v]
-        if differ:
-            raise UserError(f"{out} holds work with other settings: choose another --out\n  "
-                            + "\n  ".join(differ))
-        return
-    if os.path.isdir(out) and {*os.listdir(out)} - {"settings.json.tmp"}:  # of a start that was killed
-        raise UserError(f"{out} is not empty and holds no work of this program: choose another --out")
-    os.makedirs(out, exist_ok=True)
-    write_json(path, settings)
-
-
 def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks,
-           title: str = "sampling", on_record=lambda record: {}, enough=None) -> dict:
-    """{key: record} for all requests: those of an earlier start from the log, the rest sampled now.
+           title: str = "sampling", at_once: int = 0):
+    """Yield the records of requests: those of earlier starts from the log, then this rank's new.
 
-    `policy` is an Own model, a Server, or a function from a Request to a record. Each answer is added to
-    folder/raw-RANK.jsonl as it comes, in one write: a kill loses at most what is under way, and the same
-    call goes on. Records are {"key", "text", "finish", "tokens"} or {"key", "error"}; failed requests are
-    asked again by the next call. `on_record(record)` sees the answers in the log, then each new one of this
-    rank, and returns a dict for the progress bar; once `enough()` is true nothing more is asked (own model:
-    looked at every 512 requests). Raises UserError as `http` and `read_log` do.
+    policy    a LocalModel, a Server, or a function from a Request to a record
+    at_once   a LocalModel's records come after so many requests each; 0: after all
+    records   {"key", "text", "finish", "tokens"} or {"key", "error"}
+
+    Each answer is added to folder/raw-RANK.jsonl as it comes: a kill loses at most what is under
+    way, and the same call goes on. Failed requests are asked again by the next call. A consumer
+    that has enough breaks off. Collective at its start; consume it inside `ranks.together()`, after
+    which `read_answers` has what all ranks got. Raises UserError as fetch_json and read_answers do.
     """
-    serving = isinstance(policy, Server)
-    if serving and ranks.world > 1:
-        raise UserError("a server needs one process here: start with `python`, without torchrun")
-    keys = [r.key for r in requests]
     with ranks.together():
+        if isinstance(policy, Server) and ranks.world > 1:
+            raise UserError("a server needs one process here: start with `python`, not torchrun")
         os.makedirs(folder, exist_ok=True)
-        have = read_log(folder, keys)
-        for path in raw_logs(folder) if ranks.main else ():
-            open_log(path).close()  # raises where a process of an earlier start still lives
-    todo = [r for r in requests if "text" not in have.get(r.key, {})]
-    mine = todo[ranks.rank::ranks.world]
-    with ranks.together(), open_log(os.path.join(folder, f"raw-{ranks.rank}.jsonl")) as log:
-        bar = tqdm(total=len(mine), disable=not ranks.main or not todo, desc=title, unit="answer",
-                   leave=not ranks.quiet)
-        count, started, outcomes = Counter(), time.monotonic(), {}
-        for record in have.values():
-            outcomes = on_record(record)
+        log = open_log(os.path.join(folder, f"raw-{ranks.rank}.jsonl"))
+        answers = read_answers(folder, {r.key for r in requests})
+    todo = [r for r in requests if "text" not in answers.get(r.key, {})]
+    todo = todo[ranks.rank::ranks.world]
+    bar = tqdm(total=len(todo), disable=not (ranks.main and todo), desc=title, unit="answer",
+               leave=not ranks.quiet)
+    counts, started, lock = Counter(), time.monotonic(), threading.Lock()
 
-        def tick(tokens, failed=0):
-            count.update(tokens=tokens, failed=failed)
-            speed = int(count["tokens"] / (time.monotonic() - started))
-            bar.set_postfix({**count, "tokens/s": speed, **outcomes}, refresh=False)
-            bar.update(0)
-
-        def keep(request, record):
-            nonlocal outcomes
-            record = {"key": request.key, **record}
-            line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
-            with writing(log.name):
-                if log.write(line) < len(line):  # what is torn does not count when the log is read again
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            outcomes = on_record(record)
+    def keep(request, record):
+        record = {"key": request.key, **record}
+        line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        with lock, writing(log.name):
+            if log.write(line) < len(line):  # the disk is full; no thread may add to a torn line
+                log.close()
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            counts.update(tokens=record.get("tokens", 0), failed="error" in record)
+            speed = int(counts["tokens"] / (time.monotonic() - started))
+            bar.set_postfix({**counts, "tokens/s": speed}, refresh=False)
             bar.update()
+        return record
 
-        wanted = itertools.takewhile(lambda _: not (enough and enough()), mine)
-        if isinstance(policy, Own):
-            while some := list(itertools.islice(wanted, 512 if enough else None)):
-                answer_own(policy, some, sampling, keep, tick)
+    def answer(request):
+        if isinstance(policy, Server):
+            return keep(request, ask(policy, request, sampling))
+        return keep(request, policy(request))
+
+    with log, bar:
+        yield from answers.values()
+        if isinstance(policy, LocalModel):
+            step = at_once or max(1, len(todo))
+            for start in range(0, len(todo), step):
+                yield from answer_locally(policy, todo[start:start + step], sampling, keep)
         else:
-            call = functools.partial(ask, policy, sampling=sampling) if serving else policy
-            for request, record in concurrently(call, wanted, policy.workers if serving else 1):
-                keep(request, record)
-                tick(record.get("tokens", 0), "error" in record)
-        bar.close()
-    with ranks.together():
-        return read_log(folder, keys)
+            yield from in_parallel(answer, todo, getattr(policy, "workers", 1))
 
 
-def answer_own(own: Own, requests, sampling, keep, tick):
-    """Sample from the model in this process: keep(request, record) as each answer ends, tick(new tokens)."""
-    def done(index, ids, ended):
-        text, finish = own.chat.tokenizer.decode(ids), "stop" if ended else "length"
-        keep(requests[index], {"text": text, "finish": finish, "tokens": len(ids) + ended})
+def answer_locally(local: LocalModel, requests, sampling, keep) -> list:
+    """Records by the model in this process; keep(request, record) logs each as it ends."""
+    records = []
 
-    qwen.generate(own.model, [own.chat.prompt(r.messages) for r in requests], [r.seed for r in requests],
-                  **asdict(sampling), end=own.end, batch_size=own.batch_size, on_done=done, progress=tick)
+    def on_done(index, ids, ended):
+        text, finish = local.chat.tokenizer.decode(ids), "stop" if ended else "length"
+        record = {"text": text, "finish": finish, "tokens": len(ids) + ended}
+        records.append(keep(requests[index], record))
+
+    prompts = [local.chat.prompt(r.messages) for r in requests]
+    qwen.generate(local.model, prompts, [r.seed for r in requests], **asdict(sampling),
+                  end=local.end, batch_size=local.batch_size, on_done=on_done)
+    return records
 
 
 # --- sampling: options ----------------------------------------------------------------------------
 
 
 @dataclass
-class Asking:
-    """What both commands share: whom to ask, and how."""
+class SamplingOptions:
+    """What the commands that sample share: whom to ask, and how."""
 
-    out: str = option("", "folder to write; an unfinished one is gone on with (required)")
+    out: str = option("", "folder to write; an unfinished one is completed (required)")
     model: str = option("", "ask this Qwen3 checkpoint (folder or hub id), in this process")
-    server: str = option("", "ask an OpenAI-compatible server, http://host:port/v1; key: OPENAI_API_KEY")
+    server: str = option("", "ask an OpenAI-compatible server, http://host:port/v1 (key: "
+                         "OPENAI_API_KEY)")
     server_model: str = option("", "model name at the server; empty: the only one it serves")
     body: str = option("", "JSON object: more keys of each request to the server; null removes one")
     workers: int = option(16, "requests to the server at a time")
-    request_timeout: float = option(600.0, "seconds a request may take")
+    request_timeout: float = option(600.0, "seconds to wait for the server")
     tries: int = option(6, "attempts per request, with growing pauses")
-    temperature: float = option(0.7, "0: greedy (an Oracle's server gets this and the next only if given)")
+    temperature: float = option(0.7, "0: greedy (an Oracle's server gets these only if given)")
     top_p: float = option(0.8, "keep the likeliest tokens up to this share")
     top_k: int = option(20, "keep that many likeliest tokens; 0: all")
     max_tokens: int = option(32768, "tokens of an answer; longer ones are cut off and counted")
-    batch_size: int = option(32, "answers the own model writes at a time")
-    dtype: str = option("bfloat16", "of the own model", ("float32", "bfloat16"))
+    batch_size: int = option(32, "answers a local model writes at a time")
+    dtype: str = option("bfloat16", "of a local model", ("float32", "bfloat16"))
     seed: int = option(0, "of the samples")
     timeout: int = option(86400, "seconds after which a stalled rank ends the run")
+    given: tuple = ()  # names of the options that the user gave
+
+    @property
+    def sampling(self):
+        return Sampling(self.temperature, self.top_p, self.top_k, self.max_tokens)
 
 
-def finish(work) -> int:
-    """Run a program's work to its exit code: 0, or 130 where Ctrl-C or SIGTERM ended it."""
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        work()
-    except KeyboardInterrupt:
-        print("\nstopped; what has arrived is kept, and the same command goes on", file=sys.stderr,
-              flush=True)
-        return 130
-    close_ranks()
-    return 0
-
-
-def check_asking(o: Asking, allowed: tuple) -> list:
-    """What is wrong with these options, as text; `allowed` are the options that name whom to ask, of which
-    exactly one must be given. OPENAI_BASE_URL stands in for all of them."""
-    if not any(getattr(o, k) for k in allowed):
+def check_sampling_options(o: SamplingOptions) -> list:
+    """What is wrong with these options, as text. OPENAI_BASE_URL stands in for who is asked."""
+    names = [name for name in ("model", "server", "function", "edited") if hasattr(o, name)]
+    if not any(getattr(o, name) for name in names):
         o.server = os.environ.get("OPENAI_BASE_URL", "")
-    found = sum(bool(getattr(o, k)) for k in allowed)
-    problems = ["--out is required"] * (not o.out)
-    problems += [f"exactly one of --{', --'.join(allowed)} expected, found {found}"] * (found != 1)
-    for k, low in {"workers": 1, "request_timeout": 1e-3, "tries": 1, "max_tokens": 1, "batch_size": 1,
-                   "timeout": 1, "temperature": 0, "top_k": 0, "seed": 0}.items():
-        if not low <= getattr(o, k) < 1e9:
-            problems.append(f"--{k} is {getattr(o, k)}, a number from {low} to 1e9 expected")
-    problems += qwen.unfit(vars(o))
+    problems, count = [], sum(bool(getattr(o, name)) for name in names)
+    if count != 1:
+        problems.append(f"exactly one of --{', --'.join(names)} expected, found {count}")
     if not 0 < o.top_p <= 1:
         problems.append(f"--top_p is {o.top_p}, a share above 0 and up to 1 expected")
     try:
         if not isinstance(json.loads(o.body or "{}"), dict):
             problems.append(f"--body is {o.body!r:.60}, a JSON object expected")
-    except (ValueError, RecursionError) as error:
-        problems.append(f"--body is no JSON: {error}")
+    except ValueError as e:
+        problems.append(f"--body is no JSON: {e}")
     return problems
 
 
-def open_policy(o: Asking, device, non_thinking: bool = True):
-    """The Own model or the Server that the options name. non_thinking: tell a server what vLLM and SGLang
-    understand, Qwen3's template without thinking and top_k; null in --body takes a key away."""
+def open_policy(o: SamplingOptions, device, non_thinking: bool = True):
+    """The LocalModel or the Server that the options name. non_thinking: ask a server for Qwen3's
+    template without thinking, as vLLM and SGLang understand it."""
     if o.model:
-        return open_own(o.model, getattr(torch, o.dtype), device, o.batch_size)
-    body = {"top_k": o.top_k, "chat_template_kwargs": {"enable_thinking": False}} if non_thinking else {}
-    body |= json.loads(o.body or "{}")
-    return open_server(o.server, o.server_model, workers=o.workers, timeout=o.request_timeout, tries=o.tries,
-                       body={k: v for k, v in body.items() if v is not None})
+        return open_local_model(o.model, getattr(torch, o.dtype), device, o.batch_size)
+    extras = {"chat_template_kwargs": {"enable_thinking": False}} if non_thinking else {}
+    given = {"temperature", "top_p", "top_k", "max_tokens", "seed"} & set(o.given)
+    return open_server(o.server, o.server_model, workers=o.workers, timeout=o.request_timeout,
+                       tries=o.tries, extras=extras, body=json.loads(o.body or "{}"), given=given)
 
 
-def identity(policy, o: Asking) -> str:
-    """Whose answers these are: a server's model name and --body, or a folder, a hash of its weights and the
-    type of the computation."""
+def identity(policy, o: SamplingOptions) -> str:
+    """Whose answers these are: a server's model name and --body, or a local model's folder name, a
+    hash of its weight files and the type of the computation. Of a file the hash takes name, size
+    and 4 KiB at 64 places, not gigabytes: two trainings of one base differ there."""
     if isinstance(policy, Server):
         return f"{policy.model} {json.dumps(policy.body, sort_keys=True)}"
     digest, folder = hashlib.sha256(), qwen.checkpoint_folder(o.model)
     for path in sorted({path for path, _ in qwen.open_tensors(folder).values()}):
+        size = os.path.getsize(path)
+        digest.update(f"{os.path.basename(path)} {size} ".encode())
         with open(path, "rb") as f:
-            digest.update(hashlib.file_digest(f, "sha256").digest())
+            for place in range(0, size, size // 64 + 1):
+                f.seek(place)
+                digest.update(f.read(4096))
     return f"{os.path.basename(os.path.abspath(folder))} {digest.hexdigest()[:16]} {o.dtype}"
+
+
+def claim_folder(out: str, settings: dict, ranks: Ranks, policy=None):
+    """Make `out`, or check that it was made with the same settings; ends all ranks where not. A
+    Server gets to know what it refused before."""
+    path = os.path.join(out, "settings.json")
+    with ranks.together():
+        if not ranks.main:
+            return
+        os.makedirs(out, exist_ok=True)
+        if not os.path.exists(path):
+            if os.listdir(out):
+                raise UserError(f"{out} is not empty and holds no work of this program: choose "
+                                "another --out")
+            write_json(path, settings)
+        kept = read_json(path)
+        differ = [f"{name} was {kept.get(name)!r}, now {value!r}"
+                  for name, value in settings.items() if kept.get(name) != value]
+        if differ:
+            raise UserError(f"{out} holds work with other settings: choose another --out"
+                            + data.listed(differ))
+        if isinstance(policy, Server):
+            policy.settings, policy.refused = path, kept.get("refused", {})
 
 
 # --- grading: which answer does a text commit itself to? ------------------------------------------
 
-# `tokenize` turns spellings into canonical tokens by two tables; `read` takes lists, tuples and relations
-# apart; the expressions that remain are computed at POINTS. Equal are expressions with equal values: exact
-# fractions while that is possible, else floats within 1e-11 of the larger one. A float that has lost its
-# digits (sin pi, 1 - cos 10^-9) equals nothing but the same text.
+# `tokenize` turns spellings into canonical tokens by two tables. `read` takes lists, tuples and
+# relations apart. The expressions that remain are computed at POINTS and compared: exact fractions
+# where possible, else floats within 1e-11 of the larger one. A float that has lost its digits
+# (sin pi, 1 - cos 10^-9) equals nothing but the same text.
 #
-# Where this differs from math-verify on purpose: a decimal equals an exact value only as its rounding to six
-# or more digits (0.333 is not 1/3), and another decimal only exactly; numbers in a base have a value (10_2
-# is 2); {2n \choose n}, factorials, 1e-5 and -1./3 are read; a unit that one side lacks is forgiven, two
-# different units are not; p % equals p and p / 100; a list is a set, and a union is a list; of several boxes
-# only the last is the answer. Not seen: even roots of negative numbers, intervals that touch, degrees in
-# sin 30°, differences of irrational values below 1e-11.
+# This differs from math-verify on purpose. A decimal equals an exact value only as its rounding to
+# six or more digits (0.333 is not 1/3), and another decimal only exactly. 10_2 is 2. Factorials,
+# 1e-5 and -1./3 are read. A unit that one side lacks is forgiven, two different units are not. p %
+# equals p and p / 100. A list is a set, a union is a list. Of several boxes the last one counts.
+# Not seen: even roots of negative numbers, intervals that touch, degrees in sin 30°.
 
 BOX = re.compile(r"\\f?box(?:ed)?\s*(\{|[^\s{}\\$])")
 STATED = re.compile(
     r"(?:####|\banswers?\b[^.\n:$\\\d]{0,40}?(?:\b(?:is|are|be)\b|:|=))(?:[\s:,*]*"
-    r"\b(?:thus|hence|therefore|then|simply|just|exactly|equal to|equals|given by)\b)*[\s:,*]*", re.I)
+    r"\b(?:thus|hence|therefore|then|simply|just|exactly|equal to|equals|given by)\b)*[\s:,*]*",
+    re.I)
 
 
 def extract_answer(text: str) -> str | None:
-    """What the last box of a response holds, else what the last "answer is", "Answer:" or "####" states.
-    Thinking is dropped; a text that ends inside <think> or its last box was cut off and has no answer."""
+    """What the last box of a response holds, else what its last "answer is", "Answer:" or "####"
+    states. None if there is neither, or if the text ends inside <think> or its last box."""
     text = after_thinking(text)
-    answer, stated = last_boxed(text), [m.end() for m in STATED.finditer(text)]
+    answer = last_boxed(text)
+    stated = list(STATED.finditer(text))
     if answer is None and stated:
-        rest = text[stated[-1]:].split("\n")[0].split("<|")[0]
-        formula = re.match(r"\$+[^$]+\$+|\\\(.+?\\\)|\\\[.+?\\\]", rest)
-        answer = formula[0] if formula else re.split(r"[.;]\s|,?\s(?:because|since)\b", rest)[0].strip(".* ")
+        line = text[stated[-1].end():].split("\n")[0].split("<|")[0]
+        formula = re.match(r"\$+[^$]+\$+|\\\(.+?\\\)|\\\[.+?\\\]", line)
+        if formula:
+            answer = formula[0]
+        else:
+            answer = re.split(r"[.;]\s|,?\s(?:because|since)\b", line)[0].strip(".* ")
     return (answer or "").strip() or None
 
 
 def after_thinking(text):
-    """What a response says once its thinking has ended: nothing, where it was cut off before that."""
-    _, thought, said = text.rpartition("</think>")
-    return "" if "<think>" in said else said.lstrip() if thought else said
+    """What a response says after its thinking; nothing if it was cut off before that."""
+    _, mark, answer = text.rpartition("</think>")
+    if "<think>" in answer:
+        return ""
+    return answer.lstrip() if mark else answer
 
 
 def last_boxed(text):
-    """Contents of the last \\boxed{} or \\fbox{}, braces balanced; "" if it never closes, None if none."""
-    *_, box = [None, *BOX.finditer(text)]
-    if box is None or box[1] != "{":
-        return box and box[1]
-    depth = 0
-    for brace in re.compile(r"\\.|[{}]", re.S).finditer(text, box.start(1)):  # an escaped brace is no brace
+    """Contents of the last \\boxed{} or \\fbox{}; "" if it never closes, None if there is none."""
+    boxes = list(BOX.finditer(text))
+    if not boxes:
+        return None
+    inside = text[boxes[-1].end():]
+    if boxes[-1][1] != "{":
+        return boxes[-1][1]
+    depth = 1
+    for brace in re.finditer(r"\\.|[{}]", inside, re.S):  # \{ is no brace
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
-            return text[box.end():brace.start()]
+            return inside[:brace.start()]
     return ""
 
 
 # --- grading: text to tokens ----------------------------------------------------------------------
 
-MAX_CHARS, MAX_DEPTH, MAX_COMMAS, MAX_BITS = 400, 25, 60, 3000  # beyond these only the same text is equal
-TEXT, MATRIX = r"\\(?:text|mbox|mathrm|operatorname)\w*\s*", r"\s*\{(?:[pbB]?matrix|array)\}"
-MULTIPLES = {"dozen": "12", "hundred": "100", "thousand": "1000", "million": "10^6", "billion": "10^9",
-             "trillion": "10^{12}"}
-
-
-def repeating(m):
-    """0.1\\overline{6} is (16 - 1) / 90."""
-    once, again = m[1] + m[2], m[1] + m[2] + m[3]
-    return f"({int(again) - int(once)}/{10 ** len(m[2] + m[3]) - 10 ** len(m[2])})"
-
-
+MAX_CHARS, MAX_COMMAS, MAX_BITS = 400, 60, 3000  # beyond these only the same text is equal
+TEXT = r"\\(?:text|mbox|mathrm|operatorname)\w*\s*"
+MATRIX = r"\s*\{(?:[pbB]?matrix|array)\}"
+MULTIPLES = {"dozen": "12", "hundred": "100", "thousand": "1000", "million": "10^6",
+             "billion": "10^9"}
 REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in [
-    (r"(?<![\w.])(\d{1,9})\.(\d{0,9})\\(?:overline|bar|dot)\s*\{?(\d{1,9})\}?", repeating),
-    (r"\A([\s$]*\d+)\s*:\s*(\d+[\s$]*)\Z", r"\1/\2"),  # a ratio
-    (r"\b(?:square|sq)\s+([a-z]+)", r"\1^2"),  # units
-    (TEXT + r"\{[\s~(]*([A-Za-z][A-Za-z\s/.'-]*?)[\s).]*\}", r' "\1" '),  # "words": perhaps a unit
+    # numbers: 0.1\overline{6}, the ratio 3:4
+    (r"(?<![\w.])(\d{1,9}\.(\d{0,9}))\\(?:overline|bar|dot)\s*\{?(\d{1,9})\}?",
+     lambda m: f"({m[1]}+{m[3]}/{10 ** len(m[3]) - 1}/{10 ** len(m[2])})"),
+    (r"\A([\s$]*\d+)\s*:\s*(\d+[\s$]*)\Z", r"\1/\2"),
+    # units and other words in \text{}
+    (r"\b(?:square|sq)\s+([a-z]+)", r"\1^2"),
+    (TEXT + r"\{[\s~(]*([A-Za-z][A-Za-z\s/.'-]*?)[\s).]*\}", r' "\1" '),
     (TEXT + r"\{([^{}]*)\}", r" \1 "),
-    (r"(?<=\d)(?:\{,\}|,\\!|\\[,! ])\s*(?=\d{3}(?!\d))", ""),  # 10{,}000   11,\! 111   1\,000
-    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits|math(?:bf|it|cal)|boldsymbol|q?quad|f?box(?:ed)?)"
-     r"(?![A-Za-z])|(?<!\\)\\[,;:! ()\[\]$]|[$£€~]", " "),
+    # thousands: 10{,}000   11,\! 111   1\,000
+    (r"(?<=\d)(?:\{,\}|,\\!|\\[,! ])\s*(?=\d{3}(?!\d))", ""),
+    # layout
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits|math(?:bf|it|cal)|boldsymbol|q?quad"
+     r"|f?box(?:ed)?)(?![A-Za-z])|(?<!\\)\\[,;:! ()\[\]$]|[$£€~]", " "),
+    # words outside \text{}: a lone one is no product of letters
     (r"\\mathbb\s*\{?\s*R\s*\}?|\ball real numbers\b", r"(-\\infty,\\infty)"),
-    (r"\A\s*([A-Za-z' ]*[A-Za-z]{3}[A-Za-z' ]*|[Nn]o)[.\s]*\Z", r' "\1" '),  # a word, no product of letters
+    (r"\A\s*([A-Za-z' ]*[A-Za-z]{3}[A-Za-z' ]*|[Nn]o)[.\s]*\Z", r' "\1" '),
     (r'"?\b(?:and|or)\b"?|\\cup\b', ","),
-    (r'(?<=\d)\s*"?\b(hundred|thousand|million|billion|trillion|dozen)\b', lambda m: "*" + MULTIPLES[m[1]]),
-    (r"\\begin" + MATRIX + r"(?:\s*\{[^{}]*\})?", "⟦("),  # a matrix is ⟦(1,2),(3,4)⟧
+    (r'(?<=\d)\s*"?\b(' + "|".join(MULTIPLES) + r')\b', lambda m: "*" + MULTIPLES[m[1]]),
+    # a matrix is ⟦(1,2),(3,4)⟧
+    (r"\\begin" + MATRIX + r"(?:\s*\{[^{}]*\})?", "⟦("),
     (r"(?:\\\\\s*)?\\end" + MATRIX, ")⟧"),
     (r"\\\\", "),("),
+    # functions that are written as brackets
     (r"(?:\||\\[lr]?vert\b)(.*?)(?:\||\\[lr]?vert\b)", r" abs(\1)"),
     (r"\\l(floor|ceil)\b(.*?)\\r\1\b", r" \1(\2)"),
     (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
+    # subscripts and superscripts: a subscript belongs to its name, but for a logarithm's base
     (r"\s*([_^])\s*", r"\1"),
-    (r"(log|ln)_(\{[^{}]*\}|\w)", r"\1 _{\2}"),  # a base; any other subscript belongs to its name
+    (r"(log|ln)_(\{[^{}]*\}|\w)", r"\1 _{\2}"),
     (r"\^(?:\{\s*\\circ\s*\}|\\circ)", "°"),
     (r"\\prime\s*", "'"),
     (r"\^\{?('+)\}?", r"\1"),
     (r"\^(\{[^{}]*\}|\w)_(\{[^{}]*\}|\w)", r"_\2^\1"),  # v^2_0
     (r"(?<![A-Za-z\\_^])([A-Za-z])\((\d+)\)", r"\1_{\2}"),  # I(0) is no product
     (r"\((\d+)\)_", r"\1_"),
-    (r"(?<![\w.^}])(\d+)\s*\\[dtc]?frac\s*(\{\d+\}|\d)\s*(\{\d+\}|\d)", r"(\1+\2/\3)"),  # mixed: 1\frac45
+    # mixed numbers: 1\frac45   1 4/5
+    (r"(?<![\w.^}])(\d+)\s*\\[dtc]?frac\s*(\{\d+\}|\d)\s*(\{\d+\}|\d)", r"(\1+\2/\3)"),
     (r"(?<![\w.^])(\d+) +(\d+)/(\d+)(?![\d.])", r"(\1+\2/\3)"),
-    (r"(frac|binom)\s*(\d)", r"\1{\2}"),  # \frac12
-    (r"(frac|binom)\s*(\{[^{}]*\})\s*(\d)", r"\1\2{\3}"),
-    (r"((?<=[\d}])|(?<=pi))\s*(?:\\approx|\\simeq|≈)[^=]*\Z", ""),  # pi/2 ≈ 1.57: the exact side counts
+    # \frac12; pi/2 ≈ 1.57, where the exact side counts; np.arcsin
+    (r"(frac|binom)\s*(\d)", r"\1{\2}"),
+    (r"((?<=[\d}])|(?<=pi))\s*(?:\\approx|\\simeq|≈)[^=]*\Z", ""),
     (r"\b(?:np|math)\.(?=[a-z])", "")]]
-# What one token may be written as. Tokens are signs, numbers, names (letters first) and words ('"cm').
-SAME = {old: new for new, olds in {
-    "-": "− –", "*": r"\cdot \times × ·", "/": r"\div ÷", "^": "**", "±": r"\pm", "∓": r"\mp", ",": r"& ∪",
-    "<": r"\lt", ">": r"\gt", "≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=", "≠": r"\ne \neq",
-    "=": r"\in ∈ \approx \simeq ≈", "(": r"\langle", ")": r"\rangle", r"\{": r"\lbrace", r"\}": r"\rbrace",
-    "frac": r"\dfrac \tfrac \cfrac", "binom": r"\dbinom \tbinom", "sqrt": "√", "pi": "π", "theta": "θ",
-    "phi": r"\varphi", "infty": "∞ infinity inf", '"emptyset': r"\emptyset \varnothing ∅",
-    "asin": r"arcsin \arcsin", "acos": r"arccos \arccos", "atan": r"arctan \arctan", "log": r"ln \ln",
-    '"%': r"% \% percent percentage", '"°': r"° \degree degree degrees", '"m': "meter meters", "": "the",
-    '"cm': "centimeter centimeters", '"km': "kilometer kilometers", '"in': "inch inches", '"ft': "foot feet",
-    '"mi': "mile miles", '"h': "hour hours hr", '"min': "minute minutes", '"s': "second seconds sec",
-    '"g': "gram grams", '"kg': "kilogram kilograms", '"lb': "pound pounds"}.items() for old in olds.split()}
+# What one token may be written as. Tokens are signs, numbers, names (letters first), words ('"cm').
+SPELLINGS = {
+    "-": "− –", "*": r"\cdot \times × ·", "/": r"\div ÷", "^": "**", "±": r"\pm", "∓": r"\mp",
+    ",": r"& ∪", "<": r"\lt", ">": r"\gt", "≤": r"\le \leq \leqslant <=", "≠": r"\ne \neq",
+    "≥": r"\ge \geq \geqslant >=", "=": r"\in ∈ \approx \simeq ≈", "(": r"\langle", ")": r"\rangle",
+    r"\{": r"\lbrace", r"\}": r"\rbrace", "frac": r"\dfrac \tfrac \cfrac",
+    "binom": r"\dbinom \tbinom", "sqrt": "√", "pi": "π", "theta": "θ", "phi": r"\varphi",
+    "infty": "∞ infinity inf", '"emptyset': r"\emptyset \varnothing ∅", "asin": r"arcsin \arcsin",
+    "acos": r"arccos \arccos", "atan": r"arctan \arctan", "log": r"ln \ln", "": "the",
+    '"%': r"% \% percent percentage", '"°': r"° \degree degree degrees", '"m': "meter meters",
+    '"cm': "centimeter centimeters", '"km': "kilometer kilometers", '"in': "inch inches",
+    '"ft': "foot feet", '"mi': "mile miles", '"h': "hour hours hr", '"min': "minute minutes",
+    '"s': "second seconds sec", '"g': "gram grams", '"kg': "kilogram kilograms",
+    '"lb': "pound pounds"}
+SAME = {old: new for new, olds in SPELLINGS.items() for old in olds.split()}
 TOKEN = re.compile(r"""
-    ( "[^"]*" | (?<![A-Za-z\d\\])[A-Za-z]{4,} | (?<![A-Za-z\\]) (?:sin|cos|tan|sec|csc|cot|log|ln|exp|abs|pi
-      |cm|mm|km|kg|ft|in|mi|yd|hr|min|mph|lb|oz|sq|day|way|inf)(?![A-Za-z]) )                      # a word
-    | ( (?:\\[A-Za-z]+|[A-Za-z]) (?:_(?:\{[^{}]*\}|\\[A-Za-z]+|\w)|')* )                           # a name
-    | \d+_(?:\d+|\{\d+\}) | (?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))? | \\. | \*\* | [<>]= | \S
+    ( "[^"]*" | (?<![A-Za-z\d\\])[A-Za-z]{4,}
+      | (?<![A-Za-z\\]) (?:sin|cos|tan|sec|csc|cot|log|ln|exp|abs|pi|inf
+        |cm|mm|km|kg|ft|in|mi|yd|hr|min|mph|lb|oz|sq|day|way)(?![A-Za-z]) )                # a word
+    | ( (?:\\[A-Za-z]+|[A-Za-z]) (?:_(?:\{[^{}]*\}|\\[A-Za-z]+|\w)|')* )                   # a name
+    | \d+_(?:\d+|\{\d+\}) | (?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?
+    | \\. | \*\* | [<>]= | !! | \S
     """, re.S | re.X)
-CLOSE = dict(zip(r"( [ { \{ ⟦".split(), r") ] } \} ⟧".split()))
+THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+CLOSE = {"(": ")", "[": "]", "{": "}", r"\{": r"\}", "⟦": "⟧"}
 
 
 def tokenize(text: str) -> list[str]:
@@ -659,112 +686,136 @@ def tokenize(text: str) -> list[str]:
         text = text.replace("\\\\", "\\")
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
-    if not re.search(r"[(\[]|\\\{", text):  # inside brackets a comma separates: (100,200) is a point
-        text = re.sub(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", ""), text)
+    if not re.search(r"[(\[]|\\\{", text):  # in brackets a comma separates: (100,200) is a point
+        text = THOUSANDS.sub(lambda m: m[0].replace(",", ""), text)
     tokens = []
     for m in TOKEN.finditer(text):
-        for word in m[1].strip('"').split() if m[1] else ():
-            tokens.append(SAME.get(word.lower(), word if word in KEYWORDS else '"' + word))
-        if not m[1]:  # a name is the same with and without braces, a_{n}
-            tokens.append(SAME.get(m[0], re.sub(r'[\s{}"\\]', "", m[0]) if m[2] else m[0]))
-    tokens = [t for t in tokens if t]
-    if max(depths(tokens), default=0) > MAX_DEPTH:
-        raise ValueError("too deep")
-    return tokens
+        if m[1]:
+            for word in m[1].strip('"').split():
+                tokens.append(SAME.get(word.lower(), word if word in KEYWORDS else '"' + word))
+        elif m[2]:  # a name is the same with and without braces, a_{n}
+            tokens.append(SAME.get(m[2], re.sub(r'[\s{}"\\]', "", m[2])))
+        else:
+            tokens.append(SAME.get(m[0], m[0]))
+    return [t for t in tokens if t]
 
 
 def depths(tokens):
-    """How many brackets are open after each token; intervals mix them, (0, 1], so their kind is ignored."""
-    depth = 0
-    for token in tokens:
-        depth += (token in CLOSE) - (token in CLOSE.values())
-        yield depth
+    """How many brackets are open after each token. Their kind is ignored: intervals mix them."""
+    changes = [(t in CLOSE) - (t in CLOSE.values()) for t in tokens]
+    return list(itertools.accumulate(changes))
 
 
 def split(tokens, separators):
-    """The non-empty parts between separators outside brackets, and the separators."""
-    cuts = [i for i, depth in enumerate(depths(tokens)) if depth == 0 and tokens[i] in separators]
-    parts = [tokens[i + 1:j] for i, j in zip([-1, *cuts], [*cuts, len(tokens)])]
-    return [p for p in parts if p], [tokens[i] for i in cuts]
+    """The non-empty parts between separators outside brackets, and these separators."""
+    parts, cuts = [[]], []
+    for token, depth in zip(tokens, depths(tokens)):
+        if depth == 0 and token in separators:
+            cuts.append(token)
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    return [p for p in parts if p], cuts
 
 
 # --- grading: an expression to numbers ------------------------------------------------------------
 
 
 def power(x, n):
-    """x^n over the reals, where x^(1/3) of a negative x is negative and x^(1/2) is undefined."""
-    exact = isinstance(x, Fraction) and isinstance(n, Fraction) and n.denominator == 1
-    if exact and max(abs(x.numerator), x.denominator).bit_length() * abs(n) <= 2 * MAX_BITS:
-        return x ** int(n)
+    """x^n over the reals: x^(1/3) of a negative x is negative, x^(1/2) of it is undefined."""
+    if isinstance(x, Fraction) and bits(x) * abs(n) > 2 * MAX_BITS:
+        x = float(x)
     if isinstance(x + n, complex) or x >= 0 or n % 1 == 0:
-        return (x + 0.0) ** n
-    odd = abs(1 / n - round(1 / n)) < 1e-9 and round(1 / n) % 2
-    return -((-x) ** float(n)) if odd else math.nan
+        return x ** n
+    root = round(1 / n)
+    if root % 2 == 0 or abs(1 / n - root) > 1e-9:
+        raise ValueError("no real power")
+    return -((-x) ** float(n))
+
+
+def bits(x):
+    return max(abs(x.numerator), x.denominator).bit_length()
 
 
 def factorial(n):
     """n!, exact for whole n up to 400, else by the gamma function."""
-    exact = isinstance(n, Fraction) and n.denominator == 1 and 0 <= n <= 400
-    return Fraction(math.factorial(int(n))) if exact else math.gamma(n + 1)
+    if isinstance(n, Fraction) and n.denominator == 1 and 0 <= n <= 400:
+        return Fraction(math.factorial(int(n)))
+    return math.gamma(n + 1)
 
 
 CONSTANTS = {"pi": math.pi, "e": math.e, "i": 1j}
+ALMOST = Fraction(1, 10**9)  # floor(log_2 8) is 3
 OPERATIONS = {
-    "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "frac": operator.truediv,
-    "^": power, "!": factorial, "binom": lambda n, k: factorial(n) / factorial(k) / factorial(n - k),
-    "abs": abs, "exp": lambda x: power(math.e, x), "sec": lambda x: 1 / operate("cos", x),
-    "csc": lambda x: 1 / operate("sin", x), "cot": lambda x: 1 / operate("tan", x),
-    "floor": lambda x: Fraction(math.floor(x + Fraction(1, 10**9))),  # floor(log_2 8) is 3
-    "ceil": lambda x: Fraction(math.ceil(x - Fraction(1, 10**9)))}
-FUNCTIONS = set("sin cos tan asin acos atan sinh cosh tanh log abs exp sec csc cot floor ceil".split())
+    "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "^": power,
+    "!": factorial, "frac": operator.truediv, "abs": abs, "exp": lambda x: power(math.e, x),
+    "binom": lambda n, k: factorial(n) / factorial(k) / factorial(n - k),
+    "sec": lambda x: 1 / operate("cos", x), "csc": lambda x: 1 / operate("sin", x),
+    "cot": lambda x: 1 / operate("tan", x), "floor": lambda x: Fraction(math.floor(x + ALMOST)),
+    "ceil": lambda x: Fraction(math.ceil(x - ALMOST))}
+TRIGONOMETRY = "sin cos tan asin acos atan sinh cosh tanh sec csc cot"
+FUNCTIONS = {*TRIGONOMETRY.split(), "log", "abs", "exp", "floor", "ceil"}
 KEYWORDS = {*FUNCTIONS, *OPERATIONS, *CONSTANTS, "sqrt", "infty"}
-BINDING = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 4, "!": 5}  # a sign binds as 3: -x^2 is -(x^2)
-ATOM, STARTS_ATOM = 5, re.compile(r"""[^\W_]|["([{]""").match
-# Variables are (low to high) / denominator: small, near 1 (x^2018 fits a float), medium, large (floor(x/100)
-# is not 0), negative (|x| is not x), of either sign, integers ((-1)^n is real only there, and floor and ceil
-# agree too easily elsewhere: so many that n and m are even and odd in all combinations).
-POINTS = [(1, 996, 997), (900, 996, 997), (998, 1100, 997), (998, 9000, 997), (99_000, 990_000, 997),
-          (-9000, -998, 997), (-2500, 2500, 997), (2, 13, 1), (3, 40, 1), *[(1, 10, 1)] * 12]
+BINDING = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 4, "!": 5}
+SIGN, ATOM = 3, 5  # how tightly a sign binds, -x^2 is -(x^2), and what an operand is
+STARTS_ATOM = re.compile(r"""[^\W_]|["([{]""").match
+# Variables are (low to high) / denominator: small, near 1 (x^2018 fits a float), medium, large
+# (floor(x/100) is not 0), negative (|x| is not x), of either sign, integers ((-1)^n is real only
+# there; floor and ceil agree too easily elsewhere; so many that n and m are even and odd in all
+# combinations).
+POINTS = [(1, 996, 997), (900, 996, 997), (998, 1100, 997), (998, 9000, 997),
+          (99_000, 990_000, 997), (-9000, -998, 997), (-2500, 2500, 997),
+          (2, 13, 1), (3, 40, 1), *[(1, 10, 1)] * 12]
 
 
 def operate(op, *args):
-    """One operation, exact on fractions where it can be; raises ArithmeticError if no digit is certain:
-    a sum or a function that comes out small beside what it came from has lost them."""
-    if op in OPERATIONS:
-        value, scale = OPERATIONS[op](*args), max(map(abs, args)) if op in "+-" else 0
+    """One operation, exact on fractions where it can be. Raises ArithmeticError if no digit is
+    certain: a sum or a function that is small beside what it came from has lost them."""
+    scale = 0
+    if op not in OPERATIONS:
+        library = cmath if isinstance(args[0], complex) else math
+        value, scale = getattr(library, op)(args[0]), min(1, abs(args[0]))
     else:
-        if op in ("sin", "cos", "tan") and abs(args[0]) > 1e5:
-            raise ArithmeticError("digits lost")
-        value = getattr(cmath if isinstance(args[0], complex) else math, op)(args[0])
-        scale = min(1, abs(args[0]))
+        value = OPERATIONS[op](*args)
+        if op in "+-":
+            scale = max(abs(x) for x in args)
     if isinstance(value, Fraction):
-        return value if max(abs(value.numerator), value.denominator) < 2**MAX_BITS else float(value)
-    if not cmath.isfinite(value) or abs(value) < 1e-4 * scale or value == 0 and all(args):
+        return value if bits(value) <= MAX_BITS else float(value)
+    lost = abs(value) < 1e-4 * scale or value == 0 and all(args)
+    if lost or not cmath.isfinite(value) or op in ("sin", "cos", "tan") and abs(args[0]) > 1e5:
         raise ArithmeticError("digits lost")
     return value
 
 
 def expression(tokens, point, floor=0):
-    """The value of the longest expression whose operators all bind tighter than `floor`. `tokens` is a stack,
-    the next one on top, " " at the bottom; what is read is taken from it."""
+    """A Pratt parser that computes at once: the value of the longest expression whose operators
+    bind tighter than `floor`. `tokens` is a stack, the next token on top, " " at the bottom; what
+    is read is taken from it."""
     if tokens[-1] in ("+", "-"):
-        value = operate("*", Fraction(tokens.pop() + "1"), expression(tokens, point, 3))
+        sign = Fraction(tokens.pop() + "1")
+        value = operate("*", sign, expression(tokens, point, SIGN))
     else:
         value = atom(tokens, point)
-    while BINDING.get(tokens[-1], 2 if STARTS_ATOM(tokens[-1]) else 0) > floor:
+    while True:
+        op = tokens[-1]
+        if op not in BINDING and STARTS_ATOM(op):
+            op = "*"  # 2x
+        if BINDING.get(op, 0) <= floor:
+            return value
         if tokens[-1][0].isdigit():
             raise ValueError("a number after an operand: 2 3")
-        op = tokens.pop() if tokens[-1] in BINDING else "*"
-        if op == tokens[-1] == "!":
-            raise ValueError("a double factorial")
-        value = operate(op, value, *([] if op == "!" else [expression(tokens, point, min(BINDING[op], 3))]))
-    return value
+        if op == tokens[-1]:
+            tokens.pop()
+        if op == "!":
+            value = operate(op, value)
+        else:
+            value = operate(op, value, expression(tokens, point, min(BINDING[op], SIGN)))
 
 
 def atom(tokens, point):
     """The value of a bracket, a number, a function of its arguments, or a name."""
     token = tokens.pop()
-    word = token.lstrip('"')
+    name = token.lstrip('"')
     if token in CLOSE:
         value = expression(tokens, point)
         if tokens.pop() != CLOSE[token]:
@@ -772,7 +823,7 @@ def atom(tokens, point):
         return value
     if token[0].isdigit() or token[0] == "." and len(token) > 1:
         digits, _, base = token.partition("_")
-        return Fraction(int(digits, int(base.strip("{}")) or 1) if base else token)  # base 0 would guess
+        return Fraction(int(digits, int(base.strip("{}"))) if base else digits)
     if token == "sqrt":
         degree = atom(tokens, point) if tokens[-1] == "[" else 2
         return operate("^", expression(tokens, point, ATOM), operate("/", Fraction(1), degree))
@@ -780,57 +831,69 @@ def atom(tokens, point):
         return operate(token, expression(tokens, point, ATOM), expression(tokens, point, ATOM))
     if token in FUNCTIONS:
         return function(token, tokens, point)
-    if not word[:1].isalpha():
+    if name in CONSTANTS:
+        return CONSTANTS[name]
+    if not name[:1].isalpha():
         raise ValueError(f"{token!r} is no operand")
-    if word in CONSTANTS:
-        return CONSTANTS[word]
-    low, high, denominator = POINTS[point]  # fixed by the name alone: the same in every run
-    chance = hashlib.sha256(ascii(f"{word} {point}").encode()).digest()  # a CRC's parities go together
-    return Fraction(low + int.from_bytes(chance[:4], "little") % (high - low + 1), denominator)
+    low, high, denominator = POINTS[point]
+    chance = random.Random(f"{name} {point}")  # a name has the same values in every run
+    return Fraction(chance.randint(low, high), denominator)
 
 
 def function(name, tokens, point):
-    """sin^2 x, sin^{-1} x, log_2 8; without brackets the argument is a product: sin 2 t cos t."""
+    """sin^2 x, sin^{-1} x, log_2 8. Without brackets the argument is a product: sin 2 t cos t."""
     marks = {}
     while tokens[-1] in ("^", "_"):
-        marks |= {tokens.pop(): expression(tokens, point, ATOM)}
+        mark = tokens.pop()
+        marks[mark] = expression(tokens, point, ATOM)
     if marks.get("^") == -1 and "a" + name in FUNCTIONS:
         name, marks = "a" + name, {}
-    bracket = tokens[-1] in CLOSE
-    value = expression(tokens, point, ATOM if bracket else 2)
-    while not bracket and STARTS_ATOM(tokens[-1]) and tokens[-1] not in FUNCTIONS and tokens[-1] != "(":
-        value = operate("*", value, expression(tokens, point, 2))
-    value = operate(name, value)
-    value = operate("/", value, operate("log", marks["_"])) if "_" in marks else value
-    return operate("^", value, marks["^"]) if "^" in marks else value
+    if tokens[-1] in CLOSE:
+        argument = expression(tokens, point, ATOM)
+    else:
+        argument = expression(tokens, point, BINDING["*"])
+        while STARTS_ATOM(tokens[-1]) and tokens[-1] not in FUNCTIONS and tokens[-1] != "(":
+            argument = operate("*", argument, expression(tokens, point, BINDING["*"]))
+    value = operate(name, argument)
+    if "_" in marks:
+        value = operate("/", value, operate("log", marks["_"]))
+    if "^" in marks:
+        value = operate("^", value, marks["^"])
+    return value
 
 
 def compute(tokens):
-    """The values of an expression at all points, None where it is undefined or not mathematics."""
-    def value(point):
-        stack = [" ", " ", *reversed(tokens)]
-        try:
-            found = expression(stack, point)
-            return found if len(stack) == 2 else None
-        except (ValueError, ArithmeticError, TypeError):  # TypeError: the factorial of i
-            return None
-
-    names = (t.lstrip('"') for t in tokens)
+    """The values of an expression at all points, None where it has none or is not mathematics."""
+    names = [t.lstrip('"') for t in tokens]
     constant = all(name in KEYWORDS or not name[:1].isalpha() for name in names)
-    return [value(0)] * len(POINTS) if constant else [value(point) for point in range(len(POINTS))]
+    values = []
+    for point in range(1 if constant else len(POINTS)):
+        stack = [" ", *reversed(tokens)]
+        try:
+            value = expression(stack, point)
+        except (ValueError, ArithmeticError, TypeError):  # TypeError: the factorial of i
+            value = None
+        values.append(value if stack == [" "] else None)
+    return values * len(POINTS) if constant else values
 
 
 # --- grading: answers, and whether two are the same -----------------------------------------------
 
+UNIT = re.compile(
+    r'((?:.* )?[^" ]*[\w)\]}!])((?: "\S+(?: \^(?: \{)?(?: -)? \d(?: \})?)?(?: [/*])?)+)')
 RELATIONS = ("=", "≠", "<", "≤", ">", "≥")
+CHAINS = ({"="}, {"≠"}, {"<", "≤"}, {">", "≥"})  # relations that may stand in one chain
 # x, a_n, f(x), f^{-1}(x), (p,q), frac{dM}{dt}: letters and brackets, no operation on them
-NAME = re.compile(r"""(?!(?:pi|e|i|infty)\Z)([^\W\d]\w*+(\^\{-1\}(?=\())?|['"(){},])+""").fullmatch
+NAME = re.compile(r"""(?!(?:pi|e|i|infty)\Z)([^\W\d]\w*+(\^\{-1\}(?=\())?|['"(){},])+""")
+PROSE = re.compile(
+    r"(?=[^$\\]*?[A-Za-z]{2})[^\d\\$]+(\$.*\$|\\\(.*\\\)|\\\[.*\\\])", re.S)
 
 
 class Answer(NamedTuple):
-    """`kind` is "leaf" (an expression or words), "list" (without order), the brackets of a tuple, interval or
-    matrix, or a relation, whose `values` are left minus right. A relation that says what a name is (x = 5;
-    x < 5: x is in (-oo, 5)) is "=", with the name as its `text` and the rest as its one item."""
+    """`kind` is "leaf" (an expression or words), "list" (without order), the brackets of a tuple,
+    interval or matrix, or a relation, whose `values` are left minus right. A relation that says
+    what a name is (x = 5; x < 5: x is in (-oo, 5)) is "=": the name in `text`, the rest in `items`.
+    """
 
     kind: str
     text: str = ""
@@ -846,112 +909,122 @@ def read(tokens: list) -> Answer:
     if not tokens:
         raise ValueError("nothing there")
     inside, brackets = tokens[1:-1], tokens[0] + tokens[-1]
-    enclosed = inside and tokens[0] in CLOSE and min(list(depths(tokens))[:-1]) > 0
+    enclosed = inside and tokens[0] in CLOSE and min(depths(tokens)[:-1]) > 0
     if enclosed and brackets in ("{}", r"\{\}"):
         return read(inside)
-    parts = split(tokens, ";")[0]
-    if len(parts) == 1 and {"±", "∓"} & {*tokens} and r"\{" not in tokens:  # both answers
-        signs = {"±": "+-", "∓": "-+"}
-        upper, lower = ([signs.get(t, (t, t))[i] for t in tokens] for i in (0, 1))
+    parts, _ = split(tokens, ";")
+    if len(parts) == 1 and r"\{" not in tokens and {"±", "∓"} & set(tokens):  # both answers
+        upper = [{"±": "+", "∓": "-"}.get(t, t) for t in tokens]
+        lower = [{"±": "-", "∓": "+"}.get(t, t) for t in tokens]
         return read([*upper, ",", *lower])
-    parts = parts if len(parts) > 1 else split(tokens, ",")[0]
+    if len(parts) == 1:
+        parts, _ = split(tokens, ",")
     if len(parts) > 1:
         return Answer("list", items=[read(p) for p in parts])
     if split(tokens, RELATIONS)[1]:
         return read_relation(tokens)
     if enclosed and brackets in ("()", "[]", "(]", "[)", "⟦⟧"):
         items = [read(p) for p in split(inside, ",;")[0]]
-        kind = brackets if brackets == "⟦⟧" or len(items) == 2 else "()"  # [1,2,3] is (1,2,3)
-        return items[0] if kind == "()" and len(items) == 1 else Answer(kind, items=items)
+        if brackets == "⟦⟧" or len(items) == 2:
+            return Answer(brackets, items=items)
+        return items[0] if len(items) == 1 else Answer("()", items=items)  # [1,2,3] is (1,2,3)
     return read_leaf(tokens)
 
 
 def read_relation(tokens):
     """x = 5, 5 = x, a = b = 5, 2 + 3 = 5, 2x + y = 5, x in (0, 1), x < 5, 1 <= x < 5, 2x + y < 5"""
-    parts, signs = split(tokens, RELATIONS)
-    if len(parts) != len(signs) + 1 or not any({*signs} <= {*kind} for kind in ("=", "≠", "<≤", ">≥")):
+    sides, signs = split(tokens, RELATIONS)
+    if len(sides) != len(signs) + 1 or not any(set(signs) <= chain for chain in CHAINS):
         raise ValueError("a side is empty, or relations are mixed")
-    # AB = 5 says what a segment is, xy = 6 is an equation
-    names = [NAME("".join(p)) and not (len(p) > 1 and all(
-        len(t) == 1 and t.islower() for t in p)) for p in parts]
-    if signs[0] in ">≥" or signs[0] == "=" and names[-1] and not names[0]:
-        parts, names, signs = parts[::-1], names[::-1], [{">": "<", "≥": "≤"}.get(s, s) for s in signs[::-1]]
-    left, right = parts[0], parts[-1]
-    values = compute(["(", *left, ")", "-", "(", *right, ")"])
-    if signs[0] in "<≤" and len(parts) == 2 and any(names):
-        parts = [["-", "infty"], *parts] if names[0] else [*parts, ["infty"]]
-        signs = ["<", *signs] if names[0] else [*signs, "<"]
-    if signs[0] in "<≤" and len(parts) == 3:
-        left, right = parts[1], ["(["[signs[0] == "≤"], *parts[0], ",", *parts[2], ")]"[signs[1] == "≤"]]
+    if signs[0] in (">", "≥"):
+        sides = sides[::-1]
+        signs = [{">": "<", "≥": "≤"}[sign] for sign in reversed(signs)]
+    elif signs[0] == "=" and is_name(sides[-1]) and not is_name(sides[0]):
+        sides = sides[::-1]
+    name, rest = sides[0], sides[-1]
+    values = compute(["(", *name, ")", "-", "(", *rest, ")"])
+    if signs[0] in ("<", "≤"):
+        if len(sides) == 2 and is_name(sides[0]):
+            sides, signs = [["-", "infty"], *sides], ["<", *signs]
+        elif len(sides) == 2 and is_name(sides[1]):
+            sides, signs = [*sides, ["infty"]], [*signs, "<"]
+        if len(sides) != 3:
+            return Answer(signs[0], values=values)
+        opening = "[" if signs[0] == "≤" else "("
+        closing = "]" if signs[1] == "≤" else ")"
+        name, rest = sides[1], [opening, *sides[0], ",", *sides[2], closing]
         values = []  # N < n is not N = n
-    elif signs[0] != "=" or len(parts) == 2 and not names[0] and len({*compute(left)} - {None}) != 1:
-        return Answer(signs[0], values=values)
-    return Answer("=", re.sub(r'[{}"]', "", "".join(left)), [read(right)], values)
+    else:
+        constant = len({*compute(name)} - {None}) == 1
+        if signs[0] == "≠" or len(sides) == 2 and not is_name(name) and not constant:
+            return Answer(signs[0], values=values)
+    return Answer("=", "".join(name).replace('"', ""), [read(rest)], values)
+
+
+def is_name(tokens):
+    """AB = 5 says what a segment is, but xy = 6 is an equation."""
+    product = len(tokens) > 1 and all(len(t) == 1 and t.islower() for t in tokens)
+    return bool(NAME.fullmatch("".join(tokens))) and not product
 
 
 def read_leaf(tokens):
     """An expression, its unit apart, or else words."""
-    at = next((i for i in range(1, len(tokens)) if tokens[i][0] == '"' and tokens[i] not in ('"e', '"i') and (
-        tokens[i - 1][0].isalnum() or tokens[i - 1] in (")", "]", "}", "!"))), len(tokens))
-    shape = "".join('"' if t[0] == '"' else t for t in tokens[at:])
-    if not re.fullmatch(r'("(\^\{?-?\d\}?)?[/*]?)+', shape):  # 5 cm - 3
-        at = len(tokens)
-    text, unit = " ".join(tokens[:at]).replace('"', ""), re.sub(r'["{}]', "", "".join(tokens[at:]))
-    words = all(t[0] == '"' and len(t) > 2 for t in tokens[:at])
-    return Answer("leaf", text, values=[None] if words else compute(tokens[:at]), unit=unit)
+    text, unit = " ".join(tokens), ""
+    if quantity := UNIT.fullmatch(text):  # not 5 cm - 3
+        text, unit = quantity.groups()
+    tokens = text.split(" ")
+    words = all(t[0] == '"' and len(t) > 2 for t in tokens)
+    values = [None] if words else compute(tokens)
+    return Answer("leaf", text.replace('"', ""), values=values, unit=re.sub('[{}" ]', "", unit))
 
 
 def answers_match(pred: str, gold: str, tolerance=0) -> bool:
-    """Whether two answers are equal as mathematics (see above), numbers up to a tolerance. Takes any strings,
-    never raises, and does a bounded amount of work; an empty answer matches nothing."""
-    if max(len(pred), len(gold)) > 20 * MAX_CHARS:
-        return bool(pred.strip()) and pred.strip() == gold.strip()
+    """Whether two answers are equal as mathematics (see above), numbers up to a tolerance. Takes
+    any strings, never raises, does a bounded amount of work. An empty answer matches nothing."""
     pred, gold = bare_answer(pred), bare_answer(gold)
     try:
         pred, gold = tokenize(pred), tokenize(gold)
         return bool(pred and gold) and (pred == gold or same(read(pred), read(gold), tolerance))
-    except (ValueError, ArithmeticError, RecursionError):  # or an exact value that no float can hold
+    except (ValueError, ArithmeticError, RecursionError):  # or a value that no float can hold
         return bool(pred) and pred == gold
 
 
 def bare_answer(text):
-    """What the box holds, or of prose around a formula the formula: Hence $x > 2$ holds."""
+    """What the box holds, or the formula after prose: Hence $x > 2$ holds."""
     text = last_boxed(text) or text
-    start = re.search(r"\$|\\[(\[]", text)
-    if start and re.fullmatch(r"(?=.*[A-Za-z]{2})[^\d\\]+", text[:start.start()], re.S):
-        text = text[start.start():max(text.rfind(end) for end in ("$", "\\)", "\\]")) + 2]
-    return text.strip("* \t\n")
+    formula = PROSE.match(text)
+    return (formula[1] if formula else text).strip("* \t\n")
 
 
 def same(a, b, tolerance=0) -> bool:
-    """Whether two answers are equal; in lists, whether each member has its like on the other side. An
+    """Whether two answers are equal. In lists each member must have its like on the other side. An
     equation is any multiple of itself, an inequality any positive one."""
-    def equal(x, y):
-        return same(x, y, tolerance)
-
-    if a.kind not in RELATIONS and (b.kind in RELATIONS or a.kind == "list"):
-        a, b = b, a
-    if a.kind in RELATIONS:
-        if b.kind not in RELATIONS:  # x = 5 is 5
-            return bool(a.items) and equal(a.items[0], b)
-        if a.items and b.items and a.text == b.text:
-            return equal(a.items[0], b.items[0])
-        ratios = [x / y for x, y in zip(a.values, b.values) if x and y]
-        constant = a.kind == b.kind and agree(ratios, ratios[:1] * len(ratios))
-        return constant and (a.kind in "=≠" or ratios[0].real > 0)
+    equal = functools.partial(same, tolerance=tolerance)
     if a.kind == b.kind == "leaf":
         return same_leaf(a, b, tolerance)
+    if a.kind == b.kind != "list" and a.text == b.text and a.items and b.items:
+        return len(a.items) == len(b.items) and all(map(equal, a.items, b.items))
+    if a.kind in RELATIONS and b.kind in RELATIONS:
+        ratios = [x / y for x, y in zip(a.values, b.values) if x and y]
+        constant = a.kind == b.kind and agree(ratios, ratios[:1] * len(ratios))
+        return constant and (a.kind in ("=", "≠") or ratios[0].real > 0)
+    if b.kind in RELATIONS or b.kind != "list" and a.kind not in RELATIONS:
+        a, b = b, a
+    if a.kind in RELATIONS:  # x = 5 is 5
+        return bool(a.items) and equal(a.items[0], b)
+    if b.kind != "list":
+        return False
     names = {x.text for x in b.items if x.kind == "=" and x.items}
-    if "list" != a.kind != "leaf" and (a.kind == b.kind or len(names) == len(b.items) > 1):
-        return len(a.items) == len(b.items) and all(map(equal, a.items, b.items))  # x = 2, y = 3 is (2, 3)
+    if a.kind not in ("list", "leaf") and len(names) == len(b.items) > 1:  # x = 2, y = 3 is (2, 3)
+        return len(a.items) == len(b.items) and all(map(equal, a.items, b.items))
     xs, ys = a.items if a.kind == "list" else [a], b.items
-    return b.kind == "list" and all(any(equal(x, y) for y in ys) for x in xs) and all(
-        any(equal(x, y) for x in xs) for y in ys)
+    return (all(any(equal(x, y) for y in ys) for x in xs)
+            and all(any(equal(x, y) for x in xs) for y in ys))
 
 
 def same_leaf(a, b, tolerance):
-    """Words by their letters; values at all points, where a percent sign, a missing unit, and the rounding
-    of an exact value to six or more digits are forgiven."""
+    """Words by their letters; values at all points, where a percent sign, a missing unit, and the
+    rounding of an exact value to six or more digits are forgiven."""
     if a.unit and b.unit and a.unit != b.unit:
         return False
     decimals = [x.text for x in (a, b) if "." in x.text]
@@ -963,16 +1036,20 @@ def same_leaf(a, b, tolerance):
     if (a.unit == "%") != (b.unit == "%"):
         share, other = (a, b) if a.unit == "%" else (b, a)
         return agree(share.values, [x and 100 * x for x in other.values])
-    letters = [x.text.replace(" ", "").casefold() for x in (a, b)]
-    return [None] in (a.values, b.values) and letters[0] == letters[1] and letters[0].isalpha()
+    if [None] not in (a.values, b.values):
+        return False
+    letters = a.text.replace(" ", "").casefold()
+    return letters.isalpha() and letters == b.text.replace(" ", "").casefold()
 
 
 def agree(u, v, tolerance=0):
     """Whether two values are equal at all points where both are defined, two at least."""
     pairs = [(x, y) for x, y in zip(u, v) if x is not None and y is not None]
-    return len(pairs) > 1 and all(
-        abs(x - y) <= tolerance or abs(x - y) <= 1e-11 * max(abs(x), abs(y))
-        and not (isinstance(x, Fraction) and isinstance(y, Fraction)) for x, y in pairs)
+    for x, y in pairs:
+        bound = 0 if isinstance(x, Fraction) and isinstance(y, Fraction) else 1e-11
+        if abs(x - y) > max(tolerance, bound * max(abs(x), abs(y))):
+            return False
+    return len(pairs) > 1
 
 
 # --- IFEval: was an instruction followed that a program can check? --------------------------------
@@ -1183,6 +1260,9 @@ def grade_ifeval(text, gold):
 
 # --- math: gold answers and their rows ------------------------------------------------------------
 
+GOLD_FIELDS = ("answer", "ground_truth", "label", "reward_model.ground_truth", "solution")
+
+
 @dataclass(frozen=True)
 class Gold:
     """What a right answer is: `text`, and for some rows of OlympiadBench more."""
@@ -1193,69 +1273,65 @@ class Gold:
 
 
 def gold_answer(row: dict) -> str:
-    """The gold answer from whatever field this data set keeps it in; a whole solution gives its last box or
-    its `####` line. Raises UserError where there is none."""
-    if row.get("final_answer") is not None:  # OlympiadBench; its field `solution` is a list of proofs
-        key, parts = "final_answer", row["final_answer"]
-        if not isinstance(parts, list) or not parts or not all(isinstance(x, str) for x in parts):
-            raise UserError(f"'final_answer': a list of strings expected, found {parts!r:.60}")
-        value = ", ".join(parts)
-    else:
-        nested = row.get("reward_model")
-        fields = {**row, "reward_model.ground_truth": nested.get("ground_truth")
-                  if isinstance(nested, dict) else None}
-        known = ("answer", "ground_truth", "label", "reward_model.ground_truth", "solution")  # last: prose
-        key = next((k for k in known if fields.get(k) is not None), None)
-        value = fields.get(key)
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value in (math.inf, -math.inf):
-        raise UserError("a gold answer expected in answer, solution, ground_truth, label or "
-                        f"reward_model.ground_truth: a string or a number, found {value!r:.60}")
+    """The gold answer from whatever field this data set keeps it in; of a whole solution its last
+    box or its `####` line. Raises UserError where there is none."""
+    key, value = "final_answer", row.get("final_answer")
+    if isinstance(value, list):  # OlympiadBench
+        value = ", ".join(str(part) for part in value)
+    if value is None:
+        if isinstance(row.get("reward_model"), dict):
+            row = {**row, "reward_model.ground_truth": row["reward_model"].get("ground_truth")}
+        key = next((k for k in GOLD_FIELDS if row.get(k) is not None), None)
+        value = row.get(key)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number and not isinstance(value, str):
+        raise UserError(f"a gold answer expected in final_answer, {', '.join(GOLD_FIELDS)}: "
+                        f"a string or a number, found {value!r:.60}")
     text = data.check_text(str(value), repr(key)).strip()
     gold = extract_answer(text) if "boxed" in text or "####" in text else text
-    if not gold or len(gold) > MAX_CHARS or value != value:
-        raise UserError(f"{key!r}: no final answer in it (\\boxed{{}}, ####, or the bare answer expected), "
-                        f"found {text!r:.60}")
+    if not gold or len(gold) > MAX_CHARS:
+        raise UserError(f"{key!r}: no final answer in it (\\boxed{{}}, ####, or the bare answer "
+                        f"expected), found {text!r:.60}")
     return gold
 
 
 def math_gold(row: dict) -> Gold:
-    """The gold answer of a row of any math set, with OlympiadBench's fields is_multiple_answer, error (the
-    tolerance) and unit. Raises UserError naming the field."""
+    """The gold answer of a row of any math set, with OlympiadBench's fields is_multiple_answer,
+    error (the tolerance) and unit. Raises UserError naming the field."""
     text = gold_answer(row)
-    if row.get("final_answer") is None:  # elsewhere `error` and `unit` may be anything
+    parts = row.get("final_answer")
+    if parts is None:  # elsewhere `error` and `unit` may be anything
         return Gold(text)
-    several, unit, error = (row.get(k) for k in ("is_multiple_answer", "unit", "error"))
-    if not isinstance(several, bool | None):
-        raise UserError(f"'is_multiple_answer': true or false expected, found {several!r:.60}")
-    if not isinstance(unit, str | None):
-        raise UserError(f"'unit': a string or null expected, found {unit!r:.60}")
     try:
-        tolerance = Fraction(str(float(str(error or 0))))  # "1e-1" is 1/10; the float bounds the work
-    except ValueError:
+        tolerance = Fraction(str(float(row.get("error") or 0)))  # "1e-1" is 1/10
+    except (TypeError, ValueError):
         tolerance = Fraction(-1)
     if tolerance < 0:
-        raise UserError(f"'error': one positive number or null expected, found {error!r:.60}")
-    several = bool(several) or len(row["final_answer"]) > 1
-    unit = (unit or "").strip("$ ")
-    unit = unit if "\\" in unit or not unit else rf"\text{{{unit}}}"
-    return Gold(f"{apart(text) if several else text} {unit}".strip(), several, tolerance)
+        raise UserError(f"'error': one positive number expected, found {row['error']!r:.60}")
+    unit = str(row.get("unit") or "").strip("$ ")
+    if unit and "\\" not in unit:
+        unit = rf"\text{{{unit}}}"
+    several = row.get("is_multiple_answer") is True or isinstance(parts, list) and len(parts) > 1
+    if several:
+        text = space_commas(text)
+    return Gold(f"{text} {unit}".strip(), several, tolerance)
 
 
-def apart(text):
+def space_commas(text):
     """A list of answers with its commas spaced: 5,150 are two of them."""
     return re.sub(r"(?<!\{),\s*", ", ", text)
 
 
 def grade_math(text: str, gold: Gold) -> bool:
-    """Whether a response ends in the right answer. Several answers may also stand in several boxes, if
-    those are in one line, the last that has a box."""
-    found = extract_answer(text)
-    answers = [] if found is None else [found]
-    if answers and gold.several:
-        line = ([""] + [x for x in after_thinking(text).split("\n") if BOX.search(x)])[-1]
-        at = [m.start() for m in BOX.finditer(line)]
-        boxes = [last_boxed(line[i:j]) for i, j in zip(at, [*at[1:], None])]
-        answers = [apart(found), apart(", ".join(boxes))]
+    """Whether a response ends in the right answer. Several answers may also stand in several boxes
+    of one line, the last that has a box."""
+    answer = extract_answer(text)
+    if answer is None or not gold.several:
+        return answer is not None and answers_match(answer, gold.text, gold.tolerance)
+    lines = [line for line in after_thinking(text).split("\n") if BOX.search(line)]
+    starts = [box.start() for line in lines[-1:] for box in BOX.finditer(line)]
+    boxes = [last_boxed(lines[-1][i:j]) for i, j in itertools.pairwise([*starts, None])]
+    answers = [space_commas(answer), space_commas(", ".join(boxes))]
     return any(answers_match(x, gold.text, gold.tolerance) for x in answers)
 
 
@@ -1523,65 +1599,64 @@ def load_task(spec: str, folder: str) -> Task:
 
 # --- statistics -----------------------------------------------------------------------------------
 
-def question_mean(name, scores):
+
+def question_mean(scores: list) -> float:
     """The mean over the samples of one question."""
-    scores = list(scores)
-    if not scores or not all(isinstance(x, Real | np.bool_) and math.isfinite(x) for x in scores):
-        raise UserError(f"question {name!r}: one or more finite scores expected, found {scores!r:.60}")
     return math.fsum(scores) / len(scores)
 
 
 def clustered(scores: list, weights: list | None = None) -> tuple[float, float | None]:
     """(mean, its standard error) of per-question lists of scores, in the scores' unit.
 
-    Samples of one question are no independent evidence, so the error is that of n questions, clusters: the
-    cluster-robust error with its n / (n - 1) correction (Miller 2024, arXiv 2411.00640, eq. 4). Every
-    question counts once, however many of its samples failed; with weights (a text's tokens, a prompt's
-    instructions) it is the weighted mean and the error of a ratio. None: one question has no spread.
-    Raises UserError where there is no score, or one that is no number.
+    The samples of one question are not independent, so the error is that of n questions: the
+    cluster-robust error with its n / (n - 1) correction (Miller 2024, arXiv 2411.00640, eq. 4).
+    Every question counts once, however many samples it has. With weights, one a question (a text's
+    tokens, a prompt's instructions), it is the weighted mean and the error of a ratio. The error of
+    a single question is None.
     """
-    if not scores:
-        raise UserError("no question has a score")
-    means, n = np.array([question_mean(i, s) for i, s in enumerate(scores)]), len(scores)
+    n = len(scores)
+    means = np.array([question_mean(row) for row in scores])
     weights = np.ones(n) if weights is None else np.array(weights, dtype=float)
     mean = (weights * means).sum() / weights.sum()
     if n == 1:
         return float(mean), None
-    spread = np.sqrt(((weights * (means - mean)) ** 2).sum() * n / (n - 1)) / weights.sum()
-    return float(mean), float(spread)
+    squares = ((weights * (means - mean)) ** 2).sum()
+    return float(mean), float(np.sqrt(squares * n / (n - 1)) / weights.sum())
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The unbiased estimate of the chance that one or more of k samples is right, where c of n were (Chen
-    et al. 2021, arXiv 2107.03374), in integers: exact for any n. Raises UserError for impossible counts."""
-    if not 0 <= c <= n or not 1 <= k <= n:
-        raise UserError(f"pass@{k} of {n} samples with {c} right: 0 <= right <= samples and 1 <= k <= "
-                        "samples expected")
+    """The unbiased estimate of the chance that one or more of k samples is right, where c of n were
+    (Chen et al. 2021, arXiv 2107.03374), in integers: exact for any n. 0 <= c <= n, 1 <= k <= n."""
     subsets = math.comb(n, k)
     return (subsets - math.comb(n - c, k)) / subsets
 
 
 def paired_bootstrap(a: dict, b: dict, seed: int, resamples: int = 10_000) -> tuple:
-    """(difference, low, high, p) of two models by {question: its scores}: mean of b - mean of a, over the
-    questions that are in both; the 95 % percentile interval; and the two-sided p of no difference.
+    """(difference, low, high, p) of two models by {question: its scores}: mean of b - mean of a
+    over the questions that are in both (two or more), the 95 % percentile interval, and the
+    two-sided p of no difference.
 
-    Questions are drawn with replacement and keep both models' scores together, so what makes a question
-    hard for both cancels out. With a few questions only, the interval is somewhat too narrow. Raises
-    UserError where fewer than two questions are in both.
+    Questions are drawn with replacement and keep both models' scores together, so what makes a
+    question hard for both cancels out. With few questions the interval is somewhat too narrow.
     """
-    both = [q for q in a if q in b]
-    if len(both) < 2:
-        raise UserError(f"{len(both)} questions are in both results, of {len(a)} and {len(b)}: two or more "
-                        "are needed to compare them")
-    differences = np.array([question_mean(q, b[q]) - question_mean(q, a[q]) for q in both])
-    # To draw n questions is to draw how often each distinct difference occurs; there are few of those.
+    differences = []
+    for question in a:
+        if question in b:
+            differences.append(question_mean(b[question]) - question_mean(a[question]))
+    n = len(differences)
+    # A draw of n questions is a draw of how often each distinct difference occurs.
     values, counts = np.unique(differences, return_counts=True)
-    rng, n = np.random.default_rng(seed), len(both)
-    blocks = [min(1000, resamples - done) for done in range(0, resamples, 1000)]  # bounds the memory
-    means = np.concatenate([rng.multinomial(n, counts / n, size) @ values / n for size in blocks])
+    rng = np.random.default_rng(seed)
+    means = []
+    for done in range(0, resamples, 1000):  # blocks bound the memory
+        drawn = rng.multinomial(n, counts / n, min(1000, resamples - done))
+        means.extend(drawn @ values / n)
+    means = np.array(means)
     low, high = np.quantile(means, (0.025, 0.975))
-    beyond = int(min(np.sum(means <= 1e-12), np.sum(means >= -1e-12)))  # a 0 may be summed to 1e-17
-    return float(differences.mean()), float(low), float(high), min(1.0, 2 * (1 + beyond) / (1 + resamples))
+    at_most_zero = int((means <= 1e-12).sum())  # a sum that is 0 may be rounded to 1e-17
+    at_least_zero = int((means >= -1e-12).sum())
+    p = min(1.0, 2 * (1 + min(at_most_zero, at_least_zero)) / (1 + resamples))
+    return float(np.mean(differences)), float(low), float(high), p
 
 
 # --- evaluation -----------------------------------------------------------------------------------
@@ -1602,12 +1677,17 @@ def evaluate(policy, tasks: list, out: str, sampling: Sampling, ranks: Ranks, sa
         k = samples or task.samples
         wanted = [[request_for(f"{name}/{i}", messages, seed) for i in range(k)]
                   for name, messages, _ in task.rows]
-        requests = [request for row in wanted for request in row]
-        records = sample(policy, requests, os.path.join(out, task.name), sampling, ranks, task.name)
+        requests, folder = [r for row in wanted for r in row], os.path.join(out, task.name)
+        with ranks.together():
+            for _ in sample(policy, requests, folder, sampling, ranks, task.name):
+                pass  # in the log
         with ranks.together():
             if ranks.main:
+                records = read_answers(folder)
                 by_row = [[records.get(r.key, {}) for r in row] for row in wanted]
                 results[task.name] = score_task(task, by_row)
+                if isinstance(policy, Server) and policy.refused:
+                    results[task.name]["refused"] = list(policy.refused)  # keys of the request
                 ranks.say(f"{task.name}: " + describe(results[task.name]))
                 write_json(path, results)
                 write_text(os.path.join(out, "results.md"), [results_table(results), "\n"])
@@ -1705,506 +1785,399 @@ def read_results(folder: str) -> dict:
 
 
 def compare_runs(folders: list, seed: int = 0) -> str:
-    """A Markdown table of two evaluations: differences of the headline figures in points, B - A,
-    with 95 % intervals by paired bootstrap over the questions that both answered. A and B are of
-    those alone. Below 20 questions the bootstrap's p is too small, and left out."""
-    a, b = (read_results(folder) for folder in folders)
-    settings = [read_json(os.path.join(folder, "settings.json")) for folder in folders]
+    """A Markdown table of two finished evaluations A and B: the headline figures over the questions
+    that both answered, their difference B - A in points, and its 95 % interval by paired bootstrap.
+    Below 20 questions the bootstrap's p is too small and is left out. Notes name what differs or
+    cannot be compared. Raises UserError where the two have no task in common."""
+    a, b = [read_results(folder) for folder in folders]
+    settings_a, settings_b = [read_json(os.path.join(folder, "settings.json")) for folder in folders]
     rows, notes = [], []
     for key in ("sampling", "seed"):
-        first, second = (json.dumps(s.get(key)) for s in settings)
-        if first != second:
-            notes.append(f"{key} differs: {first} and {second}")
-    for name in a:
-        if name not in b:
+        values = [json.dumps(settings.get(key)) for settings in (settings_a, settings_b)]
+        if values[0] != values[1]:
+            notes.append(f"{key} differs: {values[0]} and {values[1]}")
+    for task in a:
+        if task not in b:
             continue
-        both = [q for q in a[name]["scores"] if q in b[name]["scores"]
-                and a[name]["asked"][q] == b[name]["asked"][q]]
-        if len(both) < 2:
-            notes.append(f"{name} is left out: {len(both)} questions were asked in both")
+        scores_a, scores_b = {}, {}
+        for question, scores in a[task]["scores"].items():
+            if a[task]["asked"][question] == b[task]["asked"].get(question):
+                if question in b[task]["scores"]:
+                    scores_a[question], scores_b[question] = scores, b[task]["scores"][question]
+        count = len(scores_a)
+        if count < 2:
+            notes.append(f"{task} is left out: {count} questions were asked in both")
             continue
-        scores = [{q: results[name]["scores"][q] for q in both} for results in (a, b)]
-        difference, low, high, p = paired_bootstrap(*scores, seed)
-        means = [clustered(list(s.values()))[0] for s in scores]
-        rows.append(f"| {name} | {len(both)} | {100 * means[0]:.1f} | {100 * means[1]:.1f} | "
-                    f"{100 * difference:+.1f} | {100 * low:+.1f} to {100 * high:+.1f} | "
-                    + (f"{p:.3f} |" if len(both) >= 20 else "- |"))
-        single = [results[name]["questions"] - len(both) for results in (a, b)]
-        if any(single):
-            notes.append(f"{name}: {single[0]} questions of A and {single[1]} of B have no partner")
+        mean_a, mean_b = (100 * clustered(list(x.values()))[0] for x in (scores_a, scores_b))
+        difference, low, high, p = paired_bootstrap(scores_a, scores_b, seed)
+        rows.append(f"| {task} | {count} | {mean_a:.1f} | {mean_b:.1f} | {100 * difference:+.1f} | "
+                    f"{100 * low:+.1f} to {100 * high:+.1f} | {f'{p:.3f}' if count >= 20 else '-'} |")
+        alone_a, alone_b = (results[task]["questions"] - count for results in (a, b))
+        if alone_a or alone_b:
+            notes.append(f"{task}: {alone_a} questions of A and {alone_b} of B have no partner")
     if not rows:
-        raise UserError(f"nothing to compare: {folders[0]} has {', '.join(a)}, {folders[1]} "
-                        + ", ".join(b) + data.listed(notes))
+        raise UserError(f"nothing to compare: {folders[0]} has {', '.join(a)}, {folders[1]} has "
+                        f"{', '.join(b)}{data.listed(notes)}")
     head = ["| task | questions | A | B | B - A | 95 % | p |", "|---|---|---|---|---|---|---|"]
     return "\n".join(head + rows + [f"\n{note}" for note in notes])
 
 
 # --- retention ------------------------------------------------------------------------------------
 
-ROWS_AT_ONCE = 256  # of logits, twice, in fp32: 0.3 GB at Qwen3's vocabulary
+ROWS_AT_ONCE = 256  # rows of logits of each model in fp32: 0.3 GB at Qwen3's vocabulary
 
 
 def read_sequences(path: str, chat: data.Chat, max_length: int) -> tuple[list, str]:
-    """(ids, first) of every row: a text ("text"), scored from its second token, or a pair, whose y+ is scored
-    after its prompt; and what was cut and dropped, as text. Longer ones are cut: every token's context stays
-    whole."""
+    """([(ids, first), ...], a summary) of a JSONL file: ids[first:] are scored. A row is a text
+    {"text": ...}, scored from its second token, or a pair, whose y+ is scored after its prompt.
+    Ids beyond max_length are cut off. Raises UserError naming the line, or where no row is left."""
     cut = 0
 
     def parse(row, line):
+        nonlocal cut
         if "text" in row:
             ids, first = chat.encode(data.check_text(row["text"], "'text'")), 1
-        elif row.get("is_correct") is False:
-            raise data.Drop("correction is wrong (is_correct: false)")
         else:
-            pair = data.parse_pair(row, line)
+            pair = data.parse_pair(row, line, Counter())
             prompt = chat.prompt(pair.messages)
             ids, first = [*prompt, *chat.encode(pair.chosen), chat.im_end], len(prompt)
-        if len(ids[:max_length]) <= first:
+        if min(len(ids), max_length) <= first:
             raise data.Drop("nothing to score")
-        nonlocal cut
-        cut += len(ids) > max_length
+        if len(ids) > max_length:
+            cut += 1
         return ids[:max_length], first
 
-    rows, dropped = data.read_rows(path, parse)
-    said = f"{path}: {len(rows)} texts, {cut} of them cut at {max_length} tokens"
-    said += "".join(f"; {n} dropped: {reason}" for reason, n in dropped.items())
-    if not rows:
-        raise UserError(f"{said}: no row has a token to score")
-    return rows, said
+    sequences, dropped = data.read_rows(path, parse)
+    summary = f"{path}: {len(sequences)} texts, {cut} of them cut at {max_length} tokens"
+    for reason, count in dropped.items():
+        summary += f"; {count} dropped: {reason}"
+    if not sequences:
+        raise UserError(f"{summary}: no row has a token to score")
+    return sequences, summary
 
 
 @torch.no_grad()
 def retention(model: qwen.Qwen3, base: qwen.Qwen3, sequences: list, ranks: Ranks) -> dict:
     """How far a model went from its base on given texts, over the full vocabulary.
 
-    sequences  [(ids, first)]: ids[first:] are scored, first >= 1
-    returns    {"tokens", "logp", "logp_base", "kl"}: mean log-probability of the given tokens, and mean
-               KL(base || model) of the next-token distributions, both in nats a token, as (mean, standard
-               error clustered by sequence)
-    Each rank takes a share; logits are held for ROWS_AT_ONCE tokens at a time.
+    sequences  [(ids, first)]: ids[first:] are scored, first >= 1; each rank takes a share
+    returns    {"tokens", "logp", "logp_base", "kl"}: mean log-probability of the given tokens, and
+               mean KL(base || model) of the next-token distributions, both in nats a token, as
+               (mean, standard error clustered by sequence)
     """
-    if model.config.vocab_size != base.config.vocab_size:
-        raise UserError(f"vocabularies of {model.config.vocab_size} and {base.config.vocab_size} tokens: "
-                        "no KL between them")
-    # In fp32 whatever the models are: logits rounded to bf16 would add half as much again to a small KL.
+    sizes = model.config.vocab_size, base.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise UserError(f"vocabularies of {sizes[0]} and {sizes[1]} tokens: no KL between them")
+    # In fp32 always: logits rounded to bf16 would add half as much again to a small KL.
     heads = [m.head_weight().float() for m in (model, base)]
     sums = torch.zeros(len(sequences), 3, dtype=torch.float64)
     mine = range(ranks.rank, len(sequences), ranks.world)
     for i in tqdm(mine, disable=not ranks.main, desc="retention", unit="text"):
         ids, first = sequences[i]
         tokens = torch.tensor(ids, device=ranks.device)
-        where = torch.arange(len(ids), device=ranks.device), [(0, len(ids), len(ids), len(ids))]
-        hidden = [m.norm(m.trunk(tokens, *where))[first - 1:-1].split(ROWS_AT_ONCE) for m in (model, base)]
-        for p, q, target in zip(*hidden, tokens[first:].split(ROWS_AT_ONCE)):
-            p, q = ((h.float() @ w.T).log_softmax(-1) for h, w in ((p, heads[0]), (q, heads[1])))
-            kl = (q.exp() * (q - p)).sum(-1)
-            at_target = (x.gather(1, target[:, None])[:, 0] for x in (p, q))
-            sums[i] += torch.stack([x.double().sum().cpu() for x in (*at_target, kl)])
+        positions, layout = torch.arange(len(ids), device=ranks.device), [(0, *[len(ids)] * 3)]
+        hidden = [m.norm(m.trunk(tokens, positions, layout)) for m in (model, base)]
+        for at in range(first, len(ids), ROWS_AT_ONCE):
+            target = tokens[at:at + ROWS_AT_ONCE, None]
+            p, q = [(h[at - 1:at - 1 + len(target)].float() @ w.T).log_softmax(-1)
+                    for h, w in zip(hidden, heads)]
+            figures = p.gather(1, target), q.gather(1, target), (q.exp() * (q - p)).sum(-1)
+            sums[i] += torch.stack([x.double().sum().cpu() for x in figures])
     lengths = [len(ids) - first for ids, first in sequences]
-    means = (ranks.reduce(sums) / torch.tensor(lengths)[:, None]).T.tolist()
-    figures = {name: clustered([[x] for x in some], lengths) for name, some in
-               zip(("logp", "logp_base", "kl"), means)}
-    return {"tokens": sum(lengths), **figures}
+    result = {"tokens": sum(lengths)}
+    for name, column in zip(("logp", "logp_base", "kl"), ranks.reduce(sums).T.tolist()):
+        means = [[total / length] for total, length in zip(column, lengths)]
+        result[name] = clustered(means, lengths)
+    return result
 
 
 # --- the report -----------------------------------------------------------------------------------
 
 FIGURES = {"loss": "loss", "reward_chosen": "r⁺", "reward_rejected": "r⁻", "margin": "margin",
            "accuracy": "accuracy", "tether_chosen": "λ⁺", "tether_rejected": "λ⁻"}
-PARTS = ("trunk", "rejected", "chosen")  # of a fork, in the order of its scored rows
-CHARTS = [  # title, what is drawn (the second one dashed), what the y axis covers at least, shaded bands
-    ("Rewards: r⁺ solid, r⁻ dashed", ("reward_chosen", "reward_rejected"), (0, 0), ()),
-    ("The tether: λ⁺ solid, λ⁻ dashed", ("tether_chosen", "tether_rejected"), (0, 0.5),
-     [(0.25, 0.5, "acquisition: λ near ½", 464, "end"), (0, 0.1, "saturation: λ → 0", 66, "start")]),
-    ("Margin r⁺ − r⁻", ("margin",), (0, 0), ()),
-    ("Accuracy: pairs with r⁺ > r⁻", ("accuracy",), (0, 1), ()),
-    ("Loss (sft, dft: a token; else a pair)", ("loss",), (0, 0), ())]
-NO_TETHER = {  # losses whose coefficient is another; metrics.jsonl has λ for all
-    "sft": "what it would be: this loss has none", "dft": "what it would be: this loss has none",
-    "reward-sft": "λ⁻ is what it would be: this loss has none",
-    "dpo": "what it would be: its own coefficient is another, 1 − σ(r⁺ − r⁻) for both"}
+CHARTS = {  # title: the figure drawn solid, and the one drawn dashed
+    "Rewards: r⁺ solid, r⁻ dashed": ("reward_chosen", "reward_rejected"),
+    "SPoT's tether: λ⁺ solid, λ⁻ dashed": ("tether_chosen", "tether_rejected"),
+    "Margin r⁺ − r⁻": ("margin",),
+    "Accuracy: share of pairs with r⁺ > r⁻": ("accuracy",),
+    "Loss of a pair (sft, dft: of a token)": ("loss",)}
+COLOURS = ("#1f88cf", "#d9661a", "#12936c", "#c0589a", "#94800f", "#7f78d8")  # on white and black
+MAX_SHOWN = 400  # points of a line, and tokens on either side of a pair's fork
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>Surgical Post-Training</title><style>%s</style></head><body>
+<title>Surgical Post-Training</title><style>
+:root { color-scheme: light dark }
+body { max-width: 80rem; margin: auto; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif;
+  overflow-wrap: anywhere }
+.grid { display: grid; gap: 1.5rem; margin-top: 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%%, 22rem), 1fr)) }
+svg { width: 100%%; fill: none; stroke-width: 2.5; stroke-linecap: round }
+svg text { font-size: 16px; fill: currentColor } svg line { stroke: #8886; stroke-width: 1 }
+.wide { overflow-x: auto } table { border-collapse: collapse; white-space: nowrap }
+th, td { padding: .2rem .7rem .2rem 0; border-bottom: 1px solid #8886; text-align: left }
+label { display: inline-block; margin-right: .6rem } .snapshot { display: none }
+.tokens { padding-left: .7rem; border-left: 3px solid #8886; white-space: pre-wrap;
+  font: .95rem/1.9 ui-monospace, monospace }
+.tokens * { unicode-bidi: isolate }
+%s</style></head><body><h1>Surgical Post-Training</h1>
 %s
 </body></html>
-"""
-DRAWN_POINTS = 400  # of a line; a longer run is drawn as means of equal stretches
-SHOWN_TOKENS = {"trunk": 150, "rejected": 600, "chosen": 600}  # around the fork
-# --s of a token is its coefficient as a share of the largest: blue below 0, orange above.
-CSS = """
-:root { color-scheme: light dark; --page: #fff; --ink: #1b1d20; --soft: #565b62; --line: #d8dbe0;
-  --band: #0072b21c; --up: 0 114 178; --down: 224 106 0; --c0: #0072b2; --c1: #c95500; --c2: #00805c;
-  --c3: #b0437f; --c4: #806600; --c5: #5b55c0 }
-@media (prefers-color-scheme: dark) { :root { --page: #15171a; --ink: #e9eaec; --soft: #a9aeb6;
-  --line: #383d44; --band: #56b4e926; --up: 40 140 225; --down: 225 105 10; --c0: #56b4e9; --c1: #f08a3c;
-  --c2: #2fc79a; --c3: #e58abb; --c4: #d8bb3c; --c5: #a5a0f5 } }
-body { margin: 0 auto; padding: 1rem; max-width: 80rem; background: var(--page); color: var(--ink);
-  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
-h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem } h3 { font-size: 1rem }
-figure { margin: 1rem 0 0 }
-figcaption { font-weight: 600 } .soft, svg text { color: var(--soft); fill: var(--soft) }
-.grid { display: grid; gap: 0 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 23rem), 1fr)) }
-svg { display: block; width: 100%; font-size: 17px } svg line { stroke: var(--line) }
-svg .mark { stroke-width: 2; stroke-dasharray: 2 4 } rect { fill: var(--band) }
-polyline { fill: none; stroke-width: 2.5; stroke-linejoin: round; stroke-linecap: round }
-.wide { overflow-x: auto } table { border-collapse: collapse }
-th, td { padding: .2rem .7rem .2rem 0; border-bottom: 1px solid var(--line); text-align: left;
-  white-space: nowrap } input { position: absolute; opacity: 0 } .look { display: none }
-label { display: inline-block; margin: 0 .3rem .3rem 0; padding: .2rem .7rem; cursor: pointer;
-  border: 1px solid var(--line); border-radius: .4rem }
-input:checked + label { background: var(--ink); color: var(--page) }
-input:focus-visible + label { outline: 3px solid var(--c0) }
-.tokens { margin: 0 0 .6rem; padding-left: .7rem; border-left: 3px solid var(--line); white-space: pre-wrap;
-  font: .95rem/1.9 ui-monospace, monospace }
-.tokens * { unicode-bidi: isolate; font-style: normal; text-decoration: none; border-radius: .2rem;
-  background: linear-gradient(rgb(var(--up) / calc(.6 * max(0, -1 * var(--s, 0)))) 0 0),
-    linear-gradient(rgb(var(--down) / calc(.6 * max(0, var(--s, 0)))) 0 0) }
-.tokens del { text-decoration: line-through 2px }
-.tokens ins { font-weight: 700; text-decoration: underline 2px }
-.tokens :focus { outline: 2px solid var(--ink) } body:has(.tokens :focus) { padding-bottom: 20rem }
-.tokens :focus::after { content: attr(title); position: fixed; inset: auto 0 0; padding: .5rem 1rem;
-  border-top: 2px solid var(--line); background: var(--page); font: .9rem/1.4 system-ui, sans-serif }
 """
 
 
 @dataclass
-class Told:
-    """What a run folder says of its run."""
+class RunLog:
+    """The logs of one run folder."""
 
     name: str
-    options: dict  # of config.json; may be empty
-    metrics: list  # the rows of metrics.jsonl: {"step", and FIGURES; None where there is no number}
-    held_out: list  # those of eval.jsonl
-    pair: dict | None  # the first row of surgery.jsonl, and the others
-    looks: list
+    options: dict  # of config.json
+    metrics: list  # rows of metrics.jsonl
+    held_out: list  # rows of eval.jsonl
+    surgery: list  # rows of surgery.jsonl: the watched pair, then its snapshots
 
 
-def figures_of(row: dict, keys) -> dict:
-    """Step and figures of a row; None, a gap, for null, NaN, infinity and what no chart can hold. Raises
-    UserError naming the field."""
-    for key in ("step", *keys):
-        if type(row.get(key)) not in (int, float, type(None)):
-            raise UserError(f"{key!r}: a number or null expected, found {row[key]!r:.60}")
-    if type(row.get("step")) is not int or not 0 <= row["step"] < 2**40:
-        raise UserError(f"'step': a count of optimizer steps expected, found {row.get('step')!r:.60}")
-    return {k: row[k] if row.get(k) is not None and abs(row[k]) < 1e30 else None for k in ("step", *keys)}
-
-
-def log_rows(path: str, parse) -> list:
-    """The rows of a run's log, if there is one, through parse(row, the rows before it). Raises UserError
-    naming the line for a bad one."""
-    rows = []
-    for number, row in enumerate(data.read_log(path), 1):
-        try:
-            rows.append(parse(row, rows))
-        except UserError as e:
-            raise UserError(f"{path}: line {number}: {e}") from None
-    return rows
-
-
-def read_surgery(path: str) -> tuple[dict, list]:
-    """(the watched pair, its looks) as train.py's `look` wrote them; raises UserError naming line and field.
-
-    The pair: lists of token strings "prompt", "trunk", "rejected", "chosen"; "rejected_ids", "chosen_ids";
-    "reference", two log-probs; "change_ratios" of all pairs, counts in 20 bins; "gamma". A look: "step",
-    the two rewards, and "coefficients" and "logps", one a token after the prompt."""
-    def check(row, key, kind, length=None):
-        value = row.get(key)
-        if not isinstance(value, list) or length not in (len(value), None) or not all(
-                type(x) is kind and (kind is not int or 0 <= x < 2**40) for x in value):
-            raise UserError(f"{key!r}: a list of {'' if length is None else f'{length} '}"
-                            f"{kind.__name__} expected, found {value!r:.60}")
-        return value
-
-    def parse(row, rows):
-        if rows:
-            tokens = sum(len(rows[0][part]) for part in PARTS)
-            return {**figures_of(row, ("reward_chosen", "reward_rejected")),
-                    **{key: check(row, key, float, tokens) for key in ("coefficients", "logps")}}
-        lengths = {key: len(check(row, key, str)) for key in ("prompt", *PARTS)}
-        for key, kind, length in (("rejected_ids", int, lengths["rejected"]), ("reference", float, 2),
-                                  ("chosen_ids", int, lengths["chosen"]), ("change_ratios", int, 20)):
-            check(row, key, kind, length)
-        return {**row, **figures_of({**row, "step": 0}, ["gamma"])}
-
-    rows = log_rows(path, parse)
-    if not rows:
-        raise UserError(f"{path}: not one whole line")
-    return rows[0], rows[1:]
-
-
-def read_run(folder: str, name: str) -> Told:
-    """A run folder, of which metrics.jsonl must be there and the rest may be missing."""
-    metrics, held_out, surgery, config = (os.path.join(folder, file) for file in (
-        "metrics.jsonl", "eval.jsonl", "surgery.jsonl", "config.json"))
-    options = read_json(config).get("options") if os.path.exists(config) else None
-    figures = (log_rows(path, lambda row, _: figures_of(row, FIGURES)) for path in (metrics, held_out))
-    watched = read_surgery(surgery) if os.path.exists(surgery) else (None, [])
-    return Told(name, options if isinstance(options, dict) else {}, *figures, *watched)
-
-
-def shown(text: str) -> str:
-    """Text of a file as HTML: markup escaped; controls, marks that turn the direction, and lone surrogates
-    spelled out; newlines visible."""
-    visible = (c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+def escape(text: str) -> str:
+    """Text of a user or a model as HTML: markup escaped, newlines marked; controls, marks that turn
+    the direction of text, and lone surrogates spelled out."""
+    visible = [c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text]
     return html.escape("".join(visible)).replace("\n", "↵\n")
 
 
-def number(x, digits=3) -> str:
-    """So many digits; 0 without a sign."""
-    return "–" if x is None or x != x else f"{x + 0.0:.{digits}g}".replace("-", "−")
+def number(x: float | None) -> str:
+    """Three digits; a dash for None and NaN, 0 without a sign."""
+    if x is None or math.isnan(x):
+        return "–"
+    return f"{x + 0.0:.3g}".replace("-", "−")
 
 
-def ticks(low: float, high: float) -> list:
-    """Some five round numbers around low to high."""
-    step = max(high - low, 1e-6 * abs(high), 1e-9) / 4
-    unit = 10.0 ** math.floor(math.log10(step))
-    step = next(k * unit for k in (1, 2, 5, 10) if k * unit >= 0.999 * step)
-    first = math.floor(low / step + 1e-6)
-    return [k * step for k in range(first, max(math.ceil(high / step - 1e-6), first + 1) + 1)]
+def html_table(rows: list) -> str:
+    """A table from cells that are HTML; the first row and the first cell of a row are titles."""
+    lines = "".join(f"<th>{cell}</th>" for cell in rows[0])
+    for title, *cells in rows[1:]:
+        lines += f"</tr>\n<tr><th>{title}</th>" + "".join(f"<td>{cell}</td>" for cell in cells)
+    return f'<div class="wide"><table><tr>{lines}</tr></table></div>'
 
 
-def line_chart(title: str, lines: list, span=(0, 0), bands=(), axis="step", marks=(), note="") -> str:
-    """A figure of lines [(label, colour 0 to 5, dashed, [(x, y or None: a gap), ...]), ...]. span: what the y
-    axis covers at least; bands [(low, high, text, its x, anchor), ...] are shaded; marks [(x, colour), ...]:
-    dotted vertical lines; note: HTML below.
-    The plot fills (60, 12) to (470, 250) of a view of 480 x 295."""
-    points = [point for *_, line in lines for point in line if point[1] is not None]
-    if not points:
-        return ""
-    xs, ys = zip(*points)
-    left, right, rows = min(xs), max(max(xs), min(xs) + 1), ticks(min(*ys, *span), max(*ys, *span))
-
-    def across(x):
-        return round(60 + 410 * (x - left) / (right - left), 1)
-
-    def up(y):
-        return round(250 - 238 * (y - rows[0]) / (rows[-1] - rows[0]), 1)
-
-    parts = [f'<rect x="60" y="{up(high)}" width="410" height="{up(low) - up(high):.1f}"/>'
-             + f'<text x="{x}" y="{up(high) + 18:.1f}" text-anchor="{anchor}">{text}</text>'
-             * (up(low) - up(high) > 22)  # else the text would run into what is below
-             for low, high, text, x, anchor in bands]
-    parts += [f'<line x1="60" x2="470" y1="{up(y)}" y2="{up(y)}"/>'
-              f'<text x="54" y="{up(y) + 6:.1f}" text-anchor="end">{number(y, 6)}</text>' for y in rows]
-    parts += [f'<text x="{across(x)}" y="270" text-anchor="middle">{number(x, 6)}</text>'
-              for x in ticks(left, right) if left <= x <= right]
-    parts += [f'<text x="265" y="290" text-anchor="middle">{axis}</text>']
-    parts += [f'<line class="mark" x1="{across(x)}" x2="{across(x)}" y1="12" y2="250" '
-              f'style="stroke:var(--{colour})"/>' for x, colour in marks
-              if x is not None and left <= x <= right]
-    for label, colour, dashed, line in lines:
-        for drawn, some in itertools.groupby(line, lambda point: point[1] is not None):
-            if drawn:
-                some = list(some)
-                some *= 1 + (len(some) == 1)  # a point alone would not be drawn
-                place = " ".join(f"{across(x)},{up(y)}" for x, y in some)
-                dash = ";stroke-dasharray:7 6" * dashed
-                parts.append(f'<polyline points="{place}" style="stroke:var(--c{colour}){dash}"><title>'
-                             f'{label}: {number(some[0][1])} → {number(some[-1][1])}</title></polyline>')
-    return (f'<figure><figcaption>{title}</figcaption><svg viewBox="0 0 480 295" role="img" '
-            f'aria-label="{title}">{"".join(parts)}</svg><div class="soft">{note}</div></figure>')
-
-
-def charts(runs: list) -> str:
-    """All figures, one line a run and quantity, and the histogram of change ratios."""
-    def line(rows, key):
-        size = max(1, -(-len(rows) // DRAWN_POINTS))
-        stretches = [rows[i:i + size] for i in range(0, len(rows), size)]
-        values = [[row[key] for row in some if row[key] is not None] for some in stretches]
-        return [(some[0]["step"], sum(v) / len(v) if v else None) for some, v in zip(stretches, values)]
-
-    losses = dict.fromkeys(str(run.options.get("loss")) for run in runs)
-    note = ". ".join(f"{loss}: {NO_TETHER[loss]}" for loss in losses if loss in NO_TETHER)
-    drawn = [line_chart(title, [(f"{shown(run.name)} {FIGURES[key]}", i % 6, dashed, line(run.metrics, key))
-                                for i, run in enumerate(runs) for dashed, key in enumerate(keys)], *how,
-                        note=note if "tether_chosen" in keys else "") for title, keys, *how in CHARTS]
-    bins, marks = [], {}
+def line_chart(title: str, keys: tuple, runs: list) -> str:
+    """An SVG figure of the metrics `keys`, a colour for each run; "" where no run has them. The x
+    axis begins at step 0, the y axis includes 0; a missing value is a gap."""
+    lines = {}
     for i, run in enumerate(runs):
-        if run.pair and any(run.pair["change_ratios"]):
-            corners = [(x / 20, n) for b, n in enumerate(run.pair["change_ratios"]) for x in (b, b + 1)]
-            bins.append((shown(run.name), i % 6, 0, corners))
-            marks[run.pair["gamma"]] = "ink" if run.pair["gamma"] in marks else f"c{i % 6}"
-    drawn.append(line_chart("Pairs trained on, γ dotted", bins, axis="change ratio 1 − LCS / |y⁺|",
-                            marks=marks.items()))
-    return f'<div class="grid">{"".join(drawn)}</div>'
+        rows = run.metrics[::1 + len(run.metrics) // MAX_SHOWN]
+        for key, dashes in zip(keys, ("none", "7 6")):
+            style = f'stroke="{COLOURS[i % 6]}" stroke-dasharray="{dashes}"'
+            label = f"<title>{escape(run.name)} {FIGURES[key]}</title>"
+            lines[style, label] = [(row["step"], row.get(key)) for row in rows]
+    steps = [step for points in lines.values() for step, y in points if y is not None]
+    values = [y for points in lines.values() for _, y in points if y is not None]
+    if not values:
+        return ""
+    last, low, high = max(steps), min(0, *values), max(0, *values)
 
+    def place(step, y):  # the plot fills (60, 10) to (450, 220) of a view of 480 x 275
+        across, up = step / max(last, 1), (y - low) / max(high - low, 1e-30)
+        return round(60 + 390 * across, 1), round(220 - 210 * up, 1)
 
-def html_table(head: list, rows: list) -> str:
-    """Of cells that are HTML; the first of a row is its title."""
-    lines = ["".join(f"<th>{cell}</th>" for cell in head)]
-    lines += [f"<th>{title}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) for title, *cells in rows]
-    return f'<div class="wide"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
+    parts = ['<text x="255" y="268" text-anchor="middle">step</text>']
+    for step, value in (0, low), (last // 2, (low + high) / 2), (last, high):
+        x, y = place(step, value)
+        parts.append(f'<line x1="60" x2="450" y1="{y}" y2="{y}"/>'
+                     f'<text x="54" y="{y + 5}" text-anchor="end">{number(value)}</text>'
+                     f'<text x="{x}" y="245" text-anchor="middle">{step}</text>')
+    x, y = place(last, 0)
+    parts.append(f'<text x="456" y="{y + 5}">0</text>'
+                 f'<line x1="60" x2="450" y1="{y}" y2="{y}" style="stroke:currentColor"/>')
+    for (style, label), points in lines.items():
+        path, command = "", "M"
+        for step, value in points:
+            if value is not None:
+                x, y = place(step, value)
+                path += f"{command}{x},{y}h0"  # h0: a lone point is a dot
+            command = "M" if value is None else "L"
+        parts.append(f'<path d="{path}" {style}>{label}</path>')
+    return (f'<div><b>{title}</b><svg viewBox="0 0 480 275" role="img" aria-label="{title}">'
+            f'{"".join(parts)}</svg></div>')
 
 
 def before_after(runs: list) -> str:
-    """First and last step of every run, and of its held-out pairs the first and last look."""
-    def cell(rows, key):
-        ends = (number(row[key], 12 if key == "step" else 3) for row in rows[::max(1, len(rows) - 1)])
-        return " → ".join(ends) or "–"
-
-    table = []
-    for title, logs in (("step", [run.metrics for run in runs]),
-                        ("held out, after", [run.held_out for run in runs])):
-        if any(logs):
-            table += [[name, *(cell(rows, key) for rows in logs)] for key, name in
-                      {"step": title, **FIGURES}.items()]
-    return html_table(["", *(shown(run.name) for run in runs)], table)
+    """A table of every run's first and last figures, in training and on held-out pairs."""
+    rows = [["", *(escape(run.name) for run in runs)]]
+    for title, logs in (("", [run.metrics for run in runs]),
+                        ("held out: ", [run.held_out for run in runs])):
+        if not any(logs):
+            continue
+        for key, name in FIGURES.items():
+            rows.append([title + name])
+            for log in logs:
+                first, last = (log[0], log[-1]) if log else ({}, {})
+                rows[-1].append(f"{number(first.get(key))} → {number(last.get(key))}")
+    return html_table(rows)
 
 
 def benchmarks(evaluations: dict) -> str:
-    """{name: results.json} as a table, in %; behind the first, the base, with the difference to it."""
-    (_, base), rows = next(iter(evaluations.items())), []
+    """The headline figures of {name: results.json} as a table."""
+    rows = [["right, in %", *map(escape, evaluations)]]
     for task in dict.fromkeys(task for results in evaluations.values() for task in results):
-        rows.append([shown(task)])
+        rows.append([escape(task)])
         for results in evaluations.values():
-            first, own = ([*r[task]["metrics"].values()][0] if task in r else None for r in (base, results))
-            change = f" ({100 * (own[0] - first[0]):+.1f})" if own and first and results is not base else ""
-            rows[-1].append(figure(*own) + change if own else "–")
-    return html_table(["right, in %", *map(shown, evaluations)], rows)
+            cell = "–"
+            if task in results:
+                cell = figure(*next(iter(results[task]["metrics"].values())))
+            rows[-1].append(cell)
+    return html_table(rows)
 
 
-def surgery(run: Told, which: int) -> str:
-    """The watched pair with a radio button for each look; CSS alone shows the one that is chosen."""
-    pair, looks = run.pair, run.looks
-    finite = [abs(c) for look in looks for c in look["coefficients"] if math.isfinite(c)]
-    largest = max(finite, default=0) or 1
-    matches = data.lcs_matches(pair["rejected_ids"], pair["chosen_ids"])
-    common = {"rejected": {i for i, _ in matches}, "chosen": {j for _, j in matches}}
-    ends = itertools.accumulate(len(pair[part]) for part in PARTS)
-    where = {part: slice(end - len(pair[part]), end) for part, end in zip(PARTS, ends)}
-
-    def token(part, i, text):
-        k = where[part].start + i
-        tag = "i" if part == "trunk" or i in common[part] else {"rejected": "del", "chosen": "ins"}[part]
-        style = ";".join(f"--s{n}:{look['coefficients'][k] / largest:.3g}" for n, look in enumerate(looks))
-        told = "\n".join(f"{look['step']}: {number(look['coefficients'][k])}, {number(look['logps'][k])}"
-                         for look in looks)
-        return (f'<{tag} style="{style}" title="step: coefficient, log p\n{told}" tabindex="-1">'
-                f'{shown(text)}</{tag}>')
-
-    def tokens(part):
-        some, most = list(enumerate(pair[part])), SHOWN_TOKENS[part]
-        note = f'<span class="soft">… {len(some) - most} tokens not shown …</span>' * (len(some) > most)
-        text = "".join(token(part, *each) for each in (some[-most:] if part == "trunk" else some[:most]))
-        return note + text if part == "trunk" else text + note
-
+def surgery(run: RunLog, index: int) -> str:
+    """The watched pair of a run and a radio button for each snapshot; CSS shows the chosen one."""
+    pair, *snapshots = run.surgery
+    coefficients = np.array([snapshot["coefficients"] for snapshot in snapshots])  # (steps, tokens)
+    scale = max(abs(coefficients).max(), 1e-30)
+    texts = pair["trunk"] + pair["rejected"] + pair["chosen"]
+    fork, end = len(pair["trunk"]), len(pair["trunk"] + pair["rejected"])
+    tags = ["span"] * fork + ["del"] * (end - fork) + ["ins"] * (len(texts) - end)
+    for i, j in data.lcs_matches(pair["rejected_ids"], pair["chosen_ids"]):
+        tags[fork + i] = tags[end + j] = "span"
+    spans = []
+    for i, (tag, text) in enumerate(zip(tags, texts)):
+        style, title = "", "step: coefficient, log p"
+        for n, snapshot in enumerate(snapshots):
+            coefficient, logp = coefficients[n, i], snapshot["logps"][i]
+            colour = "#1f88cf" if coefficient < 0 else "#e0690a"
+            style += f"--c{n}:{colour}{round(160 * abs(coefficient) / scale):02x};"
+            title += f"\n{snapshot['step']:d}: {number(coefficient)}, {number(logp)}"
+        spans.append(f'<{tag} style="{style}" title="{title}">{escape(text)}</{tag}>')
     buttons, notes = "", ""
-    for n, look in enumerate(looks):
-        means = [number(np.mean(look["coefficients"][where[part]] or [0])) for part in PARTS]
-        buttons += (f'<input type="radio" name="run{which}" id="run{which}-{n}"{" checked" * (n == 0)}>'
-                    f'<label for="run{which}-{n}">{look["step"]}</label>')
-        notes += (f'<p class="look">After {look["step"]} steps: r⁺ {number(look["reward_chosen"])}, r⁻ '
-                  f'{number(look["reward_rejected"])}; mean coefficient: trunk {means[0]}, y⁻ {means[1]}, '
-                  f'y⁺ {means[2]}</p>')
-    prompt = shown("".join(pair["prompt"][-SHOWN_TOKENS["trunk"]:]))
-    return (f'<div><h3>{shown(run.name)}</h3>{buttons}{notes}'
-            f'<div class="soft">Full colour: a coefficient of {number(largest)} or {number(-largest)}</div>'
-            f'<div>Trunk: the prompt <span class="soft">(no coefficient)</span>, and what both answers begin '
-            f'with</div><div class="tokens"><span class="soft">{prompt}</span>{tokens("trunk")}</div>'
-            f'<div>y⁻ goes on</div><div class="tokens">{tokens("rejected")}</div>'
-            f'<div>y⁺ goes on</div><div class="tokens">{tokens("chosen")}</div></div>')
+    for n, snapshot in enumerate(snapshots):
+        checked = " checked" if n == 0 else ""
+        buttons += (f'<label><input type="radio" name="run{index}"{checked}> {snapshot["step"]:d}'
+                    "</label>\n")
+        rewards = [number(snapshot[key]) for key in ("reward_chosen", "reward_rejected")]
+        notes += f'<p class="snapshot">r⁺ {rewards[0]}, r⁻ {rewards[1]}</p>'
+    blocks = ""
+    for title, tokens in (("prompt", [escape(text) for text in pair["prompt"]][-MAX_SHOWN:]),
+                          ("trunk", spans[:fork][-MAX_SHOWN:]), ("y⁻", spans[fork:end][:MAX_SHOWN]),
+                          ("y⁺", spans[end:][:MAX_SHOWN])):
+        blocks += f'{title}<div class="tokens">{"".join(tokens)}</div>'
+    return (f'<div class="pair"><h3>{escape(run.name)}</h3><div>Full colour: ±{number(scale)}. '
+            f"Steps done:</div>{buttons}{notes}{blocks}</div>")
 
 
 def report(folders: list, out: str, note: str = ""):
-    """Write `out`, one HTML file without scripts and links, of run folders and of finished evaluations (the
-    first of these is the base). Raises UserError for a folder that is neither, or broken, or given twice."""
-    paths = [os.path.realpath(folder) for folder in folders]
-    common = os.path.commonpath([os.path.dirname(path) for path in paths])
-    runs, evaluations = [], {}
-    for folder, path in zip(folders, paths):
-        name = os.path.relpath(path, common)
-        if paths.count(path) > 1:
-            raise UserError(f"{folder} is given twice")
+    """Write `out`, one HTML file without scripts and links, of run folders and of finished
+    evaluations; `note` is text to show. Raises UserError for a folder that is neither."""
+    common = os.path.commonpath([os.path.dirname(os.path.realpath(folder)) for folder in folders])
+    runs, evaluations, body, styles = [], {}, "", ""
+    for folder in folders:
+        name = os.path.relpath(os.path.realpath(folder), common)
         if os.path.exists(os.path.join(folder, "metrics.jsonl")):
-            runs.append(read_run(folder, name))
+            options = read_json(os.path.join(folder, "config.json"))["options"]
+            logs = [data.read_log(os.path.join(folder, f"{log}.jsonl"))
+                    for log in ("metrics", "eval", "surgery")]
+            runs.append(RunLog(name, options, *logs))
         elif os.path.exists(os.path.join(folder, "results.json")):
             evaluations[name] = read_results(folder)
         else:
             raise UserError(f"{folder}: no run (metrics.jsonl) and no evaluation (results.json)")
-    body = ["<h1>Surgical Post-Training</h1>"]
-    for i, run in enumerate(runs):
-        chosen = ", ".join(f"{k} {run.options[k]}" for k in ("loss", "lr", "beta") if k in run.options)
-        body.append(f'<div><b style="color:var(--c{i % 6})">▬</b> {shown(run.name)} '
-                    f'<span class="soft">{shown(chosen)}</span></div>')
     if runs:
-        body += [charts(runs), "<h2>Before and after</h2>", before_after(runs)]
+        body += """<p>Look first at the rewards, where r⁺ should rise above 0 and stay above r⁻,
+then at the coloured pair: a surgical update leaves the trunk, both answers' start, pale.</p>"""
+        for i, run in enumerate(runs):
+            options = ", ".join(f"{key} {run.options.get(key)}" for key in ("loss", "lr", "beta"))
+            body += (f'<div><b style="color:{COLOURS[i % 6]}">▬</b> '
+                     f"{escape(run.name)}: {escape(options)}</div>")
+        charts = "".join(line_chart(title, keys, runs) for title, keys in CHARTS.items())
+        body += f'<div class="grid">{charts}</div><h2>Before and after</h2>{before_after(runs)}'
     if note:
-        body.append(f'<div class="wide"><pre>{html.escape(note)}</pre></div>')
+        body += f'<div class="wide"><pre>{html.escape(note)}</pre></div>'
     if evaluations:
-        body += ["<h2>Benchmarks</h2>", benchmarks(evaluations)]
-    watched = [surgery(run, i) for i, run in enumerate(runs) if run.looks]
+        body += f"<h2>Benchmarks</h2>{benchmarks(evaluations)}"
+    watched = [surgery(run, i) for i, run in enumerate(runs) if run.surgery[1:]]
     if watched:
-        body.append("<h2>Surgery on one pair</h2><p>Every token after the prompt is coloured by its "
-                    "coefficient ∂L/∂log p after the chosen number of steps: <b>blue where the update "
-                    "raises its probability, orange where it lowers it</b>, stronger where the coefficient "
-                    "is larger. Every run has a scale of its own: full colour is its largest coefficient "
-                    "after any of these steps. <del>Struck</del>: not in y⁺; <ins>underlined</ins>: not in "
-                    "y⁻ (longest common subsequence). Point at a token, or tap it, for its figures.</p>"
-                    f'<div class="grid">{"".join(watched)}</div>')
-    most = max((len(run.looks) for run in runs), default=0)
-    choice = "".join(f"input:nth-of-type({n}):checked ~ .look:nth-of-type({n}) {{ display: block }}\n"
-                     f"input:nth-of-type({n}):checked ~ .tokens * {{ --s: var(--s{n - 1}) }}\n"
-                     for n in range(1, most + 1))
-    write_text(out, [PAGE % (CSS + choice, "\n".join(body))])
+        body += f"""<h2>Surgery on one pair</h2><p>Choose how many steps are done: the next update
+raises the probability of <b>blue</b> tokens and lowers that of <b>orange</b> ones, the more the
+stronger the colour (the coefficient ∂L/∂log p, on each run's own scale). <del>Struck</del>: not in
+y⁺; <ins>underlined</ins>: not in y⁻. Point at a token for its figures.</p>
+<div class="grid">{"".join(watched)}</div>"""
+    for n in range(max([len(run.surgery) - 1 for run in runs], default=0)):
+        checked = f".pair:has(label:nth-of-type({n + 1}) :checked)"
+        styles += (f"{checked} .snapshot:nth-of-type({n + 1}) {{ display: block }}\n"
+                   f"{checked} .tokens * {{ background: var(--c{n}) }}\n")
+    write_text(out, [PAGE % (styles, body)])
 
 
 # --- command line: tasks, comparison, retention, report -------------------------------------------
 
 
 @dataclass
-class EvalOptions(Asking):
-    """Options of an evaluation."""
+class EvalOptions(SamplingOptions):
+    """sample and score benchmarks (the default)"""
 
     tasks: str = option("", f"comma-separated: {', '.join(TASKS)}, or NAME=FILE.jsonl (required)")
     data: str = option("data/eval", "folder of NAME.jsonl files; connect4 needs none")
-    samples: int = option(0, "answers per question; 0: the paper's (16 for aime24, aime25, amc23, 1 for "
-                          "connect4, else 5)")
+    samples: int = option(0, "answers per question; 0: the paper's (16 for aime24, aime25, amc23, "
+                          "1 for connect4, else 5)")
     limit: int = option(0, "only the first that many questions of each task; 0: all")
+    show: int = option(0, "print the first answers to that many questions of each task, graded")
+
+
+@dataclass
+class CompareOptions:
+    """two finished evaluations side by side"""
+
+    a: str = option("", "--out of one evaluation (required)")
+    b: str = option("", "--out of another (required)")
 
 
 @dataclass
 class RetentionOptions:
-    """Options of `python eval.py retention`."""
+    """how far a model went from its base"""
 
     model: str = option("", "checkpoint folder or hub id (required)")
     base: str = option("", "the model before training (required)")
-    texts: str = option("", "JSONL of {\"text\": ...}, or a pair file, whose y+ is scored (required)")
+    texts: str = option("", "JSONL with \"text\", or a pair file, whose y+ is scored (required)")
     max_length: int = option(4096, "tokens of a text; the rest is cut off")
     dtype: str = option("bfloat16", "of both models", ("float32", "bfloat16"))
     timeout: int = option(86400, "seconds after which a stalled rank ends the run")
 
 
 @dataclass
-class CompareOptions:
-    """Options of `python eval.py compare`."""
-
-    a: str = option("", "--out of one evaluation (required)")
-    b: str = option("", "--out of another (required)")
-    timeout: int = option(600, "seconds after which a stalled rank ends the run")
-
-
-@dataclass
 class ReportOptions:
-    """Options of `python eval.py report RUN [RUN ...]`."""
+    """runs and evaluations as one HTML file"""
 
     out: str = option("", "file to write [RUN/report.html of one RUN, report.html of several]")
-    timeout: int = option(600, "seconds after which a stalled rank ends the run")
     runs: tuple = ()
 
 
-def run_report(o: ReportOptions, ranks: Ranks):
-    """From options to a file."""
-    out = o.out or os.path.join(o.runs[0] if len(o.runs) == 1 else "", "report.html")
-    if os.path.isdir(out):
-        raise UserError(f"--out {out}: the name of a file expected, found a folder")
+def run_evaluation(o: EvalOptions, ranks: Ranks):
+    """From options to results."""
     with ranks.together():
-        if ranks.main:
-            report(o.runs, out)
-    ranks.say(f"written: {out}")
+        tasks = [load_task(spec.strip(), o.data) for spec in o.tasks.split(",") if spec.strip()]
+        if not tasks or len({task.name for task in tasks}) < len(tasks):
+            raise UserError(f"--tasks is {o.tasks!r}: one task or more expected, each once")
+        tasks = [replace(task, rows=task.rows[:o.limit or None]) for task in tasks]
+        policy = open_policy(o, ranks.device)
+    settings = {"command": "eval", "seed": o.seed, "asked": identity(policy, o),
+                "sampling": asdict(o.sampling)}
+    claim_folder(o.out, settings, ranks, policy)
+    evaluate(policy, tasks, o.out, o.sampling, ranks, o.samples, o.seed)
+    if ranks.main:
+        for task in tasks:
+            show_answers(task, os.path.join(o.out, task.name), o.show)
+
+
+def show_answers(task: Task, folder: str, count: int):
+    """Print the first answers to `count` questions with gold answer and verdict."""
+    answers = {key.rpartition(" ")[0]: record for key, record in read_answers(folder).items()}
+    for name, messages, gold in task.rows[:count]:
+        record = answers.get(f"{name}/0", {"error": "not asked"})
+        print(f"\n--- {task.name} {name}: question\n{messages[-1]['content']}\n--- answer")
+        if "text" in record:
+            grades = ", ".join(f"{k} {float(v):g}" for k, v in task.grade(record["text"], gold).items())
+            print(f"{record['text']}\n--- gold: {gold}\n--- verdict: {grades}")
+        else:
+            print(f"--- gold: {gold}\n--- verdict: none, {record['error']}")
 
 
 def run_comparison(o: CompareOptions, ranks: Ranks):
@@ -2214,66 +2187,89 @@ def run_comparison(o: CompareOptions, ranks: Ranks):
             print(compare_runs([o.a, o.b]))
 
 
-def run_evaluation(o: EvalOptions, ranks: Ranks):
-    """From options to results."""
-    with ranks.together():
-        tasks = [load_task(spec.strip(), o.data) for spec in o.tasks.split(",") if spec.strip()]
-        twice = [name for name, n in Counter(t.name for t in tasks).items() if n > 1]
-        if not tasks or twice:
-            raise UserError(f"--tasks is {o.tasks!r}: one task or more expected, each once")
-        for task in tasks:
-            del task.rows[o.limit or len(task.rows):]
-        policy = open_policy(o, ranks.device)
-        sampling = Sampling(o.temperature, o.top_p, o.top_k, o.max_tokens)
-    with ranks.together():
-        if ranks.main:
-            claim_folder(o.out, {"command": "eval", "seed": o.seed, "asked": identity(policy, o),
-                                 "sampling": asdict(sampling)})
-    evaluate(policy, tasks, o.out, sampling, ranks, o.samples, o.seed)
-
-
 def run_retention(o: RetentionOptions, ranks: Ranks):
     """From options to one printed line of JSON."""
     with ranks.together():
-        models = [open_own(name, getattr(torch, o.dtype), ranks.device) for name in (o.model, o.base)]
-        own, other = (m.chat.tokenizer.get_vocab(with_added_tokens=True) for m in models)
-        if own != other:
+        dtype = getattr(torch, o.dtype)
+        model, base = (open_local_model(name, dtype, ranks.device) for name in (o.model, o.base))
+        vocabularies = [m.chat.tokenizer.get_vocab(with_added_tokens=True) for m in (model, base)]
+        if vocabularies[0] != vocabularies[1]:
             raise UserError(f"{o.model} and {o.base} have different tokenizers: no KL between them")
-        sequences, said = read_sequences(o.texts, models[1].chat, o.max_length)
-        ranks.say(said)
-        found = retention(models[0].model, models[1].model, sequences, ranks)
+        sequences, summary = read_sequences(o.texts, base.chat, o.max_length)
+        ranks.say(summary)
+        figures = retention(model.model, base.model, sequences, ranks)
     if ranks.main:
-        print(json.dumps(found))
+        print(json.dumps(figures))
 
 
-def parse_command(argv):
+def run_report(o: ReportOptions, ranks: Ranks):
+    """From options to a file."""
+    out = o.out or os.path.join(o.runs[0] if len(o.runs) == 1 else "", "report.html")
+    with ranks.together():
+        if os.path.isdir(out):
+            raise UserError(f"--out {out}: the name of a file expected, found a folder")
+        if ranks.main:
+            report(o.runs, out)
+    ranks.say(f"written: {out}")
+
+
+COMMANDS = {  # name: what it runs, its options, the required ones
+    "evaluate": (run_evaluation, EvalOptions, ("out", "tasks")),
+    "compare": (run_comparison, CompareOptions, ("a", "b")),
+    "retention": (run_retention, RetentionOptions, ("model", "base", "texts")),
+    "report": (run_report, ReportOptions, ())}
+LEAST = {  # values of options, oracle.py's too
+    "workers": 1, "request_timeout": 1e-3, "tries": 1, "temperature": 0, "top_k": 0, "seed": 0,
+    "max_tokens": 1, "batch_size": 1, "timeout": 1, "samples": 0, "limit": 0, "show": 0, "max_length": 2,
+    "target": 0, "max_change_ratio": 0}
+
+
+def parse_command(argv: list, commands: dict = COMMANDS, description: str = __doc__) -> tuple:
     """(what to run, its options); raises UserError listing every problem at once."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    run, record, required = run_evaluation, EvalOptions, ("tasks",)
-    if argv[:1] == ["compare"]:
-        run, record, required, argv = run_comparison, CompareOptions, ("a", "b"), argv[1:]
-    elif argv[:1] == ["retention"]:
-        run, record, required, argv = run_retention, RetentionOptions, ("model", "base", "texts"), argv[1:]
-    elif argv[:1] == ["report"]:
-        run, record, required, argv = run_report, ReportOptions, (), argv[1:]
-        parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run or of an evaluation")
-    add_options(parser, record)
-    o = record(**vars(parser.parse_args(argv)))
-    problems = [f"--{k} is required" for k in required if not getattr(o, k)]
-    problems += check_asking(o, ("model", "server")) if run is run_evaluation else []
-    for name, least in (("samples", 0), ("limit", 0), ("max_length", 2)):
-        if getattr(o, name, least) < least:
-            problems.append(f"--{name} is {getattr(o, name)}, a number of {least} or more expected")
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    for name, (_, record, _) in commands.items():
+        subparser = subparsers.add_parser(name, help=record.__doc__, allow_abbrev=False)
+        add_options(subparser, record)
+        if name == "report":
+            subparser.add_argument("runs", nargs="+", help="folders of runs or evaluations")
+    if "evaluate" in commands and (not argv or argv[0] not in (*commands, "-h", "--help")):
+        argv = ["evaluate", *argv]
+    given = vars(parser.parse_args(argv))
+    run, record, required = commands[given.pop("command")]
+    o = record(**given)
+    problems = [f"--{name} is required" for name in required if not getattr(o, name)]
+    for name, least in LEAST.items():
+        value = getattr(o, name, least)
+        if not least <= value < 1e9:
+            problems.append(f"--{name} is {value}, a number of at least {least} expected")
+    if isinstance(o, SamplingOptions):
+        o.given = tuple(given)
+        problems += check_sampling_options(o)
     if problems:
-        raise UserError("\n  ".join(["these options do not work:"] + problems))
+        raise UserError("these options do not work:" + data.listed(problems))
     return run, o
 
 
-def main() -> int:
-    """Command line to exit code: 0 done, 1 failed, 2 options that do not work."""
-    (run, o), ranks = begin(lambda: parse_command(sys.argv[1:]), lambda found: open_ranks(found[1].timeout))
-    return finish(lambda: run(o, ranks))
+def main(commands: dict = COMMANDS, description: str = __doc__) -> int:
+    """Command line to exit code: 0 done, 1 failed, 2 options that do not work, 130 stopped."""
+    def parse():
+        return parse_command(sys.argv[1:], commands, description)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    (run, o), ranks = begin(parse, lambda parsed: open_ranks(getattr(parsed[1], "timeout", 600)))
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        run(o, ranks)
+    except KeyboardInterrupt:
+        print("\nstopped; what has arrived is kept, and the same command goes on", file=sys.stderr,
+              flush=True)
+        return 130
+    close_ranks()
+    return 0
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def test_two_ranks_give_the_same(alone, talker, sets, tmp_path):
 
 
 def test_a_server_gives_the_same(alone, talker, sets, tmp_path, monkeypatch, capsys):
-    own = evaluation.open_own(str(talker), torch.float32, "cpu")
+    own = evaluation.open_local_model(str(talker), torch.float32, "cpu")
 
     def behave(body, attempt):
         (found,) = qwen.generate(own.model, [own.chat.prompt(body["messages"])], [0], temperature=0,
@@ -335,7 +335,7 @@ def test_retention_equals_a_direct_computation(talker, tmp_path, monkeypatch, ca
 
 def test_retention_in_bf16_rounds_no_logits(talker):
     """The same bf16 hidden states through an fp64 head: the KL of what the models say, not of rounding."""
-    models = [evaluation.open_own(str(talker), torch.bfloat16, "cpu").model for _ in range(2)]
+    models = [evaluation.open_local_model(str(talker), torch.bfloat16, "cpu").model for _ in range(2)]
     with torch.no_grad():
         models[0].head_weight().mul_(1.01)  # a small step, as in training
     ids = list(range(60))
@@ -361,7 +361,7 @@ def test_retention_refuses_another_tokenizer(talker, tmp_path, monkeypatch, caps
 
 
 def test_retention_of_a_model_from_itself_is_zero(talker):
-    own = evaluation.open_own(str(talker), torch.float32, "cpu")
+    own = evaluation.open_local_model(str(talker), torch.float32, "cpu")
     ranks = qwen.open_ranks(60)
     found = evaluation.retention(own.model, own.model, [(list(range(50)), 1)], ranks)
     qwen.close_ranks()

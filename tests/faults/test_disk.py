@@ -89,7 +89,7 @@ FULL = {
     "held-out metrics": (train.data, "append_row", "eval.jsonl", "out/eval.jsonl"),
     "checkpoint": (train, "save_file", "tmp_000002", "tmp_000002/shard_0.safetensors"),
     "checkpoint state": (qwen, "write_json", "tmp_000002", "tmp_000002/state.json"),
-    "export": (qwen, "write_safetensors", "model.tmp", "model.tmp/model.safetensors"),
+    "export": (qwen, "write_tensors", "model.tmp", "model.tmp/model.safetensors"),
     "export config": (qwen, "write_json", "model.tmp", "model.tmp/config.json"),
     "export tokenizer": (shutil, "copyfile", "model.tmp", "model.tmp/generation_config.json"),
 }
@@ -153,7 +153,7 @@ def test_a_full_disk_loses_no_answer_but_the_one_in_hand(questions, size):
         assert ending.code == 1 and isinstance(ending.error, (UserError, OSError)), ending.said
         assert "Traceback" not in ending.said and ending.said.count("error: ") == 1
         assert "asked/raw-0.jsonl" in ending.said[ending.said.index("error: "):], ending.said
-        kept = len(evaluation.read_log(str(questions / "asked"), server_keys(questions)))
+        kept = len(evaluation.read_answers(str(questions / "asked"), server_keys(questions)))
         assert 0 < kept < 12 and len(server.requests) <= kept + 2  # it stopped at once
         before = len(server.requests)
         ending = asked(questions, server)
@@ -172,8 +172,7 @@ def server_keys(w):
 def test_files_made_from_the_answers_are_whole_or_as_before(questions, name, monkeypatch):
     """The raw log has room, one of the files made from it has not; as if they lay on two disks."""
     with Misbehaving(lambda body, attempt: completion("It is \\boxed{7}")) as server:
-        where, writer = (oracle, "write_rows") if name.endswith("l") else (qwen, "write_json")
-        with full_at(where, writer, name):
+        with full_at(oracle.data, "write_rows" if name.endswith("l") else "write_json", name):
             ending = asked(questions, server)
         assert ending.code == 1 and isinstance(ending.error, (UserError, OSError)), repr(ending.error)
         assert f"asked/{name}" in ending.said[ending.said.index("error: "):], ending.said
@@ -242,7 +241,7 @@ sys.path.insert(0, {os.path.dirname(train.__file__)!r})
 import model, train
 def full(path, *_):
     raise OSError(28, "No space left on device", path)
-model.write_safetensors = full
+model.write_tensors = full
 model.leave(train.main)
 """)
     done = subprocess.run(

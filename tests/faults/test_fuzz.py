@@ -165,19 +165,10 @@ def w(tmp_path_factory):
     (w / "tasks").mkdir()
     for name, rows in ROWS.items():
         (w / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    log = [{"key": "a", "text": "It is \\boxed{1}.", "finish": "stop", "tokens": 3},
-           {"key": "b", "error": "HTTP 500"}, {"key": "c", "text": "", "finish": "length", "tokens": 0}]
-    (w / "raw-0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     options = {f.name: f.default for f in train.fields(train.Options)}
     options |= {"model": "m", "pairs": "p", "out": "o"}
     (w / "config.json").write_text(json.dumps({"options": options}))
     (w / "metrics.jsonl").write_text("".join(f'{{"step": {i}, "loss": 1.5}}\n' for i in range(6)))
-    pair = {"step": -1, "reference": [-1.0, -2.0], "gamma": 0.6, "change_ratios": [1] * 20,
-            "prompt": ["q"], "trunk": ["a"], "rejected": ["x", "s"], "rejected_ids": [1, 2], "chosen": ["s"],
-            "chosen_ids": [2]}
-    look = {"step": 3, "reward_chosen": 0.5, "reward_rejected": 0.0, "coefficients": [0.1] * 4,
-            "logps": [-1.0] * 4}
-    (w / "surgery.jsonl").write_text(f"{json.dumps(pair)}\n{json.dumps(look)}\n")
     return w
 
 
@@ -218,7 +209,7 @@ def read_chat(w):
 
 
 def read_end_tokens(w):
-    evaluation.open_own(str(w / "model"), torch.float32, "cpu")
+    evaluation.open_local_model(str(w / "model"), torch.float32, "cpu")
 
 
 def read_weights(w):
@@ -260,13 +251,6 @@ def reader_of_task(name):
     return read
 
 
-def read_log(w):
-    records = evaluation.read_log(str(w), "abc")
-    for record in records.values():
-        (record.get("text", "") + record.get("error", "")).encode()
-    sum(r.get("tokens", 0) for r in records.values()) / 3
-
-
 def read_options(w):
     o = train.parse_options(["--resume", "--out", str(w)])
     for f in train.fields(o):
@@ -278,13 +262,6 @@ def read_options(w):
 def read_metrics(w):
     train.keep_steps_before(str(w / "metrics.jsonl"), 3)
     assert all(row["step"] < 3 for row in data.read_log(str(w / "metrics.jsonl")))
-
-
-def read_report(w):
-    evaluation.report([str(w)], str(w / "report.html"))
-    page = (w / "report.html").read_text(encoding="utf-8")
-    os.remove(w / "report.html")
-    assert "<script" not in page and not any(c in page for c in "\0\ud800\N{RIGHT-TO-LEFT OVERRIDE}")
 
 
 # name: (reader, the file that is hurt, how, cases for one of the others)
@@ -305,11 +282,8 @@ READERS = {
     "texts": (read_texts, "texts.jsonl", damaged, 0.5),
     **{name: (reader_of_task(name), f"tasks/{name}.jsonl", damaged, 0.5)
        for name in ("math500", "gpqa", "ifeval", "connect4")},
-    "raw log": (read_log, "raw-0.jsonl", damaged, 0.5),
     "options of a run": (read_options, "config.json", damaged, 2),
     "metrics.jsonl": (read_metrics, "metrics.jsonl", damaged, 0.5),
-    "metrics of a report": (read_report, "metrics.jsonl", damaged, 1),
-    "surgery.jsonl": (read_report, "surgery.jsonl", damaged, 2),
 }
 
 

@@ -41,8 +41,7 @@ ATTRIBUTES = {"torch.load", "torch.save", "torch.hub", "torch.jit", "torch.seria
 EXEMPT = {("common.py", "", "subprocess"), ("gpu.py", "", "subprocess"), ("ranks.py", "", "subprocess"),
           ("study.py", "", "multiprocessing"),
           ("model.py", "checkpoint_folder", "importlib.import_module"),
-          ("oracle.py", "python_function", "importlib.util.spec_from_file_location"),
-          ("oracle.py", "python_function", ".exec_module")}
+          ("oracle.py", "", "runpy")}
 
 
 def dotted(node):
