@@ -96,11 +96,12 @@ class LocalModel:
     batch_size: int = 32
 
 
-def open_local_model(folder: str, dtype, device, batch_size: int = 32) -> LocalModel:
+def open_local_model(folder: str, dtype, device, batch_size: int = 32,
+                     template: str = "") -> LocalModel:
     """A LocalModel from a checkpoint folder or hub id. Answers end at <|im_end|>, and at what
     generation_config.json names."""
     folder = qwen.checkpoint_folder(folder)
-    chat = data.load_chat(folder, qwen.read_config(folder).vocab_size)
+    chat = data.load_chat(folder, qwen.read_config(folder).vocab_size, template)
     end = None
     if os.path.exists(path := os.path.join(folder, "generation_config.json")):
         end = read_json(path).get("eos_token_id")
@@ -462,6 +463,8 @@ class SamplingOptions:
     top_k: int = option(20, "keep that many likeliest tokens; 0: all")
     max_tokens: int = option(32768, "tokens of an answer; longer ones are cut off and counted")
     batch_size: int = option(32, "answers a local model writes at a time")
+    template: str = option("", "compute this chat template, whatever the checkpoint's file says",
+                           ("", "hybrid", "instruct"))
     dtype: str = option("bfloat16", "of a local model", ("float32", "bfloat16"))
     seed: int = option(0, "of the samples")
     timeout: int = option(86400, "seconds after which a stalled rank ends the run")
@@ -494,7 +497,7 @@ def open_policy(o: SamplingOptions, device, non_thinking: bool = True):
     """The LocalModel or the Server that the options name. non_thinking: ask a server for Qwen3's
     template without thinking, as vLLM and SGLang understand it."""
     if o.model:
-        return open_local_model(o.model, getattr(torch, o.dtype), device, o.batch_size)
+        return open_local_model(o.model, getattr(torch, o.dtype), device, o.batch_size, o.template)
     extras = {"chat_template_kwargs": {"enable_thinking": False}} if non_thinking else {}
     given = {"temperature", "top_p", "top_k", "max_tokens", "seed"} & set(o.given)
     return open_server(o.server, o.server_model, workers=o.workers, timeout=o.request_timeout,
@@ -554,11 +557,13 @@ def claim_folder(out: str, settings: dict, ranks: Ranks, policy=None):
 # equals p and p / 100. A list is a set, a union is a list. Of several boxes the last one counts.
 # Not seen: even roots of negative numbers, intervals that touch, degrees in sin 30°.
 
-BOX = re.compile(r"\\f?box(?:ed)?\s*(\{|[^\s{}\\$])")
+BOX = re.compile(r"\\f?box(?:ed)?\s*(\{|-?\d+(?:[.,/]\d+)*)")  # in prose, \boxed boxes no letter
 STATED = re.compile(
-    r"(?:####|\banswers?\b[^.\n:$\\\d]{0,40}?(?:\b(?:is|are|be)\b|:|=))(?:[\s:,*]*"
-    r"\b(?:thus|hence|therefore|then|simply|just|exactly|equal to|equals|given by)\b)*[\s:,*]*",
-    re.I)
+    r"(?:^[#*_ ]*(?:final )?answers?[*_ ]*$|####"  # a heading
+    r"|\banswers?\b[^.\n:$\\\d]{0,40}?(?:\b(?:is|are|be)\b|:|=))(?:[\s:,*`_]*"
+    r"\b(?:thus|hence|therefore|then|simply|just|exactly|equal to|equals|given by)\b)*[\s:,*`_]*",
+    re.I | re.M)
+FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
 
 
 def extract_answer(text: str) -> str | None:
@@ -568,12 +573,13 @@ def extract_answer(text: str) -> str | None:
     answer = last_boxed(text)
     stated = list(STATED.finditer(text))
     if answer is None and stated:
-        line = text[stated[-1].end():].split("\n")[0].split("<|")[0]
-        formula = re.match(r"\$+[^$]+\$+|\\\(.+?\\\)|\\\[.+?\\\]", line)
+        rest = text[stated[-1].end():]
+        formula = FORMULA.match(rest)
         if formula:
-            answer = formula[0]
+            answer = formula[formula.lastindex]
         else:
-            answer = re.split(r"[.;]\s|,?\s(?:because|since)\b", line)[0].strip(".* ")
+            line = rest.split("\n")[0].split("<|")[0]
+            answer = re.split(r"[.;]\s|,?\s(?:because|since)\b", line)[0].strip(".*`_ ")
     return (answer or "").strip() or None
 
 
@@ -608,25 +614,40 @@ TEXT = r"\\(?:text|mbox|mathrm|operatorname)\w*\s*"
 MATRIX = r"\s*\{(?:[pbB]?matrix|array)\}"
 MULTIPLES = {"dozen": "12", "hundred": "100", "thousand": "1000", "million": "10^6",
              "billion": "10^9"}
+SUPERSCRIPTS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
+UNIT_TEXT = (r"(?:[A-Za-z\s~/().'·*%°-]|\\(?:[,;:! ]|(?:cdot|times|mu|Omega|AA)(?![A-Za-z]))"
+             r"|\^\s*(?:-?\d|\{\s*-?\d+\s*\}))")
+WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]+(?:['.-]+[A-Za-z]+)*|\\(mu|Omega|AA)(?![A-Za-z])")
+
+
+def quote(word):
+    return ' "' + word[0].lstrip("\\") + '" '
+
+
 REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in [
     # numbers: 0.1\overline{6}, the ratio 3:4
     (r"(?<![\w.])(\d{1,9}\.(\d{0,9}))\\(?:overline|bar|dot)\s*\{?(\d{1,9})\}?",
      lambda m: f"({m[1]}+{m[3]}/{10 ** len(m[3]) - 1}/{10 ** len(m[2])})"),
     (r"\A([\s$]*\d+)\s*:\s*(\d+[\s$]*)\Z", r"\1/\2"),
-    # units and other words in \text{}
+    # units and other words: \mathrm{m/s^{2}} is "m"/"s"^{2}
+    (r"[⁻⁰¹²³⁴-⁹]+", lambda m: "^{" + m[0].translate(SUPERSCRIPTS) + "}"),
+    (r"[µμ]", r"\\mu "),
     (r"\b(?:square|sq)\s+([a-z]+)", r"\1^2"),
-    (TEXT + r"\{[\s~(]*([A-Za-z][A-Za-z\s/.'-]*?)[\s).]*\}", r' "\1" '),
-    (TEXT + r"\{([^{}]*)\}", r" \1 "),
+    (r"\bcubic\s+([a-z]+)", r"\1^3"),
+    (TEXT + r"\{(" + UNIT_TEXT + r"+)\}", lambda m: f" {WORD.sub(quote, m[1].strip(' .'))} "),
+    (TEXT + r"\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1 "),
+    (r'\\mu\s*(?=")', ' "mu" '),
     # thousands: 10{,}000   11,\! 111   1\,000
     (r"(?<=\d)(?:\{,\}|,\\!|\\[,! ])\s*(?=\d{3}(?!\d))", ""),
     # layout
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits|math(?:bf|it|cal)|boldsymbol|q?quad"
-     r"|f?box(?:ed)?)(?![A-Za-z])|(?<!\\)\\[,;:! ()\[\]$]|[$£€~]", " "),
+     r"|f?box(?:ed)?)(?![A-Za-z])|(?<!\\)\\[,;:! ()\[\]$]|[$£€~]|\{\s*\}", " "),
     # words outside \text{}: a lone one is no product of letters
     (r"\\mathbb\s*\{?\s*R\s*\}?|\ball real numbers\b", r"(-\\infty,\\infty)"),
     (r"\A\s*([A-Za-z' ]*[A-Za-z]{3}[A-Za-z' ]*|[Nn]o)[.\s]*\Z", r' "\1" '),
     (r'"?\b(?:and|or)\b"?|\\cup\b', ","),
-    (r'(?<=\d)\s*"?\b(' + "|".join(MULTIPLES) + r')\b', lambda m: "*" + MULTIPLES[m[1]]),
+    (r'(?<=\d)\s*"?\b(' + "|".join(MULTIPLES) + r')\b"?', lambda m: "*" + MULTIPLES[m[1]]),
+    (r"(?<=[\d}])\s*([kcm]?m|ft|mi)\s*/\s*(s|h|hr|min)\b", r' "\1"/"\2"'),
     # a matrix is ⟦(1,2),(3,4)⟧
     (r"\\begin" + MATRIX + r"(?:\s*\{[^{}]*\})?", "⟦("),
     (r"(?:\\\\\s*)?\\end" + MATRIX, ")⟧"),
@@ -653,7 +674,7 @@ REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in [
     (r"\b(?:np|math)\.(?=[a-z])", "")]]
 # What one token may be written as. Tokens are signs, numbers, names (letters first), words ('"cm').
 SPELLINGS = {
-    "-": "− –", "*": r"\cdot \times × ·", "/": r"\div ÷", "^": "**", "±": r"\pm", "∓": r"\mp",
+    "-": "− –", "*": r"\cdot \times × ·", "/": r"\div ÷ per", "^": "**", "±": r"\pm", "∓": r"\mp",
     ",": r"& ∪", "<": r"\lt", ">": r"\gt", "≤": r"\le \leq \leqslant <=", "≠": r"\ne \neq",
     "≥": r"\ge \geq \geqslant >=", "=": r"\in ∈ \approx \simeq ≈", "(": r"\langle", ")": r"\rangle",
     r"\{": r"\lbrace", r"\}": r"\rbrace", "frac": r"\dfrac \tfrac \cfrac",
@@ -664,13 +685,15 @@ SPELLINGS = {
     '"cm': "centimeter centimeters", '"km': "kilometer kilometers", '"in': "inch inches",
     '"ft': "foot feet", '"mi': "mile miles", '"h': "hour hours hr", '"min': "minute minutes",
     '"s': "second seconds sec", '"g': "gram grams", '"kg': "kilogram kilograms",
-    '"lb': "pound pounds"}
+    '"lb': "pound pounds", '"yr': "year years", '"mol': "mole moles",
+    '"J': "joule joules", '"N': "newton newtons", '"L': "liter liters", '"W': "watt watts",
+    '"AA': r"\AA Å"}
 SAME = {old: new for new, olds in SPELLINGS.items() for old in olds.split()}
 TOKEN = re.compile(r"""
     ( "[^"]*" | (?<![A-Za-z\d\\])[A-Za-z]{4,}
       | (?<![A-Za-z\\]) (?:sin|cos|tan|sec|csc|cot|log|ln|exp|abs|pi|inf
-        |cm|mm|km|kg|ft|in|mi|yd|hr|min|mph|lb|oz|sq|day|way)(?![A-Za-z]) )                # a word
-    | ( (?:\\[A-Za-z]+|[A-Za-z]) (?:_(?:\{[^{}]*\}|\\[A-Za-z]+|\w)|')* )                   # a name
+        |cm|mm|km|kg|ft|in|mi|yd|hr|min|mph|lb|oz|sq|per|day|way)(?![A-Za-z]) )            # a word
+    | ( (?:\\[A-Za-z]+|[A-Za-z]) (?:_(?:\{[^{}]*\}|\\[A-Za-z]+|\w)|')* )               # a name
     | \d+_(?:\d+|\{\d+\}) | (?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?
     | \\. | \*\* | [<>]= | !! | \S
     """, re.S | re.X)
@@ -879,8 +902,12 @@ def compute(tokens):
 
 # --- grading: answers, and whether two are the same -----------------------------------------------
 
-UNIT = re.compile(
-    r'((?:.* )?[^" ]*[\w)\]}!])((?: "\S+(?: \^(?: \{)?(?: -)? \d(?: \})?)?(?: [/*])?)+)')
+# An operand, then words with powers: 9.8 "m / "s ^ 2, but not 5 "cm - 3
+FACTOR = r' "\S+(?: \^(?: \{)?(?: -)? \d+(?: \})?)?'
+FACTORS = FACTOR + r"(?:(?: \*)?" + FACTOR + ")*"
+GROUP = "(?:" + FACTORS + r"| \(" + FACTORS + r" \))"
+UNIT = re.compile(r'((?:.*? )??[^" ]*[\w)\]}!])(' + GROUP + "(?: /" + GROUP + ")*"
+                  r"| frac \{" + FACTORS + r" \} \{" + FACTORS + r" \})")
 RELATIONS = ("=", "≠", "<", "≤", ">", "≥")
 CHAINS = ({"="}, {"≠"}, {"<", "≤"}, {">", "≥"})  # relations that may stand in one chain
 # x, a_n, f(x), f^{-1}(x), (p,q), frac{dM}{dt}: letters and brackets, no operation on them
@@ -975,7 +1002,7 @@ def read_leaf(tokens):
     tokens = text.split(" ")
     words = all(t[0] == '"' and len(t) > 2 for t in tokens)
     values = [None] if words else compute(tokens)
-    return Answer("leaf", text.replace('"', ""), values=values, unit=re.sub('[{}" ]', "", unit))
+    return Answer("leaf", text.replace('"', ""), values=values, unit=unit.strip())
 
 
 def answers_match(pred: str, gold: str, tolerance=0) -> bool:
@@ -993,7 +1020,7 @@ def bare_answer(text):
     """What the box holds, or the formula after prose: Hence $x > 2$ holds."""
     text = last_boxed(text) or text
     formula = PROSE.match(text)
-    return (formula[1] if formula else text).strip("* \t\n")
+    return (formula[1] if formula else text).strip("*`_ \t\n")
 
 
 def same(a, b, tolerance=0) -> bool:
@@ -1026,15 +1053,16 @@ def same_leaf(a, b, tolerance):
     """Words by their letters; values at all points, where a percent sign, a missing unit, and the
     rounding of an exact value to six or more digits are forgiven."""
     if a.unit and b.unit and a.unit != b.unit:
-        return False
+        if not agree(compute(a.unit.split()), compute(b.unit.split())):
+            return False
     decimals = [x.text for x in (a, b) if "." in x.text]
     if len(decimals) == 1 and re.fullmatch(r"[+-]? ?[0.]*[1-9](\.?\d){5,}", decimals[0]):
         half_a_digit = Fraction(50001, 100000 * 10 ** len(decimals[0].partition(".")[2]))
         tolerance = max(tolerance, half_a_digit)
     if a.text == b.text or agree(a.values, b.values, tolerance):
         return True
-    if (a.unit == "%") != (b.unit == "%"):
-        share, other = (a, b) if a.unit == "%" else (b, a)
+    if (a.unit == '"%') != (b.unit == '"%'):
+        share, other = (a, b) if a.unit == '"%' else (b, a)
         return agree(share.values, [x and 100 * x for x in other.values])
     if [None] not in (a.values, b.values):
         return False
@@ -1792,7 +1820,7 @@ def compare_runs(folders: list, seed: int = 0) -> str:
     a, b = [read_results(folder) for folder in folders]
     settings_a, settings_b = [read_json(os.path.join(folder, "settings.json")) for folder in folders]
     rows, notes = [], []
-    for key in ("sampling", "seed"):
+    for key in ("sampling", "seed", "refused"):
         values = [json.dumps(settings.get(key)) for settings in (settings_a, settings_b)]
         if values[0] != values[1]:
             notes.append(f"{key} differs: {values[0]} and {values[1]}")
@@ -1831,29 +1859,25 @@ def read_sequences(path: str, chat: data.Chat, max_length: int) -> tuple[list, s
     """([(ids, first), ...], a summary) of a JSONL file: ids[first:] are scored. A row is a text
     {"text": ...}, scored from its second token, or a pair, whose y+ is scored after its prompt.
     Ids beyond max_length are cut off. Raises UserError naming the line, or where no row is left."""
-    cut = 0
-
     def parse(row, line):
-        nonlocal cut
         if "text" in row:
             ids, first = chat.encode(data.check_text(row["text"], "'text'")), 1
         else:
-            pair = data.parse_pair(row, line, Counter())
+            pair = data.parse_pair(row, line)
             prompt = chat.prompt(pair.messages)
             ids, first = [*prompt, *chat.encode(pair.chosen), chat.im_end], len(prompt)
         if min(len(ids), max_length) <= first:
             raise data.Drop("nothing to score")
-        if len(ids) > max_length:
-            cut += 1
-        return ids[:max_length], first
+        return ids, first
 
-    sequences, dropped = data.read_rows(path, parse)
-    summary = f"{path}: {len(sequences)} texts, {cut} of them cut at {max_length} tokens"
+    rows, dropped = data.read_rows(path, parse)
+    cut = sum(len(ids) > max_length for ids, _ in rows)
+    summary = f"{path}: {len(rows)} texts, {cut} of them cut at {max_length} tokens"
     for reason, count in dropped.items():
         summary += f"; {count} dropped: {reason}"
-    if not sequences:
+    if not rows:
         raise UserError(f"{summary}: no row has a token to score")
-    return sequences, summary
+    return [(ids[:max_length], first) for ids, first in rows], summary
 
 
 @torch.no_grad()
@@ -1865,9 +1889,9 @@ def retention(model: qwen.Qwen3, base: qwen.Qwen3, sequences: list, ranks: Ranks
                mean KL(base || model) of the next-token distributions, both in nats a token, as
                (mean, standard error clustered by sequence)
     """
-    sizes = model.config.vocab_size, base.config.vocab_size
-    if sizes[0] != sizes[1]:
-        raise UserError(f"vocabularies of {sizes[0]} and {sizes[1]} tokens: no KL between them")
+    if model.config.vocab_size != base.config.vocab_size:
+        raise UserError(f"vocabularies of {model.config.vocab_size} and {base.config.vocab_size} "
+                        "tokens: no KL between them")
     # In fp32 always: logits rounded to bf16 would add half as much again to a small KL.
     heads = [m.head_weight().float() for m in (model, base)]
     sums = torch.zeros(len(sequences), 3, dtype=torch.float64)
@@ -1881,14 +1905,14 @@ def retention(model: qwen.Qwen3, base: qwen.Qwen3, sequences: list, ranks: Ranks
             target = tokens[at:at + ROWS_AT_ONCE, None]
             p, q = [(h[at - 1:at - 1 + len(target)].float() @ w.T).log_softmax(-1)
                     for h, w in zip(hidden, heads)]
-            figures = p.gather(1, target), q.gather(1, target), (q.exp() * (q - p)).sum(-1)
-            sums[i] += torch.stack([x.double().sum().cpu() for x in figures])
+            values = p.gather(1, target), q.gather(1, target), (q.exp() * (q - p)).sum(-1)
+            sums[i] += torch.stack([x.double().sum().cpu() for x in values])
     lengths = [len(ids) - first for ids, first in sequences]
-    result = {"tokens": sum(lengths)}
+    figures = {"tokens": sum(lengths)}
     for name, column in zip(("logp", "logp_base", "kl"), ranks.reduce(sums).T.tolist()):
         means = [[total / length] for total, length in zip(column, lengths)]
-        result[name] = clustered(means, lengths)
-    return result
+        figures[name] = clustered(means, lengths)
+    return figures
 
 
 # --- the report -----------------------------------------------------------------------------------

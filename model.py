@@ -677,10 +677,10 @@ def export(model: Qwen3, folder: str, source: str, dtype=torch.bfloat16, shard_b
             shutil.copyfile(os.path.join(source, file), os.path.join(folder, file))
 
 
-def write_tensors(path: str, tensors: dict):
+def write_tensors(path: str, tensors: dict, **metadata: str):
     """A safetensors file, durable on return. Raises UserError or OSError that names the file."""
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_file(tensors, path, metadata={"format": "pt", **metadata})
     except SafetensorError as e:
         raise UserError(f"{path}: {e}") from None
     with writing(path), open(path, "rb") as f:

@@ -1,78 +1,100 @@
-"""Start train.py, oracle.py or eval.py as one process or several ranks, without the seconds that a new
-interpreter costs: each process is forked from a server that has imported torch and the project already.
+"""Start train.py, oracle.py or eval.py as one process or as several ranks, in 0.1 s each.
 
-torchrun itself is started by the few tests whose subject it is.
+A new interpreter takes seconds to import torch. Here each process is forked from a server that has
+imported torch and the project already. torchrun itself is started only where it is the subject.
 """
 
-import io
+import errno
+import importlib
 import multiprocessing
 import os
-import runpy
 import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
+from pathlib import Path
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from tqdm import tqdm
+
+ROOT = Path(__file__).parents[1]
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch", "numpy", "tokenizers", "safetensors.torch", "tqdm", "train"])
+SERVER.set_forkserver_preload(["train"])
 
 
-def work(argv, environment, stdout, stderr):
-    """One process: a program under its own name, its output in files."""
+def work(argv, environment, folder, fault):
+    """One process: the program under its own name, its output in two files of the folder."""
     os.setsid()
     os.environ.clear()
     os.environ.update(environment)
-    for stream, path in ((1, stdout), (2, stderr)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    sys.stdout, sys.stderr = io.TextIOWrapper(os.fdopen(1, "wb", closefd=False)), io.TextIOWrapper(
-        os.fdopen(2, "wb", 0, closefd=False), write_through=True)
+    for stream, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     os.chdir(ROOT)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.argv = list(argv)
-    for name in ("loss", "data", "model", "eval", "oracle", "train"):
-        sys.modules.pop(name, None)  # imported anew, as a new interpreter would
-    runpy.run_path(argv[0], run_name="__main__")
+    tqdm.set_lock(threading.RLock())  # its semaphores would outlive a process that is killed
+    sys.argv = argv
+    if fault:
+        insert(*fault)
+    program = importlib.import_module(argv[0].removesuffix(".py"))
+    importlib.import_module("model").leave(program.main)
+
+
+def insert(name, count, fault):
+    """From now on the count-th call of "module.function" meets a fault: `die` or `disk_full`."""
+    module, _, name = name.rpartition(".")
+    module = importlib.import_module(module)
+    function, calls = getattr(module, name), []
+
+    def call(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == count:
+            fault()
+        return function(*args, **kwargs)
+
+    setattr(module, name, call)
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def disk_full():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 class Started:
-    """Processes under way; `wait` gives the exit code of the first that failed, else 0, and the output."""
+    """A program under way, as `ranks` processes; faults: {rank: arguments of `insert`}."""
 
-    def __init__(self, argv, ranks=1, **environment):
-        self.folder = tempfile.mkdtemp()
-        self.out, self.err = (os.path.join(self.folder, name) for name in ("out", "err"))
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        self.processes = []
+    def __init__(self, argv, ranks=1, faults=()):
+        self.folder, self.processes, faults = tempfile.mkdtemp(), [], dict(faults)
+        shared = dict(os.environ)
+        if ranks > 1:
+            with socket.socket() as s:
+                s.bind(("127.0.0.1", 0))
+                shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]),
+                           "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
         for rank in range(ranks):
-            variables = {**os.environ, "PYTHONPATH": ROOT, **environment}
-            if ranks > 1:
-                variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-                              "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-                              "MASTER_PORT": str(port)}
-            process = SERVER.Process(target=work, args=(list(map(str, argv)), variables, self.out, self.err))
-            process.start()
-            self.processes.append(process)
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+            args = list(map(str, argv)), shared | own, self.folder, faults.get(rank)
+            self.processes.append(SERVER.Process(target=work, args=args))
+            self.processes[-1].start()
+
+    @property
+    def running(self):
+        """Whether no rank has ended yet."""
+        return all(process.is_alive() for process in self.processes)
 
     def wait(self, timeout=300):
-        """(exit code, stdout, stderr). As torchrun does, ends all when one has failed."""
-        until = time.monotonic() + timeout
-        while any(p.is_alive() for p in self.processes):
-            if any(p.exitcode for p in self.processes) or time.monotonic() > until:
+        """The exit codes of all ranks, negative for a signal. As torchrun does, ends the others
+        half a second after one has failed."""
+        end = time.monotonic() + timeout
+        while any(process.is_alive() for process in self.processes):
+            failed = any(process.exitcode for process in self.processes)
+            if failed or time.monotonic() > end:
                 time.sleep(0.5)
-                self.kill()
-            time.sleep(0.02)
-        codes = [p.exitcode for p in self.processes]
-        return next((code for code in codes if code and code > 0), max(codes, key=abs)), *self.output()
-
-    def output(self):
-        """What was printed so far: (stdout, stderr)."""
-        texts = []
-        for path in (self.out, self.err):
-            texts.append(open(path, encoding="utf-8", errors="replace").read() if os.path.exists(path) else "")
-        return texts
+                self.send(signal.SIGKILL)
+            time.sleep(0.01)
+        return [process.exitcode for process in self.processes]
 
     def send(self, number, rank=None):
         """A signal to one rank or to all."""
@@ -80,12 +102,16 @@ class Started:
             if rank in (None, i) and process.is_alive():
                 os.kill(process.pid, number)
 
-    def kill(self):
-        self.send(signal.SIGKILL)
+    @property
+    def said(self):
+        """What stands in stderr so far."""
+        path = Path(self.folder, "err")
+        return path.read_text(errors="replace") if path.exists() else ""
 
 
-def run(argv, ranks=1, code=0, **environment):
-    """Run to the end; returns what it wrote to stderr."""
-    found, out, err = Started(argv, ranks, **environment).wait()
-    assert found == code, (found, err[-3000:])
-    return err
+def run(argv, ranks=1):
+    """Run to a good end; returns what it said."""
+    started = Started(argv, ranks)
+    codes = started.wait()
+    assert not any(codes), (codes, started.said[-3000:])
+    return started.said
