@@ -2180,8 +2180,7 @@ def run_evaluation(o: EvalOptions, ranks: Ranks):
         tasks = [load_task(spec.strip(), o.data) for spec in o.tasks.split(",") if spec.strip()]
         if not tasks or len({task.name for task in tasks}) < len(tasks):
             raise UserError(f"--tasks is {o.tasks!r}: one task or more expected, each once")
-        for task in tasks:
-            task.rows = task.rows[:o.limit or None]
+        tasks = [replace(task, rows=task.rows[:o.limit or None]) for task in tasks]
         policy = open_policy(o, ranks.device)
     settings = {"command": "eval", "seed": o.seed, "asked": identity(policy, o),
                 "sampling": asdict(o.sampling)}
@@ -2197,8 +2196,7 @@ def show_answers(task: Task, folder: str, count: int):
     answers = {key.rpartition(" ")[0]: record for key, record in read_answers(folder).items()}
     for name, messages, gold in task.rows[:count]:
         record = answers.get(f"{name}/0", {"error": "not asked"})
-        print(f"\n--- {task.name} {name}: question\n{messages[-1]['content']}\n"
-              "--- answer")
+        print(f"\n--- {task.name} {name}: question\n{messages[-1]['content']}\n--- answer")
         if "text" in record:
             grades = ", ".join(f"{k} {float(v):g}" for k, v in task.grade(record["text"], gold).items())
             print(f"{record['text']}\n--- gold: {gold}\n--- verdict: {grades}")

@@ -99,7 +99,7 @@ CELLS = [  # the command, what is broken, what the message must match
     ("tasks", line("tasks/own.jsonl", {"id": "n0"}), "1 ids occur more than once, first 'n0'"),
     ("tasks", line("tasks/gpqa.jsonl", {"Correct Answer": 5}), "line 2: 'Correct Answer': a string"),
     ("tasks", line("tasks/ifeval.jsonl", {"kwargs": [{}, {}]}), "line 2: .*two lists of one length"),
-    ("tasks", line("tasks/connect4.jsonl", {"state": "no board"}), "line 2: 'state': line 1 of"),
+    ("tasks", line("tasks/connect4.jsonl", {"state": "no board"}), "line 2: 'state': not in the layout"),
     # finished evaluations, reports
     ("again", cut("a/settings.json", 20), "a/settings.json: .* line"),
     ("again", edit("a/settings.json", lambda s: s.update(seed=5)), "seed was 5, now 0"),

@@ -165,10 +165,6 @@ def w(tmp_path_factory):
     (w / "tasks").mkdir()
     for name, rows in ROWS.items():
         (w / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    results = {"own": {"questions": 3, "metrics": {"accuracy": [0.5, 0.1]}, "pass@1": 0.5,
-                       "asked": {"1": "x", "2": "y", "3": "z"},
-                       "scores": {"1": [1.0, 0.0], "2": [0.0, 0.0], "3": [1.0, 1.0]}}}
-    (w / "results.json").write_text(json.dumps(results))
     options = {f.name: f.default for f in train.fields(train.Options)}
     options |= {"model": "m", "pairs": "p", "out": "o"}
     (w / "config.json").write_text(json.dumps({"options": options}))
@@ -255,14 +251,6 @@ def reader_of_task(name):
     return read
 
 
-def read_results(w):
-    for folder in ("a", "b"):
-        os.makedirs(w / folder, exist_ok=True)
-        shutil.copy(w / ("results.json" if folder == "b" else "good.json"), w / folder / "results.json")
-        (w / folder / "settings.json").write_text('{"seed": 0, "sampling": {}}')
-    evaluation.compare_runs([str(w / "a"), str(w / "b")])
-
-
 def read_options(w):
     o = train.parse_options(["--resume", "--out", str(w)])
     for f in train.fields(o):
@@ -294,7 +282,6 @@ READERS = {
     "texts": (read_texts, "texts.jsonl", damaged, 0.5),
     **{name: (reader_of_task(name), f"tasks/{name}.jsonl", damaged, 0.5)
        for name in ("math500", "gpqa", "ifeval", "connect4")},
-    "results.json": (read_results, "results.json", damaged, 1),
     "options of a run": (read_options, "config.json", damaged, 2),
     "metrics.jsonl": (read_metrics, "metrics.jsonl", damaged, 0.5),
 }
