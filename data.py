@@ -445,7 +445,8 @@ def known_template(folder: str) -> str:
         path = os.path.join(folder, "tokenizer_config.json")
         template = read_json(path).get("chat_template")
         if isinstance(template, list):  # named templates
-            names = {part.get("name"): part.get("template") for part in template}
+            parts = [part for part in template if isinstance(part, dict)]
+            names = {part.get("name"): part.get("template") for part in parts}
             template = names.get("default")
     if not isinstance(template, str):
         raise UserError(f"{path}: a chat template expected, found none")
