@@ -451,7 +451,7 @@ def known_template(folder: str) -> str:
     if not isinstance(template, str):
         raise UserError(f"{path}: a chat template expected, found none")
     text = template.replace("\r\n", "\n").strip()
-    known = TEMPLATES.get(hashlib.sha256(text.encode()).hexdigest()[:16])
+    known = TEMPLATES.get(hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16])
     if known is None:
         raise UserError(f"{path}: this chat template is not known here. --template hybrid computes "
                         "Qwen3's, --template instruct that of Qwen3-Instruct-2507, whatever the "

@@ -657,7 +657,7 @@ def export(model: Qwen3, folder: str, source: str, dtype=torch.bfloat16, shard_b
         if main and not error:
             try:
                 os.makedirs(folder, exist_ok=True)
-                write_tensors(os.path.join(folder, file), tensors, {"format": "pt"})
+                write_tensors(os.path.join(folder, file), tensors)
             except (UserError, OSError) as e:
                 error = e
     if error:
@@ -677,11 +677,11 @@ def export(model: Qwen3, folder: str, source: str, dtype=torch.bfloat16, shard_b
             shutil.copyfile(os.path.join(source, file), os.path.join(folder, file))
 
 
-def write_tensors(path: str, tensors: dict, metadata: dict | None = None):
+def write_tensors(path: str, tensors: dict, **metadata: str):
     """A safetensors file, durable on return. Raises UserError or OSError that names the file."""
     try:
-        save_file(tensors, path, metadata)
-    except SafetensorError as e:  # names no file, be the disk full
+        save_file(tensors, path, metadata={"format": "pt", **metadata})
+    except SafetensorError as e:
         raise UserError(f"{path}: {e}") from None
     with writing(path), open(path, "rb") as f:
         os.fsync(f.fileno())

@@ -418,7 +418,8 @@ def run_rectify(o: RectifyOptions, ranks: Ranks):
         items, dropped = read_errors(o.errors, o.skip_malformed)
         say_dropped(dropped, ranks)
         folder = qwen.checkpoint_folder(o.tokenizer or o.model)
-        encode = data.load_chat(folder, qwen.read_config(folder).vocab_size).encode
+        vocab_size = qwen.read_config(folder).vocab_size
+        encode = data.load_chat(folder, vocab_size, o.template).encode
         if o.function:
             oracle, name = python_function(o.function)
         elif o.edited:

@@ -37,7 +37,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -629,10 +628,10 @@ def reference_pass(run: Run):
             raise UserError(f"the model gives log-probs that are not finite, first at line "
                             f"{run.forks[bad[0]].line} of {o.pairs}: are its weights sound?")
 
+    scores = {"pairs": run.reference, "eval_pairs": run.eval_reference}
+
     def write():
-        tensors = {"pairs": run.reference, "eval_pairs": run.eval_reference}
-        qwen.write_tensors(path + ".tmp", tensors,
-                           {"key": key, "hashes": json.dumps(run.hashes)})
+        qwen.write_tensors(path + ".tmp", scores, key=key, hashes=json.dumps(run.hashes))
         os.replace(path + ".tmp", path)
 
     ranks.main_only(write)
@@ -683,8 +682,8 @@ def save_checkpoint(run: Run):
     with ranks.together():
         if ranks.rank < shards:  # the first replica writes
             path = os.path.join(beside, f"shard_{shard}.safetensors")
-            tensors = checkpoint_tensors(run)
-            qwen.write_tensors(path, {k: t.cpu().contiguous() for k, (t, *_) in tensors.items()})
+            tensors = {k: t.cpu().contiguous() for k, (t, *_) in checkpoint_tensors(run).items()}
+            qwen.write_tensors(path, tensors)
             digests[shard] = torch.tensor(list(bytes.fromhex(file_sha256(path))))
     digests = [bytes(row).hex() for row in ranks.reduce(digests).tolist()]
 
@@ -836,7 +835,7 @@ def prepare(o: Options, ranks: Ranks) -> Run:
     text = f"{count / 1e6:.1f}M parameters, {ranks.world} rank(s) on {ranks.device.type}, {o.dtype}"
     if ranks.device.type == "cpu":
         text += f", {torch.get_num_threads()} thread(s) each"
-    ranks.say(text)
+    ranks.say("\n".join([text, *qwen.unread_parts(folder)]))
     return Run(o, ranks, config, folder, forks, eval_forks, hashes, policy, mesh,
                make_optimizer(policy, o))
 
@@ -1133,7 +1132,7 @@ def write_toy_checkpoint(folder: str, shape: dict, seed: int):
         if p.ndim > 1:  # norms start at 1
             torch.nn.init.normal_(p, std=0.06, generator=source)
         weights[qwen.hf_name(name)] = p.detach()
-    save_file(weights, os.path.join(folder, "model.safetensors"), {"format": "pt"})
+    qwen.write_tensors(os.path.join(folder, "model.safetensors"), weights)
 
 
 # --- the toy story: the whole method on a bare machine (skip on first reading) --------------------

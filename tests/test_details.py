@@ -46,12 +46,12 @@ def run_and_stop(monkeypatch, at, world, out, *extra):
     def write_and_ask(path, row):
         write(path, row)
         if path.endswith("metrics.jsonl") and row["step"] == at:
-            train.STOP["asked"] = True
+            train.STOP.set()
     with monkeypatch.context() as patch:
         patch.setattr(train.data, "append_row", write_and_ask)
-        patch.setitem(train.STOP, "asked", False)
         ranks = train.open_ranks(60)
         assert train.train(train.parse_options(command(world, out, *extra)[2:]), ranks) == 143
+    train.STOP.clear()
     train.close_ranks()
     assert train_step_of(out) == at + 2 and not os.path.exists(out / "model")
 
