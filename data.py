@@ -445,12 +445,13 @@ def known_template(folder: str) -> str:
         path = os.path.join(folder, "tokenizer_config.json")
         template = read_json(path).get("chat_template")
         if isinstance(template, list):  # named templates
-            names = {part.get("name"): part.get("template") for part in template}
+            parts = [part for part in template if isinstance(part, dict)]
+            names = {part.get("name"): part.get("template") for part in parts}
             template = names.get("default")
     if not isinstance(template, str):
         raise UserError(f"{path}: a chat template expected, found none")
     text = template.replace("\r\n", "\n").strip()
-    known = TEMPLATES.get(hashlib.sha256(text.encode()).hexdigest()[:16])
+    known = TEMPLATES.get(hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16])
     if known is None:
         raise UserError(f"{path}: this chat template is not known here. --template hybrid computes "
                         "Qwen3's, --template instruct that of Qwen3-Instruct-2507, whatever the "
