@@ -870,7 +870,9 @@ def train(o: Options, ranks: Ranks) -> int:
     with claimed(o.out, ranks):
         begin_or_resume(run)
         if not train_to_the_end(run):
-            ranks.say(f"SIGTERM: saved at step {run.state.step}; go on with --resume --out {o.out}")
+            total = total_steps(len(run.forks), o)
+            ranks.say(f"SIGTERM: saved at step {run.state.step} of {total}; go on with --resume "
+                      f"--out {o.out}")
             return 143  # 128 + SIGTERM, as the shell has it
         export_model(run)
         report = write_report(ranks, [o.out], os.path.join(o.out, "report.html"))

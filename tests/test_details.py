@@ -196,12 +196,11 @@ def with_reference(scored, out):
 
 
 def tamper(path, change):
-    """Other values under a content hash that fits them."""
+    """Other values under the same key."""
     tensors = load_file(path)
     with safe_open(path, framework="pt") as f:
         metadata = f.metadata()
     tensors["pairs"] = change(tensors["pairs"])
-    metadata["content"] = train.sha256(*(memoryview(tensors[k].numpy()) for k in sorted(tensors)))
     save_file(tensors, path, metadata)
 
 
@@ -222,36 +221,12 @@ def test_canary_stops_a_tampered_reference_and_its_advice_works(world, scored, t
     said = capsys.readouterr().err
     assert "reference log-probs taken from" in said
     assert "error: step 0 must give rewards of exactly 0" in said
-    assert f"Delete that file and go on with --resume --out {out}" in said
+    assert "Delete reference.safetensors" in said and f"--resume --out {out}" in said
     assert not {"model", "model.tmp", "checkpoints"} & set(os.listdir(out))
     os.remove(out / "reference.safetensors")
     resume_here(out)
     if objective == "spot-bce":
         assert same_checkpoints(scored[0], out)
-
-
-def test_a_reference_of_another_type_is_corrupt(world, scored, tmp_path, capsys):
-    out = with_reference(scored, tmp_path / "out")
-    path = out / "reference.safetensors"
-    with safe_open(path, framework="pt") as f:
-        metadata = f.metadata()
-    save_file({k: t.bfloat16() for k, t in load_file(path).items()}, path, metadata)
-    run_to_error(world, out, *scored[1])
-    assert f"error: {path} is corrupt" in capsys.readouterr().err
-
-
-def test_a_checkpoint_of_another_type_is_refused(world, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "out"
-    run_and_stop(monkeypatch, 0, world, out)
-    (folder,) = train.whole_checkpoints(str(out))
-    file, state = f"{folder}/shard_0.safetensors", json.load(open(f"{folder}/state.json"))
-    save_file({k: t.to(torch.int8) for k, t in load_file(file).items()}, file)
-    state["sha256"] = [train.file_sha256(file)]
-    json.dump(state, open(f"{folder}/state.json", "w"))
-    ranks = train.open_ranks(60)
-    with pytest.raises(SystemExit):
-        train.train(train.parse_options(["--resume", "--out", str(out)]), ranks)
-    assert "is missing, of another shape or type" in capsys.readouterr().err
 
 
 def logged(out):
