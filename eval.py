@@ -1544,8 +1544,8 @@ class Task:
 
 
 def question_messages(row: dict, prompt: str) -> list:
-    """The messages that ask a row's question, in question, problem or prompt: a string goes into the
-    prompt's {question}, a list of messages stays as it is. Raises UserError naming the field."""
+    """The messages that ask a row's question, in question, problem or prompt: a string goes into
+    the prompt, a list of messages stays as it is. Raises UserError naming the field."""
     for key in ("question", "problem", "prompt"):
         if row.get(key) is not None:
             messages = data.prompt_messages(row[key], key)
@@ -1818,7 +1818,7 @@ def compare_runs(folders: list, seed: int = 0) -> str:
     Below 20 questions the bootstrap's p is too small and is left out. Notes name what differs or
     cannot be compared. Raises UserError where the two have no task in common."""
     a, b = [read_results(folder) for folder in folders]
-    settings_a, settings_b = [read_json(os.path.join(folder, "settings.json")) for folder in folders]
+    settings_a, settings_b = (read_json(os.path.join(f, "settings.json")) for f in folders)
     rows, notes = [], []
     for key in ("sampling", "seed", "refused"):
         values = [json.dumps(settings.get(key)) for settings in (settings_a, settings_b)]
@@ -1838,8 +1838,9 @@ def compare_runs(folders: list, seed: int = 0) -> str:
             continue
         mean_a, mean_b = (100 * clustered(list(x.values()))[0] for x in (scores_a, scores_b))
         difference, low, high, p = paired_bootstrap(scores_a, scores_b, seed)
+        p = f"{p:.3f}" if count >= 20 else "-"
         rows.append(f"| {task} | {count} | {mean_a:.1f} | {mean_b:.1f} | {100 * difference:+.1f} | "
-                    f"{100 * low:+.1f} to {100 * high:+.1f} | {f'{p:.3f}' if count >= 20 else '-'} |")
+                    f"{100 * low:+.1f} to {100 * high:+.1f} | {p} |")
         alone_a, alone_b = (results[task]["questions"] - count for results in (a, b))
         if alone_a or alone_b:
             notes.append(f"{task}: {alone_a} questions of A and {alone_b} of B have no partner")
