@@ -2180,8 +2180,7 @@ def run_evaluation(o: EvalOptions, ranks: Ranks):
         tasks = [load_task(spec.strip(), o.data) for spec in o.tasks.split(",") if spec.strip()]
         if not tasks or len({task.name for task in tasks}) < len(tasks):
             raise UserError(f"--tasks is {o.tasks!r}: one task or more expected, each once")
-        for task in tasks:
-            task.rows = task.rows[:o.limit or None]
+        tasks = [replace(task, rows=task.rows[:o.limit or None]) for task in tasks]
         policy = open_policy(o, ranks.device)
     settings = {"command": "eval", "seed": o.seed, "asked": identity(policy, o),
                 "sampling": asdict(o.sampling)}
