@@ -1859,11 +1859,13 @@ def read_sequences(path: str, chat: data.Chat, max_length: int) -> tuple[list, s
     """([(ids, first), ...], a summary) of a JSONL file: ids[first:] are scored. A row is a text
     {"text": ...}, scored from its second token, or a pair, whose y+ is scored after its prompt.
     Ids beyond max_length are cut off. Raises UserError naming the line, or where no row is left."""
+    notes = Counter()
+
     def parse(row, line):
         if "text" in row:
             ids, first = chat.encode(data.check_text(row["text"], "'text'")), 1
         else:
-            pair = data.parse_pair(row, line)
+            pair = data.parse_pair(row, line, notes)
             prompt = chat.prompt(pair.messages)
             ids, first = [*prompt, *chat.encode(pair.chosen), chat.im_end], len(prompt)
         if min(len(ids), max_length) <= first:
@@ -1875,6 +1877,8 @@ def read_sequences(path: str, chat: data.Chat, max_length: int) -> tuple[list, s
     summary = f"{path}: {len(rows)} texts, {cut} of them cut at {max_length} tokens"
     for reason, count in dropped.items():
         summary += f"; {count} dropped: {reason}"
+    for note, count in notes.items():
+        summary += f"; {count} rows: {note}"
     if not rows:
         raise UserError(f"{summary}: no row has a token to score")
     return [(ids[:max_length], first) for ids, first in rows], summary
@@ -2196,8 +2200,7 @@ def show_answers(task: Task, folder: str, count: int):
     answers = {key.rpartition(" ")[0]: record for key, record in read_answers(folder).items()}
     for name, messages, gold in task.rows[:count]:
         record = answers.get(f"{name}/0", {"error": "not asked"})
-        print(f"\n--- {task.name} {name}: question\n{messages[-1]['content']}\n"
-              "--- answer")
+        print(f"\n--- {task.name} {name}: question\n{messages[-1]['content']}\n--- answer")
         if "text" in record:
             grades = ", ".join(f"{k} {float(v):g}" for k, v in task.grade(record["text"], gold).items())
             print(f"{record['text']}\n--- gold: {gold}\n--- verdict: {grades}")

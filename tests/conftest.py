@@ -6,6 +6,6 @@ import os
 import torch
 
 cores = sorted(os.sched_getaffinity(0))
-number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+number = int(os.environ.get("PYTEST_XDIST_WORKER", f"gw{os.getpid()}").removeprefix("gw"))
 os.sched_setaffinity(0, {cores[number % len(cores)]})
 torch.set_num_threads(1)
