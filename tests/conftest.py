@@ -1,5 +1,5 @@
-"""Each worker of pytest stays on one core, with all processes that it starts: tiny models gain nothing from
-two threads, and threads of several processes that wait for each other spin on cores they do not have."""
+"""Each worker of pytest stays on one core, with all processes that it starts: tiny models gain
+nothing from two threads, and threads that wait for each other spin on cores they do not have."""
 
 import os
 

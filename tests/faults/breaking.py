@@ -19,6 +19,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+import data
 import eval as evaluation
 import oracle
 import train
@@ -73,6 +74,22 @@ def files(folder) -> dict:
 
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def metrics(out) -> list:
+    """What a run has logged, but for times and memory."""
+    rows = data.read_log(os.path.join(out, "metrics.jsonl"))
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "mfu", "memory_gb")}
+            for row in rows]
+
+
+def assert_same_end(one, other):
+    """Two runs left the same: the last checkpoint and the exported model to the byte, metrics."""
+    last = os.path.relpath(train.whole_checkpoints(one)[-1], one)
+    for folder in (last, "model"):
+        same = files(one / folder) == files(other / folder)  # kept apart: a diff would be huge
+        assert same and files(one / folder), folder
+    assert metrics(one) == metrics(other)
 
 
 # --- the world ------------------------------------------------------------------------------------

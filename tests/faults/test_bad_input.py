@@ -9,7 +9,8 @@ import re
 import shutil
 
 import pytest
-from breaking import COMMANDS, build, cut, edit, files, flip, gone, holds, line, run_command, tensors
+from breaking import (COMMANDS, build, cut, edit, files, flip, gone, holds, line, run_command,
+                      tensors)
 
 import data
 
@@ -38,7 +39,7 @@ CELLS = [  # the command, what is broken, what the message must match
     ("elicit", line("questions.jsonl", {"question": 5}), "line 2: 'question'.* found int"),
     ("elicit", line("questions.jsonl", {"answer": None}), "line 2: a gold answer expected"),
     ("elicit", line("questions.jsonl", {"id": "n0"}), "1 ids occur more than once, first 'n0'"),
-    ("rectify", line("errors.jsonl", {"original_answer": 5}), "line 2: 'original_answer': a string"),
+    ("rectify", line("errors.jsonl", {"original_answer": 5}), "line 2: 'original_answer': a str"),
     ("rectify", line("edited.jsonl", {"corrected_answer": 5}, 1),
      r"edited.jsonl.*\n  line 1: 'corrected_answer': a string expected, found int"),
     ("retention", line("texts.jsonl", {"text": 5}), "line 2: 'text': a string expected, found int"),
@@ -67,7 +68,7 @@ CELLS = [  # the command, what is broken, what the message must match
     ("elicit", cut("model/generation_config.json", 9), "generation_config.json: "),
     # its weights
     ("train", gone(MODEL), "model: neither model.safetensors nor .*index.json"),
-    ("train", lambda w: (w / MODEL).rename(w / "model/pytorch_model.bin"), "pickle formats are not"),
+    ("train", lambda w: (w / MODEL).rename(w / "model/pytorch_model.bin"), "in pickle formats"),
     ("train", cut(MODEL, 0), "model.safetensors is missing, truncated or corrupt"),
     ("train", cut(MODEL, 200), "model.safetensors is missing, truncated or corrupt"),
     ("train", cut(MODEL, -1), "model.safetensors is missing, truncated or corrupt"),
@@ -97,9 +98,9 @@ CELLS = [  # the command, what is broken, what the message must match
     ("tasks", gone("tasks/own.jsonl"), "tasks/own.jsonl: cannot be read"),
     ("tasks", cut("tasks/own.jsonl", -4), r"own.jsonl.*\n  line 3: not valid JSON"),
     ("tasks", line("tasks/own.jsonl", {"id": "n0"}), "1 ids occur more than once, first 'n0'"),
-    ("tasks", line("tasks/gpqa.jsonl", {"Correct Answer": 5}), "line 2: 'Correct Answer': a string"),
-    ("tasks", line("tasks/ifeval.jsonl", {"kwargs": [{}, {}]}), "line 2: .*two lists of one length"),
-    ("tasks", line("tasks/connect4.jsonl", {"state": "no board"}), "line 2: 'state': not in the layout"),
+    ("tasks", line("tasks/gpqa.jsonl", {"Correct Answer": 5}), "line 2: 'Correct Answer': a str"),
+    ("tasks", line("tasks/ifeval.jsonl", {"kwargs": [{}, {}]}), "line 2: .*two lists of one"),
+    ("tasks", line("tasks/connect4.jsonl", {"state": "no board"}), "line 2: 'state'"),
     # finished evaluations, reports
     ("again", cut("a/settings.json", 20), "a/settings.json: .* line"),
     ("again", edit("a/settings.json", lambda s: s.update(seed=5)), "seed was 5, now 0"),

@@ -14,10 +14,8 @@ from contextlib import contextmanager
 import launch
 import pytest
 import tiny
-import torch
-from breaking import SETTINGS, files, program, stopped_after, write_rows
+from breaking import SETTINGS, assert_same_end, program, write_rows
 from misbehaving import Misbehaving, completion
-from safetensors.torch import load_file
 
 import data
 import eval as evaluation
@@ -80,25 +78,9 @@ def options(w, out):
 
 @pytest.fixture(scope="module")
 def undisturbed(world):
-    """Weights and moments at the end of a run of four steps."""
+    """A run of four steps."""
     assert program(train, *options(world, world / "undisturbed"))[0] == 0
-    return last_tensors(world / "undisturbed")
-
-
-def last_tensors(out):
-    return load_file(os.path.join(train.whole_checkpoints(out)[-1], "shard_0.safetensors"))
-
-
-def assert_ends_as(undisturbed, out):
-    """The run of this folder, stopped somehow, resumes to the same bits."""
-    code, said = program(train, "--resume", "--out", out)
-    assert code == 0, said
-    tensors = last_tensors(out)
-    assert tensors.keys() == undisturbed.keys()
-    assert all(torch.equal(tensors[name], undisturbed[name]) for name in tensors)
-    assert [row["step"] for row in data.read_log(str(out / "metrics.jsonl"))] == [0, 1, 2, 3]
-    assert (out / "model/model.safetensors").exists()
-    return said
+    return world / "undisturbed"
 
 
 FULL = {  # what is being written: the function that meets the full disk, in its path
@@ -129,16 +111,18 @@ def test_a_full_disk_is_named_and_the_run_goes_on(world, undisturbed, tmp_path, 
     if not os.path.exists(tmp_path / "run/config.json"):  # so early that the same command works
         code, said = program(train, *options(world, tmp_path / "run"))
         assert code == 0, said
-    assert_ends_as(undisturbed, tmp_path / "run")
+    code, said = program(train, "--resume", "--out", tmp_path / "run")
+    assert code == 0, said
+    assert_same_end(undisturbed, tmp_path / "run")
 
 
 def test_a_full_disk_at_the_export_of_two_ranks_ends_both(world, tmp_path):
     """The other rank waits for the main one, which must not just leave."""
     run = launch.Started(["train.py", *options(world, tmp_path / "run"), "--timeout", "60"], 2,
-                         {0: ("model.save_file", 1, launch.disk_full)})
+                         {0: ("model.save_file", 6, launch.disk_full)})  # cache, 4 checkpoints
     assert run.wait() == [1, 1]
     assert "No space left on device" in run.said and "has not answered" not in run.said
-    assert train.whole_checkpoints(tmp_path / "run")
+    assert os.listdir(tmp_path / "run/checkpoints") == ["step_000004"]
 
 
 def test_files_that_are_written_anew_are_whole_or_as_before(tmp_path):
@@ -184,18 +168,6 @@ def test_a_full_disk_loses_no_answer_but_the_one_in_hand(questions, size):
     assert [row["id"] for row in rows] == [f"{i + 1}/0" for i in range(12)]
 
 
-@pytest.mark.parametrize("name", ["samples.jsonl", "summary.json"])
-def test_files_made_from_the_answers_are_made_by_the_next_start(questions, name):
-    with Misbehaving(lambda body, attempt: completion("It is \\boxed{7}")) as server:
-        with full_at("data.write_text", name):
-            code, said = elicit(questions, server)
-        assert code == 1
-        assert_names_full_disk(said, f"out/{name}")
-        assert not (questions / "out" / name).exists()
-        assert elicit(questions, server)[0] == 0 and len(server.requests) == 12
-    assert (questions / "out" / name).exists()
-
-
 # --- folders that cannot be written, files that vanish --------------------------------------------
 
 
@@ -204,24 +176,6 @@ def test_a_folder_that_cannot_be_made_is_named_before_the_work(world):
     code, said = program(train, *options(world, "/proc/spot/run"))
     assert code == 1 and "error: " in said and "'/proc/spot" in said
     assert "reference" not in said  # no reference pass
-    code, said = program(evaluation, "--model", world / "model", "--tasks", "connect4", "--limit",
-                         "1", "--out", "/proc/spot/run")
-    assert code == 1 and "error: " in said and "'/proc/spot" in said
-
-
-@pytest.mark.parametrize("name", ["pairs.jsonl", "held.jsonl", "model", "model/tokenizer.json"])
-def test_a_file_that_is_gone_at_resume_is_named_and_may_come_back(world, tmp_path, undisturbed,
-                                                                  name):
-    stopped_after(1, *options(world, tmp_path / "run"))
-    before = files(tmp_path / "run")
-    os.rename(world / name, world / "elsewhere")
-    try:
-        code, said = program(train, "--resume", "--out", tmp_path / "run")
-    finally:
-        os.rename(world / "elsewhere", world / name)
-    assert code == 1 and f"{world / name}" in said[said.index("error: "):]
-    assert files(tmp_path / "run") == before
-    assert "resumed from" in assert_ends_as(undisturbed, tmp_path / "run")
 
 
 @pytest.mark.parametrize("name,message", [("model", "model/config.json is missing"),
@@ -244,4 +198,6 @@ def test_folders_that_vanish_in_mid_run_are_named(world, tmp_path, undisturbed, 
     monkeypatch.undo()
     shutil.rmtree(tmp_path / name, ignore_errors=True)
     os.rename(tmp_path / "elsewhere", tmp_path / name)
-    assert_ends_as(undisturbed, tmp_path / "out")
+    code, said = program(train, "--resume", "--out", tmp_path / "out")
+    assert code == 0, said
+    assert_same_end(undisturbed, tmp_path / "out")
