@@ -549,8 +549,8 @@ def look(run: Run, path: str):
 
 
 def describe_pair(run, index, sums) -> dict:
-    """The first line of surgery.jsonl: the watched pair as token texts, its reference log-probs,
-    and the change ratios of all pairs. Its "step" is -1, so that no resume drops it."""
+    """The first line of surgery.jsonl: the watched pair as token texts, and its reference
+    log-probs. Its "step" is -1, so that no resume drops it."""
     fork, prompt = run.forks[index], run.forks[index].prompt_length
     if run.state.step:  # the first line was lost
         sums = run.reference[[index]]
@@ -559,10 +559,8 @@ def describe_pair(run, index, sums) -> dict:
              "chosen": fork.chosen}
     texts = {name: [tokenizer.decode([i], skip_special_tokens=False) for i in ids]
              for name, ids in parts.items()}
-    bins = Counter(min(int(20 * f.ratio), 19) for f in run.forks if f.ratio is not None)
     return {"step": -1, "line": fork.line, "reference": sums[0].tolist(), **texts,
-            "rejected_ids": fork.rejected.tolist(), "chosen_ids": fork.chosen.tolist(),
-            "change_ratios": [bins[i] for i in range(20)], "gamma": run.o.max_change_ratio}
+            "rejected_ids": fork.rejected.tolist(), "chosen_ids": fork.chosen.tolist()}
 
 
 # --- the reference cache --------------------------------------------------------------------------
