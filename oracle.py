@@ -27,7 +27,8 @@ import model as qwen
 from data import Drop, UserError
 from eval import (INSTRUCTION, LAST_LINE, LocalModel, Sampling, SamplingOptions, Server,
                   after_thinking, answers_match, claim_folder, extract_answer, gold_answer,
-                  identity, item_id, open_policy, read_answers, request_for, sample)
+                  identity, item_id, open_policy, question_messages, read_answers, request_for,
+                  sample)
 from model import Ranks, option
 
 START, END = "=== CORRECTED STARTED ===", "=== CORRECTED ENDED ==="
@@ -99,15 +100,8 @@ def read_questions(path, instruction, skip_malformed=False):
     seen = set()
 
     def parse(row, line):
-        key = next((k for k in ("question", "problem", "prompt") if row.get(k) is not None), None)
-        if key is None:
-            raise UserError(f"question, problem or prompt expected, found {sorted(row)!r:.100}")
-        messages = data.prompt_messages(row[key], key)
-        question = messages
-        if not isinstance(row[key], list):
-            question = instruction.replace("{question}", row[key])
-        elif len(messages) == 1:
-            question = messages[0]["content"]
+        messages = question_messages(row, instruction)
+        question = messages if len(messages) > 1 else messages[0]["content"]
         text = json.dumps(question)
         if text in seen:
             raise Drop("the same question again")
