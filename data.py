@@ -1,4 +1,4 @@
-"""From text to tensors: files, pair rows, chat template, change ratio, forks, packs, the batch plan.
+"""From text to tensors: files, pair rows, chat template, change ratio, forks, batch plan, packs.
 
 Comes in:  a JSONL file of surgical pairs and the checkpoint's tokenizer.
 Goes out:  `Fork`s (one pair: trunk and two branches), a plan of which pair is computed when and
@@ -12,9 +12,9 @@ Under a causal mask the trunk's hidden states are the same for both answers: com
 
 import contextlib
 import gzip
+import hashlib
 import json
 import os
-import re
 import zlib
 from collections import Counter
 from dataclasses import dataclass, fields, replace
@@ -143,6 +143,8 @@ def read_rows(path: str, parse, skip_malformed: bool = False) -> tuple[list, Cou
     """
     records, dropped, problems = [], Counter(), []
     for number, line in read_lines(path):
+        if number == 1:
+            check_json_lines(path, line)
         try:
             records.append(parse(parse_object(line), number))
         except Drop as e:
@@ -152,14 +154,38 @@ def read_rows(path: str, parse, skip_malformed: bool = False) -> tuple[list, Cou
     if problems and skip_malformed:
         dropped["malformed"] = len(problems)
     elif problems:
-        raise UserError(f"{path}: {len(problems)} malformed rows (--skip_malformed drops them, where "
-                        f"a command has it):{listed(problems, 8)}")
+        raise UserError(f"{path}: {len(problems)} malformed rows (--skip_malformed drops them, "
+                        f"where a command has it):{listed(problems, 8)}")
     if not records and not dropped:
         raise UserError(f"{path}: the file is empty, one JSON object a line expected")
     return records, dropped
 
 
+def check_json_lines(path: str, first_line: bytes):
+    """Raises UserError, with the way out, for what is often taken for JSON Lines."""
+    start = first_line.strip()
+    if start.startswith(b"PAR1"):
+        raise UserError(f"{path} is a parquet file, JSON Lines expected. To convert it:\n  python "
+                        f"-c \"import datasets; datasets.Dataset.from_parquet('{path}')"
+                        ".to_json('rows.jsonl')\"")
+    if start.startswith(b"["):
+        kind, rows = "a JSON array", "json.load(open('{path}'))"
+    elif start == b"{":
+        kind, rows = "pretty-printed JSON", "[json.load(open('{path}'))]"
+    else:
+        return
+    rows = rows.replace("{path}", path)
+    raise UserError(f"{path} is {kind}, JSON Lines (one object a line) expected. To convert it:\n  "
+                    f"python -c \"import json; [print(json.dumps(row)) for row in {rows}]\" "
+                    "> rows.jsonl")
+
+
 # --- pair rows ------------------------------------------------------------------------------------
+
+USED = ("question", "prompt", "gemini_corrected_answer", "original_answer", "chosen", "rejected",
+        "is_correct")
+NOT_RENDERED = ("tools", "system", "images", "chat_template_kwargs")  # these change the prompt
+EMPTY_THINK = "<think>\n\n</think>\n\n"
 
 
 @dataclass
@@ -172,42 +198,65 @@ class Pair:
     line: int
 
 
-def read_pairs(path: str, skip_malformed: bool = False) -> tuple[list[Pair], Counter]:
+def read_pairs(path: str, skip_malformed: bool = False) -> tuple[list[Pair], Counter, Counter]:
     """Read a pair file: rows of the official SPoT kind or of TRL's, freely mixed.
 
     official  question (or prompt), gemini_corrected_answer (y+), original_answer (y-)
-    TRL       prompt, chosen, rejected: strings or lists of messages
-    "" or null as y- makes a positive-only row; rows with "is_correct": false are dropped.
-    Returns the pairs and a count of dropped rows by reason; raises UserError as `read_rows` does.
+    TRL       prompt (or question), chosen, rejected: strings or lists of messages; without a prompt
+              chosen and rejected are whole conversations
+    A field that is null is absent. Without y-, or with "", a row is positive-only; rows with
+    "is_correct": false are dropped. Returns the pairs, a count of dropped rows by reason, and a
+    count of rows by what was noticed in them; raises UserError as `read_rows` does.
     """
-    return read_rows(path, parse_pair, skip_malformed)
+    notes = Counter()
+    pairs, dropped = read_rows(path, lambda row, line: parse_pair(row, line, notes), skip_malformed)
+    return pairs, dropped, notes
 
 
-def parse_pair(row: dict, line: int) -> Pair:
+def parse_pair(row: dict, line: int, notes: Counter) -> Pair:
     """One row of either kind; raises UserError that names the field, or Drop."""
+    row = {key: value for key, value in row.items() if value is not None}
+    for key in NOT_RENDERED:
+        if row.get(key):
+            raise UserError(f'"{key}" changes the prompt, and is not rendered here: put it into '
+                            "the messages, or remove it")
+    notes.update(f"column {key} ignored" for key in row if key not in (*USED, *NOT_RENDERED))
     correct = row.get("is_correct", True)
     if not isinstance(correct, bool):
         raise UserError(f'"is_correct": true or false expected, found {correct!r:.60}')
     if not correct:
         raise Drop("correction is wrong (is_correct: false)")
-    if "gemini_corrected_answer" in row or "original_answer" in row:
-        keys = "question" if "question" in row else "prompt", "gemini_corrected_answer", "original_answer"
-    else:
-        keys = "prompt", "chosen", "rejected"
-    missing = [key for key in keys if key not in row]
-    if missing:
-        raise UserError(f"missing {', '.join(map(repr, missing))}; question, gemini_corrected_answer, "
-                        f"original_answer or prompt, chosen, rejected expected, found "
-                        f"{sorted(row)!r:.100}")
-    prompt_key, chosen_key, rejected_key = keys
-    messages = prompt_messages(row[prompt_key], prompt_key)
-    chosen = clean_answer(answer_text(row[chosen_key], chosen_key, messages))
+    prompt_key, chosen_key, rejected_key = pair_keys(row)
+    if prompt_key in row:
+        messages = prompt_messages(row[prompt_key], prompt_key)
+    else:  # whole conversations
+        messages = prompt_messages(row[chosen_key][:-1], chosen_key)
+    if any("<|im_start|>" in message["content"] for message in messages):
+        notes["prompts hold <|im_start|>: are they templated already?"] += 1
+    chosen = clean_answer(answer_text(row[chosen_key], chosen_key, messages), notes)
     if not chosen:
         raise UserError(f"{chosen_key!r} is empty")
     rejected = None
-    if row[rejected_key] is not None:
-        rejected = clean_answer(answer_text(row[rejected_key], rejected_key, messages)) or None
+    if rejected_key in row:
+        rejected = answer_text(row[rejected_key], rejected_key, messages)
+        rejected = clean_answer(rejected, notes) or None
     return Pair(messages, chosen, rejected, line)
+
+
+def pair_keys(row: dict) -> tuple[str, str, str]:
+    """The fields of prompt, y+ and y-. Raises UserError where the first two are not there."""
+    if "gemini_corrected_answer" in row or "original_answer" in row:
+        prompt_keys = "question", "prompt"
+        answers = "gemini_corrected_answer", "original_answer"
+    else:
+        prompt_keys, answers = ("prompt", "question"), ("chosen", "rejected")
+    prompt_key = prompt_keys[0] if prompt_keys[0] in row else prompt_keys[1]
+    chosen = row.get(answers[0])
+    conversation = isinstance(chosen, list) and len(chosen) > 1
+    if chosen is None or not (prompt_key in row or conversation):
+        raise UserError("question, gemini_corrected_answer, original_answer or prompt, chosen, "
+                        f"rejected expected, found {sorted(row)!r:.100}")
+    return prompt_key, *answers
 
 
 def check_text(text, name: str) -> str:
@@ -221,6 +270,17 @@ def check_text(text, name: str) -> str:
     return text
 
 
+def message_text(message, name: str) -> str:
+    """The content of a message: a string, or a list of text parts. Raises UserError."""
+    content = message.get("content")
+    if isinstance(content, list):
+        for part in content:
+            if not isinstance(part, dict) or part.get("type") != "text":
+                raise UserError(f"{name}: parts of type text expected, found {part!r:.80}")
+        content = "".join(check_text(part.get("text"), name) for part in content)
+    return check_text(content, name)
+
+
 def prompt_messages(value, key: str) -> list:
     """The prompt of field `key` as messages: a string is one user turn; a list of messages may hold
     system, user and assistant turns of text, and ends with a user's. Raises UserError."""
@@ -232,7 +292,7 @@ def prompt_messages(value, key: str) -> list:
         if role not in ("system", "user", "assistant") or message.get("tool_calls"):
             raise UserError(f"{name}: role system, user or assistant without tool calls expected, "
                             f"found {message!r:.80}")
-        text = check_text(message.get("content"), name)
+        text = message_text(message, name)
         if role == "user" and text.startswith("<tool_response>"):
             raise UserError(f"{name}: tool responses are not supported")
         turns.append({"role": role, "content": text})
@@ -243,59 +303,101 @@ def prompt_messages(value, key: str) -> list:
 
 def answer_text(value, key: str, prompt: list) -> str:
     """The answer of field `key`: a string, or messages: the prompt's (or none), then the answer."""
-    if isinstance(value, list):
-        last = value[-1] if value else None
-        fits = isinstance(last, dict) and last.get("role") == "assistant"
-        if fits and len(value) > 1:
-            fits = prompt_messages(value[:-1], key) == prompt
-        if not fits:
-            raise UserError(f"{key!r}: a string, or one assistant message (the prompt's messages may "
-                            f"stand before it) expected, found {value!r:.80}")
-        value = last.get("content")
-    return check_text(value, repr(key))
+    if not isinstance(value, list):
+        return check_text(value, repr(key))
+    last = value[-1] if value else None
+    fits = isinstance(last, dict) and last.get("role") == "assistant"
+    if fits and len(value) > 1:
+        fits = prompt_messages(value[:-1], key) == prompt
+    if not fits:
+        raise UserError(f"{key!r}: a string, or one assistant message (the prompt's messages may "
+                        f"stand before it) expected, found {value!r:.80}")
+    return message_text(last, repr(key))
 
 
-def clean_answer(text: str) -> str:
-    """Strip what real files carry around an answer: a leading blank line, the Oracle's markers."""
+def strip_markers(text: str) -> str:
+    """An answer without a leading blank line and the Oracle's markers."""
     text = text.removeprefix("\n\n")
     if "=== CORRECTED STARTED ===" in text or "=== CORRECTED ENDED ===" in text:
-        text = text.split("=== CORRECTED STARTED ===")[-1].split("=== CORRECTED ENDED ===")[0].strip()
+        text = text.split("=== CORRECTED STARTED ===")[-1]
+        text = text.split("=== CORRECTED ENDED ===")[0].strip()
+    return text
+
+
+def clean_answer(text: str, notes: Counter) -> str:
+    """Strip what real files carry around an answer: markers, and what the template writes."""
+    text = strip_markers(text)
+    if text.startswith(EMPTY_THINK):
+        notes["answers began with an empty think block: stripped"] += 1
+        text = text.removeprefix(EMPTY_THINK)
+    if text.rstrip().endswith("<|im_end|>"):
+        notes["answers ended with <|im_end|>: stripped"] += 1
+        text = text.rstrip().removesuffix("<|im_end|>")
+    if "<think>" in text:
+        notes["answers hold thoughts (<think>): trained as they are"] += 1
     return text
 
 
 # --- the chat template, without jinja -------------------------------------------------------------
 
+# Templates are never executed: known texts, by the start of their sha256, tell what to compute.
+# hybrid: the generation prompt has an empty think block; instruct: it has none; hybrid-training:
+# earlier assistant turns have a think block, too.
+TEMPLATES = {
+    "a55ee1b1660128b7": "hybrid",  # Qwen3
+    "64f85b198065d0fb": "instruct",  # Qwen3-...-Instruct-2507
+    "1d944ff8f268b611": "hybrid-training",  # TRL's variants of the two, for masks
+    "48e17aa3caf5bf20": "instruct",
+    "d95acce6882422fb": "instruct",  # of train.py's toy world
+}
+
 
 @dataclass
 class Chat:
-    """A checkpoint's tokenizer, and which of Qwen3's two generation prompts it wants."""
+    """A checkpoint's tokenizer, and how its template writes a conversation."""
 
     tokenizer: Tokenizer
     im_start: int
     im_end: int
-    think: list  # ids of "<think>\n\n</think>\n\n", or [] for the Instruct-2507 template
+    think: list  # ids of "<think>\n\n</think>\n\n"; [] under "instruct"
+    template: str = "hybrid"  # a value of TEMPLATES
 
     def encode(self, text: str) -> list:
-        """Ids of plain text; special tokens inside it stay text (a question may quote <|im_end|>)."""
+        """Ids of plain text; special tokens inside it stay text: a question may quote one."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def prompt(self, messages: list) -> list:
-        """Ids of the whole prompt, ready for the answer: transformers' apply_chat_template(messages,
-        add_generation_prompt=True, enable_thinking=False)."""
+        """Ids of the whole prompt, ready for the answer: transformers' apply_chat_template(
+        messages, add_generation_prompt=True, enable_thinking=False)."""
         ids, newline = [], self.encode("\n")
         for message in messages:
             text = message["content"]
-            if message["role"] == "assistant" and self.think and "</think>" in text:
-                text = text.split("</think>")[-1].lstrip("\n")  # earlier turns keep no thoughts
-            ids += [self.im_start, *self.encode(f"{message['role']}\n{text}"), self.im_end, *newline]
+            turn = [self.im_start, *self.encode(f"{message['role']}\n{text}")]
+            if message["role"] == "assistant" and self.think:
+                turn = self.assistant_turn(text)
+            ids += [*turn, self.im_end, *newline]
         return [*ids, self.im_start, *self.encode("assistant\n"), *self.think]
 
+    def assistant_turn(self, text: str) -> list:
+        """Ids of an earlier answer under a hybrid template, up to <|im_end|>: it keeps no thoughts,
+        but for "hybrid-training"."""
+        thought, closed, answer = text.rpartition("</think>")
+        if closed:
+            text = answer.lstrip("\n")
+        if self.template == "hybrid":
+            return [self.im_start, *self.encode(f"assistant\n{text}")]
+        thought = thought.split("</think>")[0].rpartition("<think>")[2].strip("\n")
+        text = text.lstrip("\n")
+        begin, end = self.think[0], self.think[-1 - len(self.encode("\n\n"))]
+        return [self.im_start, *self.encode("assistant\n"), begin, *self.encode(f"\n{thought}\n"),
+                end, *self.encode(f"\n\n{text}")]
 
-def load_chat(folder: str, vocab_size: int) -> Chat:
-    """Read tokenizer.json and the chat template of a checkpoint.
 
-    Raises UserError for a tokenizer that would change text silently, a template of another family,
-    and a vocabulary larger than the model's.
+def load_chat(folder: str, vocab_size: int, template: str = "") -> Chat:
+    """Read tokenizer.json and the chat template of a checkpoint, or take the one that is named.
+
+    Raises UserError for a tokenizer that would change text silently, an unknown template, and a
+    vocabulary larger than the model's.
     """
     path = os.path.join(folder, "tokenizer.json")
     spec = read_json(path)
@@ -307,64 +409,54 @@ def load_chat(folder: str, vocab_size: int) -> Chat:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # text of users and models never becomes a control token
+    template = template or known_template(folder)
     names = ["<|im_start|>", "<|im_end|>"]
-    hybrid = is_hybrid(folder)
-    if hybrid:
+    if template != "instruct":
         names += ["<think>", "</think>"]
+    ids = [tokenizer.token_to_id(name) for name in names]
     added = tokenizer.get_added_tokens_decoder()
-    for name in names:
-        token = tokenizer.token_to_id(name)
+    for name, token in zip(names, ids):
         if token is None:
             raise UserError(f"{path}: lacks the token {name!r} of its own chat template")
         if name in names[:2] and not (token in added and added[token].special):
-            raise UserError(f"{path}: the token {name!r} is not marked special, so text that quotes "
-                            "it would become the token")
+            raise UserError(f"{path}: the token {name!r} is not marked special, so text that "
+                            "quotes it would become the token")
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
     if largest >= vocab_size:
         raise UserError(f"{path}: holds token id {largest}, but the model's vocabulary has "
                         f"{vocab_size} rows: tokenizer and weights are of different models")
-    chat = Chat(tokenizer, *(tokenizer.token_to_id(name) for name in names[:2]), [])
-    if hybrid:
+    chat = Chat(tokenizer, ids[0], ids[1], [], template)
+    if template != "instruct":
         blank = chat.encode("\n\n")
-        think, end = (tokenizer.token_to_id(name) for name in names[2:])
-        chat.think = [think, *blank, end, *blank]
+        chat.think = [ids[2], *blank, ids[3], *blank]
     return chat
 
 
-def read_template(folder: str) -> tuple[str, str]:
-    """(path, text) of a checkpoint's chat template. Raises UserError where there is none."""
+def known_template(folder: str) -> str:
+    """The value of TEMPLATES for a checkpoint's template; raises UserError for others."""
     path = os.path.join(folder, "chat_template.jinja")
     if os.path.exists(path):
         try:
             with open(path, encoding="utf-8") as f:
-                return path, f.read()
+                template = f.read()
         except (OSError, ValueError) as e:
             raise UserError(f"{path}: {e}") from None
-    path = os.path.join(folder, "tokenizer_config.json")
-    template = read_json(path).get("chat_template")
+    else:
+        path = os.path.join(folder, "tokenizer_config.json")
+        template = read_json(path).get("chat_template")
+        if isinstance(template, list):  # named templates
+            parts = [part for part in template if isinstance(part, dict)]
+            names = {part.get("name"): part.get("template") for part in parts}
+            template = names.get("default")
     if not isinstance(template, str):
-        raise UserError(f'{path}: "chat_template", a text, expected, found {template!r:.60}')
-    return path, template
-
-
-def is_hybrid(folder: str) -> bool:
-    """Whether the template is Qwen3's hybrid one, whose generation prompt has an empty think block;
-    else it is Instruct-2507's. It is never executed: its text tells. Raises UserError for others."""
-    path, template = read_template(folder)
-    if "<|im_start|>" not in template:
-        raise UserError(f"{path}: a Qwen3 chat template (with <|im_start|>) expected")
-    # Qwen3's writes a system turn only where one is given; its own words are all about tools.
-    default = (r"""(!=\s*|not\s.{0,60}==\s*)['"]system['"]|system(\\n|\n)[A-Za-z]"""
-               r"|You are (?!provided with function)")
-    if re.search(default, template):
-        raise UserError(f"{path}: this template adds a system message of its own; only Qwen3's "
-                        "(hybrid or Instruct-2507) are computed here")
-    ending = template.split("add_generation_prompt")[-1]
-    has_block = re.search(r"<think>(\\n|\n){2}</think>(\\n|\n){2}", ending)
-    if "<think>" in ending and not has_block:
-        raise UserError(f"{path}: this template always opens a <think> block; SPoT trains in "
-                        "non-thinking mode, so use a hybrid Qwen3 or an Instruct-2507 checkpoint")
-    return has_block is not None
+        raise UserError(f"{path}: a chat template expected, found none")
+    text = template.replace("\r\n", "\n").strip()
+    known = TEMPLATES.get(hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16])
+    if known is None:
+        raise UserError(f"{path}: this chat template is not known here. --template hybrid computes "
+                        "Qwen3's, --template instruct that of Qwen3-Instruct-2507, whatever the "
+                        "file says; a model that always thinks cannot be trained here")
+    return known
 
 
 def check_tokenizer(path: str, spec: dict):
@@ -382,7 +474,8 @@ def check_tokenizer(path: str, spec: dict):
         for name, inner, allowed in known:
             for kind in kinds(spec.get(name), inner):
                 if kind not in allowed:
-                    problems.append(f'"{name}" of type {kind!r:.60}, {" or ".join(allowed)} expected')
+                    problems.append(f'"{name}" of type {kind!r:.60}, {" or ".join(allowed)} '
+                                    "expected")
         kind, dropout = spec["model"].get("type", "BPE"), spec["model"].get("dropout")
     except (KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{path} is no tokenizer.json: {type(e).__name__} {e}") from None
@@ -515,11 +608,12 @@ def make_forks(pairs, chat, max_length, max_change_ratio, need_rejected):
 def load_forks(path, chat, max_length, max_change_ratio, need_rejected, skip_malformed=False):
     """A pair file to forks, and a text for the log: dropped rows by reason, histogram of change
     ratios, tokens saved. Raises UserError where nothing survives the filters."""
-    pairs, dropped = read_pairs(path, skip_malformed)
+    pairs, dropped, notes = read_pairs(path, skip_malformed)
     forks, filtered, ratios = make_forks(pairs, chat, max_length, max_change_ratio, need_rejected)
     dropped += filtered
     lines = [f"{path}: {len(forks)} of {len(forks) + dropped.total()} rows kept"]
     lines += [f"  dropped {count:>6}  {reason}" for reason, count in dropped.most_common()]
+    lines += [f"  noticed {count:>6}  {note}" for note, count in notes.most_common()]
     if not forks:
         raise UserError("\n".join(lines) + "\nNothing is left to train on.")
     if ratios:
@@ -574,7 +668,7 @@ def split_batch(batch, lengths, ranks: int, tokens_per_pack: int) -> list:
 
 @dataclass
 class Pack:
-    """Forks in one row of tokens, `trunk | rejected | chosen | trunk | ...`, and its scored rows."""
+    """Forks in one row of tokens, `trunk | rejected | chosen | trunk | ...`; its scored rows."""
 
     tokens: torch.Tensor  # (T,) int64
     positions: torch.Tensor  # (T,) int64; both branches continue from the trunk
@@ -583,20 +677,32 @@ class Pack:
     targets: torch.Tensor  # (R,) int64: its id
     lengths: torch.Tensor  # (F, 3) int64: rows of trunk, rejected, chosen; they come in this order
     pairs: torch.Tensor  # (F,) int64: which pair each fork is
+    reference: torch.Tensor | None = None  # (F, 2) fp64: its log-probs before training
 
     def to(self, device):
         """Onto the device, without waiting for it."""
         moved = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            if torch.is_tensor(value) and device.type == "cuda":
-                moved[field.name] = value.pin_memory().to(device, non_blocking=True)
+            if torch.is_tensor(value):
+                moved[field.name] = to_device(value, device)
         return replace(self, **moved)
 
 
-def make_pack(forks: list, indices: list) -> Pack:
-    """Pack forks[i] for i in indices. No index: one dummy token and no scored row, for a rank
-    without work. The first token of *each* branch is predicted from the last trunk token."""
+def to_device(tensor, device):
+    """A CPU tensor onto the device. From pinned memory a GPU copies it in its own time; a plain
+    `.to` would wait until all work queued before it is done."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor
+
+
+def make_pack(forks: list, indices: list, reference=None) -> Pack:
+    """Pack forks[i] for i in indices, with their rows of `reference` (N, 2) if it is given.
+
+    No index: one dummy token and no scored row, for a rank without work. The first token of *each*
+    branch is predicted from the last trunk token.
+    """
     tokens, positions, spans, rows, targets, lengths = [], [], [], [], [], []
     start = 0
     for fork in (forks[i] for i in indices):
@@ -625,6 +731,7 @@ def make_pack(forks: list, indices: list) -> Pack:
     def joined(parts):
         return torch.from_numpy(np.concatenate([[], *parts]).astype(np.int64))
 
+    pairs = torch.tensor(indices, dtype=torch.int64)
     return Pack(joined(tokens), joined(positions), spans, joined(rows), joined(targets),
-                torch.tensor(lengths, dtype=torch.int64).view(-1, 3),
-                torch.tensor(indices, dtype=torch.int64))
+                torch.tensor(lengths, dtype=torch.int64).view(-1, 3), pairs,
+                None if reference is None else reference[pairs])

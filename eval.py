@@ -1,16 +1,16 @@
 """Sampling and grading: what a model answers, and whether it is right.
 
-Comes in:  questions as chat messages and a model, our own or one behind an OpenAI-compatible server; the
-           text of a response, and a gold answer as the benchmark files write it (LaTeX or plain).
-Goes out:  `sample`: every answer, kept in a log as it comes; `extract_answer`: the answer that a text
-           commits itself to, or None; `answers_match`: True or False; `evaluate`: the paper's table with
-           honest error bars; `retention`: how far a model went from its base; `report`: training runs and
-           evaluations as one HTML file.
+Comes in:  questions as chat messages and a model, in this process or behind an OpenAI-compatible
+           server; the text of a response, and a gold answer as the benchmark files write it.
+Goes out:  `sample`: every answer, kept in a log as it comes; `extract_answer`: the answer that a
+           text commits itself to, or None; `answers_match`: True or False; `evaluate`: the paper's
+           table with error bars; `retention`: how far a model went from its base; `report`: runs
+           and evaluations as one HTML file.
 
-    torchrun --nproc_per_node=8 eval.py --model runs/first/model --tasks aime24,math500,connect4 --out out/A
+    torchrun --nproc_per_node=8 eval.py --model runs/a/model --tasks aime24,math500 --out out/A
     python eval.py compare --a out/A --b out/B
-    torchrun --nproc_per_node=8 eval.py retention --model runs/first/model --base Qwen3-8B --texts texts.jsonl
-    python eval.py report runs/first runs/second out/A out/B
+    torchrun --nproc_per_node=8 eval.py retention --model runs/a/model --base Qwen3-8B --texts t
+    python eval.py report runs/a runs/b out/A out/B
 """
 
 import argparse
@@ -21,13 +21,11 @@ import functools
 import glob
 import hashlib
 import html
-import inspect
 import itertools
 import json
 import math
 import operator
 import os
-import queue
 import random
 import re
 import signal
@@ -35,12 +33,13 @@ import socket
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
-from http.client import HTTPException, IncompleteRead
-from numbers import Real
+from http.client import HTTPException
 from typing import NamedTuple
 
 import numpy as np
@@ -52,17 +51,16 @@ import model as qwen
 from data import UserError, read_json, write_json, write_text, writing
 from model import Ranks, add_options, begin, close_ranks, open_ranks, option
 
-# --- sampling: the own model or a server, every answer kept as it comes ---------------------------
-
+# --- sampling: requests, and who answers them -----------------------------------------------------
 
 LAST_LINE = r"Therefore, the final answer is: $\boxed{ANSWER}$."
-INSTRUCTION = ("Solve the following problem step by step. End with this line, ANSWER replaced by your final "
-               f"answer:\n{LAST_LINE}\n\n{{question}}")
+INSTRUCTION = ("Solve the following problem step by step. End with this line, ANSWER replaced by "
+               f"your final answer:\n{LAST_LINE}\n\n{{question}}")
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are sampled; the defaults are the paper's."""
+    """How answers are sampled; the defaults are the paper's. None: left to the server."""
 
     temperature: float = 0.7  # 0: greedy
     top_p: float = 0.8
@@ -71,7 +69,25 @@ class Sampling:
 
 
 @dataclass
-class Own:
+class Request:
+    """One answer wanted. The key names it in the log; a LocalModel's chance is the seed alone."""
+
+    key: str
+    messages: list
+    seed: int | None  # None: left to the server
+
+
+def request_for(name: str, messages: list, seed: int | None) -> Request:
+    """A Request whose key and seed follow from what is asked: none meets another's answer."""
+    digest = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:12]
+    if seed is not None:
+        own_seed = hashlib.sha256(f"{seed} {name} {digest}".encode()).digest()
+        seed = int.from_bytes(own_seed[:4], "little") >> 1
+    return Request(f"{name} {digest}", messages, seed)
+
+
+@dataclass
+class LocalModel:
     """A model in this process (under torchrun: a whole one in every process) with its tokenizer."""
 
     model: qwen.Qwen3
@@ -80,18 +96,19 @@ class Own:
     batch_size: int = 32
 
 
-def open_own(folder: str, dtype, device, batch_size: int = 32) -> Own:
-    """An Own model from a checkpoint folder or hub id. Answers end at <|im_end|>, and at what
+def open_local_model(folder: str, dtype, device, batch_size: int = 32,
+                     template: str = "") -> LocalModel:
+    """A LocalModel from a checkpoint folder or hub id. Answers end at <|im_end|>, and at what
     generation_config.json names."""
     folder = qwen.checkpoint_folder(folder)
-    chat = data.load_chat(folder, qwen.read_config(folder).vocab_size)
-    path, end = os.path.join(folder, "generation_config.json"), None
-    if os.path.lexists(path):  # a link to nowhere is no absence
+    chat = data.load_chat(folder, qwen.read_config(folder).vocab_size, template)
+    end = None
+    if os.path.exists(path := os.path.join(folder, "generation_config.json")):
         end = read_json(path).get("eos_token_id")
-    ends = end if isinstance(end, list) else [] if end is None else [end]
-    if not all(isinstance(token, int) for token in ends):
-        raise UserError(f'{path}: "eos_token_id": an integer or a list of them expected, found {end!r}')
-    return Own(qwen.load_model(folder, dtype, device), chat, {chat.im_end, *ends}, batch_size)
+    if not isinstance(end, list):
+        end = [end]
+    model = qwen.load_model(folder, dtype, device)
+    return LocalModel(model, chat, {chat.im_end, *end} - {None}, batch_size)
 
 
 @dataclass
@@ -102,435 +119,429 @@ class Server:
     model: str
     key: str = field(default="", repr=False)
     workers: int = 16  # requests at a time
-    timeout: float = 600.0  # seconds a request may take in all
+    timeout: float = 600.0  # seconds without a byte from the server
     tries: int = 6
-    pause: float = 1.0  # seconds before the second try; doubled each time, up to 60
-    body: dict = field(default_factory=dict)  # more keys of the request, as the server knows them
+    extras: dict = field(default_factory=dict)  # more keys of a request, sent of our own accord
+    body: dict = field(default_factory=dict)  # keys by the user; None removes one
+    given: set = field(default_factory=set)  # keys of Sampling, or "seed", that the user gave
+    refused: dict = field(default_factory=dict)  # {key of our own that is not sent: its new name}
+    settings: str = ""  # the settings.json that records `refused`
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
 
 def open_server(url: str, model: str = "", **settings) -> Server:
-    """A Server with the key of OPENAI_API_KEY, at `url` or OPENAI_BASE_URL; without a model name the only
-    model that the server lists. Raises UserError."""
-    url = (url or os.environ.get("OPENAI_BASE_URL", "")).rstrip("/")
-    try:
-        urllib.parse.urlsplit(url).port  # raises where it is no number
-        fits = re.fullmatch(r"https?://[^/@\s.][^/@\s]*(/[^@\s]*)?", url) and url.isascii()
-    except ValueError:
-        fits = False
-    if not fits:
-        shown = re.sub("//.*@", "//***@", url)  # a password may stand there
-        raise UserError(f"--server is {shown!r}; an address such as http://localhost:8000/v1 expected (or "
-                        "OPENAI_BASE_URL)")
+    """A Server with the key of OPENAI_API_KEY; without a model name the only model that the server
+    lists. Raises UserError."""
+    url = url.rstrip("/")
+    if not re.fullmatch(r"https?://[^/@\s]+(/\S*)?", url):
+        shown = url.rpartition("@")[2]  # a password may stand before it
+        raise UserError(f"--server is {shown!r}, an address such as http://localhost:8000/v1 "
+                        "expected")
     key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if not re.fullmatch(r"[!-~]*", key):
+    if not re.fullmatch(r"[!-~]*", key):  # http.client would show it in its error
         raise UserError("OPENAI_API_KEY holds characters that no HTTP header can carry")
     server = Server(url, model, key, **settings)
     if not model:
         try:
-            listed = http(server, "/models").get("data")
-        except Refused as e:
+            names = [str(listed["id"]) for listed in fetch_json(server, "/models")["data"]]
+        except (RequestFailed, KeyError, TypeError) as e:
             raise UserError(f"{url}/models: {e}; name the model with --server_model") from None
-        names = [m.get("id") for m in listed if isinstance(m, dict)] if isinstance(listed, list) else []
-        names = [hide(server, name) if isinstance(name, str) else "" for name in names]
-        if len(names) != 1 or not 0 < len(names[0]) < 200 or not names[0].isprintable():
-            raise UserError(f"{url} serves {len(names)} models ({', '.join(map(repr, names))[:200]}): choose "
+        if len(names) != 1:
+            raise UserError(f"{url} serves {len(names)} models ({', '.join(names)[:200]}): choose "
                             "one with --server_model")
         server.model = names[0]
     return server
 
 
-class Refused(Exception):
-    """One request that got no usable answer; the text says why. The others go on."""
+class RequestFailed(Exception):
+    """One request got no usable answer; the text says why. The others go on."""
+
+    def __init__(self, reason: str, status: int = 0, detail: str = "", partial: str = ""):
+        super().__init__(reason)
+        self.status, self.detail = status, detail  # of the HTTP answer
+        self.partial = partial  # what was said so far
 
 
-class AnyStatus(urllib.request.HTTPErrorProcessor):
-    """Every status is an answer. No redirect is followed: it would carry the key to another host."""
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error: to follow it would carry the key to another host."""
 
-    def http_response(self, request, response):
-        return response
-
-    https_response = http_response
+    def redirect_request(self, *args):
+        return None
 
 
-RETRIED = {408, 409, 425, 429, *range(500, 600)}
+RETRIED = (408, 409, 425, 429)  # and all from 500 on
 FATAL = {401: "the key in OPENAI_API_KEY is missing or wrong", 402: "the account has no credit",
          403: "the key in OPENAI_API_KEY may not use this model",
          404: "the address or the model name is wrong", 405: "the address is no chat endpoint"}
-MAX_ANSWER = 64 * 2**20  # bytes of one HTTP answer
 
 
-def http(server: Server, path: str, body: dict | None = None) -> dict:
-    """One JSON request, POST if it has a body, tried up to server.tries times with exponential, jittered
-    pauses, or longer where the server says so (Retry-After).
+def fetch_json(server: Server, path: str, body: dict | None = None) -> dict:
+    """One JSON request, POST if it has a body, tried up to server.tries times with doubling,
+    jittered pauses, or as Retry-After says.
 
-    Raises UserError, which ends the whole run, where every other request would fail too: a FATAL status, or
-    nobody listens. Raises Refused for the rest: a status not worth a retry, or no try left.
+    Raises UserError, which ends the whole run, where every other request would fail too: a FATAL
+    status, or nobody listens. Raises RequestFailed for the rest.
     """
-    opener, headers = urllib.request.build_opener(AnyStatus), {"Content-Type": "application/json"}
+    opener, headers = urllib.request.build_opener(NoRedirect), {"Content-Type": "application/json"}
     if server.key:
         headers["Authorization"] = f"Bearer {server.key}"
     content = None if body is None else json.dumps(body).encode()
     for attempt in range(server.tries):
-        status, wait, raw = 200, 0.0, b""
+        pause = min(60.0, 2.0**attempt) * random.uniform(0.5, 1.0)
         try:
             request = urllib.request.Request(server.url + path, content, headers)
-            status, wait, raw = within(server.timeout, lambda: fetch(opener, request, server.timeout))
-            value = json.loads(raw) if status < 300 else None
-            if isinstance(value, dict) and ("error" not in value or "choices" in value):
+            with opener.open(request, timeout=server.timeout) as answer:
+                value = json.load(answer)
+            if not isinstance(value, dict) or "error" not in value or "choices" in value:
                 return value
-            problem = "the answer is no JSON object"
-            if isinstance(value, dict):
-                problem = f"an error in an answer with status 200: {hide(server, str(value['error']))[:300]}"
-        except (ValueError, RecursionError):  # also UnicodeDecodeError
-            problem = "the answer is no JSON"
-        except (OSError, HTTPException) as e:  # TimeoutError and URLError are OSErrors
-            reason = getattr(e, "reason", e)
-            problem = f"connection failed: {type(reason).__name__}"
-            if isinstance(reason, TimeoutError):
-                problem = f"no answer within {server.timeout:g} s"
-            nobody_there = isinstance(reason, (ConnectionRefusedError, socket.gaierror))
-            if nobody_there and attempt == server.tries - 1:
-                raise UserError(f"{server.url} cannot be reached: {reason}. Is the server up? What has "
-                                "arrived is kept; the same command goes on from there.") from None
-        if status > 299:  # hidden in the whole text: half a key would not be found
-            detail = " ".join(hide(server, raw.decode(errors="replace")).split())
-            problem = f"HTTP {status}: {detail[:300]}"
-            if status in FATAL:
-                raise UserError(f"{server.url}{path}: {FATAL[status]} ({problem})")
-            if status not in RETRIED:
-                raise Refused(problem)
-        if attempt < server.tries - 1:
-            time.sleep(max(wait, min(60.0, server.pause * 2**attempt) * random.uniform(0.5, 1.0)))
-    raise Refused(f"{problem} (tried {server.tries} times)")
+            reason = None
+            problem = hide_key(server, f"HTTP 200 with an error: {value['error']}")[:300]
+        except urllib.error.HTTPError as e:  # hide the key before cutting: half of it is not found
+            detail = hide_key(server, " ".join(e.read().decode(errors="replace").split()))
+            problem, reason = f"HTTP {e.code}: {detail[:300]}", None
+            if e.code in FATAL:
+                raise UserError(f"{server.url}{path}: {FATAL[e.code]} ({problem})") from None
+            if e.code < 500 and e.code not in RETRIED:
+                raise RequestFailed(problem, e.code, detail) from None
+            if re.fullmatch(r"\d{1,9}", e.headers.get("Retry-After") or ""):
+                pause = max(pause, min(600.0, float(e.headers["Retry-After"])))
+        except (OSError, ValueError, HTTPException) as e:
+            reason = e.reason if isinstance(e, urllib.error.URLError) else e
+            problem = hide_key(server, f"{type(reason).__name__}: {reason}"[:300])
+        if attempt + 1 < server.tries:
+            time.sleep(pause)
+    if isinstance(reason, (ConnectionRefusedError, socket.gaierror)):
+        raise UserError(f"{server.url} cannot be reached: {reason}. Is the server up? What has "
+                        "arrived is kept; the same command goes on from there.")
+    raise RequestFailed(f"{problem} (tried {server.tries} times)")
 
 
-def hide(server, text):
-    """Text without the key, should a server repeat it (a short key is a dummy, and a part of many words), and
-    without what no file can hold."""
-    text = text.encode(errors="replace").decode()
+def hide_key(server: Server, text: str) -> str:
+    """Text without the key, should a server repeat it (a short key is a dummy, and a part of many
+    words), and without lone surrogates, which no file can hold."""
     if len(server.key) > 11:
-        quoted = json.dumps(server.key)[1:-1]
-        for form in {server.key, quoted, quoted.replace("/", "\\/"), repr(server.key)[1:-1]}:
-            text = text.replace(form, "***")
-    return text
+        text = text.replace(server.key, "***")
+    return text.encode(errors="replace").decode()
 
 
-def within(seconds, call):
-    """call(), in a thread that is left to itself when the time is over: a socket's own time-out starts anew
-    at each byte, and a hostile server has many of them. Raises what the call does, or TimeoutError."""
-    for _, result in concurrently(lambda call: call(), [call], 1, seconds):
-        return result
+ENDED = ("", "stop", "eos", "eos_token", "end_turn", "stop_sequence")
+CUT = ("length", "max_tokens")
 
 
-def fetch(opener, request, timeout):
-    """(status, seconds to wait, body) of one HTTP answer, unless it is endless in size."""
-    with opener.open(request, timeout=timeout) as answer:
-        body = bytearray()
-        while part := answer.read1(2**16):
-            body += part
-            if len(body) > MAX_ANSWER:
-                raise Refused(f"an answer of more than {MAX_ANSWER >> 20} MiB")
-        if answer.length:  # announced, but not sent
-            raise IncompleteRead(b"", answer.length)
-        return answer.status, retry_after(answer.headers["Retry-After"]), bytes(body)
-
-
-def retry_after(value: str | None) -> float:
-    """Seconds that a Retry-After header asks for, at most 10 minutes; a date asks for nothing here."""
-    return min(float(value), 600.0) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?", value or "") else 0.0
-
-
-def ask(server: Server, request, sampling: Sampling) -> dict:
-    """One chat completion: {"text", "finish": "stop" | "length", "tokens"} or {"error": why}. Settings that
-    are None are left to the server; top_k is no key of the OpenAI protocol and goes into Server.body."""
-    body = {"model": server.model, "messages": request.messages, "temperature": sampling.temperature,
-            "top_p": sampling.top_p, "max_tokens": sampling.max_tokens, "seed": request.seed}
-    body = {k: v for k, v in body.items() if v is not None} | server.body
-    try:
-        answer = http(server, "/chat/completions", body)
-        choice, usage = answer["choices"][0], answer.get("usage")
-        text, ending = choice["message"].get("content"), choice.get("finish_reason")
-    except Refused as e:
-        return {"error": str(e)}
-    except (KeyError, IndexError, TypeError, AttributeError):
-        return {"error": "the answer is no chat completion"}
-    if text is not None and not isinstance(text, str):
-        return {"error": f"the answer's content is a {type(text).__name__}, not text"}
-    if ending not in ("stop", "eos", "length", "", None):  # content_filter, abort, tool_calls: half an answer
-        return {"error": f"the server ended the answer with {hide(server, str(ending))[:60]!r}"}
-    tokens = usage.get("completion_tokens") if isinstance(usage, dict) else 0
-    return {"text": hide(server, text or ""), "finish": "length" if ending == "length" else "stop",
-            "tokens": tokens if is_count(tokens) else 0}
-
-
-def is_count(value):
-    """Whether a number of tokens can be believed."""
-    return type(value) is int and 0 <= value < 2**40
-
-
-def concurrently(call, items, workers: int, timeout: float | None = None):
-    """Yield (item, call(item)) in the order of completion, `workers` calls at a time, taking items as needed.
-    Raises TimeoutError where none ends for `timeout` seconds.
-
-    Each call has a daemon thread: an interrupt, or an exception of one call (raised here), ends the program
-    at once, not after the slowest request as with concurrent.futures.
-    """
-    ready, items, busy = queue.SimpleQueue(), iter(items), 0
-
-    def work(item):
-        try:
-            ready.put((item, call(item), None))
-        except BaseException as e:
-            ready.put((item, None, e))
-
+def ask(server: Server, request: Request, sampling: Sampling) -> dict:
+    """One chat completion: {"text", "finish": "stop" | "length", "tokens"} or {"error": why}. A key
+    that we sent of our own accord and the server refuses is dropped, once for the run."""
     while True:
-        for item in itertools.islice(items, workers - busy):
-            threading.Thread(target=work, args=(item,), daemon=True).start()
-            busy += 1
-        if not busy:
-            return
+        own = {**asdict(sampling), "seed": request.seed, **server.extras}
+        for key, new_name in list(server.refused.items()):
+            value = own.pop(key, None)
+            if new_name:
+                own[new_name] = value
+        own = {k: v for k, v in own.items() if v is not None and k not in server.body}
+        body = {"model": server.model, "messages": request.messages, **own, **server.body}
+        body = {k: v for k, v in body.items() if v is not None}
         try:
-            item, result, error = ready.get(timeout=timeout)
-        except queue.Empty:
-            raise TimeoutError from None
-        busy -= 1
-        if error:
-            raise error
-        yield item, result
+            return read_completion(server, fetch_json(server, "/chat/completions", body))
+        except RequestFailed as e:
+            if e.status not in (400, 422) or not drop_refused(server, own, e):
+                partial = {"partial": hide_key(server, e.partial)} if e.partial else {}
+                return {"error": hide_key(server, str(e)), **partial}
 
 
-@dataclass
-class Request:
-    """One answer wanted. The key names it in the log; equal seeds give equal answers of the own model."""
+def drop_refused(server: Server, own: dict, failure: RequestFailed) -> bool:
+    """Whether the server refuses keys of `own` that may be dropped; notes them. Raises UserError
+    where it refuses what the user gave."""
+    words = error_words(failure.detail)
+    named = [key for key in (*own, *server.body) if re.search(rf"\b{key}\b", words)]
+    given = {*server.given, *server.body}
+    if "max_tokens" in given:
+        given.add("max_completion_tokens")
+    refused = {key: None for key in named if key not in given}
+    if "max_tokens" in own and re.search("max_completion_tokens.{0,9} instead", words):
+        refused["max_tokens"] = "max_completion_tokens"  # the same under its new name
+    if len({"temperature", "top_p"} & refused.keys()) == 2:  # "cannot both be specified"
+        del refused["temperature"]
+    always = [key for key in named if key in given and not key.startswith("max_")]
+    if always and not refused:  # a limit depends on the prompt: there only this request fails
+        raise UserError(f"{server.url} refuses {', '.join(always)}: {failure}")
+    with server.lock:
+        for key in refused.keys() - server.refused.keys():
+            server.refused[key] = refused[key]
+            instead = f"with {refused[key]} instead" if refused[key] else "without it"
+            tqdm.write(f"the server refuses {key}: sampling goes on {instead}", file=sys.stderr)
+            if server.settings:
+                settings = read_json(server.settings)
+                write_json(server.settings, {**settings, "refused": server.refused})
+    return bool(refused)
 
-    key: str
-    messages: list
-    seed: int
+
+def error_words(detail: str) -> str:
+    """The words of an error's JSON, without what it repeats of the request."""
+    def words(value):
+        if isinstance(value, dict):
+            value = [v for k, v in value.items() if k != "input"]
+        if isinstance(value, list):
+            return " ".join(map(words, value))
+        return str(value)
+
+    try:
+        return words(json.loads(detail))
+    except ValueError:
+        return detail
 
 
-def request_for(name, messages, seed):
-    """A Request whose key and seed follow from what is asked: other questions never meet old answers."""
-    digest = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:12]
-    own_seed = hashlib.sha256(f"{seed} {name} {digest}".encode()).digest()
-    return Request(f"{name} {digest}", messages, int.from_bytes(own_seed[:4], "little") >> 1)
+def read_completion(server: Server, answer) -> dict:
+    """The record of a chat completion; raises RequestFailed."""
+    try:
+        choice = answer["choices"][0]
+        message, ending = choice["message"], str(choice.get("finish_reason") or "")
+        content = message.get("content")
+        thoughts = [k for k in ("reasoning_content", "reasoning", "refusal") if message.get(k)]
+        if isinstance(content, list):  # of parts; those that think are no answer
+            thoughts += [part["type"] for part in content if part["type"] != "text"]
+            content = "".join(part["text"] for part in content if part["type"] == "text")
+        tokens = (answer.get("usage") or {}).get("completion_tokens") or 0
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise RequestFailed(f"no chat completion: {hide_key(server, json.dumps(answer))[:300]}"
+                            ) from None
+    if not isinstance(content, str | None):
+        raise RequestFailed(f"the answer's content is a {type(content).__name__}, not text")
+    text = hide_key(server, content or "")
+    partial = text.strip() or "".join(str(message.get(k) or "") for k in thoughts)
+    if ending.lower() not in (*ENDED, *CUT):  # content_filter, tool_calls, ...: half an answer
+        raise RequestFailed(f"the server ended the answer with {ending[:60]!r}", partial=partial)
+    if thoughts and not text.strip():
+        if "refusal" in thoughts:
+            raise RequestFailed(f"the model refused: {partial[:200]}", partial=partial)
+        raise RequestFailed(f"no answer, only {thoughts[0]}: the server's reasoning parser took "
+                            "the whole answer: start it without, or raise --max_tokens",
+                            partial=partial)
+    finish = "length" if ending.lower() in CUT else "stop"
+    return {"text": text, "finish": finish, "tokens": tokens}
 
 
-def raw_logs(folder):
-    """The logs of all ranks."""
-    return sorted(glob.glob(os.path.join(glob.escape(folder), "raw-*.jsonl")))
+# --- sampling: every answer kept as it comes ------------------------------------------------------
 
 
-def read_log(folder: str, keys) -> dict:
-    """{key: record} of all raw answers in a folder; a later record of a key replaces an earlier one.
+def in_parallel(call, items, workers: int):
+    """Yield call(item) in the order of completion, `workers` calls at a time. A consumer that stops
+    early waits for the calls under way; Ctrl-C does not."""
+    pool, items, running = ThreadPoolExecutor(workers), iter(items), set()
+    try:
+        while True:
+            for item in itertools.islice(items, workers - len(running)):
+                running.add(pool.submit(call, item))
+            if not running:
+                return
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+    except GeneratorExit:
+        pool.shutdown()
+        raise
+    finally:
+        pool.shutdown(wait=False)
 
-    A last line without its newline was cut off by a kill and does not count. Raises UserError for a broken
-    line elsewhere, and for an answer to something that is not asked now.
-    """
-    records, keys = {}, set(keys)
-    for path in raw_logs(folder):
-        with open(path, "rb") as f:
-            lines = f.read().split(b"\n")[:-1]
-        for number, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line)
-                key, text = record["key"], record.get("text", "") + record.get("error", "")
-                fits = isinstance(key, str) and ("error" in record or "text" in record and is_count(
-                    record["tokens"]) and record["finish"] in ("stop", "length"))
-                text.encode()  # a lone surrogate is no text: a ValueError
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                fits = False
-            if not fits:
-                raise UserError(f"{path}, line {number}: not a record of this program; found {line!r:.80}")
-            if key not in keys:
-                raise UserError(f"{path}, line {number}: answers {key!r}, which is not among the questions "
-                                "given now: choose another output folder")
-            records[key] = record
-    return records
+
+def read_answers(folder: str, keys=None) -> dict:
+    """{key: record} of all ranks' raw answers in a folder; an answer goes before a failed request.
+    Raises UserError for a broken line, and for an answer to something that is not in `keys`."""
+    answers = {}
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "raw-*.jsonl"))):
+        for record in data.read_log(path):
+            key = record["key"]
+            if keys is not None and key not in keys:
+                raise UserError(f"{path}: answers {key!r}, which is not among the questions given "
+                                "now: choose another output folder")
+            if "text" not in answers.get(key, {}):
+                answers[key] = record
+    return answers
 
 
 def open_log(path: str):
-    """A raw log open for adding lines, a torn last line removed; refused while another process writes it."""
+    """A raw log open for adding lines, a torn last line removed; refused while another process
+    writes it: a resumed run must not write beside a living one."""
     f = open(path, "a+b", buffering=0)
     try:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         f.close()
         raise UserError(f"{path} is being written by another process") from None
+    except OSError:
+        pass  # a file system without locks
     f.seek(0)
     f.truncate(f.read().rfind(b"\n") + 1)
     return f
 
 
-def claim_folder(out, settings):
-    """Make `out`, or check that it was made with the same settings. Raises UserError where not."""
-    path = os.path.join(out, "settings.json")
-    if os.path.exists(path):
-        kept = read_json(path)
-        differ = [f"{k} was {kept.get(k)!r}, now {v!r}" for k, v in settings.items() if kept.get(k) != v]
-        if differ:
-            raise UserError(f"{out} holds work with other settings: choose another --out\n  "
-                            + "\n  ".join(differ))
-        return
-    if os.path.isdir(out) and {*os.listdir(out)} - {"settings.json.tmp"}:  # of a start that was killed
-        raise UserError(f"{out} is not empty and holds no work of this program: choose another --out")
-    os.makedirs(out, exist_ok=True)
-    write_json(path, settings)
-
-
 def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks,
-           title: str = "sampling", on_record=lambda record: {}, enough=None) -> dict:
-    """{key: record} for all requests: those of an earlier start from the log, the rest sampled now.
+           title: str = "sampling", at_once: int = 0):
+    """Yield the records of requests: those of earlier starts from the log, then this rank's new.
 
-    `policy` is an Own model, a Server, or a function from a Request to a record. Each answer is added to
-    folder/raw-RANK.jsonl as it comes, in one write: a kill loses at most what is under way, and the same
-    call goes on. Records are {"key", "text", "finish", "tokens"} or {"key", "error"}; failed requests are
-    asked again by the next call. `on_record(record)` sees the answers in the log, then each new one of this
-    rank, and returns a dict for the progress bar; once `enough()` is true nothing more is asked (own model:
-    looked at every 512 requests). Raises UserError as `http` and `read_log` do.
+    policy    a LocalModel, a Server, or a function from a Request to a record
+    at_once   a LocalModel's records come after so many requests each; 0: after all
+    records   {"key", "text", "finish", "tokens"} or {"key", "error"}
+
+    Each answer is added to folder/raw-RANK.jsonl as it comes: a kill loses at most what is under
+    way, and the same call goes on. Failed requests are asked again by the next call. A consumer
+    that has enough breaks off. Collective at its start; consume it inside `ranks.together()`, after
+    which `read_answers` has what all ranks got. Raises UserError as fetch_json and read_answers do.
     """
-    serving = isinstance(policy, Server)
-    if serving and ranks.world > 1:
-        raise UserError("a server needs one process here: start with `python`, without torchrun")
-    keys = [r.key for r in requests]
     with ranks.together():
+        if isinstance(policy, Server) and ranks.world > 1:
+            raise UserError("a server needs one process here: start with `python`, not torchrun")
         os.makedirs(folder, exist_ok=True)
-        have = read_log(folder, keys)
-        for path in raw_logs(folder) if ranks.main else ():
-            open_log(path).close()  # raises where a process of an earlier start still lives
-    todo = [r for r in requests if "text" not in have.get(r.key, {})]
-    mine = todo[ranks.rank::ranks.world]
-    with ranks.together(), open_log(os.path.join(folder, f"raw-{ranks.rank}.jsonl")) as log:
-        bar = tqdm(total=len(mine), disable=not ranks.main or not todo, desc=title, unit="answer",
-                   leave=not ranks.quiet)
-        count, started, outcomes = Counter(), time.monotonic(), {}
-        for record in have.values():
-            outcomes = on_record(record)
+        log = open_log(os.path.join(folder, f"raw-{ranks.rank}.jsonl"))
+        answers = read_answers(folder, {r.key for r in requests})
+    todo = [r for r in requests if "text" not in answers.get(r.key, {})]
+    todo = todo[ranks.rank::ranks.world]
+    bar = tqdm(total=len(todo), disable=not (ranks.main and todo), desc=title, unit="answer",
+               leave=not ranks.quiet)
+    counts, started, lock = Counter(), time.monotonic(), threading.Lock()
 
-        def tick(tokens, failed=0):
-            count.update(tokens=tokens, failed=failed)
-            speed = int(count["tokens"] / (time.monotonic() - started))
-            bar.set_postfix({**count, "tokens/s": speed, **outcomes}, refresh=False)
-            bar.update(0)
-
-        def keep(request, record):
-            nonlocal outcomes
-            record = {"key": request.key, **record}
-            line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
-            with writing(log.name):
-                if log.write(line) < len(line):  # what is torn does not count when the log is read again
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            outcomes = on_record(record)
+    def keep(request, record):
+        record = {"key": request.key, **record}
+        line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        with lock, writing(log.name):
+            if log.write(line) < len(line):  # the disk is full; no thread may add to a torn line
+                log.close()
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            counts.update(tokens=record.get("tokens", 0), failed="error" in record)
+            speed = int(counts["tokens"] / (time.monotonic() - started))
+            bar.set_postfix({**counts, "tokens/s": speed}, refresh=False)
             bar.update()
+        return record
 
-        wanted = itertools.takewhile(lambda _: not (enough and enough()), mine)
-        if isinstance(policy, Own):
-            while some := list(itertools.islice(wanted, 512 if enough else None)):
-                answer_own(policy, some, sampling, keep, tick)
+    def answer(request):
+        if isinstance(policy, Server):
+            return keep(request, ask(policy, request, sampling))
+        return keep(request, policy(request))
+
+    with log, bar:
+        yield from answers.values()
+        if isinstance(policy, LocalModel):
+            step = at_once or max(1, len(todo))
+            for start in range(0, len(todo), step):
+                yield from answer_locally(policy, todo[start:start + step], sampling, keep)
         else:
-            call = functools.partial(ask, policy, sampling=sampling) if serving else policy
-            for request, record in concurrently(call, wanted, policy.workers if serving else 1):
-                keep(request, record)
-                tick(record.get("tokens", 0), "error" in record)
-        bar.close()
-    with ranks.together():
-        return read_log(folder, keys)
+            yield from in_parallel(answer, todo, getattr(policy, "workers", 1))
 
 
-def answer_own(own: Own, requests, sampling, keep, tick):
-    """Sample from the model in this process: keep(request, record) as each answer ends, tick(new tokens)."""
-    def done(index, ids, ended):
-        text, finish = own.chat.tokenizer.decode(ids), "stop" if ended else "length"
-        keep(requests[index], {"text": text, "finish": finish, "tokens": len(ids) + ended})
+def answer_locally(local: LocalModel, requests, sampling, keep) -> list:
+    """Records by the model in this process; keep(request, record) logs each as it ends."""
+    records = []
 
-    qwen.generate(own.model, [own.chat.prompt(r.messages) for r in requests], [r.seed for r in requests],
-                  **asdict(sampling), end=own.end, batch_size=own.batch_size, on_done=done, progress=tick)
+    def on_done(index, ids, ended):
+        text, finish = local.chat.tokenizer.decode(ids), "stop" if ended else "length"
+        record = {"text": text, "finish": finish, "tokens": len(ids) + ended}
+        records.append(keep(requests[index], record))
+
+    prompts = [local.chat.prompt(r.messages) for r in requests]
+    qwen.generate(local.model, prompts, [r.seed for r in requests], **asdict(sampling),
+                  end=local.end, batch_size=local.batch_size, on_done=on_done)
+    return records
 
 
 # --- sampling: options ----------------------------------------------------------------------------
 
 
 @dataclass
-class Asking:
-    """What both commands share: whom to ask, and how."""
+class SamplingOptions:
+    """What the commands that sample share: whom to ask, and how."""
 
-    out: str = option("", "folder to write; an unfinished one is gone on with (required)")
+    out: str = option("", "folder to write; an unfinished one is completed (required)")
     model: str = option("", "ask this Qwen3 checkpoint (folder or hub id), in this process")
-    server: str = option("", "ask an OpenAI-compatible server, http://host:port/v1; key: OPENAI_API_KEY")
+    server: str = option("", "ask an OpenAI-compatible server, http://host:port/v1 (key: "
+                         "OPENAI_API_KEY)")
     server_model: str = option("", "model name at the server; empty: the only one it serves")
     body: str = option("", "JSON object: more keys of each request to the server; null removes one")
     workers: int = option(16, "requests to the server at a time")
-    request_timeout: float = option(600.0, "seconds a request may take")
+    request_timeout: float = option(600.0, "seconds to wait for the server")
     tries: int = option(6, "attempts per request, with growing pauses")
-    temperature: float = option(0.7, "0: greedy (an Oracle's server gets this and the next only if given)")
+    temperature: float = option(0.7, "0: greedy (an Oracle's server gets these only if given)")
     top_p: float = option(0.8, "keep the likeliest tokens up to this share")
     top_k: int = option(20, "keep that many likeliest tokens; 0: all")
     max_tokens: int = option(32768, "tokens of an answer; longer ones are cut off and counted")
-    batch_size: int = option(32, "answers the own model writes at a time")
-    dtype: str = option("bfloat16", "of the own model", ("float32", "bfloat16"))
+    batch_size: int = option(32, "answers a local model writes at a time")
+    template: str = option("", "compute this chat template, whatever the checkpoint's file says",
+                           ("", "hybrid", "instruct"))
+    dtype: str = option("bfloat16", "of a local model", ("float32", "bfloat16"))
     seed: int = option(0, "of the samples")
     timeout: int = option(86400, "seconds after which a stalled rank ends the run")
+    given: tuple = ()  # names of the options that the user gave
+
+    @property
+    def sampling(self):
+        return Sampling(self.temperature, self.top_p, self.top_k, self.max_tokens)
 
 
-def finish(work) -> int:
-    """Run a program's work to its exit code: 0, or 130 where Ctrl-C or SIGTERM ended it."""
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        work()
-    except KeyboardInterrupt:
-        print("\nstopped; what has arrived is kept, and the same command goes on", file=sys.stderr,
-              flush=True)
-        return 130
-    close_ranks()
-    return 0
-
-
-def check_asking(o: Asking, allowed: tuple) -> list:
-    """What is wrong with these options, as text; `allowed` are the options that name whom to ask, of which
-    exactly one must be given. OPENAI_BASE_URL stands in for all of them."""
-    if not any(getattr(o, k) for k in allowed):
+def check_sampling_options(o: SamplingOptions) -> list:
+    """What is wrong with these options, as text. OPENAI_BASE_URL stands in for who is asked."""
+    names = [name for name in ("model", "server", "function", "edited") if hasattr(o, name)]
+    if not any(getattr(o, name) for name in names):
         o.server = os.environ.get("OPENAI_BASE_URL", "")
-    found = sum(bool(getattr(o, k)) for k in allowed)
-    problems = ["--out is required"] * (not o.out)
-    problems += [f"exactly one of --{', --'.join(allowed)} expected, found {found}"] * (found != 1)
-    for k, low in {"workers": 1, "request_timeout": 1e-3, "tries": 1, "max_tokens": 1, "batch_size": 1,
-                   "timeout": 1, "temperature": 0, "top_k": 0, "seed": 0}.items():
-        if not low <= getattr(o, k) < 1e9:
-            problems.append(f"--{k} is {getattr(o, k)}, a number from {low} to 1e9 expected")
-    problems += qwen.unfit(vars(o))
+    problems, count = [], sum(bool(getattr(o, name)) for name in names)
+    if count != 1:
+        problems.append(f"exactly one of --{', --'.join(names)} expected, found {count}")
     if not 0 < o.top_p <= 1:
         problems.append(f"--top_p is {o.top_p}, a share above 0 and up to 1 expected")
     try:
         if not isinstance(json.loads(o.body or "{}"), dict):
             problems.append(f"--body is {o.body!r:.60}, a JSON object expected")
-    except (ValueError, RecursionError) as error:
-        problems.append(f"--body is no JSON: {error}")
+    except ValueError as e:
+        problems.append(f"--body is no JSON: {e}")
     return problems
 
 
-def open_policy(o: Asking, device, non_thinking: bool = True):
-    """The Own model or the Server that the options name. non_thinking: tell a server what vLLM and SGLang
-    understand, Qwen3's template without thinking and top_k; null in --body takes a key away."""
+def open_policy(o: SamplingOptions, device, non_thinking: bool = True):
+    """The LocalModel or the Server that the options name. non_thinking: ask a server for Qwen3's
+    template without thinking, as vLLM and SGLang understand it."""
     if o.model:
-        return open_own(o.model, getattr(torch, o.dtype), device, o.batch_size)
-    body = {"top_k": o.top_k, "chat_template_kwargs": {"enable_thinking": False}} if non_thinking else {}
-    body |= json.loads(o.body or "{}")
-    return open_server(o.server, o.server_model, workers=o.workers, timeout=o.request_timeout, tries=o.tries,
-                       body={k: v for k, v in body.items() if v is not None})
+        return open_local_model(o.model, getattr(torch, o.dtype), device, o.batch_size, o.template)
+    extras = {"chat_template_kwargs": {"enable_thinking": False}} if non_thinking else {}
+    given = {"temperature", "top_p", "top_k", "max_tokens", "seed"} & set(o.given)
+    return open_server(o.server, o.server_model, workers=o.workers, timeout=o.request_timeout,
+                       tries=o.tries, extras=extras, body=json.loads(o.body or "{}"), given=given)
 
 
-def identity(policy, o: Asking) -> str:
-    """Whose answers these are: a server's model name and --body, or a folder, a hash of its weights and the
-    type of the computation."""
+def identity(policy, o: SamplingOptions) -> str:
+    """Whose answers these are: a server's model name and --body, or a local model's folder name, a
+    hash of its weight files and the type of the computation. Of a file the hash takes name, size
+    and 4 KiB at 64 places, not gigabytes: two trainings of one base differ there."""
     if isinstance(policy, Server):
         return f"{policy.model} {json.dumps(policy.body, sort_keys=True)}"
     digest, folder = hashlib.sha256(), qwen.checkpoint_folder(o.model)
     for path in sorted({path for path, _ in qwen.open_tensors(folder).values()}):
+        size = os.path.getsize(path)
+        digest.update(f"{os.path.basename(path)} {size} ".encode())
         with open(path, "rb") as f:
-            digest.update(hashlib.file_digest(f, "sha256").digest())
+            for place in range(0, size, size // 64 + 1):
+                f.seek(place)
+                digest.update(f.read(4096))
     return f"{os.path.basename(os.path.abspath(folder))} {digest.hexdigest()[:16]} {o.dtype}"
+
+
+def claim_folder(out: str, settings: dict, ranks: Ranks, policy=None):
+    """Make `out`, or check that it was made with the same settings; ends all ranks where not. A
+    Server gets to know what it refused before."""
+    path = os.path.join(out, "settings.json")
+    with ranks.together():
+        if not ranks.main:
+            return
+        os.makedirs(out, exist_ok=True)
+        if not os.path.exists(path):
+            if os.listdir(out):
+                raise UserError(f"{out} is not empty and holds no work of this program: choose "
+                                "another --out")
+            write_json(path, settings)
+        kept = read_json(path)
+        differ = [f"{name} was {kept.get(name)!r}, now {value!r}"
+                  for name, value in settings.items() if kept.get(name) != value]
+        if differ:
+            raise UserError(f"{out} holds work with other settings: choose another --out"
+                            + data.listed(differ))
+        if isinstance(policy, Server):
+            policy.settings, policy.refused = path, kept.get("refused", {})
 
 
 # --- grading: which answer does a text commit itself to? ------------------------------------------
@@ -1063,182 +1074,157 @@ def agree(u, v, tolerance=0):
 
 # --- IFEval: was an instruction followed that a program can check? --------------------------------
 
-# The 25 kinds of google-research's instruction_following_eval by its rules, odd ones included. Its regular
-# expressions are rewritten where a long response would make them quadratic, with the same matches. A verdict
-# can differ from the official checker's where that asks
-# - langdetect: here the script with the most letters, and in it the language of which the most words are in
-#   LANGUAGES, by default the script's first. A few words, formulas and names can be read otherwise.
-# - nltk's punkt: here a sentence ends after an abbreviation, an ellipsis or `A.` before a capitalised word of
-#   STARTERS; and nltk's words in capitals are known as far as CAPITALS_BREAK goes.
-# - a regular expression as keyword that could run away, or fails: literal text here.
-# - chance, for arguments that are missing, None or out of range: refused here.
+# The 25 kinds of google-research's instruction_following_eval by its rules, odd ones included. Its
+# libraries are a plain rule here, so a verdict can differ: langdetect is `is_language`, nltk's
+# sentence splitter is `count_sentences`, and its words are `[\w./-]+`. Keywords are literal text.
 
-LANGUAGES = {  # the letters of a script: its languages, each with frequent words and a mark of others
-    "A-Za-zªºÀ-ɏ\u1e00-\u1eff": {
-        "en": ("the of and to a in is it you that for with this are be on i your not as have was my we", ""),
-        "es": ("el la los las de que en un una por para con no es se del su como más al lo", "ñ"),
-        "pt": ("de que em um uma por para com não é se do da seu como mais no na dos", "[ãõ]"),
-        "fr": ("le la les de des et que en un une pour dans est pas du je vous ce qui sur au avec", "[œêç]"),
-        "de": ("der die das und ist nicht ein eine zu den mit sie ich es auf für im von dem sich", "ß"),
-        "it": ("il la le gli di che un una per con non è si del della sono in come più ho", "zione$"),
-        "pl": ("na się nie że to jest do jak ale od po za dla czy", "[ąęłśźżńć]"),
-        "vi": ("và của là có không được cho một những các với này tôi trong", "[ăơưđ\u1ea0-\u1ef9]"),
-        "sw": ("na ya wa kwa ni za katika la cha kuwa hii kama yake hiyo vya", ""),
-        "fi": ("ja on ei se että ovat oli mutta kun niin tai hän myös voi", "(ss[aä]|inen)$")},
-    "\u0400-\u04ff": {"ru": ("и в не на что с по это как я он но к из у за для от", "[ыэё]"),
-                      "uk": ("і в не на що з та це як до у за є від для про я де він", "[іїєґ]"),
-                      "bg": ("и в не на че с да се е от за по са това си ще", "ъ[^еёюя]|ият$")},
-    "\u0620-\u06d3": {"ar": ("في من على إلى أن التي هذا هذه الذي عن مع كان لا ما", "[ةكيىأإ]|^ال"),
-                      "fa": ("و به از که در را این است با برای آن می شما ما", "[پچژگکی]"),
-                      "ur": ("کے کی میں ہے اور سے کا کو ہیں نے یہ پر ایک", "[ٹڈڑںےہھ]")},
-    "\u0900-\u0963\u0970-\u097f": {
-        "hi": ("है के में की और से का को हैं नहीं यह एक भी पर हो था", "\u093c"),
-        "mr": ("आहे आणि मध्ये हे ते नाही आहेत ती हा साठी या व तर मी", "ळ|..(च्या|ाचा|ाची|ाचे|ांना|तील)$"),
-        "ne": ("छ र मा हो छन् लाई पनि यो गर्न भने हुन्छ छैन तर मलाई तपाईं", "..(को|मा|लाई|हरू|छ|छन्|नु)$")},
-    "\u3040-\u30ff\u4e00-\u9fff": {"zh": ("", ""), "ja": ("", "[\u3040-\u30ff]")},
-    **{letters: {name: ("", "")} for name, letters in {
-        "he": "\u0590-\u05ff", "bn": "\u0980-\u09ff", "pa": "\u0a00-\u0a7f", "gu": "\u0a80-\u0aff",
-        "ta": "\u0b80-\u0bff", "te": "\u0c00-\u0c7f", "kn": "\u0c80-\u0cff", "ml": "\u0d00-\u0d7f",
-        "th": "\u0e00-\u0e7f", "ko": "\u1100-\u11ff\uac00-\ud7af"}.items()}}
+LANGUAGES = {  # letters of a script: {code: frequent words, where several languages share them}
+    "a-zß-ɏ\u1e00-\u1eff": {
+        "en": "the of and to a in is it you that for i not my on are be we this with",
+        "es": "el la los las que en un una por con del se como más",
+        "pt": "os um uma que em do da não com para as se como mais",
+        "fr": "le la les des et un une est je pas vous du que pour dans",
+        "de": "der die das und ist nicht ein eine zu den ich mit von auf",
+        "it": "il la gli di che un una non è per del della sono in",
+        "pl": "na się nie że to jest do od po za dla jak",
+        "vi": "và của là có không cho một những các được với này tôi",
+        "sw": "na ya wa kwa ni za katika cha kuwa hii",
+        "fi": "ja on ei se että ovat oli mutta kun hän niin"},
+    "\u0400-\u04ff": {
+        "ru": "и в не на что с по это как из он я у для",
+        "uk": "і в не на що з та це як у є для він я про",
+        "bg": "и в не на че с да се е от за по си са"},
+    "\u0620-\u06d3": {
+        "ar": "في من على إلى أن التي هذا هذه لا ما",
+        "fa": "و به از که در را این است با آن",
+        "ur": "کے کی میں ہے اور سے کا کو نے یہ"},
+    "\u0900-\u0963": {
+        "hi": "है के में की और से का को हैं नहीं",
+        "mr": "आहे आणि मध्ये हे ते नाही आहेत ती हा तो",
+        "ne": "छ र मा हो छन् लाई पनि यो छैन भने"},
+    "\u3040-\u30ff": {"ja": ""}, "\u0590-\u05ff": {"he": ""}, "\u0980-\u09ff": {"bn": ""},
+    "\u0a00-\u0a7f": {"pa": ""}, "\u0a80-\u0aff": {"gu": ""}, "\u0b80-\u0bff": {"ta": ""},
+    "\u0c00-\u0c7f": {"te": ""}, "\u0c80-\u0cff": {"kn": ""}, "\u0d00-\u0d7f": {"ml": ""},
+    "\u0e00-\u0e7f": {"th": ""}, "\uac00-\ud7af": {"ko": ""}}
 
 
 def is_language(text, language):
-    """Whether `text` is in a language, an ISO 639-1 code. Text without letters is in any; one word that no
-    language claims is not English."""
+    """Whether `text` is in a language: of those in the script with the most letters, the one with
+    the most frequent words. Text without letters is in any language."""
+    if not any(language in codes for codes in LANGUAGES.values()):
+        raise ValueError(f"unknown language {language!r}")
     if not any(c.isalpha() for c in text):
         return True
-    text = " ".join(word for word in text.lower().split() if "@" not in word and "://" not in word)
+    text = text.lower()
     script = max(LANGUAGES, key=lambda letters: len(re.findall(f"[{letters}]", text)))
-    words = re.findall(f"[{script}]+", text)
-    scores = {name: sum((f" {word} " in f" {frequent} ") + bool(mark and re.search(mark, word))
-                        for word in words) for name, (frequent, mark) in LANGUAGES[script].items()}
+    words = Counter(re.findall(f"[{script}]+", text))
+    scores = {}
+    for code, frequent in LANGUAGES[script].items():
+        scores[code] = sum(words[word] for word in frequent.split())
     best = max(scores, key=scores.get)
-    return best == language and (scores[best] > 0 or len(words) > (best == "en"))
+    if best == "en" and scores["en"] == 0:  # a title may lack frequent words; a sentence has some
+        return language == "en" and 1 < words.total() < 10
+    return best == language
 
 
-ABBREVIATIONS = set(
-    "mr mrs ms dr prof st jr sr rep reps sen gen gov col lt maj adm messrs inc ltd co corp cos bros cie vs"
-    " jan feb aug sep sept oct nov dec tues wed fri ave ft yr mg ct a.m p.m u.s u.k u.n u.s.a u.s.s.r d.c"
-    " n.y n.j n.c n.h n.m s.c l.a r.i a.d b.v ph.d m.b.a j.k j.p j.r ala ariz calif colo conn fla ga ill kan"
-    " ky mich minn nev okla ore pa tenn va vt wash wis c d e f g h j k l m n p r s t v w".split())
-STARTERS = set(
-    "i the he it they this these there some many most both in if so but when while since although though"
-    " however despite thus yet nor even under among indeed instead meanwhile moreover according here please"
-    " yes your her".split())
-PUNCTUATION = r"""[)";}\]*:@'({\[!?]"""  # what punkt takes for a token of its own
-SENTENCE_END = re.compile(rf".*[.?!](?={PUNCTUATION}| )")
-SENTENCE_TAIL = re.compile(r"""["')\]}]*""")  # these still belong to the sentence before
-CAPITALS_BREAK = re.compile(
-    r"[\s;@#$%&?!*()\[\]{}<>\"«»“”„‘’`]+|[:,](?!\d)|--|\.{2,}|(?<=\w)(?='(?i:[smd]|ll|re|ve)(?![\w\n/-]))"
-    r"|(?<=\w)(?=N'T(?![\w\n/-]))|(?<=\b(?:CAN|GON|WAN|GOT))(?=(?:NOT|NA|TA)\b)")
-
-
-def ends_sentence(chunk, following):
-    """Whether `chunk`, which ends in . ? or !, ends a sentence before `following`."""
-    word = re.split(PUNCTUATION, chunk)[-1]
-    stem, upper, lower = word[:-1].lower(), following[0].isupper(), following[0].islower()
-    if word == "." or re.search("[?!]", chunk):
-        return True
-    if stem.endswith(".") or ABBREVIATIONS & {stem, stem.rpartition("-")[2]}:
-        return upper and len(stem) > 1 and re.split(PUNCTUATION, following)[0].strip(",.").lower() in STARTERS
-    return not (lower and re.fullmatch(r"[^\W\d]|-?[.,]?\d[\d,.-]*", stem))  # 1. one   b. two
+SENTENCE_END = re.compile(r""".*[.?!](?=["')\]}*:?!]|$)""")
+ABBREVIATION = re.compile(
+    r"(mr|mrs|ms|dr|prof|st|jr|sr|vs|inc|ltd|co|[ap]\.m|u\.[sk]|ph\.d|[c-hj-np-tvw]|.*\.)\.")
 
 
 def count_sentences(text):
-    """Number of sentences. As in punkt a word holds one end at most, the last that something follows: a text
-    that ends in `Hi!!` or `**Hi.**` has one more than it seems."""
+    """Number of sentences: one, and one for each end of a sentence that another word follows."""
     words, count = text.split(), 1
-    if len(words) > 1 and words[-2][-1] in ".?!" and SENTENCE_TAIL.fullmatch(words[-1]):
-        words[-2:] = [words[-2] + words[-1]]
-    for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
-        end = SENTENCE_END.match(word + " " * bool(following))
-        rest = word[end.end():] if end else ""
-        if end and (following or not SENTENCE_TAIL.fullmatch(rest)):
-            count += ends_sentence(end[0], rest or following)
+    for word, following in zip(words, words[1:]):
+        end = SENTENCE_END.match(word)
+        if end is None:
+            continue
+        last = end[0].lower().lstrip("([{\"'*")
+        is_listed = following[0].islower() and re.fullmatch(r"[\d.,-]+", last)  # 1. one 2. two
+        if not is_listed and not ABBREVIATION.fullmatch(last):
+            count += 1
     return count
 
 
 def is_json(text):
     """Whether the text is JSON, alone or in one fence of backticks."""
+    text = re.sub(r"\A```(?:json)?|```\Z", "", text.strip(), flags=re.IGNORECASE)
     try:
-        text = re.sub(r"\A(?:```json)?(?:```Json)?(?:```JSON)?(?:```)?", "", text.strip())
-        json.loads(text.removesuffix("```").strip())
+        json.loads(text)
     except (ValueError, RecursionError):  # RecursionError: nested too deeply
         return False
     return True
 
 
-def pieces(text, divider):
-    """What dividers part; nothing if a piece is empty that is neither the first nor the last."""
+def split_parts(text, divider):
+    """The parts between dividers; none if one is empty that is neither the first nor the last."""
     parts = [part.strip() for part in text.split(divider)]
-    parts = parts[not parts[0]:len(parts) - (not parts[-1])]
-    return parts if all(parts) else []
+    if not parts[0]:
+        parts = parts[1:]
+    if parts and not parts[-1]:
+        parts = parts[:-1]
+    return [] if "" in parts else parts
 
 
 def nth_paragraph_starts(text, num_paragraphs, nth_paragraph, first_word):
     """Empty paragraphs do not count for the number, but do for which is the nth."""
+    first_word = first_word.lower()
     paragraphs = [paragraph.strip() for paragraph in text.split("\n\n")]
-    filled = sum(map(bool, paragraphs))
-    if filled != num_paragraphs or not 1 <= nth_paragraph <= filled or not paragraphs[nth_paragraph - 1]:
+    filled = len([paragraph for paragraph in paragraphs if paragraph])
+    if filled != num_paragraphs or nth_paragraph > filled or not paragraphs[nth_paragraph - 1]:
         return False
     word = paragraphs[nth_paragraph - 1].split()[0].lstrip("'").lstrip('"')
-    return re.split("[.,?!'\"]", word)[0].lower() == first_word.lower()
-
-
-def keyword_pattern(text, before="", after="", flags=re.IGNORECASE):
-    """`text` as a regular expression if it is one without repeats, groups and branches, else literally."""
-    if re.search(r"[*+{(|]", text) or text.count("?") > 3:
-        text = re.escape(text)
-    try:
-        return re.compile(before + text + after, flags)
-    except re.error:
-        return re.compile(before + re.escape(text) + after, flags)
+    return re.split("[.,?!'\"]", word)[0].lower() == first_word
 
 
 def compare(count, relation, threshold):
-    """IFEval's two relations: "less than", and "at least" for all others."""
-    return count < threshold if relation == "less than" else count >= threshold
+    """IFEval's two relations."""
+    return {"less than": count < threshold, "at least": count >= threshold}[relation]
 
 
 POSTSCRIPTS = {"P.S.": r"p\.\s?s\.", "P.P.S": r"p\.\s?p\.\s?s"}
-CHECKS = {  # instruction: its check of a text; the parameters after the text are the instruction's arguments
+# Instruction: its check. The parameters after `text` have the names of its arguments in the files.
+# Some patterns are written anew: the official ones match the same, in quadratic time.
+CHECKS = {
     "change_case:capital_word_frequency": lambda text, capital_frequency, capital_relation: compare(
-        sum(map(str.isupper, CAPITALS_BREAK.split(text))), capital_relation, capital_frequency),
+        sum(word.isupper() for word in re.findall(r"[\w./-]+", text)),
+        capital_relation, capital_frequency),
     "change_case:english_capital": lambda text: text.isupper() and is_language(text, "en"),
     "change_case:english_lowercase": lambda text: text.islower() and is_language(text, "en"),
     "combination:repeat_prompt": lambda text, prompt_to_repeat:
         text.strip().lower().startswith(prompt_to_repeat.strip().lower()),
     "combination:two_responses": lambda text:
-        len(pieces(text, "******")) == len(set(pieces(text, "******"))) == 2,
+        len(split_parts(text, "******")) == len(set(split_parts(text, "******"))) == 2,
     "detectable_content:number_placeholders": lambda text, num_placeholders:
         re.findall(r"\[[^\]\n]*(\]?)", text).count("]") >= num_placeholders,
-    "detectable_content:postscript": lambda text, postscript_marker: bool(re.search(
-        POSTSCRIPTS.get(postscript_marker.strip()) or keyword_pattern(postscript_marker.strip().lower()),
-        text.lower())),
+    "detectable_content:postscript": lambda text, postscript_marker: re.search(
+        POSTSCRIPTS.get(postscript_marker.strip(), re.escape(postscript_marker.strip())),
+        text, re.IGNORECASE) is not None,
     "detectable_format:constrained_response": lambda text:
         any(f"My answer is {option}." in text for option in ("yes", "no", "maybe")),
     "detectable_format:json_format": is_json,
-    "detectable_format:multiple_sections": lambda text, section_spliter, num_sections: len(
-        keyword_pattern(section_spliter.strip(), after=r"\s?\d+", flags=0).findall(text)) >= num_sections,
-    "detectable_format:number_bullet_lists": lambda text, num_bullets: num_bullets == sum(
-        len(re.findall(pattern, text, re.M)) for pattern in (r"^[^\S\n]*\*[^*].*", r"^[^\S\n]*-")),
-    "detectable_format:number_highlighted_sections": lambda text, num_highlights: num_highlights <= sum(
-        bool(inner.strip()) for pattern in (r"\*([^\n*]*)\*", r"\*\*([^\n*]*)\*\*")
-        for inner in re.findall(pattern, text)),
-    "detectable_format:title": lambda text:
-        any(line.partition("<<")[2].rpartition(">>")[0].lstrip("<").rstrip(">").strip()
-            for line in text.split("\n")),
-    "keywords:existence": lambda text, keywords: all(keyword_pattern(k).search(text) for k in keywords),
-    "keywords:forbidden_words": lambda text, forbidden_words:
-        not any(keyword_pattern(word, r"\b", r"\b").search(text) for word in forbidden_words),
+    "detectable_format:multiple_sections": lambda text, section_spliter, num_sections:
+        len(re.findall(re.escape(section_spliter.strip()) + r"\s?\d+", text)) >= num_sections,
+    "detectable_format:number_bullet_lists": lambda text, num_bullets: num_bullets == len(
+        re.findall(r"^[^\S\n]*\*[^*].*", text, re.M)) + len(re.findall(r"^[^\S\n]*-", text, re.M)),
+    "detectable_format:number_highlighted_sections": lambda text, num_highlights:
+        sum(1 for pattern in (r"\*([^\n*]*)\*", r"\*\*([^\n*]*)\*\*")
+            for inner in re.findall(pattern, text) if inner.strip()) >= num_highlights,
+    "detectable_format:title": lambda text: any(
+        line.partition("<<")[2].rpartition(">>")[0].lstrip("<").rstrip(">").strip()
+        for line in text.split("\n")),
+    "keywords:existence": lambda text, keywords:
+        all([keyword.lower() in text.lower() for keyword in keywords]),
+    "keywords:forbidden_words": lambda text, forbidden_words: not any(
+        [re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE) for word in forbidden_words]),
     "keywords:frequency": lambda text, keyword, frequency, relation:
-        compare(len(keyword_pattern(keyword.strip()).findall(text)), relation, frequency),
+        compare(text.lower().count(keyword.strip().lower()), relation, frequency),
     "keywords:letter_frequency": lambda text, letter, let_frequency, let_relation:
         compare(text.lower().count(letter.lower()), let_relation, let_frequency),
     "language:response_language": is_language,
     "length_constraints:nth_paragraph_first_word": nth_paragraph_starts,
     "length_constraints:number_paragraphs": lambda text, num_paragraphs:
-        len(pieces(text, "***")) == num_paragraphs,
+        len(split_parts(text, "***")) == num_paragraphs,
     "length_constraints:number_sentences": lambda text, num_sentences, relation:
         compare(count_sentences(text), relation, num_sentences),
     "length_constraints:number_words": lambda text, num_words, relation:
@@ -1246,48 +1232,50 @@ CHECKS = {  # instruction: its check of a text; the parameters after the text ar
     "punctuation:no_comma": lambda text: "," not in text,
     "startend:end_checker": lambda text, end_phrase:
         text.strip().strip('"').lower().endswith(end_phrase.strip().lower()),
-    "startend:quotation": lambda text: len(text.strip()) > 1 and text.strip()[0] == text.strip()[-1] == '"'}
-
-
-def is_argument(name, value):
-    """Whether `value` can be the argument `name` of an instruction."""
-    if name in ("keywords", "forbidden_words"):
-        return isinstance(value, list) and len(value) > 0 and all(is_argument("keyword", v) for v in value)
-    if name.startswith(("num_", "nth_")) or name.endswith("frequency"):
-        return type(value) is int and value >= 0
-    if name.endswith("relation"):
-        return value in ("less than", "at least")
-    longest = {"letter": 1, "prompt_to_repeat": math.inf}.get(name, MAX_CHARS)
-    return isinstance(value, str) and value.strip() != "" and len(value) <= longest and (
-        name != "language" or any(value in languages for languages in LANGUAGES.values()))
+    "startend:quotation": lambda text:
+        len(text.strip()) > 1 and text.strip()[0] == text.strip()[-1] == '"'}
 
 
 def ifeval_verdicts(response: str, instruction_ids: list[str], kwargs: list[dict]
                     ) -> tuple[list[bool], list[bool]]:
     """Strict and loose verdict of each instruction on a response.
 
-    Loose: on any of eight texts: the response whole, without its first line, its last, or both, each also
-    without `*`. An empty text follows nothing. An argument that is None is absent. Raises UserError that
-    names the instruction and its wrong, missing or unknown arguments."""
-    if len(instruction_ids) != len(kwargs):
-        raise UserError(f"{len(instruction_ids)} instructions, but arguments for {len(kwargs)}")
+    Loose: on any of eight texts: the response whole, without its first line, its last, or both, and
+    each also without `*`. An empty text follows nothing. An argument that is None is absent. Raises
+    UserError for an unknown instruction and for wrong arguments."""
     lines = response.split("\n")
-    cut = [response, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
-    variants = [text for text in dict.fromkeys(cut + [text.replace("*", "") for text in cut]) if text.strip()]
+    texts = [response]
+    for part in (lines[1:], lines[:-1], lines[1:-1]):
+        texts.append("\n".join(part).strip())
+    texts += [text.replace("*", "") for text in texts]
     strict, loose = [], []
-    for instruction, given in zip(instruction_ids, kwargs):
-        check = CHECKS.get(str(instruction))
-        if not check or not isinstance(given, dict):
-            raise UserError(f"instruction {instruction!r} with arguments {given!r} is none of IFEval's")
-        given = {name: value for name, value in given.items() if value is not None}
-        names = list(inspect.signature(check).parameters)[1:]
-        wrong = [f"{name} = {given.get(name)!r}" for name in sorted({*names, *given})
-                 if name not in names or not is_argument(name, given.get(name))]
-        if wrong:
-            raise UserError(f"{instruction} takes {', '.join(names) or 'nothing'}; not {', '.join(wrong)}")
-        strict.append(bool(response.strip()) and check(response, **given))
-        loose.append(any(check(text, **given) for text in variants))
+    for instruction, arguments in zip(instruction_ids, kwargs):
+        try:
+            arguments = {k: v for k, v in arguments.items() if v is not None}
+            check = CHECKS[instruction]
+            verdicts = [text.strip() != "" and check(text, **arguments) for text in texts]
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
+            raise UserError(f"IFEval has no instruction {instruction!r} with the arguments "
+                            f"{arguments!r} ({e})") from None
+        strict.append(verdicts[0])
+        loose.append(any(verdicts))
     return strict, loose
+
+
+def read_ifeval(row, prompt):
+    """A row of IFEval: (messages, (instructions, their arguments)); raises UserError."""
+    ids, arguments = row.get("instruction_id_list"), row.get("kwargs")
+    if not isinstance(ids, list) or not isinstance(arguments, list) or len(ids) != len(arguments):
+        raise UserError("'instruction_id_list' and 'kwargs': two lists of one length expected")
+    ifeval_verdicts("x", ids, arguments)  # raises for what it does not know
+    return user_turn(prompt, data.check_text(row.get("prompt"), "'prompt'")), (ids, arguments)
+
+
+def grade_ifeval(text, gold):
+    """Prompt level: all instructions followed; instruction level: the share that was followed."""
+    strict, loose = ifeval_verdicts(after_thinking(text), *gold)
+    return {"prompt strict": all(strict), "instruction strict": sum(strict) / len(strict),
+            "prompt loose": all(loose), "instruction loose": sum(loose) / len(loose)}
 
 
 # --- math: gold answers and their rows ------------------------------------------------------------
@@ -1369,45 +1357,31 @@ def grade_math(text: str, gold: Gold) -> bool:
 
 # --- Connect4 -------------------------------------------------------------------------------------
 
-# A board is 6 rows of 7 cells, row 0 lowest; a cell is "X", "O" or "_". X plays first.
-CONNECT4_PROMPT = """You play Connect Four on a board of 6 rows and 7 columns. A disc falls to the lowest \
-empty cell of its column; four or more discs of one player in a row, horizontally, vertically or diagonally, \
-win. The board is written as (row,column):disc, row 0 being the lowest and column 0 the leftmost, with X and \
-O for the players' discs and _ for an empty cell.
-{state}
-Look at every valid move, and at all four lines through its cell, before you decide. Write down all valid \
-moves with which you would win at once, and all valid moves with which your opponent would win at once if it \
-were their turn now, in exactly this form, None standing for an empty list:
+CONNECT4_PROMPT = """You play Connect Four on a board of 6 rows and 7 columns. A disc falls to the \
+lowest empty cell of its column; four or more discs of one player in a row, horizontally, \
+vertically or diagonally, win. The board is written as (row,column):disc, row 0 being the lowest \
+and column 0 the leftmost, with X and O for the players' discs and _ for an empty cell.
+{question}
+Look at every valid move, and at all four lines through its cell, before you decide. Write down \
+all valid moves with which you would win at once, and all valid moves with which your opponent \
+would win at once if it were their turn now, in exactly this form, None standing for an empty list:
 [Intermediate Thinking Results 1: (row,column), (row,column)]
 [Intermediate Thinking Results 2: None]
 The first line is about you, the second about your opponent. End with your move in this form:
 Chosen Move: (row,column)"""
-CONNECT4_TRIVIAL = "[Intermediate Thinking Results 1: None]\n[Intermediate Thinking Results 2: None]"
-CONNECT4_RESULTS = [re.compile(rf"intermediate thinking results {n} *:([^\]\n]{{0,1000}})\]") for n in (1, 2)]
+CONNECT4_NONE = """[Intermediate Thinking Results 1: None]
+[Intermediate Thinking Results 2: None]"""
+OTHER = {"X": "O", "O": "X"}
 
 
 def connect4_state(board: list, player: str) -> str:
-    """The position as the official file writes it; `player` ("X" or "O") is to move."""
+    """The position as the official file writes it. `board`: 6 rows of 7 cells, row 0 lowest, each
+    "X", "O" or "_"; `player` is to move."""
     rows = ["".join(f"({r},{c}):{board[r][c]} " for c in range(7)) for r in reversed(range(6))]
     moves = [f"({r},{c})" for r, c in valid_moves(board)]
-    return ("\nCurrent Game Board: \n" + "\n".join(rows)
-            + f"\n\nCurrent valid moves for player {player}: {moves}\nYou are player {player}, please choose "
-              "the best move considering the current board state.\n")
-
-
-def read_connect4(text: str) -> tuple[list, str]:
-    """(board, player to move) of a state; raises UserError where `connect4_state` gives another text."""
-    discs = {(int(r), int(c)): disc for r, c, disc in re.findall(r"\(([0-5]),([0-6])\):([XO])", text)}
-    board = [[discs.get((r, c), "_") for c in range(7)] for r in range(6)]
-    floating = [(r, c) for r, c in discs if r and board[r - 1][c] == "_"]
-    if floating:
-        raise UserError(f"'state': the disc at {min(floating)} has nothing under it")
-    player = "O" if "You are player O" in text else "X"
-    found, expected = text.split("\n"), connect4_state(board, player).split("\n")
-    for number, (line, wanted) in enumerate(itertools.zip_longest(found, expected), 1):
-        if line != wanted:
-            raise UserError(f"'state': line {number} of the text should be {wanted!r}, found {line!r:.120}")
-    return board, player
+    return ("\nCurrent Game Board: \n" + "\n".join(rows) + "\n\nCurrent valid moves for player "
+            f"{player}: {moves}\nYou are player {player}, please choose the best move considering "
+            "the current board state.\n")
 
 
 def valid_moves(board):
@@ -1415,310 +1389,325 @@ def valid_moves(board):
     return [(column.index("_"), c) for c, column in enumerate(zip(*board)) if "_" in column]
 
 
-def winning_moves(board: list, player: str) -> list[tuple[int, int]]:
-    """The valid moves, by column, with which `player` would at once have four or more in a row; whose turn
-    it is does not matter."""
-    return [(r, c) for r, c in valid_moves(board) if wins(board, r, c, player)]
-
-
 def wins(board, row, col, player):
-    """Whether a disc of the player at this cell makes four or more in a row; what lies there is not read."""
-    def reach(r, c, dr, dc):  # how many own discs follow in this direction
-        r, c = r + dr, c + dc
-        return 1 + reach(r, c, dr, dc) if 0 <= r < 6 and 0 <= c < 7 and board[r][c] == player else 0
+    """Whether a disc of the player at this cell makes four or more in a row."""
+    for dr, dc in ((0, 1), (1, 0), (1, 1), (1, -1)):
+        count = 1
+        for sign in (1, -1):
+            r, c = row + sign * dr, col + sign * dc
+            while 0 <= r < 6 and 0 <= c < 7 and board[r][c] == player:
+                count += 1
+                r, c = r + sign * dr, c + sign * dc
+        if count >= 4:
+            return True
+    return False
 
-    return any(reach(row, col, dr, dc) + reach(row, col, -dr, -dc) >= 3
-               for dr, dc in ((0, 1), (1, 0), (1, 1), (1, -1)))
 
-
-def connect4_labels(board, player):
-    """[mine, opponent's] winning moves as the official file has them, [[row, col], ...] each."""
-    return [[list(move) for move in winning_moves(board, who)] for who in (player, "XO"[player == "X"])]
+def winning_moves(board: list, player: str) -> list[list[int]]:
+    """The valid moves [row, col], by column, with which `player` would at once have four or more in
+    a row; whose turn it is does not matter."""
+    return [[r, c] for r, c in valid_moves(board) if wins(board, r, c, player)]
 
 
 def connect4_rows(count: int, seed: int) -> list[dict]:
-    """`count` rows {"state", "answer"} in the official layout: one position each, any but the end, of a game
-    of two random players. All states differ, and of any first n rows at most a fifth has both lists empty
-    (the paper's filter): fewer rows of a seed are the first of more. Raises UserError unless count >= 1."""
-    if count < 1:
-        raise UserError(f"{count} Connect4 states wanted: one or more expected")
-    rng, rows, easy = random.Random(seed), {}, 0  # rows by state
+    """`count` rows {"state", "answer"} in the official layout; an answer is [mine, opponent's]
+    winning moves. A state is a position, any but the last, of a game of two random players. All
+    states differ, and of any first n rows at most a fifth has both lists empty, as in the paper."""
+    rng, rows, empty = random.Random(seed), {}, 0  # rows by state
     while len(rows) < count:
         board, player, over, positions = [["_"] * 7 for _ in range(6)], "X", False, []
         while not over:
             positions.append(([row[:] for row in board], player))
             r, c = rng.choice(valid_moves(board))
             over = wins(board, r, c, player) or len(positions) == 42
-            board[r][c], player = player, "XO"[player == "X"]
+            board[r][c], player = player, OTHER[player]
         board, player = rng.choice(positions)
-        state, answer = connect4_state(board, player), connect4_labels(board, player)
-        if state not in rows and (answer != [[], []] or 5 * (easy + 1) <= len(rows) + 1):
-            easy += answer == [[], []]
-            rows[state] = {"state": state, "answer": answer}
+        state = connect4_state(board, player)
+        answer = [winning_moves(board, player), winning_moves(board, OTHER[player])]
+        is_empty = answer == [[], []]
+        if state in rows or is_empty and 5 * (empty + 1) > len(rows) + 1:
+            continue
+        empty += is_empty
+        rows[state] = {"state": state, "answer": answer}
     return list(rows.values())
 
 
-def connect4_file(path: str) -> list[dict]:
-    """The rows of a file in the official layout. Raises UserError, naming the line, for a state that is not
-    in it and for labels that are not those of the rules."""
-    def parse(row, line):
-        state = data.check_text(row.get("state"), "'state'")
-        answer = connect4_labels(*read_connect4(state))
-        if row.get("answer") != answer:
-            raise UserError(f"'answer': by the rules it is {answer}, found {row.get('answer')!r:.100}")
-        return {"state": state, "answer": answer}
-
-    return data.read_rows(path, parse)[0]
+def read_connect4(row, prompt):
+    """A row in the official layout: (messages, [mine, opponent's] winning moves). Raises UserError
+    for another layout, and for labels that are not those of the rules."""
+    state = data.check_text(row.get("state"), "'state'")
+    board = [["_"] * 7 for _ in range(6)]
+    for r, c, disc in re.findall(r"\(([0-5]),([0-6])\):([XO])", state):
+        board[int(r)][int(c)] = disc
+    player = "O" if "You are player O" in state else "X"
+    if state != connect4_state(board, player):
+        raise UserError(f"'state': not in the layout of the official file, found {state!r:.120}")
+    answer = [winning_moves(board, player), winning_moves(board, OTHER[player])]
+    if row.get("answer") != answer:
+        raise UserError(f"'answer': by the rules it is {answer}, found {row.get('answer')!r:.100}")
+    return user_turn(prompt, state), answer
 
 
 def grade_connect4(text: str, answer: list) -> dict:
-    """{"mine", "opponent", "joint", "no answer"}, each 0 or 1, for a response and its [mine, opponent's].
+    """{"joint", "mine", "opponent", "no answer"}, each 0 or 1, of a response.
 
-    As in the published scorer upper case does not matter, the first result of each kind counts, and cells
-    are compared as multisets. Different from it: thinking is dropped; spaces inside (r, c) are read; a result
-    with neither cells nor None is wrong, not an empty list. A missing one is wrong, and "no answer" is 1.
+    As in the published scorer upper case does not matter, the first result of each kind counts, and
+    cells are compared as multisets. Different from it: thinking is dropped, (r, c) may have spaces,
+    and a result with neither cells nor None is wrong. A missing result is no answer.
     """
     text = after_thinking(text).lower()
-    found, right = [pattern.search(text) for pattern in CONNECT4_RESULTS], []
-    for m, gold in zip(found, answer):
-        cells = re.findall(r"\(\s*(\d+)\s*,\s*(\d+)\s*\)", m[1]) if m else []
-        said = m is not None and bool(cells) != ("none" in m[1])
-        right.append(int(said and Counter((int(r), int(c)) for r, c in cells) == Counter(map(tuple, gold))))
-    return {"mine": right[0], "opponent": right[1], "joint": min(right), "no answer": int(None in found)}
-
-
-def connect4_reference(rows: list[dict]) -> dict:
-    """The scores of answering None to both questions of every row: what costs no look at the board."""
-    grades = [grade_connect4(CONNECT4_TRIVIAL, row["answer"]) for row in rows]
-    return {k: sum(grade[k] for grade in grades) / len(grades) for k in grades[0]}
+    results = [re.search(rf"intermediate thinking results {n} *:([^\]\n]{{0,1000}})\]", text)
+               for n in (1, 2)]
+    right = []
+    for result, moves in zip(results, answer):
+        written = result[1] if result else ""
+        cells = re.findall(r"\(\s*(\d+)\s*,\s*(\d+)\s*\)", written)
+        is_clear = ("none" in written) != (cells != [])
+        right.append(int(is_clear and sorted([int(r), int(c)] for r, c in cells) == sorted(moves)))
+    return {"joint": min(right), "mine": right[0], "opponent": right[1],
+            "no answer": int(None in results)}
 
 
 # --- GPQA -----------------------------------------------------------------------------------------
 
-GPQA_PROMPT = """Answer this multiple-choice question. Think step by step, then end with one last line that \
-gives the letter of your choice in exactly this form: "Answer": "C"
+GPQA_PROMPT = """Answer this multiple-choice question. Think step by step, then end with one last \
+line that gives the letter of your choice in exactly this form: "Answer": "C"
 
-"""
-GPQA_KEYS = ["Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"]
+{question}"""
+GPQA_KEYS = ["Question", "Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3))]
+QUOTE = "[\"'“”‘’]"
 CHOICES = [re.compile(pattern) for pattern in (
-    r"""(?i:["'“”‘’]answer["'“”‘’])\s*:\s*["'“”‘’]\(?([A-D])\)?\.?["'“”‘’]""",  # as the prompt asks for
+    rf"(?i:{QUOTE}answer{QUOTE})\s*:\s*{QUOTE}\(?([A-D])\)?\.?{QUOTE}",  # as the prompt asks for
     r"\\boxed\s*\{\s*(?:\\\w+\s*\{)?[\s($]*([A-D])\s*[}).:]",
-    r"(?i:<answer>)[\s(]*([A-D])[\s).]*(?i:</answer>)",
-    # Not the article of "the answer is A good one", nor a part of the name C-H, nor the first of two.
-    r"(?i:\b(?:answer|option|choice)\b[*\"']*\s*(?:is|be|(?:would|should|must)\s+be|:))"
+    # "The answer is C"; not the article of "is A good one", a part of C-H, the first of two
+    r"(?i:\b(?:answer|option|choice)\b[*\"']*\s*(?:is|would be|:))"
     r"(?:[\s:*_\"'($\[]|\\\(|\\(?:boxed|text\w*)\s*\{|(?i:option|choice)\b)*"
-    r"([A-D])(?![\w'’–-]|[ \t]+(?!because\b|since\b|as\b)[a-z]|\)?\s*[,/(]\s*\(?[A-D]\b)",
-    r"(?i:\b(?:option|choice))[\s(*]+([A-D])\b[)*]*\s+(?i:is\s+(?:the\s+)?(?:correct|right|best)\b)")]
+    r"([A-D])(?![\w'’–-]|[ \t]+(?!because\b|since\b|as\b)[a-z]|\)?\s*[,/(]\s*\(?[A-D]\b)")]
 
 
-def gpqa_file(path: str) -> list[tuple]:
-    """Rows (id, user turn, right letter) of a JSONL file of four-choice questions with the hub's keys.
+def read_gpqa(row, prompt):
+    """A four-choice question with the hub's keys: (messages, right letter). Raises UserError.
 
-    Choices are ordered by a hash of question and choice: a shuffle that is the same on every machine and
-    whatever their order in the file. Raises UserError naming line and field.
+    Choices are ordered by a hash of question and choice: a shuffle that is the same on every
+    machine and whatever their order in the file.
     """
-    def parse(row, line):
-        question, *choices = (data.check_text(row.get(key), repr(key)).strip() for key in GPQA_KEYS)
-        right = choices[0]
-        if not question or not all(choices) or choices.count(right) > 1:
-            raise UserError("the question or a choice is empty, or the right choice is there twice")
-        order = sorted(choices, key=lambda c: hashlib.sha256(json.dumps([question, c]).encode()).digest())
-        shown = "\n".join(f"{letter}) {choice}" for letter, choice in zip("ABCD", order))
-        return item_id(row, line), f"{GPQA_PROMPT}{question}\n\n{shown}", "ABCD"[order.index(right)]
-
-    return read_unique(path, parse)
+    question, *choices = (data.check_text(row.get(key), repr(key)).strip() for key in GPQA_KEYS)
+    right = choices[0]
+    if not question or not all(choices) or choices.count(right) > 1:
+        raise UserError("the question or a choice is empty, or the right choice is there twice")
+    choices.sort(key=lambda c: hashlib.sha256(json.dumps([question, c]).encode()).digest())
+    shown = "\n".join(f"{letter}) {choice}" for letter, choice in zip("ABCD", choices))
+    return user_turn(prompt, f"{question}\n\n{shown}"), "ABCD"[choices.index(right)]
 
 
 def choice_letter(text: str) -> str | None:
-    """The letter that a response chooses, or None: the last match of the first of CHOICES that has one, else
-    a letter alone on the last line. Thinking is dropped."""
+    """The letter that a response chooses, or None: the last match of the first of CHOICES that has
+    one, else a letter alone on the last line. Thinking is dropped."""
     text = after_thinking(text)
     for pattern in CHOICES:
         if letters := pattern.findall(text):
             return letters[-1]
     bare = text.rstrip().split("\n")[-1].strip("*_()$. \t\r")
-    return bare if bare in tuple("ABCD") else None
+    return bare if bare in ("A", "B", "C", "D") else None
+
+
+def grade_gpqa(text, right):
+    """Scores of a response to a four-choice question."""
+    letter = choice_letter(text)
+    return {"accuracy": letter == right, "no answer": letter is None}
+
+
+# --- tasks ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """One benchmark: what is asked, how its file is read, and how an answer is scored."""
+
+    name: str
+    prompt: str  # the user turn; {question} is filled in
+    read: object  # (row, prompt) -> (messages, gold); raises UserError that names the field
+    grade: object  # (text, gold) -> {metric: 0 to 1}; the first metric is the headline
+    samples: int = 5  # answers a question, the paper's k
+    group: str = ""  # of the paper's table
+    weights: dict = field(default_factory=dict)  # {metric: (gold) -> weight of its row}; else 1
+    trivial: str = ""  # an answer that costs no thought; what it scores is shown beside
+    rows: list = field(default_factory=list)  # (id, messages, gold), from load_task
+
+
+def question_messages(row: dict, prompt: str) -> list:
+    """The messages that ask a row's question, in question, problem or prompt: a string goes into
+    the prompt, a list of messages stays as it is. Raises UserError naming the field."""
+    for key in ("question", "problem", "prompt"):
+        if row.get(key) is not None:
+            messages = data.prompt_messages(row[key], key)
+            if isinstance(row[key], str):
+                messages = user_turn(prompt, row[key])
+            return messages
+    raise UserError(f"question, problem or prompt expected, found {sorted(row)!r:.100}")
+
+
+def read_math(row, prompt):
+    """A row of a math set: (messages, Gold). Raises UserError naming the field."""
+    return question_messages(row, prompt), math_gold(row)
+
+
+def score_math(text, gold):
+    """Scores of a response to a mathematical question."""
+    return {"accuracy": grade_math(text, gold), "no answer": extract_answer(text) is None,
+            "no box": last_boxed(after_thinking(text)) is None}
+
+
+# A new benchmark is one entry here, with its own prompt, reader and grader, such as GPQA's above.
+TASKS = {task.name: task for task in (
+    Task("aime24", INSTRUCTION, read_math, score_math, samples=16, group="in-domain"),
+    Task("aime25", INSTRUCTION, read_math, score_math, samples=16, group="in-domain"),
+    Task("amc23", INSTRUCTION, read_math, score_math, samples=16, group="in-domain"),
+    Task("math500", INSTRUCTION, read_math, score_math, group="in-domain"),
+    Task("minerva", INSTRUCTION, read_math, score_math, group="in-domain"),
+    Task("olympiadbench", INSTRUCTION, read_math, score_math, group="in-domain"),
+    Task("gpqa", GPQA_PROMPT, read_gpqa, grade_gpqa, group="OOD"),
+    Task("connect4", CONNECT4_PROMPT, read_connect4, grade_connect4, samples=1, group="OOD",
+         trivial=CONNECT4_NONE),
+    Task("ifeval", "{question}", read_ifeval, grade_ifeval, group="IF", weights=dict.fromkeys(
+        ("instruction strict", "instruction loose"), lambda gold: len(gold[0]))),
+    Task("gsm8k", INSTRUCTION, read_math, score_math))}  # not in the paper's table
+
+
+def user_turn(prompt: str, question: str) -> list:
+    """The messages that ask a question."""
+    return [{"role": "user", "content": prompt.replace("{question}", question)}]
+
+
+def item_id(row, line):
+    """The row's own id or index, else its line number."""
+    for key in ("id", "index", "key", "Record ID"):
+        value = row.get(key)
+        if value is not None:
+            if type(value) not in (str, int):
+                raise UserError(f'"{key}": a string or an integer expected, found {value!r:.60}')
+            return data.check_text(str(value), f'"{key}"')
+    return str(line)
+
+
+def load_task(spec: str, folder: str) -> Task:
+    """A task with its rows: NAME, from folder/NAME.jsonl, or NAME=FILE. Any other NAME=FILE is a
+    math set of the user's own. Raises UserError naming file and line."""
+    name, given, path = spec.partition("=")
+    if not re.fullmatch(r"[\w-]+", name):
+        raise UserError(f"--tasks: {name!r} is no name; letters, digits, '-' and '_' expected")
+    if name not in TASKS and not given:
+        raise UserError(f"--tasks: {name!r} is unknown; {', '.join(TASKS)} or NAME=FILE.jsonl "
+                        "expected")
+    task = TASKS.get(name) or replace(TASKS["gsm8k"], name=name)
+    path = path or os.path.join(folder, f"{name}.jsonl")
+
+    def parse(row, line):
+        return item_id(row, line), *task.read(row, task.prompt)
+
+    if name == "connect4" and not given and not os.path.exists(path):
+        rows = [parse(row, i) for i, row in enumerate(connect4_rows(500, seed=0))]
+    else:
+        rows, _ = data.read_rows(path, parse)
+    repeated = [k for k, n in Counter(row[0] for row in rows).items() if n > 1]
+    if repeated:
+        first = ", ".join(map(ascii, repeated[:5]))
+        raise UserError(f"{path}: {len(repeated)} ids occur more than once, first {first} "
+                        "(a row without an id has its line's number)")
+    return replace(task, rows=rows)
 
 
 # --- statistics -----------------------------------------------------------------------------------
 
-def question_mean(name, scores):
+
+def question_mean(scores: list) -> float:
     """The mean over the samples of one question."""
-    scores = list(scores)
-    if not scores or not all(isinstance(x, Real | np.bool_) and math.isfinite(x) for x in scores):
-        raise UserError(f"question {name!r}: one or more finite scores expected, found {scores!r:.60}")
     return math.fsum(scores) / len(scores)
 
 
 def clustered(scores: list, weights: list | None = None) -> tuple[float, float | None]:
     """(mean, its standard error) of per-question lists of scores, in the scores' unit.
 
-    Samples of one question are no independent evidence, so the error is that of n questions, clusters: the
-    cluster-robust error with its n / (n - 1) correction (Miller 2024, arXiv 2411.00640, eq. 4). Every
-    question counts once, however many of its samples failed; with weights (a text's tokens, a prompt's
-    instructions) it is the weighted mean and the error of a ratio. None: one question has no spread.
-    Raises UserError where there is no score, or one that is no number.
+    The samples of one question are not independent, so the error is that of n questions: the
+    cluster-robust error with its n / (n - 1) correction (Miller 2024, arXiv 2411.00640, eq. 4).
+    Every question counts once, however many samples it has. With weights, one a question (a text's
+    tokens, a prompt's instructions), it is the weighted mean and the error of a ratio. The error of
+    a single question is None.
     """
-    if not scores:
-        raise UserError("no question has a score")
-    means, n = np.array([question_mean(i, s) for i, s in enumerate(scores)]), len(scores)
+    n = len(scores)
+    means = np.array([question_mean(row) for row in scores])
     weights = np.ones(n) if weights is None else np.array(weights, dtype=float)
     mean = (weights * means).sum() / weights.sum()
     if n == 1:
         return float(mean), None
-    spread = np.sqrt(((weights * (means - mean)) ** 2).sum() * n / (n - 1)) / weights.sum()
-    return float(mean), float(spread)
+    squares = ((weights * (means - mean)) ** 2).sum()
+    return float(mean), float(np.sqrt(squares * n / (n - 1)) / weights.sum())
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The unbiased estimate of the chance that one or more of k samples is right, where c of n were (Chen
-    et al. 2021, arXiv 2107.03374), in integers: exact for any n. Raises UserError for impossible counts."""
-    if not 0 <= c <= n or not 1 <= k <= n:
-        raise UserError(f"pass@{k} of {n} samples with {c} right: 0 <= right <= samples and 1 <= k <= "
-                        "samples expected")
+    """The unbiased estimate of the chance that one or more of k samples is right, where c of n were
+    (Chen et al. 2021, arXiv 2107.03374), in integers: exact for any n. 0 <= c <= n, 1 <= k <= n."""
     subsets = math.comb(n, k)
     return (subsets - math.comb(n - c, k)) / subsets
 
 
 def paired_bootstrap(a: dict, b: dict, seed: int, resamples: int = 10_000) -> tuple:
-    """(difference, low, high, p) of two models by {question: its scores}: mean of b - mean of a, over the
-    questions that are in both; the 95 % percentile interval; and the two-sided p of no difference.
+    """(difference, low, high, p) of two models by {question: its scores}: mean of b - mean of a
+    over the questions that are in both (two or more), the 95 % percentile interval, and the
+    two-sided p of no difference.
 
-    Questions are drawn with replacement and keep both models' scores together, so what makes a question
-    hard for both cancels out. With a few questions only, the interval is somewhat too narrow. Raises
-    UserError where fewer than two questions are in both.
+    Questions are drawn with replacement and keep both models' scores together, so what makes a
+    question hard for both cancels out. With few questions the interval is somewhat too narrow.
     """
-    both = [q for q in a if q in b]
-    if len(both) < 2:
-        raise UserError(f"{len(both)} questions are in both results, of {len(a)} and {len(b)}: two or more "
-                        "are needed to compare them")
-    differences = np.array([question_mean(q, b[q]) - question_mean(q, a[q]) for q in both])
-    # To draw n questions is to draw how often each distinct difference occurs; there are few of those.
+    differences = []
+    for question in a:
+        if question in b:
+            differences.append(question_mean(b[question]) - question_mean(a[question]))
+    n = len(differences)
+    # A draw of n questions is a draw of how often each distinct difference occurs.
     values, counts = np.unique(differences, return_counts=True)
-    rng, n = np.random.default_rng(seed), len(both)
-    blocks = [min(1000, resamples - done) for done in range(0, resamples, 1000)]  # bounds the memory
-    means = np.concatenate([rng.multinomial(n, counts / n, size) @ values / n for size in blocks])
+    rng = np.random.default_rng(seed)
+    means = []
+    for done in range(0, resamples, 1000):  # blocks bound the memory
+        drawn = rng.multinomial(n, counts / n, min(1000, resamples - done))
+        means.extend(drawn @ values / n)
+    means = np.array(means)
     low, high = np.quantile(means, (0.025, 0.975))
-    beyond = int(min(np.sum(means <= 1e-12), np.sum(means >= -1e-12)))  # a 0 may be summed to 1e-17
-    return float(differences.mean()), float(low), float(high), min(1.0, 2 * (1 + beyond) / (1 + resamples))
-
-
-# --- tasks ----------------------------------------------------------------------------------------
-
-MATH_SETS = ("aime24", "aime25", "amc23", "math500", "minerva", "olympiadbench", "gsm8k")
-GROUPS = {"in-domain": MATH_SETS[:6], "OOD": ("gpqa", "connect4"), "IF": ("ifeval",)}  # the paper's table
-TASK_NAME = re.compile(r"(?!.*\.(?:json|md)$)\w[\w.-]*", re.ASCII)  # a folder's beside results.json
-SAMPLES = {"aime24": 16, "aime25": 16, "amc23": 16, "connect4": 1}  # the paper's k; 5 for all others
-
-
-@dataclass
-class Task:
-    """One benchmark: what is asked, and how an answer is scored."""
-
-    name: str
-    rows: list  # (id, user turn, what `grade` compares with)
-    grade: object  # (text, gold) -> {metric: 0 to 1}; the first metric is the headline
-    weights: dict = field(default_factory=dict)  # {metric: one weight a row}, where rows do not count alike
-    reference: dict = field(default_factory=dict)  # scores of an answer that costs no thought
-
-
-def load_task(spec: str, folder: str) -> Task:
-    """A task by its name, from folder/NAME.jsonl, or `NAME=PATH`; any other NAME=PATH is a math set of the
-    user's own (question and gold in the fields that oracle.py reads). Raises UserError naming file and line.
-    """
-    name, given, path = spec.partition("=")
-    if not TASK_NAME.fullmatch(name):
-        raise UserError(f"--tasks: {name!r} is no name; letters, digits, '-', '_' and '.' expected")
-    path = path or os.path.join(folder, f"{name}.jsonl")
-    if name == "connect4":
-        rows = connect4_file(path) if given or os.path.exists(path) else connect4_rows(500, seed=0)
-        asked = [(str(i), CONNECT4_PROMPT.replace("{state}", row["state"]), row["answer"])
-                 for i, row in enumerate(rows)]
-        return Task(name, asked, grade_connect4, reference=connect4_reference(rows))
-    if name == "gpqa":
-        return Task(name, gpqa_file(path), lambda text, gold: {
-            "accuracy": choice_letter(text) == gold, "no answer": choice_letter(text) is None})
-    if name == "ifeval":
-        rows = read_unique(path, parse_ifeval)
-        counts = [len(gold[0]) for _, _, gold in rows]
-        return Task(name, rows, grade_ifeval, {"instruction strict": counts, "instruction loose": counts})
-    if name not in MATH_SETS and not given:
-        raise UserError(f"--tasks: {name!r} is unknown; {', '.join((*MATH_SETS, *GROUPS['OOD'], 'ifeval'))} "
-                        "or NAME=FILE.jsonl expected")
-    return Task(name, read_unique(path, parse_math), lambda text, gold: {
-        "accuracy": grade_math(text, gold), "no answer": extract_answer(text) is None,
-        "no box": last_boxed(after_thinking(text)) is None})
-
-
-def read_unique(path, parse):
-    """Rows (id, ...) of a task's file; ids must differ."""
-    rows, dropped = data.read_rows(path, parse)
-    twice = [k for k, n in Counter(row[0] for row in rows).items() if n > 1]
-    if twice:
-        first = ", ".join(map(ascii, twice[:5]))
-        raise UserError(f"{path}: {len(twice)} ids occur more than once, first {first} "
-                        "(a row without an id has its line's number)")
-    return rows
-
-
-def item_id(row, line):
-    """The row's own id or index, else its line number."""
-    key = next((k for k in ("id", "index", "key", "Record ID") if row.get(k) is not None), None)
-    value = line if key is None else row[key]
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise UserError(f'"{key}": a string or an integer expected, found {value!r:.60}')
-    return data.check_text(str(value), f'"{key}"')
-
-
-def parse_math(row, line):
-    """A row of a math set as (id, user turn, Gold); raises UserError naming the field."""
-    key = next((k for k in ("question", "problem", "prompt") if isinstance(row.get(k), str)), None)
-    if key is None:
-        raise UserError(f"a string in question, problem or prompt expected, found {sorted(row)!r:.100}")
-    question = data.check_text(row[key], repr(key))
-    return item_id(row, line), INSTRUCTION.replace("{question}", question), math_gold(row)
-
-
-def parse_ifeval(row, line):
-    """A row of IFEval as (id, user turn, (instructions, arguments)); raises UserError."""
-    ids, arguments = row.get("instruction_id_list"), row.get("kwargs")
-    if not isinstance(ids, list) or not isinstance(arguments, list) or not 0 < len(ids) == len(arguments):
-        raise UserError("'instruction_id_list' and 'kwargs': two lists of one length expected, found "
-                        f"{ids!r:.60} and {arguments!r:.60}")
-    ifeval_verdicts("x", ids, arguments)  # raises for what it does not know
-    return item_id(row, line), data.check_text(row.get("prompt"), "'prompt'"), (ids, arguments)
-
-
-def grade_ifeval(text, gold):
-    """Prompt level: all instructions kept; instruction level: the share that was kept."""
-    strict, loose = ifeval_verdicts(after_thinking(text), *gold)
-    return {"prompt strict": all(strict), "instruction strict": sum(strict) / len(strict),
-            "prompt loose": all(loose), "instruction loose": sum(loose) / len(loose)}
+    at_most_zero = int((means <= 1e-12).sum())  # a sum that is 0 may be rounded to 1e-17
+    at_least_zero = int((means >= -1e-12).sum())
+    p = min(1.0, 2 * (1 + min(at_most_zero, at_least_zero)) / (1 + resamples))
+    return float(np.mean(differences)), float(low), float(high), p
 
 
 # --- evaluation -----------------------------------------------------------------------------------
 
 
-def evaluate(policy, tasks: list, out: str, sampling: Sampling, ranks: Ranks, samples: int = 0, seed: int = 0
-             ) -> dict:
+def evaluate(policy, tasks: list, out: str, sampling: Sampling, ranks: Ranks, samples: int = 0,
+             seed: int = 0) -> dict:
     """Sample and score tasks; every answer is kept in out/TASK/raw-*.jsonl, and asked once.
 
-    samples: answers a question; 0: the paper's number for each task. Returns (on the main rank) and writes
-    results.json, where tasks of an earlier call stay: {task: `score_task`'s figures}.
+    samples: answers a question; 0: the paper's number for each task. Returns (on the main rank) and
+    writes results.json, where tasks of an earlier call stay: {task: `score_task`'s figures}.
     """
     path = os.path.join(out, "results.json")
     with ranks.together():
-        results = read_results(out) if ranks.main and os.path.lexists(path) else {}  # of tasks asked before
+        earlier = ranks.main and os.path.lexists(path)
+        results = read_results(out) if earlier else {}
     for task in tasks:
-        k = samples or SAMPLES.get(task.name, 5)
-        wanted = [[request_for(f"{name}/{i}", [{"role": "user", "content": turn}], seed) for i in range(k)]
-                  for name, turn, _ in task.rows]
-        records = sample(policy, [r for row in wanted for r in row], os.path.join(out, task.name), sampling,
-                         ranks, task.name)
+        k = samples or task.samples
+        wanted = [[request_for(f"{name}/{i}", messages, seed) for i in range(k)]
+                  for name, messages, _ in task.rows]
+        requests, folder = [r for row in wanted for r in row], os.path.join(out, task.name)
+        with ranks.together():
+            for _ in sample(policy, requests, folder, sampling, ranks, task.name):
+                pass  # in the log
         with ranks.together():
             if ranks.main:
+                records = read_answers(folder)
                 by_row = [[records.get(r.key, {}) for r in row] for row in wanted]
                 results[task.name] = score_task(task, by_row)
+                if isinstance(policy, Server) and policy.refused:
+                    results[task.name]["refused"] = list(policy.refused)  # keys of the request
                 ranks.say(f"{task.name}: " + describe(results[task.name]))
                 write_json(path, results)
                 write_text(os.path.join(out, "results.md"), [results_table(results), "\n"])
@@ -1727,581 +1716,489 @@ def evaluate(policy, tasks: list, out: str, sampling: Sampling, ranks: Ranks, sa
 
 
 def score_task(task: Task, records: list) -> dict:
-    """The figures of one task from its records, a list a row. Metrics, as (mean, standard error), and shares
-    are from 0 to 1. Answers that a server failed to give are left out of all means, and counted."""
-    flat = [r for row in records for r in row if "text" in r]
-    if not flat:
-        why = Counter(r.get("error", "not asked") for row in records for r in row).most_common(1)[0][0]
-        raise UserError(f"{task.name}: not one answer arrived ({why:.200}); start again to ask once more")
-    grades = {i: [task.grade(r["text"], task.rows[i][2]) for r in row if "text" in r]
-              for i, row in enumerate(records)}
-    grades = {i: row for i, row in grades.items() if row}  # a question whose samples all failed is left out
-    names = list(next(iter(grades.values()))[0])
-    metrics = {}
-    for name in names:
-        weights = task.weights.get(name)
-        metrics[name] = clustered([[float(g[name]) for g in row] for row in grades.values()],
-                                  weights and [weights[i] for i in grades])
-    scores = {task.rows[i][0]: [float(g[names[0]]) for g in row] for i, row in grades.items()}
-    k = min(map(len, scores.values()))
-    best = [pass_at_k(len(s), sum(map(round, s)), k) for s in scores.values()]
+    """The figures of one task from its records, a list a row. Metrics, as (mean, standard error),
+    and shares are from 0 to 1. Failed requests are left out of all means, and counted."""
+    answers, graded = [], []  # graded: (id, gold, grades of its answers) of each row that has some
+    for (name, _, gold), row in zip(task.rows, records):
+        arrived = [r for r in row if "text" in r]
+        answers += arrived
+        if arrived:
+            graded.append((name, gold, [task.grade(r["text"], gold) for r in arrived]))
+    if not answers:
+        errors = Counter(r.get("error", "not asked") for row in records for r in row)
+        why = errors.most_common(1)[0][0]
+        raise UserError(f"{task.name}: not one answer arrived ({why:.200}); start again to retry")
+    metrics, scores = {}, {}
+    for metric in graded[0][2][0]:
+        by_row = {name: [float(g[metric]) for g in grades] for name, _, grades in graded}
+        weights = None
+        if metric in task.weights:
+            weights = [task.weights[metric](gold) for _, gold, _ in graded]
+        metrics[metric] = clustered(list(by_row.values()), weights)
+        scores = scores or by_row  # of the headline
+    k = min(len(row) for row in scores.values())
+    pass_k = [pass_at_k(len(row), round(sum(row)), k) for row in scores.values()]
+    reference = {}
+    if task.trivial:
+        grades = [task.grade(task.trivial, gold) for _, _, gold in task.rows]
+        reference = {metric: sum(g[metric] for g in grades) / len(grades) for metric in grades[0]}
+    asked = {}
+    for name, messages, _ in task.rows:
+        text = "\n".join(m["content"] for m in messages)
+        asked[name] = hashlib.sha256(text.encode()).hexdigest()[:12]
 
-    def share(of):
-        return sum(map(of, flat)) / len(flat)
+    def share(values):
+        return sum(values) / len(answers)
 
-    return {"questions": len(task.rows), "samples": max(map(len, records)), "metrics": metrics,
-            f"pass@{k}": sum(best) / len(best), "cut off": share(lambda r: r["finish"] == "length"),
-            "empty": share(lambda r: not r["text"].strip()), "tokens": share(lambda r: r["tokens"]),
-            "unanswered": sum(map(len, records)) - len(flat), "reference": task.reference,
-            "asked": {name: hashlib.sha256(turn.encode()).hexdigest()[:12] for name, turn, _ in task.rows},
-            "scores": scores}
+    return {"questions": len(task.rows), "samples": max(len(row) for row in records),
+            "metrics": metrics, f"pass@{k}": sum(pass_k) / len(pass_k),
+            "cut off": share(r["finish"] == "length" for r in answers),
+            "empty": share(not r["text"].strip() for r in answers),
+            "tokens": share(r["tokens"] for r in answers),
+            "unanswered": sum(len(row) for row in records) - len(answers),
+            "reference": reference, "asked": asked, "scores": scores}
 
 
 def describe(result):
     """One line of a task's figures."""
     shown = [f"{name} {figure(*value)}" for name, value in result["metrics"].items()]
-    shown += [f"{k} {100 * v:.1f}" for k, v in result.items() if k[:5] in ("pass@", "cut o", "empty")]
-    shown += [f"{result['tokens']:.0f} tokens an answer"]
-    shown += [f"answering None gives {100 * v:.1f}" for k, v in result["reference"].items() if k == "joint"]
-    shown += [f"{result['unanswered']} UNANSWERED (start again to ask them)"] * bool(result["unanswered"])
+    for key, value in result.items():
+        if key.startswith("pass@") or key in ("cut off", "empty"):
+            shown.append(f"{key} {100 * value:.1f}")
+    shown.append(f"{result['tokens']:.0f} tokens an answer")
+    if result["reference"]:
+        shown.append(f"answering None gives {100 * result['reference']['joint']:.1f}")
+    if result["unanswered"]:
+        shown.append(f"{result['unanswered']} UNANSWERED (start again to ask them)")
     return ", ".join(shown)
 
 
 def figure(mean, error):
     """A share and its standard error as text, in %."""
-    return f"{100 * mean:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+    return f"{100 * mean:.1f}" if error is None else f"{100 * mean:.1f} ± {100 * error:.1f}"
 
 
 def results_table(results: dict) -> str:
-    """The headline figures in %, with standard errors, as the paper lays them out: in-domain, OOD, IF, and
-    the mean of each group and of all nine where all of a group's tasks are there."""
+    """The headline figures in %, with standard errors, as the paper lays them out: in-domain, OOD,
+    IF, and the mean of each group and of all nine where all of a group's tasks are there."""
     headline = {name: next(iter(r["metrics"].values())) for name, r in results.items()}
-    of_paper = [name for group in GROUPS.values() for name in group]
-    ordered = [*(name for name in of_paper if name in headline), *(n for n in headline if n not in of_paper)]
+    group_of = {task.name: task.group for task in TASKS.values() if task.group}
+    ordered = [name for name in group_of if name in headline]
+    ordered += [name for name in headline if name not in group_of]
     columns = [(name, "---", figure(*headline[name])) for name in ordered]
-    for group, names in {**GROUPS, "overall": of_paper}.items():
-        if len(names) > 1 and all(name in headline for name in names):
+    for group in ("in-domain", "OOD", "overall"):
+        names = [name for name in group_of if group in (group_of[name], "overall")]
+        if all(name in headline for name in names):
             mean = sum(headline[name][0] for name in names) / len(names)
             columns.append((group, "---", figure(mean, None)))
     return "\n".join("| " + " | ".join(row) + " |" for row in zip(*columns))
 
 
 def read_results(folder: str) -> dict:
-    """results.json of a finished evaluation; what `compare_runs` and `results_table` need is checked."""
+    """results.json of an evaluation."""
     path = os.path.join(folder, "results.json")
     results = read_json(path)
-    for name, r in results.items():
-        try:
-            shares = [x for row in r["scores"].values() for x in row or [None]]
-            shares += [x for mean, error in r["metrics"].values() for x in (mean, error or 0.0)]
-            fits = (TASK_NAME.fullmatch(name) and type(r["questions"]) is int and r["scores"] and r["metrics"]
-                    and all(type(x) in (int, float) and 0 <= x <= 1 for x in shares)
-                    and all(isinstance(r["asked"][q], str) for q in r["scores"]))
-        except (KeyError, TypeError, ValueError, AttributeError):
-            fits = False
-        if not fits:
-            raise UserError(f"{path}: {name!r:.60} is no result of this program")
+    for name, result in results.items():
+        if not isinstance(result, dict) or "scores" not in result:
+            raise UserError(f"{path}: {name!r:.60} is no result of an evaluation")
     return results
 
 
 def compare_runs(folders: list, seed: int = 0) -> str:
-    """A Markdown table of two finished evaluations: differences of the headline figures in points, B - A,
-    with 95 % intervals by paired bootstrap over the questions that both answered. A and B are of those alone.
-    Below 20 questions the bootstrap's p is too small, and left out. What cannot be compared is said."""
-    (a, b), rows = map(read_results, folders), []
-    one, other = (read_json(os.path.join(folder, "settings.json")) for folder in folders)
-    def quoted(value):  # settings.json may be a stranger's: one line, no markup, no terminal's commands
-        return html.escape(json.dumps(value)[:200], quote=False).replace("|", "\\|")
-
-    notes = [f"{k} differs: {quoted(one.get(k))} and {quoted(other.get(k))}" for k in ("sampling", "seed")
-             if one.get(k) != other.get(k)]
-    for name in (name for name in a if name in b):
-        both = [q for q in a[name]["scores"] if q in b[name]["scores"]
-                and a[name]["asked"][q] == b[name]["asked"][q]]
-        if len(both) < 2:
-            notes.append(f"{name} is left out: {len(both)} questions were asked in both")
+    """A Markdown table of two finished evaluations A and B: the headline figures over the questions
+    that both answered, their difference B - A in points, and its 95 % interval by paired bootstrap.
+    Below 20 questions the bootstrap's p is too small and is left out. Notes name what differs or
+    cannot be compared. Raises UserError where the two have no task in common."""
+    a, b = [read_results(folder) for folder in folders]
+    settings_a, settings_b = (read_json(os.path.join(f, "settings.json")) for f in folders)
+    rows, notes = [], []
+    for key in ("sampling", "seed", "refused"):
+        values = [json.dumps(settings.get(key)) for settings in (settings_a, settings_b)]
+        if values[0] != values[1]:
+            notes.append(f"{key} differs: {values[0]} and {values[1]}")
+    for task in a:
+        if task not in b:
             continue
-        some = [{q: r[name]["scores"][q] for q in both} for r in (a, b)]
-        difference, low, high, p = paired_bootstrap(*some, seed)
-        first, second = (100 * clustered(list(scores.values()))[0] for scores in some)
-        rows.append(f"| {name} | {len(both)} | {first:.1f} | {second:.1f} | {100 * difference:+.1f} | "
-                    f"{100 * low:+.1f} to {100 * high:+.1f} | {f'{p:.3f}' if len(both) >= 20 else '-'} |")
-        others = [r[name]["questions"] - len(both) for r in (a, b)]
-        notes += [f"{name}: {others[0]} questions of A and {others[1]} of B have no partner"] * any(others)
+        scores_a, scores_b = {}, {}
+        for question, scores in a[task]["scores"].items():
+            if a[task]["asked"][question] == b[task]["asked"].get(question):
+                if question in b[task]["scores"]:
+                    scores_a[question], scores_b[question] = scores, b[task]["scores"][question]
+        count = len(scores_a)
+        if count < 2:
+            notes.append(f"{task} is left out: {count} questions were asked in both")
+            continue
+        mean_a, mean_b = (100 * clustered(list(x.values()))[0] for x in (scores_a, scores_b))
+        difference, low, high, p = paired_bootstrap(scores_a, scores_b, seed)
+        p = f"{p:.3f}" if count >= 20 else "-"
+        rows.append(f"| {task} | {count} | {mean_a:.1f} | {mean_b:.1f} | {100 * difference:+.1f} | "
+                    f"{100 * low:+.1f} to {100 * high:+.1f} | {p} |")
+        alone_a, alone_b = (results[task]["questions"] - count for results in (a, b))
+        if alone_a or alone_b:
+            notes.append(f"{task}: {alone_a} questions of A and {alone_b} of B have no partner")
     if not rows:
-        raise UserError(f"nothing to compare: {folders[0]} has {', '.join(a)}, {folders[1]} {', '.join(b)}"
-                        + "".join(f"\n  {note}" for note in notes))
+        raise UserError(f"nothing to compare: {folders[0]} has {', '.join(a)}, {folders[1]} has "
+                        f"{', '.join(b)}{data.listed(notes)}")
     head = ["| task | questions | A | B | B - A | 95 % | p |", "|---|---|---|---|---|---|---|"]
-    return "\n".join([*head, *rows, *(f"\n{note}" for note in notes)])
+    return "\n".join(head + rows + [f"\n{note}" for note in notes])
 
 
 # --- retention ------------------------------------------------------------------------------------
 
-ROWS_AT_ONCE = 256  # of logits, twice, in fp32: 0.3 GB at Qwen3's vocabulary
+ROWS_AT_ONCE = 256  # rows of logits of each model in fp32: 0.3 GB at Qwen3's vocabulary
 
 
 def read_sequences(path: str, chat: data.Chat, max_length: int) -> tuple[list, str]:
-    """(ids, first) of every row: a text ("text"), scored from its second token, or a pair, whose y+ is scored
-    after its prompt; and what was cut and dropped, as text. Longer ones are cut: every token's context stays
-    whole."""
-    cut = 0
+    """([(ids, first), ...], a summary) of a JSONL file: ids[first:] are scored. A row is a text
+    {"text": ...}, scored from its second token, or a pair, whose y+ is scored after its prompt.
+    Ids beyond max_length are cut off. Raises UserError naming the line, or where no row is left."""
+    notes = Counter()
 
     def parse(row, line):
         if "text" in row:
             ids, first = chat.encode(data.check_text(row["text"], "'text'")), 1
-        elif row.get("is_correct") is False:
-            raise data.Drop("correction is wrong (is_correct: false)")
         else:
-            pair = data.parse_pair(row, line)
+            pair = data.parse_pair(row, line, notes)
             prompt = chat.prompt(pair.messages)
             ids, first = [*prompt, *chat.encode(pair.chosen), chat.im_end], len(prompt)
-        if len(ids[:max_length]) <= first:
+        if min(len(ids), max_length) <= first:
             raise data.Drop("nothing to score")
-        nonlocal cut
-        cut += len(ids) > max_length
-        return ids[:max_length], first
+        return ids, first
 
     rows, dropped = data.read_rows(path, parse)
-    said = f"{path}: {len(rows)} texts, {cut} of them cut at {max_length} tokens"
-    said += "".join(f"; {n} dropped: {reason}" for reason, n in dropped.items())
+    cut = sum(len(ids) > max_length for ids, _ in rows)
+    summary = f"{path}: {len(rows)} texts, {cut} of them cut at {max_length} tokens"
+    for reason, count in dropped.items():
+        summary += f"; {count} dropped: {reason}"
+    for note, count in notes.items():
+        summary += f"; {count} rows: {note}"
     if not rows:
-        raise UserError(f"{said}: no row has a token to score")
-    return rows, said
+        raise UserError(f"{summary}: no row has a token to score")
+    return [(ids[:max_length], first) for ids, first in rows], summary
 
 
 @torch.no_grad()
 def retention(model: qwen.Qwen3, base: qwen.Qwen3, sequences: list, ranks: Ranks) -> dict:
     """How far a model went from its base on given texts, over the full vocabulary.
 
-    sequences  [(ids, first)]: ids[first:] are scored, first >= 1
-    returns    {"tokens", "logp", "logp_base", "kl"}: mean log-probability of the given tokens, and mean
-               KL(base || model) of the next-token distributions, both in nats a token, as (mean, standard
-               error clustered by sequence)
-    Each rank takes a share; logits are held for ROWS_AT_ONCE tokens at a time.
+    sequences  [(ids, first)]: ids[first:] are scored, first >= 1; each rank takes a share
+    returns    {"tokens", "logp", "logp_base", "kl"}: mean log-probability of the given tokens, and
+               mean KL(base || model) of the next-token distributions, both in nats a token, as
+               (mean, standard error clustered by sequence)
     """
     if model.config.vocab_size != base.config.vocab_size:
-        raise UserError(f"vocabularies of {model.config.vocab_size} and {base.config.vocab_size} tokens: "
-                        "no KL between them")
-    # In fp32 whatever the models are: logits rounded to bf16 would add half as much again to a small KL.
+        raise UserError(f"vocabularies of {model.config.vocab_size} and {base.config.vocab_size} "
+                        "tokens: no KL between them")
+    # In fp32 always: logits rounded to bf16 would add half as much again to a small KL.
     heads = [m.head_weight().float() for m in (model, base)]
     sums = torch.zeros(len(sequences), 3, dtype=torch.float64)
     mine = range(ranks.rank, len(sequences), ranks.world)
     for i in tqdm(mine, disable=not ranks.main, desc="retention", unit="text"):
         ids, first = sequences[i]
         tokens = torch.tensor(ids, device=ranks.device)
-        where = torch.arange(len(ids), device=ranks.device), [(0, len(ids), len(ids), len(ids))]
-        hidden = [m.norm(m.trunk(tokens, *where))[first - 1:-1].split(ROWS_AT_ONCE) for m in (model, base)]
-        for p, q, target in zip(*hidden, tokens[first:].split(ROWS_AT_ONCE)):
-            p, q = ((h.float() @ w.T).log_softmax(-1) for h, w in ((p, heads[0]), (q, heads[1])))
-            kl = (q.exp() * (q - p)).sum(-1)
-            at_target = (x.gather(1, target[:, None])[:, 0] for x in (p, q))
-            sums[i] += torch.stack([x.double().sum().cpu() for x in (*at_target, kl)])
+        positions, layout = torch.arange(len(ids), device=ranks.device), [(0, *[len(ids)] * 3)]
+        hidden = [m.norm(m.trunk(tokens, positions, layout)) for m in (model, base)]
+        for at in range(first, len(ids), ROWS_AT_ONCE):
+            target = tokens[at:at + ROWS_AT_ONCE, None]
+            p, q = [(h[at - 1:at - 1 + len(target)].float() @ w.T).log_softmax(-1)
+                    for h, w in zip(hidden, heads)]
+            values = p.gather(1, target), q.gather(1, target), (q.exp() * (q - p)).sum(-1)
+            sums[i] += torch.stack([x.double().sum().cpu() for x in values])
     lengths = [len(ids) - first for ids, first in sequences]
-    means = (ranks.reduce(sums) / torch.tensor(lengths)[:, None]).T.tolist()
-    figures = {name: clustered([[x] for x in some], lengths) for name, some in
-               zip(("logp", "logp_base", "kl"), means)}
-    return {"tokens": sum(lengths), **figures}
+    figures = {"tokens": sum(lengths)}
+    for name, column in zip(("logp", "logp_base", "kl"), ranks.reduce(sums).T.tolist()):
+        means = [[total / length] for total, length in zip(column, lengths)]
+        figures[name] = clustered(means, lengths)
+    return figures
 
 
 # --- the report -----------------------------------------------------------------------------------
 
 FIGURES = {"loss": "loss", "reward_chosen": "r⁺", "reward_rejected": "r⁻", "margin": "margin",
            "accuracy": "accuracy", "tether_chosen": "λ⁺", "tether_rejected": "λ⁻"}
-PARTS = ("trunk", "rejected", "chosen")  # of a fork, in the order of its scored rows
-CHARTS = [  # title, what is drawn (the second one dashed), what the y axis covers at least, shaded bands
-    ("Rewards: r⁺ solid, r⁻ dashed", ("reward_chosen", "reward_rejected"), (0, 0), ()),
-    ("The tether: λ⁺ solid, λ⁻ dashed", ("tether_chosen", "tether_rejected"), (0, 0.5),
-     [(0.25, 0.5, "acquisition: λ near ½", 464, "end"), (0, 0.1, "saturation: λ → 0", 66, "start")]),
-    ("Margin r⁺ − r⁻", ("margin",), (0, 0), ()),
-    ("Accuracy: pairs with r⁺ > r⁻", ("accuracy",), (0, 1), ()),
-    ("Loss (sft, dft: a token; else a pair)", ("loss",), (0, 0), ())]
-NO_TETHER = {  # losses whose coefficient is another; metrics.jsonl has λ for all
-    "sft": "what it would be: this loss has none", "dft": "what it would be: this loss has none",
-    "reward-sft": "λ⁻ is what it would be: this loss has none",
-    "dpo": "what it would be: its own coefficient is another, 1 − σ(r⁺ − r⁻) for both"}
+CHARTS = {  # title: the figure drawn solid, and the one drawn dashed
+    "Rewards: r⁺ solid, r⁻ dashed": ("reward_chosen", "reward_rejected"),
+    "SPoT's tether: λ⁺ solid, λ⁻ dashed": ("tether_chosen", "tether_rejected"),
+    "Margin r⁺ − r⁻": ("margin",),
+    "Accuracy: share of pairs with r⁺ > r⁻": ("accuracy",),
+    "Loss of a pair (sft, dft: of a token)": ("loss",)}
+COLOURS = ("#1f88cf", "#d9661a", "#12936c", "#c0589a", "#94800f", "#7f78d8")  # on white and black
+MAX_SHOWN = 400  # points of a line, and tokens on either side of a pair's fork
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>Surgical Post-Training</title><style>%s</style></head><body>
+<title>Surgical Post-Training</title><style>
+:root { color-scheme: light dark }
+body { max-width: 80rem; margin: auto; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif;
+  overflow-wrap: anywhere }
+.grid { display: grid; gap: 1.5rem; margin-top: 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%%, 22rem), 1fr)) }
+svg { width: 100%%; fill: none; stroke-width: 2.5; stroke-linecap: round }
+svg text { font-size: 16px; fill: currentColor } svg line { stroke: #8886; stroke-width: 1 }
+.wide { overflow-x: auto } table { border-collapse: collapse; white-space: nowrap }
+th, td { padding: .2rem .7rem .2rem 0; border-bottom: 1px solid #8886; text-align: left }
+label { display: inline-block; margin-right: .6rem } .snapshot { display: none }
+.tokens { padding-left: .7rem; border-left: 3px solid #8886; white-space: pre-wrap;
+  font: .95rem/1.9 ui-monospace, monospace }
+.tokens * { unicode-bidi: isolate }
+%s</style></head><body><h1>Surgical Post-Training</h1>
 %s
 </body></html>
-"""
-DRAWN_POINTS = 400  # of a line; a longer run is drawn as means of equal stretches
-SHOWN_TOKENS = {"trunk": 150, "rejected": 600, "chosen": 600}  # around the fork
-# --s of a token is its coefficient as a share of the largest: blue below 0, orange above.
-CSS = """
-:root { color-scheme: light dark; --page: #fff; --ink: #1b1d20; --soft: #565b62; --line: #d8dbe0;
-  --band: #0072b21c; --up: 0 114 178; --down: 224 106 0; --c0: #0072b2; --c1: #c95500; --c2: #00805c;
-  --c3: #b0437f; --c4: #806600; --c5: #5b55c0 }
-@media (prefers-color-scheme: dark) { :root { --page: #15171a; --ink: #e9eaec; --soft: #a9aeb6;
-  --line: #383d44; --band: #56b4e926; --up: 40 140 225; --down: 225 105 10; --c0: #56b4e9; --c1: #f08a3c;
-  --c2: #2fc79a; --c3: #e58abb; --c4: #d8bb3c; --c5: #a5a0f5 } }
-body { margin: 0 auto; padding: 1rem; max-width: 80rem; background: var(--page); color: var(--ink);
-  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
-h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem } h3 { font-size: 1rem }
-figure { margin: 1rem 0 0 }
-figcaption { font-weight: 600 } .soft, svg text { color: var(--soft); fill: var(--soft) }
-.grid { display: grid; gap: 0 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 23rem), 1fr)) }
-svg { display: block; width: 100%; font-size: 17px } svg line { stroke: var(--line) }
-svg .mark { stroke-width: 2; stroke-dasharray: 2 4 } rect { fill: var(--band) }
-polyline { fill: none; stroke-width: 2.5; stroke-linejoin: round; stroke-linecap: round }
-.wide { overflow-x: auto } table { border-collapse: collapse }
-th, td { padding: .2rem .7rem .2rem 0; border-bottom: 1px solid var(--line); text-align: left;
-  white-space: nowrap } input { position: absolute; opacity: 0 } .look { display: none }
-label { display: inline-block; margin: 0 .3rem .3rem 0; padding: .2rem .7rem; cursor: pointer;
-  border: 1px solid var(--line); border-radius: .4rem }
-input:checked + label { background: var(--ink); color: var(--page) }
-input:focus-visible + label { outline: 3px solid var(--c0) }
-.tokens { margin: 0 0 .6rem; padding-left: .7rem; border-left: 3px solid var(--line); white-space: pre-wrap;
-  font: .95rem/1.9 ui-monospace, monospace }
-.tokens * { unicode-bidi: isolate; font-style: normal; text-decoration: none; border-radius: .2rem;
-  background: linear-gradient(rgb(var(--up) / calc(.6 * max(0, -1 * var(--s, 0)))) 0 0),
-    linear-gradient(rgb(var(--down) / calc(.6 * max(0, var(--s, 0)))) 0 0) }
-.tokens del { text-decoration: line-through 2px }
-.tokens ins { font-weight: 700; text-decoration: underline 2px }
-.tokens :focus { outline: 2px solid var(--ink) } body:has(.tokens :focus) { padding-bottom: 20rem }
-.tokens :focus::after { content: attr(title); position: fixed; inset: auto 0 0; padding: .5rem 1rem;
-  border-top: 2px solid var(--line); background: var(--page); font: .9rem/1.4 system-ui, sans-serif }
 """
 
 
 @dataclass
-class Told:
-    """What a run folder says of its run."""
+class RunLog:
+    """The logs of one run folder."""
 
     name: str
-    options: dict  # of config.json; may be empty
-    metrics: list  # the rows of metrics.jsonl: {"step", and FIGURES; None where there is no number}
-    held_out: list  # those of eval.jsonl
-    pair: dict | None  # the first row of surgery.jsonl, and the others
-    looks: list
+    options: dict  # of config.json
+    metrics: list  # rows of metrics.jsonl
+    held_out: list  # rows of eval.jsonl
+    surgery: list  # rows of surgery.jsonl: the watched pair, then its snapshots
 
 
-def figures_of(row: dict, keys) -> dict:
-    """Step and figures of a row; None, a gap, for null, NaN, infinity and what no chart can hold. Raises
-    UserError naming the field."""
-    for key in ("step", *keys):
-        if type(row.get(key)) not in (int, float, type(None)):
-            raise UserError(f"{key!r}: a number or null expected, found {row[key]!r:.60}")
-    if type(row.get("step")) is not int or not 0 <= row["step"] < 2**40:
-        raise UserError(f"'step': a count of optimizer steps expected, found {row.get('step')!r:.60}")
-    return {k: row[k] if row.get(k) is not None and abs(row[k]) < 1e30 else None for k in ("step", *keys)}
-
-
-def log_rows(path: str, parse) -> list:
-    """The rows of a run's log, if there is one, through parse(row, the rows before it). Raises UserError
-    naming the line for a bad one."""
-    rows = []
-    for number, row in enumerate(data.read_log(path), 1):
-        try:
-            rows.append(parse(row, rows))
-        except UserError as e:
-            raise UserError(f"{path}: line {number}: {e}") from None
-    return rows
-
-
-def read_surgery(path: str) -> tuple[dict, list]:
-    """(the watched pair, its looks) as train.py's `look` wrote them; raises UserError naming line and field.
-
-    The pair: lists of token strings "prompt", "trunk", "rejected", "chosen"; "rejected_ids", "chosen_ids";
-    "reference", two log-probs; "change_ratios" of all pairs, counts in 20 bins; "gamma". A look: "step",
-    the two rewards, and "coefficients" and "logps", one a token after the prompt."""
-    def check(row, key, kind, length=None):
-        value = row.get(key)
-        if not isinstance(value, list) or length not in (len(value), None) or not all(
-                type(x) is kind and (kind is not int or 0 <= x < 2**40) for x in value):
-            raise UserError(f"{key!r}: a list of {'' if length is None else f'{length} '}"
-                            f"{kind.__name__} expected, found {value!r:.60}")
-        return value
-
-    def parse(row, rows):
-        if rows:
-            tokens = sum(len(rows[0][part]) for part in PARTS)
-            return {**figures_of(row, ("reward_chosen", "reward_rejected")),
-                    **{key: check(row, key, float, tokens) for key in ("coefficients", "logps")}}
-        lengths = {key: len(check(row, key, str)) for key in ("prompt", *PARTS)}
-        for key, kind, length in (("rejected_ids", int, lengths["rejected"]), ("reference", float, 2),
-                                  ("chosen_ids", int, lengths["chosen"]), ("change_ratios", int, 20)):
-            check(row, key, kind, length)
-        return {**row, **figures_of({**row, "step": 0}, ["gamma"])}
-
-    rows = log_rows(path, parse)
-    if not rows:
-        raise UserError(f"{path}: not one whole line")
-    return rows[0], rows[1:]
-
-
-def read_run(folder: str, name: str) -> Told:
-    """A run folder, of which metrics.jsonl must be there and the rest may be missing."""
-    metrics, held_out, surgery, config = (os.path.join(folder, file) for file in (
-        "metrics.jsonl", "eval.jsonl", "surgery.jsonl", "config.json"))
-    options = read_json(config).get("options") if os.path.exists(config) else None
-    figures = (log_rows(path, lambda row, _: figures_of(row, FIGURES)) for path in (metrics, held_out))
-    watched = read_surgery(surgery) if os.path.exists(surgery) else (None, [])
-    return Told(name, options if isinstance(options, dict) else {}, *figures, *watched)
-
-
-def shown(text: str) -> str:
-    """Text of a file as HTML: markup escaped; controls, marks that turn the direction, and lone surrogates
-    spelled out; newlines visible."""
-    visible = (c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+def escape(text: str) -> str:
+    """Text of a user or a model as HTML: markup escaped, newlines marked; controls, marks that turn
+    the direction of text, and lone surrogates spelled out."""
+    visible = [c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text]
     return html.escape("".join(visible)).replace("\n", "↵\n")
 
 
-def number(x, digits=3) -> str:
-    """So many digits; 0 without a sign."""
-    return "–" if x is None or x != x else f"{x + 0.0:.{digits}g}".replace("-", "−")
+def number(x: float | None) -> str:
+    """Three digits; a dash for None and NaN, 0 without a sign."""
+    if x is None or math.isnan(x):
+        return "–"
+    return f"{x + 0.0:.3g}".replace("-", "−")
 
 
-def ticks(low: float, high: float) -> list:
-    """Some five round numbers around low to high."""
-    step = max(high - low, 1e-6 * abs(high), 1e-9) / 4
-    unit = 10.0 ** math.floor(math.log10(step))
-    step = next(k * unit for k in (1, 2, 5, 10) if k * unit >= 0.999 * step)
-    first = math.floor(low / step + 1e-6)
-    return [k * step for k in range(first, max(math.ceil(high / step - 1e-6), first + 1) + 1)]
+def html_table(rows: list) -> str:
+    """A table from cells that are HTML; the first row and the first cell of a row are titles."""
+    lines = "".join(f"<th>{cell}</th>" for cell in rows[0])
+    for title, *cells in rows[1:]:
+        lines += f"</tr>\n<tr><th>{title}</th>" + "".join(f"<td>{cell}</td>" for cell in cells)
+    return f'<div class="wide"><table><tr>{lines}</tr></table></div>'
 
 
-def line_chart(title: str, lines: list, span=(0, 0), bands=(), axis="step", marks=(), note="") -> str:
-    """A figure of lines [(label, colour 0 to 5, dashed, [(x, y or None: a gap), ...]), ...]. span: what the y
-    axis covers at least; bands [(low, high, text, its x, anchor), ...] are shaded; marks [(x, colour), ...]:
-    dotted vertical lines; note: HTML below.
-    The plot fills (60, 12) to (470, 250) of a view of 480 x 295."""
-    points = [point for *_, line in lines for point in line if point[1] is not None]
-    if not points:
-        return ""
-    xs, ys = zip(*points)
-    left, right, rows = min(xs), max(max(xs), min(xs) + 1), ticks(min(*ys, *span), max(*ys, *span))
-
-    def across(x):
-        return round(60 + 410 * (x - left) / (right - left), 1)
-
-    def up(y):
-        return round(250 - 238 * (y - rows[0]) / (rows[-1] - rows[0]), 1)
-
-    parts = [f'<rect x="60" y="{up(high)}" width="410" height="{up(low) - up(high):.1f}"/>'
-             + f'<text x="{x}" y="{up(high) + 18:.1f}" text-anchor="{anchor}">{text}</text>'
-             * (up(low) - up(high) > 22)  # else the text would run into what is below
-             for low, high, text, x, anchor in bands]
-    parts += [f'<line x1="60" x2="470" y1="{up(y)}" y2="{up(y)}"/>'
-              f'<text x="54" y="{up(y) + 6:.1f}" text-anchor="end">{number(y, 6)}</text>' for y in rows]
-    parts += [f'<text x="{across(x)}" y="270" text-anchor="middle">{number(x, 6)}</text>'
-              for x in ticks(left, right) if left <= x <= right]
-    parts += [f'<text x="265" y="290" text-anchor="middle">{axis}</text>']
-    parts += [f'<line class="mark" x1="{across(x)}" x2="{across(x)}" y1="12" y2="250" '
-              f'style="stroke:var(--{colour})"/>' for x, colour in marks
-              if x is not None and left <= x <= right]
-    for label, colour, dashed, line in lines:
-        for drawn, some in itertools.groupby(line, lambda point: point[1] is not None):
-            if drawn:
-                some = list(some)
-                some *= 1 + (len(some) == 1)  # a point alone would not be drawn
-                place = " ".join(f"{across(x)},{up(y)}" for x, y in some)
-                dash = ";stroke-dasharray:7 6" * dashed
-                parts.append(f'<polyline points="{place}" style="stroke:var(--c{colour}){dash}"><title>'
-                             f'{label}: {number(some[0][1])} → {number(some[-1][1])}</title></polyline>')
-    return (f'<figure><figcaption>{title}</figcaption><svg viewBox="0 0 480 295" role="img" '
-            f'aria-label="{title}">{"".join(parts)}</svg><div class="soft">{note}</div></figure>')
-
-
-def charts(runs: list) -> str:
-    """All figures, one line a run and quantity, and the histogram of change ratios."""
-    def line(rows, key):
-        size = max(1, -(-len(rows) // DRAWN_POINTS))
-        stretches = [rows[i:i + size] for i in range(0, len(rows), size)]
-        values = [[row[key] for row in some if row[key] is not None] for some in stretches]
-        return [(some[0]["step"], sum(v) / len(v) if v else None) for some, v in zip(stretches, values)]
-
-    losses = dict.fromkeys(str(run.options.get("loss")) for run in runs)
-    note = ". ".join(f"{loss}: {NO_TETHER[loss]}" for loss in losses if loss in NO_TETHER)
-    drawn = [line_chart(title, [(f"{shown(run.name)} {FIGURES[key]}", i % 6, dashed, line(run.metrics, key))
-                                for i, run in enumerate(runs) for dashed, key in enumerate(keys)], *how,
-                        note=note if "tether_chosen" in keys else "") for title, keys, *how in CHARTS]
-    bins, marks = [], {}
+def line_chart(title: str, keys: tuple, runs: list) -> str:
+    """An SVG figure of the metrics `keys`, a colour for each run; "" where no run has them. The x
+    axis begins at step 0, the y axis includes 0; a missing value is a gap."""
+    lines = {}
     for i, run in enumerate(runs):
-        if run.pair and any(run.pair["change_ratios"]):
-            corners = [(x / 20, n) for b, n in enumerate(run.pair["change_ratios"]) for x in (b, b + 1)]
-            bins.append((shown(run.name), i % 6, 0, corners))
-            marks[run.pair["gamma"]] = "ink" if run.pair["gamma"] in marks else f"c{i % 6}"
-    drawn.append(line_chart("Pairs trained on, γ dotted", bins, axis="change ratio 1 − LCS / |y⁺|",
-                            marks=marks.items()))
-    return f'<div class="grid">{"".join(drawn)}</div>'
+        rows = run.metrics[::1 + len(run.metrics) // MAX_SHOWN]
+        for key, dashes in zip(keys, ("none", "7 6")):
+            style = f'stroke="{COLOURS[i % 6]}" stroke-dasharray="{dashes}"'
+            label = f"<title>{escape(run.name)} {FIGURES[key]}</title>"
+            lines[style, label] = [(row["step"], row.get(key)) for row in rows]
+    steps = [step for points in lines.values() for step, y in points if y is not None]
+    values = [y for points in lines.values() for _, y in points if y is not None]
+    if not values:
+        return ""
+    last, low, high = max(steps), min(0, *values), max(0, *values)
 
+    def place(step, y):  # the plot fills (60, 10) to (450, 220) of a view of 480 x 275
+        across, up = step / max(last, 1), (y - low) / max(high - low, 1e-30)
+        return round(60 + 390 * across, 1), round(220 - 210 * up, 1)
 
-def html_table(head: list, rows: list) -> str:
-    """Of cells that are HTML; the first of a row is its title."""
-    lines = ["".join(f"<th>{cell}</th>" for cell in head)]
-    lines += [f"<th>{title}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) for title, *cells in rows]
-    return f'<div class="wide"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
+    parts = ['<text x="255" y="268" text-anchor="middle">step</text>']
+    for step, value in (0, low), (last // 2, (low + high) / 2), (last, high):
+        x, y = place(step, value)
+        parts.append(f'<line x1="60" x2="450" y1="{y}" y2="{y}"/>'
+                     f'<text x="54" y="{y + 5}" text-anchor="end">{number(value)}</text>'
+                     f'<text x="{x}" y="245" text-anchor="middle">{step}</text>')
+    x, y = place(last, 0)
+    parts.append(f'<text x="456" y="{y + 5}">0</text>'
+                 f'<line x1="60" x2="450" y1="{y}" y2="{y}" style="stroke:currentColor"/>')
+    for (style, label), points in lines.items():
+        path, command = "", "M"
+        for step, value in points:
+            if value is not None:
+                x, y = place(step, value)
+                path += f"{command}{x},{y}h0"  # h0: a lone point is a dot
+            command = "M" if value is None else "L"
+        parts.append(f'<path d="{path}" {style}>{label}</path>')
+    return (f'<div><b>{title}</b><svg viewBox="0 0 480 275" role="img" aria-label="{title}">'
+            f'{"".join(parts)}</svg></div>')
 
 
 def before_after(runs: list) -> str:
-    """First and last step of every run, and of its held-out pairs the first and last look."""
-    def cell(rows, key):
-        ends = (number(row[key], 12 if key == "step" else 3) for row in rows[::max(1, len(rows) - 1)])
-        return " → ".join(ends) or "–"
-
-    table = []
-    for title, logs in (("step", [run.metrics for run in runs]),
-                        ("held out, after", [run.held_out for run in runs])):
-        if any(logs):
-            table += [[name, *(cell(rows, key) for rows in logs)] for key, name in
-                      {"step": title, **FIGURES}.items()]
-    return html_table(["", *(shown(run.name) for run in runs)], table)
+    """A table of every run's first and last figures, in training and on held-out pairs."""
+    rows = [["", *(escape(run.name) for run in runs)]]
+    for title, logs in (("", [run.metrics for run in runs]),
+                        ("held out: ", [run.held_out for run in runs])):
+        if not any(logs):
+            continue
+        for key, name in FIGURES.items():
+            rows.append([title + name])
+            for log in logs:
+                first, last = (log[0], log[-1]) if log else ({}, {})
+                rows[-1].append(f"{number(first.get(key))} → {number(last.get(key))}")
+    return html_table(rows)
 
 
 def benchmarks(evaluations: dict) -> str:
-    """{name: results.json} as a table, in %; behind the first, the base, with the difference to it."""
-    (_, base), rows = next(iter(evaluations.items())), []
+    """The headline figures of {name: results.json} as a table."""
+    rows = [["right, in %", *map(escape, evaluations)]]
     for task in dict.fromkeys(task for results in evaluations.values() for task in results):
-        rows.append([shown(task)])
+        rows.append([escape(task)])
         for results in evaluations.values():
-            first, own = ([*r[task]["metrics"].values()][0] if task in r else None for r in (base, results))
-            change = f" ({100 * (own[0] - first[0]):+.1f})" if own and first and results is not base else ""
-            rows[-1].append(figure(*own) + change if own else "–")
-    return html_table(["right, in %", *map(shown, evaluations)], rows)
+            cell = "–"
+            if task in results:
+                cell = figure(*next(iter(results[task]["metrics"].values())))
+            rows[-1].append(cell)
+    return html_table(rows)
 
 
-def surgery(run: Told, which: int) -> str:
-    """The watched pair with a radio button for each look; CSS alone shows the one that is chosen."""
-    pair, looks = run.pair, run.looks
-    finite = [abs(c) for look in looks for c in look["coefficients"] if math.isfinite(c)]
-    largest = max(finite, default=0) or 1
-    matches = data.lcs_matches(pair["rejected_ids"], pair["chosen_ids"])
-    common = {"rejected": {i for i, _ in matches}, "chosen": {j for _, j in matches}}
-    ends = itertools.accumulate(len(pair[part]) for part in PARTS)
-    where = {part: slice(end - len(pair[part]), end) for part, end in zip(PARTS, ends)}
-
-    def token(part, i, text):
-        k = where[part].start + i
-        tag = "i" if part == "trunk" or i in common[part] else {"rejected": "del", "chosen": "ins"}[part]
-        style = ";".join(f"--s{n}:{look['coefficients'][k] / largest:.3g}" for n, look in enumerate(looks))
-        told = "\n".join(f"{look['step']}: {number(look['coefficients'][k])}, {number(look['logps'][k])}"
-                         for look in looks)
-        return (f'<{tag} style="{style}" title="step: coefficient, log p\n{told}" tabindex="-1">'
-                f'{shown(text)}</{tag}>')
-
-    def tokens(part):
-        some, most = list(enumerate(pair[part])), SHOWN_TOKENS[part]
-        note = f'<span class="soft">… {len(some) - most} tokens not shown …</span>' * (len(some) > most)
-        text = "".join(token(part, *each) for each in (some[-most:] if part == "trunk" else some[:most]))
-        return note + text if part == "trunk" else text + note
-
+def surgery(run: RunLog, index: int) -> str:
+    """The watched pair of a run and a radio button for each snapshot; CSS shows the chosen one."""
+    pair, *snapshots = run.surgery
+    coefficients = np.array([snapshot["coefficients"] for snapshot in snapshots])  # (steps, tokens)
+    scale = max(abs(coefficients).max(), 1e-30)
+    texts = pair["trunk"] + pair["rejected"] + pair["chosen"]
+    fork, end = len(pair["trunk"]), len(pair["trunk"] + pair["rejected"])
+    tags = ["span"] * fork + ["del"] * (end - fork) + ["ins"] * (len(texts) - end)
+    for i, j in data.lcs_matches(pair["rejected_ids"], pair["chosen_ids"]):
+        tags[fork + i] = tags[end + j] = "span"
+    spans = []
+    for i, (tag, text) in enumerate(zip(tags, texts)):
+        style, title = "", "step: coefficient, log p"
+        for n, snapshot in enumerate(snapshots):
+            coefficient, logp = coefficients[n, i], snapshot["logps"][i]
+            colour = "#1f88cf" if coefficient < 0 else "#e0690a"
+            style += f"--c{n}:{colour}{round(160 * abs(coefficient) / scale):02x};"
+            title += f"\n{snapshot['step']:d}: {number(coefficient)}, {number(logp)}"
+        spans.append(f'<{tag} style="{style}" title="{title}">{escape(text)}</{tag}>')
     buttons, notes = "", ""
-    for n, look in enumerate(looks):
-        means = [number(np.mean(look["coefficients"][where[part]] or [0])) for part in PARTS]
-        buttons += (f'<input type="radio" name="run{which}" id="run{which}-{n}"{" checked" * (n == 0)}>'
-                    f'<label for="run{which}-{n}">{look["step"]}</label>')
-        notes += (f'<p class="look">After {look["step"]} steps: r⁺ {number(look["reward_chosen"])}, r⁻ '
-                  f'{number(look["reward_rejected"])}; mean coefficient: trunk {means[0]}, y⁻ {means[1]}, '
-                  f'y⁺ {means[2]}</p>')
-    prompt = shown("".join(pair["prompt"][-SHOWN_TOKENS["trunk"]:]))
-    return (f'<div><h3>{shown(run.name)}</h3>{buttons}{notes}'
-            f'<div class="soft">Full colour: a coefficient of {number(largest)} or {number(-largest)}</div>'
-            f'<div>Trunk: the prompt <span class="soft">(no coefficient)</span>, and what both answers begin '
-            f'with</div><div class="tokens"><span class="soft">{prompt}</span>{tokens("trunk")}</div>'
-            f'<div>y⁻ goes on</div><div class="tokens">{tokens("rejected")}</div>'
-            f'<div>y⁺ goes on</div><div class="tokens">{tokens("chosen")}</div></div>')
+    for n, snapshot in enumerate(snapshots):
+        checked = " checked" if n == 0 else ""
+        buttons += (f'<label><input type="radio" name="run{index}"{checked}> {snapshot["step"]:d}'
+                    "</label>\n")
+        rewards = [number(snapshot[key]) for key in ("reward_chosen", "reward_rejected")]
+        notes += f'<p class="snapshot">r⁺ {rewards[0]}, r⁻ {rewards[1]}</p>'
+    blocks = ""
+    for title, tokens in (("prompt", [escape(text) for text in pair["prompt"]][-MAX_SHOWN:]),
+                          ("trunk", spans[:fork][-MAX_SHOWN:]), ("y⁻", spans[fork:end][:MAX_SHOWN]),
+                          ("y⁺", spans[end:][:MAX_SHOWN])):
+        blocks += f'{title}<div class="tokens">{"".join(tokens)}</div>'
+    return (f'<div class="pair"><h3>{escape(run.name)}</h3><div>Full colour: ±{number(scale)}. '
+            f"Steps done:</div>{buttons}{notes}{blocks}</div>")
 
 
 def report(folders: list, out: str, note: str = ""):
-    """Write `out`, one HTML file without scripts and links, of run folders and of finished evaluations (the
-    first of these is the base). Raises UserError for a folder that is neither, or broken, or given twice."""
-    paths = [os.path.realpath(folder) for folder in folders]
-    common = os.path.commonpath([os.path.dirname(path) for path in paths])
-    runs, evaluations = [], {}
-    for folder, path in zip(folders, paths):
-        name = os.path.relpath(path, common)
-        if paths.count(path) > 1:
-            raise UserError(f"{folder} is given twice")
+    """Write `out`, one HTML file without scripts and links, of run folders and of finished
+    evaluations; `note` is text to show. Raises UserError for a folder that is neither."""
+    common = os.path.commonpath([os.path.dirname(os.path.realpath(folder)) for folder in folders])
+    runs, evaluations, body, styles = [], {}, "", ""
+    for folder in folders:
+        name = os.path.relpath(os.path.realpath(folder), common)
         if os.path.exists(os.path.join(folder, "metrics.jsonl")):
-            runs.append(read_run(folder, name))
+            options = read_json(os.path.join(folder, "config.json"))["options"]
+            logs = [data.read_log(os.path.join(folder, f"{log}.jsonl"))
+                    for log in ("metrics", "eval", "surgery")]
+            runs.append(RunLog(name, options, *logs))
         elif os.path.exists(os.path.join(folder, "results.json")):
             evaluations[name] = read_results(folder)
         else:
             raise UserError(f"{folder}: no run (metrics.jsonl) and no evaluation (results.json)")
-    body = ["<h1>Surgical Post-Training</h1>"]
-    for i, run in enumerate(runs):
-        chosen = ", ".join(f"{k} {run.options[k]}" for k in ("loss", "lr", "beta") if k in run.options)
-        body.append(f'<div><b style="color:var(--c{i % 6})">▬</b> {shown(run.name)} '
-                    f'<span class="soft">{shown(chosen)}</span></div>')
     if runs:
-        body += [charts(runs), "<h2>Before and after</h2>", before_after(runs)]
+        body += """<p>Look first at the rewards, where r⁺ should rise above 0 and stay above r⁻,
+then at the coloured pair: a surgical update leaves the trunk, both answers' start, pale.</p>"""
+        for i, run in enumerate(runs):
+            options = ", ".join(f"{key} {run.options.get(key)}" for key in ("loss", "lr", "beta"))
+            body += (f'<div><b style="color:{COLOURS[i % 6]}">▬</b> '
+                     f"{escape(run.name)}: {escape(options)}</div>")
+        charts = "".join(line_chart(title, keys, runs) for title, keys in CHARTS.items())
+        body += f'<div class="grid">{charts}</div><h2>Before and after</h2>{before_after(runs)}'
     if note:
-        body.append(f'<div class="wide"><pre>{html.escape(note)}</pre></div>')
+        body += f'<div class="wide"><pre>{html.escape(note)}</pre></div>'
     if evaluations:
-        body += ["<h2>Benchmarks</h2>", benchmarks(evaluations)]
-    watched = [surgery(run, i) for i, run in enumerate(runs) if run.looks]
+        body += f"<h2>Benchmarks</h2>{benchmarks(evaluations)}"
+    watched = [surgery(run, i) for i, run in enumerate(runs) if run.surgery[1:]]
     if watched:
-        body.append("<h2>Surgery on one pair</h2><p>Every token after the prompt is coloured by its "
-                    "coefficient ∂L/∂log p after the chosen number of steps: <b>blue where the update "
-                    "raises its probability, orange where it lowers it</b>, stronger where the coefficient "
-                    "is larger. Every run has a scale of its own: full colour is its largest coefficient "
-                    "after any of these steps. <del>Struck</del>: not in y⁺; <ins>underlined</ins>: not in "
-                    "y⁻ (longest common subsequence). Point at a token, or tap it, for its figures.</p>"
-                    f'<div class="grid">{"".join(watched)}</div>')
-    most = max((len(run.looks) for run in runs), default=0)
-    choice = "".join(f"input:nth-of-type({n}):checked ~ .look:nth-of-type({n}) {{ display: block }}\n"
-                     f"input:nth-of-type({n}):checked ~ .tokens * {{ --s: var(--s{n - 1}) }}\n"
-                     for n in range(1, most + 1))
-    write_text(out, [PAGE % (CSS + choice, "\n".join(body))])
+        body += f"""<h2>Surgery on one pair</h2><p>Choose how many steps are done: the next update
+raises the probability of <b>blue</b> tokens and lowers that of <b>orange</b> ones, the more the
+stronger the colour (the coefficient ∂L/∂log p, on each run's own scale). <del>Struck</del>: not in
+y⁺; <ins>underlined</ins>: not in y⁻. Point at a token for its figures.</p>
+<div class="grid">{"".join(watched)}</div>"""
+    for n in range(max([len(run.surgery) - 1 for run in runs], default=0)):
+        checked = f".pair:has(label:nth-of-type({n + 1}) :checked)"
+        styles += (f"{checked} .snapshot:nth-of-type({n + 1}) {{ display: block }}\n"
+                   f"{checked} .tokens * {{ background: var(--c{n}) }}\n")
+    write_text(out, [PAGE % (styles, body)])
 
 
 # --- command line: tasks, comparison, retention, report -------------------------------------------
 
 
 @dataclass
-class EvalOptions(Asking):
-    """Options of an evaluation."""
+class EvalOptions(SamplingOptions):
+    """sample and score benchmarks (the default)"""
 
-    tasks: str = option("", "comma-separated: " + ", ".join((*MATH_SETS, *GROUPS["OOD"], "ifeval"))
-                        + ", or NAME=FILE.jsonl (required)")
+    tasks: str = option("", f"comma-separated: {', '.join(TASKS)}, or NAME=FILE.jsonl (required)")
     data: str = option("data/eval", "folder of NAME.jsonl files; connect4 needs none")
-    samples: int = option(0, "answers per question; 0: the paper's (16 for aime24, aime25, amc23, 1 for "
-                          "connect4, else 5)")
+    samples: int = option(0, "answers per question; 0: the paper's (16 for aime24, aime25, amc23, "
+                          "1 for connect4, else 5)")
     limit: int = option(0, "only the first that many questions of each task; 0: all")
+    show: int = option(0, "print the first answers to that many questions of each task, graded")
+
+
+@dataclass
+class CompareOptions:
+    """two finished evaluations side by side"""
+
+    a: str = option("", "--out of one evaluation (required)")
+    b: str = option("", "--out of another (required)")
 
 
 @dataclass
 class RetentionOptions:
-    """Options of `python eval.py retention`."""
+    """how far a model went from its base"""
 
     model: str = option("", "checkpoint folder or hub id (required)")
     base: str = option("", "the model before training (required)")
-    texts: str = option("", "JSONL of {\"text\": ...}, or a pair file, whose y+ is scored (required)")
+    texts: str = option("", "JSONL with \"text\", or a pair file, whose y+ is scored (required)")
     max_length: int = option(4096, "tokens of a text; the rest is cut off")
     dtype: str = option("bfloat16", "of both models", ("float32", "bfloat16"))
     timeout: int = option(86400, "seconds after which a stalled rank ends the run")
 
 
 @dataclass
-class CompareOptions:
-    """Options of `python eval.py compare`."""
-
-    a: str = option("", "--out of one evaluation (required)")
-    b: str = option("", "--out of another (required)")
-    timeout: int = option(600, "seconds after which a stalled rank ends the run")
-
-
-@dataclass
 class ReportOptions:
-    """Options of `python eval.py report RUN [RUN ...]`."""
+    """runs and evaluations as one HTML file"""
 
     out: str = option("", "file to write [RUN/report.html of one RUN, report.html of several]")
-    timeout: int = option(600, "seconds after which a stalled rank ends the run")
     runs: tuple = ()
 
 
-def run_report(o: ReportOptions, ranks: Ranks):
-    """From options to a file."""
-    out = o.out or os.path.join(o.runs[0] if len(o.runs) == 1 else "", "report.html")
-    if os.path.isdir(out):
-        raise UserError(f"--out {out}: the name of a file expected, found a folder")
+def run_evaluation(o: EvalOptions, ranks: Ranks):
+    """From options to results."""
     with ranks.together():
-        if ranks.main:
-            report(o.runs, out)
-    ranks.say(f"written: {out}")
+        tasks = [load_task(spec.strip(), o.data) for spec in o.tasks.split(",") if spec.strip()]
+        if not tasks or len({task.name for task in tasks}) < len(tasks):
+            raise UserError(f"--tasks is {o.tasks!r}: one task or more expected, each once")
+        tasks = [replace(task, rows=task.rows[:o.limit or None]) for task in tasks]
+        policy = open_policy(o, ranks.device)
+    settings = {"command": "eval", "seed": o.seed, "asked": identity(policy, o),
+                "sampling": asdict(o.sampling)}
+    claim_folder(o.out, settings, ranks, policy)
+    evaluate(policy, tasks, o.out, o.sampling, ranks, o.samples, o.seed)
+    if ranks.main:
+        for task in tasks:
+            show_answers(task, os.path.join(o.out, task.name), o.show)
+
+
+def show_answers(task: Task, folder: str, count: int):
+    """Print the first answers to `count` questions with gold answer and verdict."""
+    answers = {key.rpartition(" ")[0]: record for key, record in read_answers(folder).items()}
+    for name, messages, gold in task.rows[:count]:
+        record = answers.get(f"{name}/0", {"error": "not asked"})
+        print(f"\n--- {task.name} {name}: question\n{messages[-1]['content']}\n--- answer")
+        if "text" in record:
+            grades = ", ".join(f"{k} {float(v):g}" for k, v in task.grade(record["text"], gold).items())
+            print(f"{record['text']}\n--- gold: {gold}\n--- verdict: {grades}")
+        else:
+            print(f"--- gold: {gold}\n--- verdict: none, {record['error']}")
 
 
 def run_comparison(o: CompareOptions, ranks: Ranks):
@@ -2311,67 +2208,89 @@ def run_comparison(o: CompareOptions, ranks: Ranks):
             print(compare_runs([o.a, o.b]))
 
 
-def run_evaluation(o: EvalOptions, ranks: Ranks):
-    """From options to results."""
-    with ranks.together():
-        tasks = [load_task(spec.strip(), o.data) for spec in o.tasks.split(",") if spec.strip()]
-        twice = [name for name, n in Counter(t.name for t in tasks).items() if n > 1]
-        if not tasks or twice:
-            raise UserError(f"--tasks is {o.tasks!r}: one task or more expected, each once")
-        for task in tasks:
-            task.rows = task.rows[:o.limit or None]
-            task.weights = {k: v[:o.limit or None] for k, v in task.weights.items()}
-        policy = open_policy(o, ranks.device)
-        sampling = Sampling(o.temperature, o.top_p, o.top_k, o.max_tokens)
-    with ranks.together():
-        if ranks.main:
-            claim_folder(o.out, {"command": "eval", "seed": o.seed, "asked": identity(policy, o),
-                                 "sampling": asdict(sampling)})
-    evaluate(policy, tasks, o.out, sampling, ranks, o.samples, o.seed)
-
-
 def run_retention(o: RetentionOptions, ranks: Ranks):
     """From options to one printed line of JSON."""
     with ranks.together():
-        models = [open_own(name, getattr(torch, o.dtype), ranks.device) for name in (o.model, o.base)]
-        own, other = (m.chat.tokenizer.get_vocab(with_added_tokens=True) for m in models)
-        if own != other:
+        dtype = getattr(torch, o.dtype)
+        model, base = (open_local_model(name, dtype, ranks.device) for name in (o.model, o.base))
+        vocabularies = [m.chat.tokenizer.get_vocab(with_added_tokens=True) for m in (model, base)]
+        if vocabularies[0] != vocabularies[1]:
             raise UserError(f"{o.model} and {o.base} have different tokenizers: no KL between them")
-        sequences, said = read_sequences(o.texts, models[1].chat, o.max_length)
-        ranks.say(said)
-        found = retention(models[0].model, models[1].model, sequences, ranks)
+        sequences, summary = read_sequences(o.texts, base.chat, o.max_length)
+        ranks.say(summary)
+        figures = retention(model.model, base.model, sequences, ranks)
     if ranks.main:
-        print(json.dumps(found))
+        print(json.dumps(figures))
 
 
-def parse_command(argv):
+def run_report(o: ReportOptions, ranks: Ranks):
+    """From options to a file."""
+    out = o.out or os.path.join(o.runs[0] if len(o.runs) == 1 else "", "report.html")
+    with ranks.together():
+        if os.path.isdir(out):
+            raise UserError(f"--out {out}: the name of a file expected, found a folder")
+        if ranks.main:
+            report(o.runs, out)
+    ranks.say(f"written: {out}")
+
+
+COMMANDS = {  # name: what it runs, its options, the required ones
+    "evaluate": (run_evaluation, EvalOptions, ("out", "tasks")),
+    "compare": (run_comparison, CompareOptions, ("a", "b")),
+    "retention": (run_retention, RetentionOptions, ("model", "base", "texts")),
+    "report": (run_report, ReportOptions, ())}
+LEAST = {  # values of options, oracle.py's too
+    "workers": 1, "request_timeout": 1e-3, "tries": 1, "temperature": 0, "top_k": 0, "seed": 0,
+    "max_tokens": 1, "batch_size": 1, "timeout": 1, "samples": 0, "limit": 0, "show": 0, "max_length": 2,
+    "target": 0, "max_change_ratio": 0}
+
+
+def parse_command(argv: list, commands: dict = COMMANDS, description: str = __doc__) -> tuple:
     """(what to run, its options); raises UserError listing every problem at once."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    run, record, required = run_evaluation, EvalOptions, ("tasks",)
-    if argv[:1] == ["compare"]:
-        run, record, required, argv = run_comparison, CompareOptions, ("a", "b"), argv[1:]
-    elif argv[:1] == ["retention"]:
-        run, record, required, argv = run_retention, RetentionOptions, ("model", "base", "texts"), argv[1:]
-    elif argv[:1] == ["report"]:
-        run, record, required, argv = run_report, ReportOptions, (), argv[1:]
-        parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run or of an evaluation")
-    add_options(parser, record)
-    o = record(**vars(parser.parse_args(argv)))
-    problems = [f"--{k} is required" for k in required if not getattr(o, k)]
-    problems += check_asking(o, ("model", "server")) if run is run_evaluation else []
-    for name, least in (("samples", 0), ("limit", 0), ("max_length", 2)):
-        if getattr(o, name, least) < least:
-            problems.append(f"--{name} is {getattr(o, name)}, a number of {least} or more expected")
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    for name, (_, record, _) in commands.items():
+        subparser = subparsers.add_parser(name, help=record.__doc__, allow_abbrev=False)
+        add_options(subparser, record)
+        if name == "report":
+            subparser.add_argument("runs", nargs="+", help="folders of runs or evaluations")
+    if "evaluate" in commands and (not argv or argv[0] not in (*commands, "-h", "--help")):
+        argv = ["evaluate", *argv]
+    given = vars(parser.parse_args(argv))
+    run, record, required = commands[given.pop("command")]
+    o = record(**given)
+    problems = [f"--{name} is required" for name in required if not getattr(o, name)]
+    for name, least in LEAST.items():
+        value = getattr(o, name, least)
+        if not least <= value < 1e9:
+            problems.append(f"--{name} is {value}, a number of at least {least} expected")
+    if isinstance(o, SamplingOptions):
+        o.given = tuple(given)
+        problems += check_sampling_options(o)
     if problems:
-        raise UserError("\n  ".join(["these options do not work:"] + problems))
+        raise UserError("these options do not work:" + data.listed(problems))
     return run, o
 
 
-def main() -> int:
-    """Command line to exit code: 0 done, 1 failed, 2 options that do not work."""
-    (run, o), ranks = begin(lambda: parse_command(sys.argv[1:]), lambda found: open_ranks(found[1].timeout))
-    return finish(lambda: run(o, ranks))
+def main(commands: dict = COMMANDS, description: str = __doc__) -> int:
+    """Command line to exit code: 0 done, 1 failed, 2 options that do not work, 130 stopped."""
+    def parse():
+        return parse_command(sys.argv[1:], commands, description)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    (run, o), ranks = begin(parse, lambda parsed: open_ranks(getattr(parsed[1], "timeout", 600)))
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        run(o, ranks)
+    except KeyboardInterrupt:
+        print("\nstopped; what has arrived is kept, and the same command goes on", file=sys.stderr,
+              flush=True)
+        return 130
+    close_ranks()
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""Qwen3 by hand: configuration, blocks, attention over forks, generation, safetensors in and out.
+"""Qwen3 by hand: network, attention over forks, generation, checkpoints; and processes.
 
-Comes in:  a checkpoint folder in Hugging Face layout, token ids laid out as forks (data.py makes them).
-Goes out:  hidden states, or the log-probability of every scored row (loss.linear_logps inside `forward`),
-           or sampled continuations of prompts (`generate`).
+Comes in:  a checkpoint folder in Hugging Face layout, token ids laid out as forks (data.py).
+Goes out:  the log-probability of every scored row, or sampled continuations of prompts.
 
 Parameter names are HF's without the leading "model.", so that a reader can hold both side by side
-(transformers/models/qwen3/modeling_qwen3.py). Shapes: T tokens of a pack, D hidden width, H query heads,
-K key heads, d head width, R scored rows, V vocabulary. There is no batch dimension and no padding:
-several sequences lie one after the other in T, and attention keeps them apart.
+(transformers/models/qwen3/modeling_qwen3.py). Shapes: T tokens of a pack, D hidden width, H query
+heads, K key heads, d head width, R scored rows, V vocabulary. There is no batch dimension and no
+padding: several sequences lie one after the other in T, and attention keeps them apart.
 """
 
 import argparse
@@ -15,7 +14,6 @@ import contextlib
 import functools
 import importlib
 import io
-import json
 import math
 import os
 import re
@@ -31,20 +29,20 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
-from torch.nn.attention.bias import causal_lower_right
 from torch.distributed.tensor import DTensor
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import UserError, read_json, write_json, writing
+from data import UserError, listed, read_json, write_json, writing
 from loss import linear_logps
 
-
-# On a CPU torch hands these functions to MKL, which picks a function's kernel on its first call in a process.
-# Where several threads make that call, one of them may get a low-accuracy kernel for its share: no error, up
-# to 1.5e-4 off (pytorch/pytorch issue 188792). Hence a first call that is too small for two threads. This can
-# go once torch comes with MKL 2025, which no longer does it.
+# On a CPU torch hands these functions to MKL, which picks a function's kernel on its first call in
+# a process. Where several threads make that call, one of them may get a low-accuracy kernel for its
+# share: no error, up to 1.5e-4 off (pytorch/pytorch issue 188792). Hence a first call that is too
+# small for two threads. This can go once torch comes with MKL 2025, which no longer does it.
 for _dtype in (torch.float32, torch.float64):
     for _function in (torch.cos, torch.sin, torch.exp, torch.log):
         _function(torch.ones(8, dtype=_dtype))
@@ -69,106 +67,104 @@ class Config:
     tie_word_embeddings: bool
 
 
-# Keys that do not change the forward pass. What is neither here nor in Config is refused by name.
+# Keys that change no forward pass, or that read_config checks by itself.
 HARMLESS = {
-    "architectures", "model_type", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype",
-    "transformers_version", "use_cache", "initializer_range", "max_window_layers", "max_position_embeddings",
-    "sliding_window", "_name_or_path", "output_attentions", "output_hidden_states", "return_dict", "id2label",
-    "label2id", "chunk_size_feed_forward", "unsloth_fixed",
+    "architectures", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype",
+    "transformers_version", "use_cache", "initializer_range", "max_window_layers",
+    "sliding_window", "max_position_embeddings", "output_attentions", "output_hidden_states",
+    "return_dict", "id2label", "label2id", "chunk_size_feed_forward", "gradient_checkpointing",
+    "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "max_length",
+    "rope_parameters", "rope_scaling", "layer_types",
 }
+TOOLS = ("_", "transformers", "unsloth", "axolotl", "llamafactory", "llama_factory", "swift", "trl",
+         "peft", "mergekit", "vllm", "sglang", "mlx", "deepspeed", "megatron", "nemo", "verl")
 # Keys that would change it, with the only values this file computes.
 ONLY = {
-    "model_type": ("qwen3",), "hidden_act": ("silu",), "attention_bias": (False,),
-    "attention_dropout": (0, None), "use_sliding_window": (False, None), "rope_scaling": (None,),
+    "model_type": ("qwen3",), "hidden_act": ("silu", None), "attention_bias": (False, None),
+    "attention_dropout": (0, None), "use_sliding_window": (False, None),
     "quantization_config": (None,),
 }
+EXPECTED = {int: "a whole number above 0", float: "a number above 0", bool: "true or false"}
 
 
 def read_config(folder: str) -> Config:
     """Read folder/config.json in either layout (rope_theta at the top, or inside rope_parameters).
 
-    Raises UserError that lists every key that is missing, of a wrong type, or not supported.
+    Raises UserError that lists every key that is missing, of a wrong type, or not supported; so is
+    every unknown key but bookkeeping: texts, token ids, keys of tools, and what is switched off.
     """
     path = os.path.join(folder, "config.json")
-    raw = read_json(path)
+    raw = {"head_dim": 128, "tie_word_embeddings": False, **read_json(path)}  # HF's defaults
     problems = []
-    if "model_type" not in raw:
-        problems.append('"model_type" is missing, "qwen3" expected')
-    rope = raw.pop("rope_parameters", None) or {}
-    if not isinstance(rope, dict):
-        raise UserError(f'{path}: "rope_parameters": an object expected, found {rope!r:.60}')
-    if rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        problems.append(f'"rope_parameters" is {rope!r:.200}; only "rope_type": "default" is supported')
-    elif set(rope) - {"rope_type", "rope_theta", "partial_rotary_factor"}:
-        problems.append(f'"rope_parameters" holds {sorted(rope)}; only rope_type, rope_theta are supported')
-    if "rope_theta" in rope:
-        if raw.get("rope_theta", rope["rope_theta"]) != rope["rope_theta"]:
+    for key, supported in ONLY.items():
+        value = raw.pop(key, None)
+        if value not in supported:
+            problems.append(f'"{key}" is {value!r:.60}; only {supported[0]!r} is supported')
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # transformers' order
+    if not isinstance(rope, dict) or {k for k in rope if rope[k] != "default"} - {"rope_theta"}:
+        problems.append(f'"rope_scaling" or "rope_parameters" is {rope!r:.200}; only the '
+                        '"rope_type" "default" and "rope_theta" are supported')
+    elif "rope_theta" in rope:
+        if raw.get("rope_theta") not in (None, rope["rope_theta"]):
             problems.append('"rope_theta" and "rope_parameters" contradict each other')
         raw["rope_theta"] = rope["rope_theta"]
-    layer_types = raw.pop("layer_types", None) or []
-    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
-        problems.append(f'"layer_types" is {layer_types!r:.80}; only "full_attention" is supported')
-    elif layer_types and len(layer_types) != raw.get("num_hidden_layers"):
-        problems.append(f'"layer_types" names {len(layer_types)} layers, "num_hidden_layers" is '
-                        f'{raw.get("num_hidden_layers")!r:.20}')
-    raw.setdefault("head_dim", 128)  # HF's default; published files name it
-    raw.setdefault("tie_word_embeddings", False)
     values = {}
-    for name, kind in Config.__annotations__.items():
-        value = raw.pop(name, None)
-        number_or_flag = (int, float) if kind is float else kind
-        fits = isinstance(value, number_or_flag) and isinstance(value, bool) == (kind is bool)
-        largest = 1e3 if name == "num_hidden_layers" else 1e12 if kind is float else 2**22
-        if not fits or (kind is not bool and not 0 < value <= largest):
-            expected = "true or false" if kind is bool else f"a {kind.__name__} above 0 (to {largest:g})"
-            problems.append(f'"{name}": {expected} expected, found {value!r:.60}')
-        values[name] = value
-    for name, value in raw.items():
-        if name in ONLY and value not in ONLY[name]:
-            problems.append(f'"{name}" is {value!r:.60}; only {ONLY[name][0]!r} is supported')
-        elif name not in ONLY and name not in HARMLESS and value not in (None, False, [], {}):
-            problems.append(f'"{name}": {value!r:.60} is not known here and might change the computation')
-    if not problems:
-        heads, groups = values["num_attention_heads"], values["num_key_value_heads"]
-        if heads % groups or values["head_dim"] % 2 or heads * values["head_dim"] > 2**22:
-            problems.append(f"{heads} query heads on {groups} key heads of width {values['head_dim']}: "
-                            "a multiple and an even width expected")
+    for f in fields(Config):
+        value = values[f.name] = raw.pop(f.name, None)
+        types = (int, float) if f.type is float else (f.type,)
+        if type(value) not in types or (f.type is not bool and not 0 < value < math.inf):
+            problems.append(f'"{f.name}": {EXPECTED[f.type]} expected, found {value!r:.60}')
+    for key, value in raw.items():
+        if key in HARMLESS or key.startswith(TOOLS) or key.endswith("_token_id"):
+            continue
+        if not isinstance(value, str) and value not in (None, False, [], {}):
+            problems.append(f'"{key}": {value!r:.60} is unknown and might change the computation')
     if problems:
-        raise UserError(f"{path} is not a configuration this program computes:\n  " + "\n  ".join(problems))
-    return Config(**values)
+        raise UserError(f"{path} is not a configuration this program computes:{listed(problems)}")
+    config = Config(**values)
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    layers, layer_types = config.num_hidden_layers, raw.get("layer_types") or []
+    if heads % groups or config.head_dim % 2:
+        raise UserError(f"{path}: {heads} query heads on {groups} key heads of width "
+                        f"{config.head_dim}: a multiple and an even width expected")
+    all_full = isinstance(layer_types, list) and set(map(str, layer_types)) <= {"full_attention"}
+    if not all_full or len(layer_types) not in (0, layers):
+        raise UserError(f'{path}: "layer_types" is {layer_types!r:.80}; "full_attention" expected, '
+                        f'"num_hidden_layers" ({layers}) times')
+    return config
 
 
 # --- the network ----------------------------------------------------------------------------------
 
 
 class Qwen3(nn.Module):
-    """The whole network. `forward` goes from token ids to the log-probability of every scored row."""
+    """The whole network; `forward` goes from ids to the log-probability of every scored row."""
 
     def __init__(self, config: Config, checkpointing: bool = False):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, checkpointing) for _ in range(config.num_hidden_layers))
+        blocks = [Block(config, checkpointing) for _ in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(blocks)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        # Tied models have no parameter here: the embedding serves twice, inside the root's forward, where
-        # FSDP has it gathered. Untied, the head is a unit of its own.
+        # Tied models have no parameter here: the embedding serves twice, inside the root's forward,
+        # where FSDP has it gathered. Untied, the head is a unit of its own.
         self.lm_head = Head(config)
 
     def forward(self, tokens, positions, forks, rows, targets):
-        """tokens, positions (T,) int64; forks as in `layout`; rows (R,) indices into T; targets (R,) ids.
-
-        Returns (R,) fp32: log p(targets[i] | everything that token rows[i] sees). R = 0 is allowed.
-        """
+        """tokens, positions (T,); forks as in fork_attention; rows (R,) of T; targets (R,) ids.
+        Returns (R,) fp32: log p(targets[i] | all that token rows[i] sees). R may be 0."""
         # Only scored rows reach the norm and the head. index_select: h[rows] is 5-7x slower on CPU.
         hidden = self.norm(self.trunk(tokens, positions, forks).index_select(0, rows))
-        return self.lm_head(hidden, targets, self.tied_weight())
+        tied_weight = self.embed_tokens.weight if self.config.tie_word_embeddings else None
+        return self.lm_head(hidden, targets, tied_weight)
 
     def trunk(self, tokens, positions, forks):
         """(T,) ids to the (T, D) output of the last block, before the final norm."""
         return self.blocks(tokens, positions, lambda q, k, v, layer: fork_attention(q, k, v, forks))
 
     def blocks(self, tokens, positions, attend):
-        """Through all blocks, before the final norm. `attend(q, k, v, layer)` is the attention."""
+        """As `trunk`, with attend(q, k, v, layer) as the attention."""
         x = self.embed_tokens(tokens)
         cos, sin = rope_table(positions, self.config, x.dtype)
         for layer, block in enumerate(self.layers):
@@ -176,16 +172,15 @@ class Qwen3(nn.Module):
         return x
 
     def logits(self, tokens):
-        """(T, V) logits of one plain sequence (T,), in the compute dtype: for tests and small inputs."""
-        forks = [(0, len(tokens), len(tokens), len(tokens))]
-        hidden = self.norm(self.trunk(tokens, torch.arange(len(tokens), device=tokens.device), forks))
-        return hidden @ self.head_weight().T
-
-    def tied_weight(self):
-        return self.embed_tokens.weight if self.config.tie_word_embeddings else None
+        """(T, V) logits of one plain sequence (T,), in the compute dtype: for small inputs."""
+        length = len(tokens)
+        positions = torch.arange(length, device=tokens.device)
+        hidden = self.trunk(tokens, positions, [(0, length, length, length)])
+        return self.norm(hidden) @ self.head_weight().T
 
     def head_weight(self):
-        return self.lm_head.weight if self.tied_weight() is None else self.tied_weight()
+        tied = self.config.tie_word_embeddings
+        return self.embed_tokens.weight if tied else self.lm_head.weight
 
 
 class Block(nn.Module):
@@ -198,10 +193,11 @@ class Block(nn.Module):
         self.checkpointing = checkpointing
 
     def forward(self, x, cos, sin, attend):
-        # Checkpointing sits inside the block's forward, hence inside FSDP's hooks: the recomputation
+        # Checkpointing sits inside the block's forward, hence inside FSDP's hooks: recomputation
         # finds the weights that backward has gathered already. Nothing here is random.
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self.run, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(self.run, x, cos, sin, attend, use_reentrant=False,
+                              preserve_rng_state=False)
         return self.run(x, cos, sin, attend)
 
     def run(self, x, cos, sin, attend):
@@ -213,7 +209,8 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.head_dim = config.head_dim  # explicit: H * d differs from D in 0.6B, 4B and 32B
-        wide, narrow = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        wide = config.num_attention_heads * self.head_dim
+        narrow = config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, wide, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, narrow, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, narrow, bias=False)
@@ -247,11 +244,10 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
-        # HF's order: statistics in fp32, back to x's dtype, then the weight. The other order differs in a
-        # quarter of all bf16 outputs.
-        wide = x.float() if x.dtype != torch.float64 else x
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        # HF's order: statistics in fp32, back to x's dtype, then the weight. With its own weight
+        # argument F.rms_norm rounds once only: a quarter of all bf16 outputs differ. On CUDA it is
+        # one kernel.
+        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
 class Head(nn.Module):
@@ -265,7 +261,7 @@ class Head(nn.Module):
 
 
 def rope_table(positions, config, dtype):
-    """(T,) positions to cos and sin (T, d), computed in fp32, cast to the activations' dtype (as HF).
+    """(T,) positions to cos and sin (T, d), computed in fp32, cast to the activations' dtype as HF.
 
     Made anew for each pack: a buffer would have to be rebuilt after meta-device construction, and
     forgetting that raises no error.
@@ -278,7 +274,7 @@ def rope_table(positions, config, dtype):
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding of x (heads, T, d), halves rotated together as in HF's rotate_half."""
+    """Rotary position embedding of x (heads, T, d), in halves as HF's rotate_half."""
     left, right = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-right, left], -1) * sin
 
@@ -287,15 +283,15 @@ def rotate(x, cos, sin):
 
 
 def fork_attention(q, k, v, forks):
-    """Softmax attention inside forks: q (H, T, d), k and v (K, T, d) to (H, T, d). One body for CPU and GPU.
+    """Softmax attention inside forks: q (H, T, d), k and v (K, T, d) to (H, T, d).
 
-    forks: list of (start, trunk_end, rejected_end, chosen_end) in tokens, one after the other. A query
-    sees a key if and only if the key is of the same fork, not later in the row, and in the trunk or in
-    the query's own branch. So a fork takes three calls: its trunk over itself, and each branch over trunk
-    + itself, aligned at the bottom right. There is no [T, T] mask and no masked-out work between forks.
+    forks: list of (start, trunk_end, rejected_end, chosen_end) in tokens, one after the other. A
+    query sees a key if and only if the key is of the same fork, not later in the row, and in the
+    trunk or in the query's own branch. So a fork takes three calls: its trunk over itself, and each
+    branch over trunk + itself, aligned at the bottom right. No [T, T] mask, no masked-out work.
 
-    On CUDA in 16 bit these are flash kernels, which take grouped heads and this alignment by themselves
-    (torch/nn/attention/bias.py). In fp32, and on a CPU, a (branch, trunk + branch) mask is made.
+    On CUDA in 16 bit these are flash kernels, which take grouped heads and this alignment as they
+    are (torch/nn/attention/bias.py). In fp32, and on a CPU, a mask of one branch is made.
     """
     dtype = q.dtype
     if not q.is_cuda and dtype != torch.float64:
@@ -303,7 +299,7 @@ def fork_attention(q, k, v, forks):
     sizes = []
     for start, trunk_end, rejected_end, chosen_end in forks:
         sizes += [trunk_end - start, rejected_end - trunk_end, chosen_end - rejected_end]
-    # split, because its backward is one cat; the backward of each slice would fill a whole (H, T, d).
+    # split, because its backward is one cat; that of each slice would fill a whole (H, T, d).
     queries, keys, values = (t[None].split(sizes, 2) for t in (q, k, v))
     pieces = []
     for trunk in range(0, len(sizes), 3):
@@ -323,7 +319,7 @@ def fork_attention(q, k, v, forks):
 # --- generation -----------------------------------------------------------------------------------
 
 CELLS = 256  # tokens that a new cache holds at least; it doubles when full
-CPU_ROWS = 16  # MKL rounds products of fewer rows differently, so on a CPU rows are filled up to this number
+CPU_ROWS = 16  # MKL rounds products of fewer rows differently: on a CPU, rows are filled up to it
 
 
 @dataclass
@@ -338,30 +334,25 @@ class Row:
 
 
 @torch.no_grad()
-def generate(model: Qwen3, prompts, seeds, *, max_tokens, temperature=0.7, top_p=0.8, top_k=20, end=(),
-             batch_size=32, on_done=None, progress=None) -> list:
+def generate(model: Qwen3, prompts, seeds, *, max_tokens, temperature=0.7, top_p=0.8, top_k=20,
+             end=(), batch_size=32, on_done=None, progress=None) -> list:
     """Continue every prompt by sampling; temperature 0 is greedy.
 
     model     plain (not sharded), on a CPU or a GPU, any dtype
-    prompts   lists of token ids, of any lengths above 0
-    seeds     one int >= 0 a prompt, all the chance there is
-    top_k     so many most likely tokens stay, 0: all. Of tokens that tie for the last place some stay
-              (transformers keeps them all)
-    top_p     then the fewest most likely tokens stay whose probabilities sum to top_p or more; 1: all
+    prompts   lists of token ids; seeds: one int >= 0 a prompt, all the chance there is
+    top_k     so many most likely tokens stay, 0: all (of ties for the last place, as many as fit)
+    top_p     then the fewest most likely tokens stay whose probabilities sum to top_p; 1: all
     end       token ids that end a sample
     on_done   called as on_done(index, ids, ended) as soon as a sample is finished
-    progress  called as progress(n) after every step, n the tokens sampled in it, end tokens included
+    progress  called as progress(n) after every step, n the tokens sampled in it, end tokens too
     returns   (ids, ended) a prompt: ids without the end token; ended False: max_tokens cut it off
 
-    At most batch_size samples run at a time; a finished one makes room for the next prompt at once. The
-    device is waited for once a step. A token's keys and values are 2 * layers * K * d numbers; a row's
-    cache holds CELLS tokens, or at most twice as many as the row has.
-
+    At most batch_size samples run at a time; a finished one makes room for the next prompt at once.
     A sample depends on prompt, seed and settings: its t-th token is drawn with the t-th number of a
-    Philox generator of its own, so batch size, neighbours and rank change it through rounding alone. On a
-    CPU in fp32 not even so (measured with MKL): prompts go through one by one, the blocks get CPU_ROWS
-    rows or more, and each row attends to its own cache. Elsewhere rounding may decide a near tie.
-    Raises UserError that lists all wrong arguments, or where logits are not finite.
+    generator of its own, so batch size, neighbours and rank change it through rounding alone. On a
+    CPU in fp32 not even so (measured with MKL): prompts go through one by one, the blocks get
+    CPU_ROWS rows or more, and each row attends to its own cache. Elsewhere rounding may decide a
+    near tie. Raises UserError that lists all wrong arguments, or where logits are not finite.
     """
     check_generate(model, prompts, seeds, max_tokens, temperature, top_p, top_k, batch_size)
     end, results, waiting, rows = set(end), [None] * len(prompts), deque(range(len(prompts))), []
@@ -371,15 +362,17 @@ def generate(model: Qwen3, prompts, seeds, *, max_tokens, temperature=0.7, top_p
             i = waiting.popleft()
             last, cache = prefill(model, prompts[i])
             hidden.append(last)
-            rows.append(Row(i, np.random.Generator(np.random.Philox(seeds[i])), cache, len(prompts[i])))
+            random = np.random.Generator(np.random.Philox(seeds[i]))
+            rows.append(Row(i, random, cache, len(prompts[i])))
         logits = next_logits(model, torch.cat(hidden))
         uniforms = torch.tensor([row.random.random() for row in rows], dtype=torch.float64)
         tokens = sample(logits, uniforms.to(logits.device), temperature, top_p, top_k)
-        tokens = tokens.masked_fill(~logits.amax(-1).isfinite(), -1).tolist()  # waits for the device
+        tokens = tokens.masked_fill(~logits.amax(-1).isfinite(), -1).tolist()  # waits for the GPU
         running = []
         for row, token in zip(rows, tokens):
             if token < 0:
-                raise UserError(f"prompt {row.index}: logits of token {len(row.ids)} are not finite")
+                token = len(row.ids)
+                raise UserError(f"prompt {row.index}: logits of token {token} are not finite")
             if token not in end:
                 row.ids.append(token)
             if token in end or len(row.ids) == max_tokens:
@@ -396,42 +389,49 @@ def generate(model: Qwen3, prompts, seeds, *, max_tokens, temperature=0.7, top_p
 
 def check_generate(model, prompts, seeds, max_tokens, temperature, top_p, top_k, batch_size):
     """Raises one UserError that lists every wrong argument of `generate`."""
-    problems = [f"{name} {found}, {wanted} expected" for name, found, wanted, fits in (
-        ("seeds:", len(seeds), f"{len(prompts)}, one a prompt,", len(seeds) == len(prompts)),
-        ("max_tokens", max_tokens, "1 or more", max_tokens >= 1),
-        ("temperature", temperature, "0 (greedy) or more, and finite,", 0 <= temperature < math.inf),
-        ("top_p", top_p, "above 0 and at most 1", 0 < top_p <= 1),
-        ("top_k", top_k, "0 (all) or more", top_k >= 0),
-        ("batch_size", batch_size, "1 or more", batch_size >= 1),
-        *((f"seed {i}:", seed, "0 or more", seed >= 0) for i, seed in enumerate(seeds)),
-        *((f"prompt {i}: ids", f"{min(ids)} to {max(ids)}" if len(ids) else "none",
-           f"at least one, 0 to {model.config.vocab_size - 1},",
-           len(ids) and 0 <= min(ids) <= max(ids) < model.config.vocab_size)
-          for i, ids in enumerate(prompts))) if not fits]
+    problems = []
+    if len(seeds) != len(prompts):
+        problems.append(f"seeds: {len(seeds)}, {len(prompts)}, one a prompt, expected")
+    if max_tokens < 1:
+        problems.append(f"max_tokens {max_tokens}, 1 or more expected")
+    if not 0 <= temperature < math.inf:
+        problems.append(f"temperature {temperature}, 0 (greedy) or more, and finite, expected")
+    if not 0 < top_p <= 1:
+        problems.append(f"top_p {top_p}, above 0 and at most 1 expected")
+    if top_k < 0:
+        problems.append(f"top_k {top_k}, 0 (all) or more expected")
+    if batch_size < 1:
+        problems.append(f"batch_size {batch_size}, 1 or more expected")
+    for i, (ids, seed) in enumerate(zip(prompts, seeds)):
+        if seed < 0:
+            problems.append(f"seed {i}: {seed}, 0 or more expected")
+        if not ids or min(ids) < 0 or max(ids) >= model.config.vocab_size:
+            problems.append(f"prompt {i}: one id or more, 0 to {model.config.vocab_size - 1}, "
+                            f"expected, found {list(ids)!r:.60}")
     if problems:
-        more = [f"... and {len(problems) - 20} more"] * (len(problems) > 20)
-        raise UserError("generate:\n  " + "\n  ".join(problems[:20] + more))
+        raise UserError(f"generate:{listed(problems)}")
 
 
 def prefill(model, prompt):
     """A prompt's last hidden state (1, D), and the cache of its row."""
     config, device = model.config, model.norm.weight.device
-    cells = max(CELLS, 2 * len(prompt))
+    length = len(prompt)
+    cells = max(CELLS, 2 * length)
     cache = model.norm.weight.new_empty(
         config.num_hidden_layers, 2, config.num_key_value_heads, cells, config.head_dim)
 
     def attend(q, k, v, layer):
-        cache[layer, 0, :, :len(prompt)] = k
-        cache[layer, 1, :, :len(prompt)] = v
-        return fork_attention(q, k, v, [(0, len(prompt), len(prompt), len(prompt))])
+        cache[layer, 0, :, :length] = k
+        cache[layer, 1, :, :length] = v
+        return fork_attention(q, k, v, [(0, length, length, length)])
 
     tokens = torch.tensor(prompt, device=device)
-    hidden = model.blocks(tokens, torch.arange(len(prompt), device=device), attend)
+    hidden = model.blocks(tokens, torch.arange(length, device=device), attend)
     return hidden[-1:], cache
 
 
 def decode(model, rows):
-    """The last token of every row through the blocks, (rows, D); each cache gets its key and value."""
+    """The last token of every row through the blocks, (rows, D); caches get its keys and values."""
     device = model.norm.weight.device
     fill = [0] * (CPU_ROWS - len(rows)) if device.type == "cpu" else []
     tokens = torch.tensor([row.ids[-1] for row in rows] + fill, device=device)
@@ -459,13 +459,13 @@ def decode(model, rows):
 def next_logits(model, hidden):
     """(n, D) states before the final norm to (n, V) logits in the model's dtype."""
     fill = 0 if hidden.is_cuda else max(0, CPU_ROWS - len(hidden))
-    # On a CPU this order is faster for few rows than hidden @ weight.T, the transposed copy included.
+    # On a CPU faster for few rows than hidden @ weight.T, the transposed copy included.
     logits = model.head_weight() @ F.pad(model.norm(hidden), (0, 0, 0, fill)).T
     return logits[:, :len(hidden)].T.contiguous()
 
 
 def sample(logits, uniforms, temperature, top_p, top_k):
-    """One id a row: logits (n, V), uniforms (n,) fp64 in [0, 1), the rest as in `generate`; (n,) int64."""
+    """One id a row, (n,) int64, from logits (n, V) and uniforms (n,) fp64 in [0, 1)."""
     if temperature == 0:
         return logits.argmax(-1)
     probs, ids = filtered(logits, temperature, top_p, top_k)
@@ -479,10 +479,13 @@ def sample(logits, uniforms, temperature, top_p, top_k):
 def filtered(logits, temperature, top_p, top_k):
     """The filters in transformers' order: temperature, top-k, top-p.
 
-    Returns weights (n, k) fp64, largest first and 0 where top_p drops the token (the rest sum to less than 1
-    then), and their ids (n, k); k is V without top_k, at the cost of a sort of all logits.
+    Returns weights (n, k) fp64, largest first and 0 where top_p drops the token (the rest sum to
+    less than 1 then), and their ids (n, k). Without top_k, k is V, and all logits are sorted.
     """
-    values, ids = (logits.topk(top_k) if 0 < top_k < logits.shape[1] else logits.sort(-1, descending=True))
+    if 0 < top_k < logits.shape[1]:
+        values, ids = logits.topk(top_k)
+    else:
+        values, ids = logits.sort(-1, descending=True)
     probs = (values.double() / temperature).softmax(-1)
     if top_p < 1:
         probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)
@@ -491,24 +494,43 @@ def filtered(logits, temperature, top_p, top_k):
 
 # --- checkpoints in Hugging Face layout -----------------------------------------------------------
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-SIDE_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-              "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+DTYPES = ("F32", "BF16", "F16")  # as safetensors names them
+SIDE_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "merges.txt",
+              "chat_template.jinja", "vocab.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def checkpoint_folder(name: str) -> str:
-    """A local folder as it is; a hub id downloaded where that works; else a UserError with the command."""
-    if os.path.isdir(name):
-        return name
-    advice = "a folder with config.json, tokenizer.json and *.safetensors expected"
-    if name.count("/") == 1 and not name.startswith((".", "/")) and not name.endswith("/"):
+    """A local folder as it is; a hub id is downloaded, or UserError gives the command for it."""
+    folder = name
+    if not os.path.isdir(name):
+        advice = "a folder with config.json, tokenizer.json and *.safetensors expected"
+        if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+            raise UserError(f"{name} is no folder: {advice}")
         try:  # comes with tokenizers; not one of the five packages, hence no import at the top
             hub = importlib.import_module("huggingface_hub")
-            return hub.snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja"])
-        except Exception as e:  # offline, unknown id, gated: whatever the library raises, the advice is one
-            advice += (f"; the hub could not be asked ({type(e).__name__}). Where there is a network:\n"
-                       f"  hf download {name} --local-dir {name.split('/')[1]}")
-    raise UserError(f"{name} is no folder: {advice}")
+            patterns = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
+            folder = hub.snapshot_download(name, allow_patterns=patterns)
+        except Exception as e:  # offline, unknown id, gated: the advice is always the same
+            raise UserError(f"{name} is no folder: {advice}; the hub could not be asked "
+                            f"({type(e).__name__}). Where there is a network:\n"
+                            f"  hf download {name} --local-dir {name.split('/')[1]}") from None
+    if os.path.exists(os.path.join(folder, "adapter_config.json")):
+        raise UserError(f"{folder} holds a LoRA adapter (adapter_config.json): merge it first "
+                        "(peft's merge_and_unload), or remove that file if this is done")
+    return folder
+
+
+def unread_parts(folder: str) -> list:
+    """What lies in a checkpoint and is not read, as lines for the log."""
+    known = HARMLESS | ONLY.keys() | {f.name for f in fields(Config)}
+    keys = sorted(read_json(os.path.join(folder, "config.json")).keys() - known)
+    lines = []
+    if keys:
+        lines.append(f"{folder}/config.json: no part of the computation: {', '.join(keys)}")
+    single = os.path.join(folder, "model.safetensors")
+    if os.path.exists(single) and os.path.exists(single + ".index.json"):
+        lines.append(f"{single} is read, not the shards of the index beside it")
+    return lines
 
 
 def hf_name(name: str) -> str:
@@ -517,48 +539,33 @@ def hf_name(name: str) -> str:
 
 
 def open_tensors(folder: str) -> dict:
-    """All tensors of a checkpoint: {HF name: (file path, safetensors slice)}; only headers are read.
-
-    One model.safetensors, or the files that model.safetensors.index.json names. Raises UserError for
-    missing, truncated or corrupt files, and for an index that points out of the folder or lies.
-    """
+    """All tensors of a checkpoint: {HF name: (file path, safetensors slice)}; reads headers alone,
+    of model.safetensors or else of the files that model.safetensors.index.json names. Raises
+    UserError for missing, truncated or corrupt files."""
+    files = ["model.safetensors"]
     index_path = os.path.join(folder, "model.safetensors.index.json")
-    single = os.path.join(folder, "model.safetensors")
-    if os.path.exists(index_path):
+    if not os.path.exists(os.path.join(folder, "model.safetensors")):
+        if not os.path.exists(index_path):
+            raise UserError(f"{folder}: neither model.safetensors nor model.safetensors.index.json "
+                            "is there (weights in pickle formats are not read)")
         index = read_json(index_path).get("weight_map")
-        if not isinstance(index, dict) or not all(isinstance(f, str) for f in index.values()):
+        if not isinstance(index, dict):
             raise UserError(f'{index_path}: "weight_map", an object of file names, expected')
-        files = sorted(set(index.values()))
-        for f in files:
-            fits = os.path.basename(f) == f and f.endswith(".safetensors") and f.isprintable()
-            if not fits or len(f) > 255:
-                raise UserError(f"{index_path}: file name {f!r:.60} is not a .safetensors file of this "
-                                "folder")
-    elif os.path.exists(single):
-        index, files = None, ["model.safetensors"]
-    else:
-        raise UserError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there "
-                        "(weights in pickle formats are not read)")
-    found = {}
-    for f in files:
-        path = os.path.join(folder, f)
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise UserError(f"{path}: a file expected")
+        files = sorted({str(file) for file in index.values()})
+    tensors = {}
+    for file in files:
+        path = os.path.join(folder, file)
         try:
             handle = safe_open(path, framework="pt")
-            for name in handle.keys():
-                found[name] = (path, handle.get_slice(name))
+            tensors |= {name: (path, handle.get_slice(name)) for name in handle.keys()}
         except (OSError, SafetensorError) as e:
             raise UserError(f"{path} is missing, truncated or corrupt: {e}") from None
-    wrong = [n for n, f in (index or {}).items() if n not in found or os.path.basename(found[n][0]) != f]
-    if wrong:
-        raise UserError(f"{index_path}: not in the file it names: {', '.join(sorted(wrong)[:8])}")
-    return found
+    return tensors
 
 
 def rows_here(p):
-    """This rank's part of a parameter: (local tensor, first row, end row). FSDP2 shards dimension 0 in
-    equal chunks, the last ones shorter or empty."""
+    """This rank's part of a parameter: (local tensor, first row, end row). FSDP2 shards dimension 0
+    in equal chunks, the last ones shorter or empty."""
     if not isinstance(p, DTensor):
         return p.detach(), 0, p.shape[0]
     dim = next(i for i, placement in enumerate(p.placements) if placement.is_shard())
@@ -569,35 +576,45 @@ def rows_here(p):
 
 @torch.no_grad()
 def load_weights(model: Qwen3, folder: str, device) -> None:
-    """Give a model that was made on the meta device, plain or sharded, memory on `device`, and fill it from a
-    checkpoint: every rank reads only its own rows.
+    """Give a model that was made on the meta device, plain or sharded, memory on `device`, and fill
+    it from a checkpoint: every rank reads only its own rows.
 
-    Strict, and checked before memory is taken: raises one UserError that lists all missing, unexpected,
-    mis-shaped and mis-typed tensors; later another for the first that is not finite. A tied checkpoint may
-    carry lm_head.weight; it is the embedding again, and is not read.
+    Strict, and checked before memory is taken: raises one UserError that lists all missing,
+    unexpected, mis-shaped and mis-typed tensors; later another for the first that is not finite. A
+    tied checkpoint may carry lm_head.weight if it is the embedding again.
     """
     found = open_tensors(folder)
-    wanted = {hf_name(n): p for n, p in model.named_parameters()}
+    wanted = {hf_name(name): p for name, p in model.named_parameters()}
+    head_twice = model.config.tie_word_embeddings and "lm_head.weight" in found
+    if head_twice:
+        wanted["lm_head.weight"] = model.embed_tokens.weight
     problems = [f"missing: {n} {tuple(p.shape)}" for n, p in wanted.items() if n not in found]
-    for name, (path, tensor) in found.items():
+    for name, (_, tensor) in found.items():
+        shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
         if name not in wanted:
-            if not (name == "lm_head.weight" and model.config.tie_word_embeddings):
-                problems.append(f"unexpected: {name} {tuple(tensor.get_shape())}")
-        elif tuple(tensor.get_shape()) != tuple(wanted[name].shape):
-            problems.append(f"wrong shape: {name} is {tuple(tensor.get_shape())}, "
-                            f"config.json says {tuple(wanted[name].shape)}")
-        elif tensor.get_dtype() not in DTYPES:
-            problems.append(f"wrong type: {name} is {tensor.get_dtype()}, {'/'.join(DTYPES)} expected")
+            problems.append(f"unexpected: {name} {shape}")
+        elif shape != tuple(wanted[name].shape):
+            problems.append(f"wrong shape: {name} is {shape}, config.json says "
+                            f"{tuple(wanted[name].shape)}")
+        elif dtype not in DTYPES:
+            problems.append(f"wrong type: {name} is {dtype}, {'/'.join(DTYPES)} expected")
     if problems:
-        shown = problems[:20] + [f"... and {len(problems) - 20} more"] * (len(problems) > 20)
-        raise UserError(f"{folder}: weights do not fit config.json:\n  " + "\n  ".join(shown))
+        raise UserError(f"{folder}: weights do not fit config.json:{listed(problems)}")
     model.to_empty(device=device)
-    for name, p in model.named_parameters():
-        name, (local, start, end) = hf_name(name), rows_here(p)
+    finite = torch.ones(len(wanted), dtype=torch.bool, device=device)
+    for i, (name, p) in enumerate(model.named_parameters()):
+        local, start, end = rows_here(p)
         if end > start:
-            local.copy_(found[name][1][start:end])  # casts
-            if not local.isfinite().all():
-                raise UserError(f"{found[name][0]}: {name} holds NaN or infinity")
+            local.copy_(found[hf_name(name)][1][start:end])  # casts
+            finite[i] = local.isfinite().all()
+    for name, sound in zip(wanted, finite.tolist()):  # a GPU waits here, once
+        if not sound:
+            raise UserError(f"{found[name][0]}: {name} holds NaN or infinity")
+    if head_twice:
+        local, start, end = rows_here(model.embed_tokens.weight)
+        if end > start and (found["lm_head.weight"][1][start:end].to(local) != local).any():
+            raise UserError(f"{folder}: lm_head.weight differs from model.embed_tokens.weight, so "
+                            'config.json should say "tie_word_embeddings": false')
 
 
 def load_model(folder: str, dtype=torch.float32, device="cpu", checkpointing=False) -> Qwen3:
@@ -609,44 +626,49 @@ def load_model(folder: str, dtype=torch.float32, device="cpu", checkpointing=Fal
 
 
 @torch.no_grad()
-def export(model: Qwen3, folder: str, source: str, dtype=torch.bfloat16, shard_bytes=5 * 10**9, main=True):
+def export(model: Qwen3, folder: str, source: str, dtype=torch.bfloat16, shard_bytes=5 * 10**9,
+           main=True):
     """Write `model` to `folder` in HF layout; called on all ranks, written by the main one.
 
-    Each tensor is cast, then gathered, then written before the next: no rank ever holds more than one full
-    tensor (hence the format is written here: the library's writer wants a whole file in memory).
-    Configuration, tokenizer and generation files come from `source`. Raises OSError as the disk does.
+    The main rank's CPU memory holds one file of at most shard_bytes at a time, other ranks hold one
+    whole tensor. Configuration, tokenizer and generation files come from `source`. Raises UserError
+    or OSError on the main rank, after the last gather: the others wait in it.
     """
-    size = torch.empty((), dtype=dtype).element_size()
-    shards = [[]]
-    used = 0
+    shards, used = [{}], 0
     for name, p in model.named_parameters():
-        if shards[-1] and used + p.numel() * size > shard_bytes:
-            shards.append([])
-            used = 0
-        shards[-1].append((hf_name(name), p))
-        used += p.numel() * size
-    names = (["model.safetensors"] if len(shards) == 1 else
-             [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)])
-    failed = None
-    for file, shard in zip(names, shards):
-        whole = ((p.to(dtype).full_tensor() if isinstance(p, DTensor) else p.to(dtype)) for _, p in shard)
-        if main and not failed:
+        used += p.numel() * dtype.itemsize
+        if shards[-1] and used > shard_bytes:
+            shards.append({})
+            used = p.numel() * dtype.itemsize
+        shards[-1][hf_name(name)] = p
+    files = ["model.safetensors"]
+    if len(shards) > 1:
+        count = len(shards)
+        files = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    error = None
+    for file, shard in zip(files, shards):
+        tensors = {}
+        for name, p in shard.items():
+            tensor = p.detach().to(dtype)
+            if isinstance(tensor, DTensor):
+                tensor = tensor.full_tensor()
+            if main:
+                tensors[name] = tensor.cpu()
+        if main and not error:
             try:
                 os.makedirs(folder, exist_ok=True)
-                write_safetensors(os.path.join(folder, file), [(n, p.shape) for n, p in shard], dtype, whole)
-            except OSError as e:
-                failed = e
-        for _ in whole:  # take part in gathering, on the main rank too: the others wait for it
-            pass
-    if failed:
-        raise failed
+                write_tensors(os.path.join(folder, file), tensors)
+            except (UserError, OSError) as e:
+                error = e
+    if error:
+        raise error
     if not main:
         return
     if len(shards) > 1:
-        total = sum(p.numel() * size for p in model.parameters())
-        index = {"metadata": {"total_size": total},
-                 "weight_map": {n: file for file, shard in zip(names, shards) for n, _ in shard}}
-        write_json(os.path.join(folder, "model.safetensors.index.json"), index)
+        total = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+        weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
+        write_json(os.path.join(folder, "model.safetensors.index.json"),
+                   {"metadata": {"total_size": total}, "weight_map": weight_map})
     config = read_json(os.path.join(source, "config.json"))
     config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
     write_json(os.path.join(folder, "config.json"), config)
@@ -655,31 +677,22 @@ def export(model: Qwen3, folder: str, source: str, dtype=torch.bfloat16, shard_b
             shutil.copyfile(os.path.join(source, file), os.path.join(folder, file))
 
 
-def write_safetensors(path, shapes, dtype, tensors):
-    """Stream tensors of one dtype to a safetensors file: 8 bytes of header length, JSON header, raw data."""
-    size = torch.empty((), dtype=dtype).element_size()
-    code = {v: k for k, v in DTYPES.items()}[dtype]
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape in shapes:
-        end = offset + shape.numel() * size
-        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # data starts 8-byte aligned
-    with writing(path), open(path, "wb") as f:
-        f.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            f.write(tensor.contiguous().cpu().view(torch.uint8).numpy().data)
-        f.flush()
+def write_tensors(path: str, tensors: dict, **metadata: str):
+    """A safetensors file, durable on return. Raises UserError or OSError that names the file."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt", **metadata})
+    except SafetensorError as e:
+        raise UserError(f"{path}: {e}") from None
+    with writing(path), open(path, "rb") as f:
         os.fsync(f.fileno())
 
 
-# --- ranks ----------------------------------------------------------------------------------------
+# --- processes: ranks, exit codes, options --------------------------------------------------------
 
 
 @dataclass
 class Ranks:
-    """Where this process stands. "Main" is global rank 0: on two nodes there are two local zeros."""
+    """Where this process stands. "Main" is global rank 0: two nodes have two local zeros."""
 
     rank: int
     world: int
@@ -702,73 +715,107 @@ class Ranks:
 
     @contextlib.contextmanager
     def together(self):
-        """What fails inside on any rank ends all ranks, with one message and a non-zero code, no hang."""
+        """An error inside, on any rank, ends all ranks with one message and exit code 1."""
         error = None
         try:
             yield
         except (UserError, OSError, SafetensorError) as e:
             error = e
-        first = int(self.reduce(torch.tensor(self.rank if error else self.world), dist.ReduceOp.MIN))
+        mine = self.rank if error else self.world
+        first = int(self.reduce(torch.full((), mine, device=self.device), dist.ReduceOp.MIN))
         if first < self.world:
             if self.rank == first:
-                tqdm.write(f"error: {error}", file=sys.stderr)  # clears a progress bar that stands there
+                tqdm.write(f"error: {error}", file=sys.stderr)  # clears a progress bar
                 sys.stderr.flush()
-            dist.barrier()  # nobody leaves, and makes torchrun kill the others, before it is printed
+            dist.barrier()  # the first exit makes torchrun kill the others: the message comes first
             close_ranks()
             sys.exit(1)
 
+    def main_only(self, function, *args):
+        """function(*args) on the main rank, inside `together`; None on the others, which wait."""
+        result = None
+        with self.together():
+            if self.main:
+                result = function(*args)
+        return result
+
+
+def launched() -> bool:
+    """Whether torchrun or the like started this process; raises UserError where it is unclear."""
+    numbers = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    given = [name for name in numbers if name in os.environ]
+    lacking = [name for name in numbers if not os.environ.get(name, "").isdigit()]
+    lacking += [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if given and lacking:
+        raise UserError(f"half a launcher's environment: {', '.join(given)} set, but not a usable "
+                        f"{', '.join(lacking)}: start with torchrun, or unset {', '.join(given)}")
+    return bool(given)
+
 
 def open_ranks(timeout: int, toy: bool = False) -> Ranks:
-    """Join the process group that torchrun describes; without torchrun a group of one. The toy story takes
-    the CPU where GPUs are too few for all ranks; anything else is told so (UserError)."""
-    local, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    cuda = torch.cuda.is_available()
-    if cuda and local_world > torch.cuda.device_count():
-        if not toy:
-            count = torch.cuda.device_count()
-            raise UserError(f"{local_world} ranks on this machine, but {count} GPUs: start with "
-                            f"--nproc_per_node={count}, or use the CPU with CUDA_VISIBLE_DEVICES= (empty)")
-        cuda = False
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
+    """Join the process group that torchrun describes; without torchrun a group of one. Raises
+    UserError where there are fewer GPUs than ranks; the toy story takes the CPU then."""
+    from_launcher = launched()
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    count = torch.cuda.device_count()
+    if 0 < count < local_world and not toy:
+        raise UserError(f"{local_world} ranks on this machine, but {count} GPUs: start with "
+                        f"--nproc_per_node={count}, or use the CPU with CUDA_VISIBLE_DEVICES= "
+                        "(empty)")
+    arguments = {"backend": "gloo", "timeout": timedelta(seconds=timeout)}
+    if not from_launcher:
+        arguments |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    device = torch.device("cpu")
+    if count >= local_world:
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
+        # On new cards torch prefers cuDNN's attention, which plans anew, for half a second, for
+        # each length that it has not met: here nearly every fork's.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        arguments |= {"backend": "nccl", "device_id": device}
     else:  # torchrun sets OMP_NUM_THREADS=1, which wastes cores where there are fewer ranks
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
-        torch.set_flush_denormal(True)  # most of a sharp softmax is denormal, and those numbers are slow
-    backend = "nccl" if cuda else "gloo"
-    how = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    how |= {"device_id": device} if cuda else {}
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **how)
+        torch.set_flush_denormal(True)  # most of a sharp softmax is denormal: slow numbers
+    dist.init_process_group(**arguments)
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
+def close_ranks():
+    """Leave the process group together: without the barrier gloo can abort at exit."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def begin(parse, join=lambda o: open_ranks(o.timeout)):
-    """(options, Ranks) of a program. What is wrong with the options is said once, by the main rank."""
-    main = os.environ.get("RANK", "0") == "0"
+    """(options, Ranks) of a program. On wrong options one rank a machine says what is wrong, and
+    all exit with code 2."""
+    speaks = not re.fullmatch(r"[1-9]\d*", os.environ.get("LOCAL_RANK", ""))
+    out = sys.stdout if speaks else io.StringIO()  # argparse prints by itself
+    err = sys.stderr if speaks else io.StringIO()
     try:
-        with contextlib.ExitStack() as stack:
-            if not main:  # argparse speaks for itself
-                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-                stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             o = parse()
-            return o, join(o)
-    except (UserError, SystemExit) as e:
-        code = e.code if isinstance(e, SystemExit) else 2
-        if main and isinstance(e, UserError):
+        return o, join(o)
+    except SystemExit as e:
+        code = e.code
+    except UserError as e:
+        code = 2
+        if speaks:
             print(f"error: {e}", file=sys.stderr, flush=True)
-    if code and not main:
-        time.sleep(30)  # torchrun ends all when one has ended: the main rank must speak first
+    if code and not speaks:
+        time.sleep(30)  # the first exit makes torchrun kill the others: the message comes first
     sys.exit(code)
 
 
 def leave(main):
-    """Run a program to its exit code and end the process at once: gloo's threads now and then abort the
-    interpreter's own way out. What a dead or stalled rank does to the others is said in a line."""
+    """Run a program to its exit code and end the process at once: gloo's threads now and then abort
+    the interpreter's own way out. A dead or stalled rank is reported in one line."""
     try:
         code = main()
     except RuntimeError as e:  # gloo's have no class of their own
-        of_peers = isinstance(e, dist.DistError) or re.search("gloo|closed by peer|Timed out waiting", str(e))
-        if not of_peers:
+        of_gloo = re.search("gloo|closed by peer|Timed out waiting", str(e))
+        if not of_gloo and not isinstance(e, dist.DistError):
             raise
         tqdm.write("error: another rank has died or has not answered within --timeout: "
                    f"{str(e).splitlines()[0]:.200}", file=sys.stderr)
@@ -778,34 +825,21 @@ def leave(main):
     os._exit(code)
 
 
-def close_ranks():
-    """Leave the process group together: without the barrier gloo can abort at exit."""
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-# --- options of the programs ----------------------------------------------------------------------
-
-
 def option(default, text, choices=None):
     """A field of an Options dataclass with its line for --help."""
     return field(default=default, metadata={"help": text, "choices": choices})
 
 
-def unfit(options: dict) -> list:
-    """Problems of options that no JSON file can keep, or no file can have for a name."""
-    texts = {k: v for k, v in options.items() if isinstance(v, str)}
-    return [f"--{k} holds a NUL character" for k, v in texts.items() if "\0" in v] + [
-        f"--{k} {v!r:.60} is not UTF-8 text" for k, v in texts.items()
-        if v.encode(errors="replace").decode() != v]
-
-
 def add_options(parser, record):
-    """A --flag for every `option` of a dataclass; one that is not given is absent from the parsed result."""
-    for f in (f for f in fields(record) if f.metadata):
+    """A --flag for every `option` of a dataclass; the parsed result holds only those given."""
+    for f in fields(record):
+        if not f.metadata:
+            continue
+        text = f.metadata["help"]
         kind = {"action": "store_true"}
         if f.type is not bool:
             kind = {"type": f.type, "choices": f.metadata["choices"]}
-            kind |= {} if kind["choices"] else {"metavar": f.type.__name__.upper()}
-        text = f.metadata["help"] + ("" if f.default == "" or f.type is bool else f" [{f.default}]")
-        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text.replace("%", "%%"), **kind)
+            if f.default != "":
+                text += f" [{f.default}]"
+        text = text.replace("%", "%%")
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **kind)

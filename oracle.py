@@ -1,36 +1,34 @@
 """Making the pairs: questions -> the policy's own wrong answers -> an Oracle's minimal corrections.
 
-Comes in:  a JSONL file of questions with gold answers, a policy, and an Oracle: any OpenAI-compatible chat
-           endpoint, the policy itself, a Python function, or answers edited by hand.
+Comes in:  a JSONL file of questions with gold answers, a policy, and an Oracle: a server with an
+           OpenAI-compatible chat endpoint, the policy itself, a Python function, or a person.
 Goes out:  errors.jsonl (`elicit`), then pairs.jsonl (`rectify`) as train.py reads it.
 
     python oracle.py elicit --questions dapo-en.jsonl --model Qwen3-8B --out data/elicited
     python oracle.py rectify --errors data/elicited/errors.jsonl --server https://host/v1 \\
         --tokenizer Qwen3-8B --out data/rectified
 
-Both keep every raw answer in OUT/raw-*.jsonl as it comes. All other files of OUT are made from those, so a
-kill loses nothing: start the same command again. `elicit` also runs under torchrun, a share a rank.
+Both keep every raw answer in OUT/raw-*.jsonl as it comes. All other files of OUT are made from
+those, so a kill loses nothing: start the same command again. `elicit` also runs under torchrun.
 """
 
-import argparse
 import contextlib
 import hashlib
-import importlib.util
 import json
 import os
 import re
+import runpy
 from collections import Counter
 from dataclasses import asdict, dataclass
 
 import data
 import eval as evaluation
 import model as qwen
-from eval import (INSTRUCTION, LAST_LINE, Asking, Own, Sampling, Server, after_thinking, answers_match,
-                  check_asking, claim_folder, extract_answer, finish, gold_answer, identity, item_id,
-                  open_policy, request_for)
-from data import write_rows
 from data import Drop, UserError
-from model import Ranks, add_options, begin, option
+from eval import (INSTRUCTION, LAST_LINE, LocalModel, Sampling, SamplingOptions, Server,
+                  after_thinking, answers_match, claim_folder, extract_answer, gold_answer,
+                  identity, item_id, open_policy, read_answers, request_for, sample)
+from model import Ranks, option
 
 START, END = "=== CORRECTED STARTED ===", "=== CORRECTED ENDED ==="
 _REPAIR = r"""Below are a problem and a student's solution, which ends in a wrong answer.{given}
@@ -46,8 +44,8 @@ _REPAIR = r"""Below are a problem and a student's solution, which ends in a wron
 - keep whatever is right, word for word: steps, sentences, formulas, their order;
 - replace only what is wrong, and what is wrong because of it;
 - keep the student's style, tone, vocabulary and formatting;
-- write as if the solution had been right at the first attempt: never mention a mistake, a correction, the
-  student, or a given answer;
+- write as if the solution had been right at the first attempt: never mention a mistake, a
+  correction, the student, or a given answer;
 - end with this line, ANSWER replaced by the final answer:
 """ + LAST_LINE + f"""
 
@@ -56,7 +54,8 @@ Write the whole repaired solution between these two lines:
 {END}
 """
 PROMPTS = {  # {given} and {first} are filled here, {question}, {answer}, {gold} for each error
-    "correct": _REPAIR.replace("{given}", "").replace("{first}", "First solve the problem yourself."),
+    "correct": _REPAIR.replace("{given}", "").replace(
+        "{first}", "First solve the problem yourself."),
     "correct_with_answer": _REPAIR.replace("{given}", " The right final answer is {gold}.").replace(
         "{first}", "First find out where the solution leaves the way to the right answer."),
     "direct": "{question}",
@@ -83,19 +82,20 @@ class Item:
 def read_items(path, parse, skip_malformed):
     """All rows of a file by `parse(row, line)`, ids unique. Returns (items, dropped Counter)."""
     items, dropped = data.read_rows(path, parse, skip_malformed)
-    twice = [k for k, n in Counter(item.id for item in items).items() if n > 1]
-    if twice:
-        first = ", ".join(map(ascii, twice[:5]))
-        raise UserError(f"{path}: {len(twice)} ids occur more than once, first {first}: make "
-                        "the field id (or index) unique, or remove it")
+    counts = Counter(item.id for item in items)
+    repeated = [name for name, count in counts.items() if count > 1]
+    if repeated:
+        raise UserError(f"{path}: {len(repeated)} ids occur more than once, first "
+                        f"{', '.join(map(ascii, repeated[:5]))}: make the field id (or index) "
+                        "unique, or remove it")
     if not items:
         raise UserError(f"{path}: no usable row ({dict(dropped)})")
     return items, dropped
 
 
 def read_questions(path, instruction, skip_malformed=False):
-    """Questions as they will be sent: a string goes into the instruction, messages stay as they are. A
-    question that is there already is dropped and counted."""
+    """Questions as they will be sent: a string goes into the instruction, messages stay as they
+    are. A question that is there already is dropped and counted."""
     seen = set()
 
     def parse(row, line):
@@ -118,7 +118,7 @@ def read_questions(path, instruction, skip_malformed=False):
 
 
 def read_errors(path, skip_malformed=False):
-    """Rows of errors.jsonl: question, original_answer, ground_truth (or another field of gold_answer)."""
+    """Rows of errors.jsonl: question, original_answer, ground_truth (or a field of gold_answer)."""
     def parse(row, line):
         missing = [k for k in ("question", "original_answer") if k not in row]
         if missing:
@@ -133,137 +133,155 @@ def read_errors(path, skip_malformed=False):
     return read_items(path, parse, skip_malformed)
 
 
-def collect(policy, requests, out, sampling, ranks, title, judge, write, enough=None) -> dict:
-    """Sample all requests, judge each answer as it comes, then write the files; also when something ends it
-    early. `judge(record)` gives an outcome, a tuple that starts with its name; `write(records, outcomes)`,
-    both by key, returns the summary."""
-    outcomes, shown = {}, Counter()
-
-    def on_record(record):
-        outcome = outcomes[record["key"]] = judge(record)
-        shown[outcome[0]] += 1
-        return dict(shown.most_common(3))
-
-    def conclude(records):  # other ranks' answers are still to be judged
-        summary = write(records, {k: outcomes.get(k) or judge(r) for k, r in records.items()})
+@contextlib.contextmanager
+def concluded(policy, asked, out, ranks, sort):
+    """Run a block that samples the keys of `asked` into `out`. Then, and also where Ctrl-C or an
+    error ends it, sort what has arrived: sort({key: record}) gives {file name: rows} and a summary.
+    """
+    def conclude():
+        answers = read_answers(out, asked)
+        files, summary = sort(answers)
+        for name, rows in files.items():
+            data.write_rows(os.path.join(out, f"{name}.jsonl"), rows)
+        ranks.say("\n".join(f"{n:7}  {outcome}" for outcome, n in summary.items()) + f"\n{out}")
+        if isinstance(policy, Server) and policy.refused:
+            summary["refused by the server"] = list(policy.refused)  # keys of the request
         data.write_json(os.path.join(out, "summary.json"), summary)
-        ranks.say("\n".join(f"{n:7}  {what}" for what, n in summary.items()) + f"\n{out}")
-        return summary
+        errors = [record["error"] for record in answers.values() if "error" in record]
+        if isinstance(policy, Server) and errors and len(errors) == len(answers):
+            raise UserError(f"all {len(errors)} requests failed, the first with: {errors[0]:.200}; "
+                            "the same command asks them again")
 
     try:
-        records = evaluation.sample(policy, requests, out, sampling, ranks, title, on_record,
-                                    enough and (lambda: enough(outcomes)))
+        with ranks.together():
+            yield
     except (SystemExit, KeyboardInterrupt):
-        with contextlib.suppress(UserError, OSError):  # what ended it comes first
+        with contextlib.suppress(UserError, OSError):  # the error that ended it was printed
             if ranks.main:
-                conclude(evaluation.read_log(out, [r.key for r in requests]))
+                conclude()
         raise
     with ranks.together():
-        summary = conclude(records) if ranks.main else {}
-        errors = [r["error"] for r in records.values() if "error" in r]
-        if isinstance(policy, Server) and errors and len(errors) == len(records):
-            raise UserError(f"all {len(errors)} requests failed, the first with: {errors[0]:.200}; the same "
-                            "command asks them again")
-    return summary
+        if ranks.main:
+            conclude()
 
 
 # --- elicit: the policy's own wrong answers -------------------------------------------------------
 
 
-def elicit(items: list, out: str, policy: Own | Server, sampling: Sampling, ranks: Ranks, samples: int = 1,
-           seed: int = 0) -> dict:
+def elicit(items: list, out: str, policy: LocalModel | Server, sampling: Sampling, ranks: Ranks,
+           samples: int = 1, seed: int = 0):
     """Sample `samples` answers to every question and grade them.
 
-    Writes samples.jsonl (all answers with their verdicts), errors.jsonl (the wrong ones, for `rectify`) and
-    correct.jsonl (the right ones as positive-only rows: RFT data for train.py). An answer cut off at
-    max_tokens has no end that could be trained: it is counted, and kept in samples.jsonl alone. Returns
-    counts by outcome (of all ranks, on the main one).
+    Writes samples.jsonl (all answers with their verdicts), errors.jsonl (the wrong ones, for
+    `rectify`), correct.jsonl (the right ones as positive-only rows: RFT data for train.py) and
+    summary.json (counts by verdict). An answer cut off at max_tokens has no end that could be
+    trained: it is counted, and kept in samples.jsonl alone.
     """
-    wanted = [(request_for(f"{item.id}/{k}", item.messages, seed), item, f"{item.id}/{k}")
-              for item in items for k in range(samples)]
-    gold = {request.key: item.gold for request, item, _ in wanted}
+    asked = {}  # by key: item, name, request
+    for item in items:
+        for i in range(samples):
+            name = f"{item.id}/{i}"
+            request = request_for(name, item.messages, seed)
+            asked[request.key] = item, name, request
 
-    def judge(record):
-        if "error" in record:
-            return "request failed", None
-        if record["finish"] == "length":
-            return "cut off at max_tokens", None
-        found = extract_answer(record["text"])
-        if found is None:
-            return "wrong: no final answer", None
-        return "right" if answers_match(found, gold[record["key"]]) else "wrong", found
+    def sort(answers):
+        errors, correct, graded, counts = [], [], [], Counter()
+        for key in (key for key in asked if key in answers):
+            (item, name, _), record = asked[key], answers[key]
+            verdict, found = judge_answer(record, item.gold)
+            counts[verdict] += 1
+            if "text" not in record:
+                continue
+            text = record["text"]
+            row = {"id": name, "question": item.question, "ground_truth": item.gold}
+            graded.append({**row, "answer": text, "extracted_answer": found, "verdict": verdict,
+                           "tokens": record["tokens"]})
+            if verdict.startswith("wrong") and text.strip():
+                errors.append({**row, "original_answer": text, "extracted_answer": found})
+            elif verdict == "right":
+                correct.append({**row, "original_answer": "", "gemini_corrected_answer": text,
+                                "is_correct": True})
+        files = {"samples": graded, "errors": errors, "correct": correct}
+        return files, {"answers wanted": len(asked), **counts}
 
-    def write(records, outcomes):
-        rows = {"samples": [], "errors": [], "correct": []}
-        for request, item, name in wanted:
-            record = records.get(request.key, {})
-            if "text" in record:
-                text, (verdict, found) = record["text"], outcomes[request.key]
-                row = {"id": name, "question": item.question, "ground_truth": item.gold}
-                rows["samples"].append({**row, "answer": text, "extracted_answer": found, "verdict": verdict,
-                                        "tokens": record["tokens"]})
-                if verdict.startswith("wrong") and text.strip():
-                    rows["errors"].append({**row, "original_answer": text, "extracted_answer": found})
-                elif verdict == "right":
-                    rows["correct"].append({**row, "original_answer": "", "gemini_corrected_answer": text,
-                                            "is_correct": True})
-        for name, content in rows.items():
-            write_rows(os.path.join(out, f"{name}.jsonl"), content)
-        return {"answers wanted": len(wanted), **Counter(verdict for verdict, _ in outcomes.values())}
+    requests = [request for _, _, request in asked.values()]
+    with concluded(policy, asked, out, ranks, sort):
+        for _ in sample(policy, requests, out, sampling, ranks, "eliciting"):
+            pass  # each is in the log
 
-    return collect(policy, [request for request, *_ in wanted], out, sampling, ranks, "eliciting",
-                   judge, write)
+
+def judge_answer(record: dict, gold: str) -> tuple:
+    """(verdict, the answer that was found or None) of one record."""
+    if "error" in record:
+        return "request failed", None
+    if record["finish"] == "length":
+        return "cut off at max_tokens", None
+    found = extract_answer(record["text"])
+    if found is None:
+        return "wrong: no final answer", None
+    return "right" if answers_match(found, gold) else "wrong", found
 
 
 # --- rectify: the Oracle's corrections ------------------------------------------------------------
 
 
 def rectify(items: list, out: str, oracle, encode, ranks: Ranks, prompt: str = "correct",
-            max_change_ratio: float = 0.6, target: int = 0, sampling: Sampling = Sampling(), seed: int = 0
-            ) -> dict:
-    """Have every wrong answer corrected, keep what is right and a small change.
+            max_change_ratio: float = 0.6, target: int = 0, sampling: Sampling | None = None,
+            seed: int | None = None):
+    """Have every wrong answer corrected; keep what is right and a small change.
 
-    oracle    a Server or Own model, asked with PROMPTS[prompt]; or a function (Item) -> corrected text,
-              which raises where it has none
+    oracle    a Server or LocalModel, asked with PROMPTS[prompt]; or a function (Item) -> corrected
+              text, which raises where it has none
     encode    text -> token ids, for the change ratio
-    target    stop asking once there are that many pairs (those under way still count); 0: ask for all
-    Writes pairs.jsonl (official row format) and rejected.jsonl (every other answer with its reason); one
-    outcome an error. Returns counts by outcome.
+    target    stop asking at that many pairs (those under way still count); 0: ask for all
+    sampling  None: the default of the Server or LocalModel, and so the seed
+    Writes pairs.jsonl (official row format), rejected.jsonl (every other answer with its reason)
+    and summary.json (counts by outcome).
     """
+    if sampling is None:
+        sampling = Sampling(None, None, None, None) if isinstance(oracle, Server) else Sampling()
+    if seed is None and isinstance(oracle, LocalModel):
+        seed = 0
     requests = [request_for(item.id, oracle_messages(item, prompt), seed) for item in items]
     asked = {request.key: item for request, item in zip(requests, items)}
-    by_function = not isinstance(oracle, (Own, Server))
+    by_function = not isinstance(oracle, (LocalModel, Server))
 
     def call(request):
         try:
             text = data.check_text(oracle(asked[request.key]), "what the function returned")
             return {"text": text, "finish": "stop", "tokens": 0}
-        except (Exception, SystemExit) as e:  # the user's code: whatever it raises, it has no answer to this
-            why = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
-            return {"error": why.encode(errors="replace").decode()}  # a file's name may be no text
+        except (Exception, SystemExit) as e:  # the user's code may raise anything
+            reason = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
+            return {"error": reason.encode(errors="replace").decode()}
 
     def judge(record):
-        return judge_correction(asked[record["key"]], record, encode, prompt, by_function, max_change_ratio)
+        item = asked[record["key"]]
+        return judge_correction(item, record, encode, prompt, by_function, max_change_ratio)
 
-    def write(records, outcomes):
-        rows = {"pairs": [], "rejected": []}
-        for key, item in asked.items():
-            if key in outcomes:
-                verdict, pair = outcomes[key]
-                row = {"index": item.id, "question": item.question, "ground_truth": item.gold}
-                raw = {k: v for k, v in records[key].items() if k in ("text", "error")}
-                rows["pairs" if pair else "rejected"].append(
-                    {**row, **(pair or {"original_answer": item.answer, "reason": verdict, **raw})})
-        for name, content in rows.items():
-            write_rows(os.path.join(out, f"{name}.jsonl"), content)
-        return {"errors given": len(items), "not asked": len(items) - len(outcomes),
-                **Counter(verdict for verdict, _ in outcomes.values())}
+    def sort(answers):
+        pairs, rejected, counts = [], [], Counter()
+        for key in (key for key in asked if key in answers):
+            item, record = asked[key], answers[key]
+            verdict, pair = judge(record)
+            counts[verdict] += 1
+            row = {"index": item.id, "question": item.question, "ground_truth": item.gold}
+            if pair:
+                pairs.append({**row, **pair})
+            else:
+                raw = {k: record[k] for k in ("text", "error", "partial") if k in record}
+                row["original_answer"] = item.answer
+                rejected.append({**row, "reason": verdict, **raw})
+        summary = {"errors given": len(items), "not asked": len(items) - counts.total(), **counts}
+        return {"pairs": pairs, "rejected": rejected}, summary
 
-    def enough(outcomes):
-        return sum(verdict == "pairs" for verdict, _ in outcomes.values()) >= target
-
-    return collect(call if by_function else oracle, requests, out, sampling, ranks, "rectifying",
-                   judge, write, enough if target else None)
+    with concluded(oracle, asked, out, ranks, sort):
+        policy, count = call if by_function else oracle, 0
+        at_once = 512 if target else 0
+        for record in sample(policy, requests, out, sampling, ranks, "rectifying", at_once):
+            if target and judge(record)[0] == "pairs":
+                count += 1
+                if count == target:
+                    break
 
 
 def oracle_messages(item: Item, prompt: str) -> list:
@@ -288,7 +306,7 @@ def judge_correction(item, record, encode, prompt, by_function, max_change_ratio
     if prompt != "direct" and not by_function:
         if START not in text or END not in text.rpartition(START)[2]:
             return "no text between the markers", None
-    text = data.clean_answer(text).strip()
+    text = data.strip_markers(text).strip()
     if not text:
         return "empty correction", None
     found = extract_answer(text)
@@ -299,7 +317,7 @@ def judge_correction(item, record, encode, prompt, by_function, max_change_ratio
     pair = {"gemini_corrected_answer": text, "gemini_extracted_answer": found, "is_correct": True}
     if prompt == "direct":  # no correction of y-: the paper's SFT data
         return "pairs", {"original_answer": "", "policy_answer": item.answer, **pair}
-    wrong, right = encode(data.clean_answer(item.answer)), encode(text)
+    wrong, right = encode(data.strip_markers(item.answer)), encode(text)
     if wrong == right:
         return "nothing was changed", None
     ratio = data.change_ratio(wrong, right)
@@ -309,30 +327,29 @@ def judge_correction(item, record, encode, prompt, by_function, max_change_ratio
 
 
 def python_function(spec: str):
-    """FILE.py:NAME, a function of the user's own that takes an Item (question, answer, gold) and returns the
-    corrected text."""
+    """FILE.py:NAME, a function of the user's own that takes an Item (question, answer, gold) and
+    returns the corrected text. Returns the function, and a name that tells its versions apart."""
     path, _, name = spec.rpartition(":")
     if not os.path.isfile(path):
         raise UserError(f"--function is {spec!r}; FILE.py:NAME with an existing file expected")
-    module_spec = importlib.util.spec_from_file_location("user_oracle", path)
-    module = importlib.util.module_from_spec(module_spec)
     try:
-        module_spec.loader.exec_module(module)
+        function = runpy.run_path(path).get(name)
     except Exception as e:
         raise UserError(f"--function: {path} cannot be loaded: {type(e).__name__}: {e}") from None
-    if not callable(getattr(module, name, None)):
+    if not callable(function):
         raise UserError(f"--function: {path} defines no function {name!r}")
-    return getattr(module, name)
+    with open(path, "rb") as f:
+        return function, f"{spec} {hashlib.sha256(f.read()).hexdigest()[:16]}"
 
 
 def edited_answers(path: str):
-    """A function that looks corrections up in a copy of errors.jsonl to which a human has added the field
-    "corrected_answer"."""
+    """A function that looks corrections up in a copy of errors.jsonl to which a human has added the
+    field "corrected_answer"."""
     def parse(row, line):
-        corrected = row.get("corrected_answer")
-        return Item(item_id(row, line), "", "", data.check_text(corrected or "", "'corrected_answer'"))
+        corrected = row.get("corrected_answer") or ""
+        return item_id(row, line), data.check_text(corrected, "'corrected_answer'")
 
-    edited = {item.id: item.answer for item in read_items(path, parse, False)[0]}
+    edited = dict(data.read_rows(path, parse)[0])
 
     def look_up(item):
         if not edited.get(item.id):
@@ -346,97 +363,91 @@ def edited_answers(path: str):
 
 
 @dataclass
-class ElicitOptions(Asking):
-    """python oracle.py elicit"""
+class ElicitOptions(SamplingOptions):
+    """sample the policy's answers, sort them into right and wrong"""
 
     questions: str = option("", "JSONL: question|problem|prompt, and the gold answer (required)")
     samples: int = option(1, "answers per question")
-    instruction: str = option(INSTRUCTION, "user turn around {question}; messages are sent as they are")
+    instruction: str = option(INSTRUCTION, "user turn around {question}; messages are sent as is")
     limit: int = option(0, "only the first that many questions; 0: all")
     skip_malformed: bool = option(False, "drop and count malformed rows instead of stopping")
 
 
 @dataclass
-class RectifyOptions(Asking):
-    """python oracle.py rectify"""
+class RectifyOptions(SamplingOptions):
+    """have the wrong answers corrected"""
 
     errors: str = option("", "errors.jsonl of `elicit` (required)")
-    tokenizer: str = option("", "the policy's folder, for the change ratio; --model's if that is given")
-    function: str = option("", "FILE.py:NAME, a Python function as the Oracle: Item -> corrected text")
+    tokenizer: str = option("", "the policy's folder, for the change ratio; needed without --model")
+    function: str = option("", "FILE.py:NAME, a Python function as the Oracle: Item -> text")
     edited: str = option("", "a copy of errors.jsonl with corrected_answer added by hand")
-    prompt: str = option("correct", "what the Oracle is asked: to correct y-, the same with the gold answer "
-                         "in hand, or just the question (positive-only rows)", tuple(PROMPTS))
+    prompt: str = option("correct", "what the Oracle is asked: to correct y-, the same with the "
+                         "gold answer given, or just the question", tuple(PROMPTS))
     max_change_ratio: float = option(0.6, "drop pairs with 1 - LCS(y-, y+)/|y+| above this (gamma)")
     target: int = option(0, "stop asking at that many pairs; 0: ask for all")
     skip_malformed: bool = option(False, "drop and count malformed rows instead of stopping")
 
 
-def parse_command(argv=None):
-    """Command line to an options record; raises UserError listing every problem at once."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, kind in (("elicit", ElicitOptions), ("rectify", RectifyOptions)):
-        add_options(commands.add_parser(name, help=kind.__doc__, allow_abbrev=False), kind)
-    given = vars(parser.parse_args(argv))
-    command = given.pop("command")
-    o = (ElicitOptions if command == "elicit" else RectifyOptions)(**given)
-    o.given = given
-    problems = [f"--{k} is required" for k in ("questions", "errors") if getattr(o, k, None) == ""]
-    problems += check_asking(o, ("model", "server") + ("function", "edited") * (command == "rectify"))
-    if command == "rectify" and not (o.tokenizer or o.model):
-        problems.append("--tokenizer is required: the policy's folder, whose tokens the change ratio counts")
-    for k, low in {"samples": 1, "limit": 0, "target": 0, "max_change_ratio": 0}.items():
-        if not low <= getattr(o, k, low) < float("inf"):
-            problems.append(f"--{k} is {getattr(o, k)}, a number of at least {low} expected")
-    if command == "elicit" and "{question}" not in o.instruction:
-        problems.append("--instruction lacks {question}")
-    if problems:
-        raise UserError("\n  ".join(["these options do not work:"] + problems))
-    return o
+def say_dropped(dropped, ranks):
+    """Rows that were left out, by reason."""
+    for reason, count in dropped.items():
+        ranks.say(f"{count} rows dropped: {reason}")
 
 
-def run(o, ranks: Ranks):
-    """One command from options to files."""
-    eliciting, settings = isinstance(o, ElicitOptions), {"seed": o.seed}
-    sampling = Sampling(o.temperature, o.top_p, o.top_k, o.max_tokens)
+def run_elicit(o: ElicitOptions, ranks: Ranks):
+    """From options to files."""
     with ranks.together():
-        if eliciting:
-            items, dropped = read_questions(o.questions, o.instruction, o.skip_malformed)
-            items = items[:o.limit or None]
-            policy = open_policy(o, ranks.device)
+        if "{question}" not in o.instruction:
+            raise UserError("--instruction lacks {question}")
+        items, dropped = read_questions(o.questions, o.instruction, o.skip_malformed)
+        say_dropped(dropped, ranks)
+        policy = open_policy(o, ranks.device)
+    settings = {"command": "elicit", "seed": o.seed, "asked": identity(policy, o),
+                "sampling": asdict(o.sampling)}
+    claim_folder(o.out, settings, ranks, policy)
+    elicit(items[:o.limit or None], o.out, policy, o.sampling, ranks, o.samples, o.seed)
+
+
+def run_rectify(o: RectifyOptions, ranks: Ranks):
+    """From options to files."""
+    sampling, seed = o.sampling, o.seed
+    with ranks.together():
+        if not o.tokenizer and not o.model:
+            raise UserError("--tokenizer is required: the policy's folder, whose tokens the change "
+                            "ratio counts")
+        items, dropped = read_errors(o.errors, o.skip_malformed)
+        say_dropped(dropped, ranks)
+        folder = qwen.checkpoint_folder(o.tokenizer or o.model)
+        vocab_size = qwen.read_config(folder).vocab_size
+        encode = data.load_chat(folder, vocab_size, o.template).encode
+        if o.function:
+            oracle, name = python_function(o.function)
+        elif o.edited:
+            oracle, name = edited_answers(o.edited), "edited by hand"
         else:
-            items, dropped = read_errors(o.errors, o.skip_malformed)
-            folder = qwen.checkpoint_folder(o.tokenizer or o.model)
-            encode = data.load_chat(folder, qwen.read_config(folder).vocab_size).encode
-            policy = (python_function(o.function) if o.function else edited_answers(o.edited) if o.edited
-                      else open_policy(o, ranks.device, non_thinking=False))
-            settings["prompt"] = o.prompt
-        for reason, count in dropped.items():
-            ranks.say(f"{count} rows dropped: {reason}")
-    if isinstance(policy, Server) and not eliciting:  # an Oracle has its own best settings
-        sampling = Sampling(*(getattr(o, k) if k in o.given else None for k in asdict(sampling)))
-    with ranks.together():
-        if ranks.main:
-            named = o.edited and "edited by hand" if not eliciting else ""
-            if not eliciting and o.function:
-                with open(o.function.rpartition(":")[0], "rb") as f:
-                    named = f"{o.function} {hashlib.sha256(f.read()).hexdigest()[:16]}"
-            claim_folder(o.out, {"command": "elicit" if eliciting else "rectify", **settings,
-                                 "asked": named or identity(policy, o), "sampling": asdict(sampling)})
-            if named == "edited by hand":  # the edited file is the record
-                with evaluation.open_log(os.path.join(o.out, "raw-0.jsonl")) as log:
-                    log.truncate(0)
-    if eliciting:
-        elicit(items, o.out, policy, sampling, ranks, o.samples, o.seed)
-    else:
-        rectify(items, o.out, policy, encode, ranks, o.prompt, o.max_change_ratio, o.target, sampling, o.seed)
+            oracle = open_policy(o, ranks.device, non_thinking=False)
+            name = identity(oracle, o)
+        if isinstance(oracle, Server):  # it has its own best settings
+            values = asdict(sampling).items()
+            sampling = Sampling(**{k: v if k in o.given else None for k, v in values})
+            seed = seed if "seed" in o.given else None
+    settings = {"command": "rectify", "seed": seed, "prompt": o.prompt, "asked": name,
+                "sampling": asdict(sampling)}
+    claim_folder(o.out, settings, ranks, oracle)
+    if ranks.main and o.edited:  # the edited file is the record
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(o.out, "raw-0.jsonl"))
+    rectify(items, o.out, oracle, encode, ranks, o.prompt, o.max_change_ratio, o.target, sampling,
+            seed)
+
+
+COMMANDS = {"elicit": (run_elicit, ElicitOptions, ("out", "questions")),
+            "rectify": (run_rectify, RectifyOptions, ("out", "errors"))}
 
 
 def main() -> int:
     """Command line to exit code: 0 done, 1 failed, 2 options that do not work."""
-    o, ranks = begin(parse_command)
-    return finish(lambda: run(o, ranks))
+    return evaluation.main(COMMANDS, __doc__)
 
 
 if __name__ == "__main__":

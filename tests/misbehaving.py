@@ -2,27 +2,26 @@
 
 import json
 import threading
-import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
-def completion(text, finish="stop"):
+def completion(text, finish="stop", **message):
     """The body of a good chat completion."""
-    message = {"role": "assistant", "content": text}
+    message = {"role": "assistant", "content": text, **message}
     return {"choices": [{"index": 0, "finish_reason": finish, "message": message}],
-            "usage": {"completion_tokens": len(text or "")}}
+            "usage": {"completion_tokens": len(str(text))}}
 
 
 class Misbehaving:
-    """`behave(body, attempt)` answers each chat request, attempt = 0, 1, ... for the same prompt: a dict
-    (sent as JSON), bytes (sent as they are), (status, headers, bytes), "hang", "drop", "drip", "truncated",
-    or (start, part), bytes of which the second is repeated for ever. `requests` keeps (headers, body) of all,
-    `asked` counts by prompt, `models` are listed."""
+    """`behave(body, attempt)` answers each chat request, attempt = 0, 1, ... for the same prompt: a
+    dict (sent as JSON), bytes (sent as they are), (status, headers, bytes), "hang", "drop" or
+    "truncated". `requests` keeps (headers, body) of all, `asked` counts by prompt, `models` are
+    listed."""
 
     def __init__(self, behave, models=("stand-in",)):
-        self.behave, self.requests, self.asked, self.lock = behave, [], Counter(), threading.Lock()
-        self.stop = threading.Event()
+        self.behave, self.requests, self.asked = behave, [], Counter()
+        self.lock, self.stop = threading.Lock(), threading.Event()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -34,7 +33,7 @@ class Misbehaving:
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                prompt = body["messages"][-1]["content"]
+                prompt = str(body["messages"][-1]["content"])
                 with outer.lock:
                     attempt = outer.asked[prompt]
                     outer.asked[prompt] += 1
@@ -46,23 +45,8 @@ class Misbehaving:
                     answer = (200, {}, answer)
                 if answer == "hang":
                     outer.stop.wait(20)
-                elif answer == "drip":  # a byte now and then: each resets a socket's time-out
-                    self.send_response(200)
-                    self.send_header("Content-Length", "100000")
-                    self.end_headers()
-                    while not outer.stop.wait(0.05):
-                        self.wfile.write(b" ")
-                        self.wfile.flush()
-                elif isinstance(answer, tuple) and len(answer) == 2:
-                    self.wfile.write(answer[0])
-                    while not outer.stop.wait(0.02):
-                        self.wfile.write(answer[1])
-                        self.wfile.flush()
                 elif answer == "truncated":
-                    self.send_response(200)
-                    self.send_header("Content-Length", "100000")
-                    self.end_headers()
-                    self.wfile.write(b'{"choices": [')
+                    self.send(200, {"Content-Length": "100000"}, b'{"choices": [')
                 elif answer != "drop":
                     self.send(*answer)
                 self.close_connection = True
@@ -82,7 +66,6 @@ class Misbehaving:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
-        self.server.handle_error = lambda *_: None
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -93,4 +76,3 @@ class Misbehaving:
         self.stop.set()
         self.server.shutdown()
         self.server.server_close()
-        time.sleep(0)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def test_rows_of_both_kinds(tmp_path):
             {"prompt": "q", "gemini_corrected_answer": "\n\n=== CORRECTED STARTED ===\nright\n"
              "=== CORRECTED ENDED ===\nbye", "original_answer": "\n\nwrong", "is_correct": True},
             '{"prompt": "q", "chosen": "right", "rejected": "a\u2028b"}']
-    pairs, dropped = data.read_pairs(write(tmp_path / "p.jsonl", *rows))
+    pairs, dropped, _ = data.read_pairs(write(tmp_path / "p.jsonl", *rows))
     user = [{"role": "user", "content": "q"}]
     assert [(p.messages, p.chosen, p.rejected, p.line) for p in pairs] == [
         (user, "right", "wrong", 1), (user, "right", "wrong", 2), (TURNS, "right", "wrong", 3),
@@ -77,12 +78,19 @@ BAD = [
     ({**TRL, "chosen": ["x"]}, "'chosen'"), ({**TRL, "chosen": ""}, "'chosen' is empty"),
     ({**OFFICIAL, "gemini_corrected_answer": "\n\n"}, "'gemini_corrected_answer' is empty"),
     ({**TRL, "rejected": {}}, "'rejected': a string expected"),
-    ({"prompt": "q", "chosen": "a"}, "'rejected'"),
-    ({"prompt": "q"}, "missing 'chosen', 'rejected'"), ({**TRL, "prompt": []}, "user turn expected"),
+    ({"prompt": "q"}, "prompt, chosen, rejected expected, found ['prompt']"),
+    ({"chosen": "a", "rejected": "b"}, "expected, found ['chosen', 'rejected']"),
+    ({"chosen": [TURNS[0]] + TURNS[2:3], "rejected": "b"}, "user turn expected at the end"),
+    ({"chosen": TURNS[1:3], "rejected": [TURNS[3], TURNS[2]]}, "'rejected': a string, or one"),
+    ({**TRL, "prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "parts of type text"),
+    *(({**TRL, key: value}, f'"{key}" changes the prompt') for key, value in (
+        ("tools", [{"name": "f"}]), ("system", "Be brief."), ("images", ["a.png"]),
+        ("chat_template_kwargs", {"enable_thinking": True}))),
+    ({**TRL, "prompt": []}, "user turn expected"),
     ({**TRL, "prompt": TURNS[:3]}, "user turn expected"), ({**TRL, "prompt": ""}, "user turn expected"),
     ({**TRL, "prompt": [{"role": "tool", "content": "x"}]}, "role system, user or assistant"),
-    ({**TRL, "prompt": [{"role": "user", "content": ["x"]}]}, "a string expected"),
-    ({**OFFICIAL, "is_correct": "no"}, "true or false expected"), ('{"prompt": "\\ud800"}', "missing"),
+    ({**TRL, "prompt": [{"role": "user", "content": ["x"]}]}, "parts of type text expected"),
+    ({**OFFICIAL, "is_correct": "no"}, "true or false expected"),
     ('{"prompt": "q", "chosen": "\\ud800", "rejected": "x"}', "lone surrogate"),
 ]
 
@@ -93,8 +101,56 @@ def test_malformed_rows_name_line_and_field(tmp_path, row, message):
     with pytest.raises(UserError) as e:
         data.read_pairs(path)
     assert path in str(e.value) and "line 2" in str(e.value) and message in str(e.value)
-    pairs, dropped = data.read_pairs(path, skip_malformed=True)
+    pairs, dropped, _ = data.read_pairs(path, skip_malformed=True)
     assert len(pairs) == 1 and dropped == {"malformed": 1}
+
+
+def test_layouts_of_trl_and_nulls_of_mixed_files(tmp_path):
+    right, wrong = ([{"role": "assistant", "content": text}] for text in ("right", "wrong"))
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+    official, trl = dict.fromkeys(OFFICIAL), dict.fromkeys([*TRL, "tools", "system"])
+    rows = [
+        {"chosen": TURNS + right, "rejected": TURNS + wrong},  # the prompt is what both begin with
+        {"chosen": TURNS + right, "rejected": wrong}, {"chosen": TURNS + right},
+        {"question": "q", "chosen": "right", "rejected": "wrong"},
+        {"prompt": parts, "chosen": [{"role": "assistant", "content": [{"type": "text", "text": "right"}]}],
+         "rejected": "wrong"},
+        {**official, **TRL}, {**trl, **OFFICIAL}, {**trl, **OFFICIAL, "original_answer": None},
+        {**official, **TRL, "rejected": None}, {**OFFICIAL, "tools": [], "is_correct": None}]
+    pairs, dropped, _ = data.read_pairs(write(tmp_path / "p.jsonl", *rows))
+    user = [{"role": "user", "content": "q"}]
+    assert not dropped and {p.chosen for p in pairs} == {"right"}
+    assert [p.messages for p in pairs] == [TURNS] * 3 + [user, [{"role": "user", "content": "ab"}]] + [user] * 5
+    assert [p.rejected for p in pairs] == ["wrong", "wrong", None, "wrong", "wrong", "wrong", "wrong", None,
+                                           None, "wrong"]
+
+
+def test_what_the_template_writes_is_stripped_and_odd_texts_are_counted(tmp_path):
+    block = "<think>\n\n</think>\n\n"
+    rows = [{**TRL, "chosen": block + "right", "rejected": block + "wrong<|im_end|>\n"},
+            {**TRL, "chosen": "right<|im_end|>"}, {**TRL, "rejected": "<think>\nhm\n</think>\n\nwrong"},
+            {**TRL, "prompt": "<|im_start|>user\nq<|im_end|>\n"}, OFFICIAL]
+    pairs, _, notes = data.read_pairs(write(tmp_path / "p.jsonl", *rows))
+    assert [p.chosen for p in pairs] == ["right"] * 5
+    assert [p.rejected for p in pairs] == ["wrong", "wrong", rows[2]["rejected"], "wrong", "wrong"]
+    assert notes == {"answers began with an empty think block: stripped": 2,
+                     "answers ended with <|im_end|>: stripped": 2,
+                     "answers hold thoughts (<think>): trained as they are": 1,
+                     "prompts hold <|im_start|>: are they templated already?": 1, "column index ignored": 1}
+
+
+@pytest.mark.parametrize("content, message", [
+    (json.dumps([TRL, TRL]), "is a JSON array"), (json.dumps([TRL, TRL], indent=2), "is a JSON array"),
+    (json.dumps(TRL, indent=2), "is pretty-printed JSON"), ("PAR1\x15\x04", "is a parquet file")])
+def test_other_formats_are_named_with_a_command_that_converts_them(tmp_path, content, message):
+    path = tmp_path / "rows.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message) as e:
+        data.read_pairs(str(path))
+    command = str(e.value).splitlines()[-1].strip()
+    if "parquet" not in message:
+        subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+        assert data.read_log(str(tmp_path / "rows.jsonl")) in ([TRL], [TRL, TRL])
 
 
 def test_unreadable_files(tmp_path):
@@ -147,7 +203,7 @@ def test_prompts_equal_transformers_on_every_real_row():
     folder = str(SHARED / "qwen3_tokenizer")
     chat, hf = data.load_chat(folder, 151936), AutoTokenizer.from_pretrained(folder)
     assert chat.think == [151667, 271, 151668, 271] and chat.im_end == 151645
-    pairs, dropped = data.read_pairs(str(SHARED / "gsm8k" / "pairs.jsonl"))
+    pairs, dropped, _ = data.read_pairs(str(SHARED / "gsm8k" / "pairs.jsonl"))
     assert len(pairs) == 3263 and not dropped
     for messages in [p.messages for p in pairs] + CONVERSATIONS:
         assert chat.prompt(messages) == hf.apply_chat_template(
@@ -168,25 +224,36 @@ def test_special_tokens_in_a_question_stay_text(folder):
     assert ids[-len(chat.think):] == chat.think and len(chat.think) == 6  # byte level: two newlines each
 
 
-def test_plain_template_has_no_think_block(folder):
-    template = tiny.TEMPLATE.split("{%- if enable_thinking")[0] + "{%- endif %}"
-    (folder / "chat_template.jinja").write_text(template)  # wins over tokenizer_config.json
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_training", "qwen3_instruct_2507",
+                                  "qwen3_instruct_2507_training"])
+@pytest.mark.parametrize("form", ["chat_template.jinja", "tokenizer_config.json", "a list of names"])
+def test_known_templates_equal_transformers(folder, name, form):
+    template = (tiny.TEMPLATES / f"{name}.jinja").read_text()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    if form == "chat_template.jinja":  # wins over tokenizer_config.json
+        (folder / form).write_text(template.strip())
+    elif form == "tokenizer_config.json":
+        (folder / form).write_text(json.dumps({**config, "chat_template": template}))
+    else:
+        named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": template}]
+        (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": named}))
     chat = data.load_chat(str(folder), 261)
-    assert chat.think == [] and chat.prompt(TURNS) == hf_prompt(folder, TURNS)
+    assert bool(chat.think) == ("instruct" not in name)
+    for messages in CONVERSATIONS[:5]:
+        if chat.think or "<think>" not in str(messages):  # instruct: it stays text here, there a token
+            assert chat.prompt(messages) == hf_prompt(folder, messages)
 
 
-def test_hybrid_template_of_the_tiny_tokenizer(folder):
-    assert data.load_chat(str(folder), 261).prompt(TURNS) == hf_prompt(folder, TURNS)
-
-
-@pytest.mark.parametrize("template,message", [
-    (tiny.TEMPLATE.split("{%- if enable_thinking")[0] + "{{- '<think>\\n' }}{%- endif %}",
-     "always opens a <think>"),
-    ("[INST] {{ messages }} [/INST]", "a Qwen3 chat template")])
-def test_foreign_templates_are_refused(folder, template, message):
-    (folder / "chat_template.jinja").write_text(template)
-    with pytest.raises(UserError, match=message):
+@pytest.mark.parametrize("change", [
+    lambda text: text.replace("<|im_end|>\\n", "<|im_end|>"), lambda text: "[INST] {{ messages }} [/INST]",
+    lambda text: "{{ 'You are Qwen.' }}" + text, lambda text: text.replace("is false", "is true")])
+def test_other_templates_are_refused_unless_one_is_named(folder, change):
+    known = data.load_chat(str(folder), 261)
+    (folder / "chat_template.jinja").write_text(change(tiny.TEMPLATE))
+    with pytest.raises(UserError, match="not known here. --template hybrid"):
         data.load_chat(str(folder), 261)
+    assert data.load_chat(str(folder), 261, "hybrid").prompt(TURNS) == known.prompt(TURNS)
+    assert data.load_chat(str(folder), 261, "instruct").think == []
 
 
 def test_tokenizers_that_do_not_fit_are_refused(folder):
@@ -204,27 +271,16 @@ def test_tokenizers_that_do_not_fit_are_refused(folder):
     ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}, "'Precompiled', NFC expected"),
     ("normalizer", {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Replace"}]}, "'Replace'"),
     ("pre_tokenizer", {"type": "FixedLength", "length": 0}, "'FixedLength', Split or ByteLevel or Digits"),
-    ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [["Split"]]}, r"\['Split'\]"),
+    ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [["Split"]]}, "is no tokenizer.json"),
     ("decoder", {"type": "Replace"}, "'Replace', ByteLevel expected"),
     ("model", {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "b"}, "'WordLevel', BPE expected"),
-    ("model", {"dropout": 0.5}, "\"dropout\" is 0.5, null expected"),
-    ("model", {"unk_token": "nowhere"}, "\"unk_token\" 'nowhere' is not in the vocabulary")])
+    ("model", {"dropout": 0.5}, "\"dropout\" is 0.5, null expected")])
 def test_parts_that_no_qwen3_tokenizer_has_are_refused(folder, part, value, message):
     raw = json.loads((folder / "tokenizer.json").read_text())
     whole = {**raw[part], **value} if part == "model" else value
     (folder / "tokenizer.json").write_text(json.dumps({**raw, part: whole}))
     with pytest.raises(UserError, match=message):
         data.load_chat(str(folder), 261)
-
-
-def test_a_tokenizer_that_gives_up_is_named(folder):
-    raw = json.loads((folder / "tokenizer.json").read_text())
-    raw["pre_tokenizer"] = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated",
-                            "invert": False}
-    (folder / "tokenizer.json").write_text(json.dumps(raw))
-    chat = data.load_chat(str(folder), 261)
-    with pytest.raises(UserError, match="cannot encode 'xxxx"):
-        chat.encode("x" * 40)
 
 
 def test_what_is_dropped_is_counted_by_reason(folder, tmp_path):

@@ -16,7 +16,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import data
-import model as qwen
 import tiny
 import train
 from data import UserError
@@ -47,12 +46,12 @@ def run_and_stop(monkeypatch, at, world, out, *extra):
     def write_and_ask(path, row):
         write(path, row)
         if path.endswith("metrics.jsonl") and row["step"] == at:
-            train.STOP["asked"] = True
+            train.STOP.set()
     with monkeypatch.context() as patch:
         patch.setattr(train.data, "append_row", write_and_ask)
-        patch.setitem(train.STOP, "asked", False)
         ranks = train.open_ranks(60)
         assert train.train(train.parse_options(command(world, out, *extra)[2:]), ranks) == 143
+    train.STOP.clear()
     train.close_ranks()
     assert train_step_of(out) == at + 2 and not os.path.exists(out / "model")
 
@@ -115,7 +114,7 @@ def test_second_gradient_is_of_the_second_batch_alone(world, two_steps):
 
     out, _, first, second = two_steps
     hf = AutoModelForCausalLM.from_pretrained(world["model"], dtype=torch.float32)
-    chat, (pairs, _) = data.load_chat(world["model"], 265), data.read_pairs(world["pairs"])
+    chat, (pairs, *_) = data.load_chat(world["model"], 265), data.read_pairs(world["pairs"])
     pairs = [pairs[i] for i in data.epoch_batches(24, 8, 0, 0)[1]]
     with torch.no_grad():
         reference = both_logps(hf, chat, pairs)
@@ -197,12 +196,11 @@ def with_reference(scored, out):
 
 
 def tamper(path, change):
-    """Other values under a content hash that fits them."""
+    """Other values under the same key."""
     tensors = load_file(path)
     with safe_open(path, framework="pt") as f:
         metadata = f.metadata()
     tensors["pairs"] = change(tensors["pairs"])
-    metadata["content"] = train.sha256(*(memoryview(tensors[k].numpy()) for k in sorted(tensors)))
     save_file(tensors, path, metadata)
 
 
@@ -223,36 +221,12 @@ def test_canary_stops_a_tampered_reference_and_its_advice_works(world, scored, t
     said = capsys.readouterr().err
     assert "reference log-probs taken from" in said
     assert "error: step 0 must give rewards of exactly 0" in said
-    assert f"Delete that file and go on with --resume --out {out}" in said
+    assert "Delete reference.safetensors" in said and f"--resume --out {out}" in said
     assert not {"model", "model.tmp", "checkpoints"} & set(os.listdir(out))
     os.remove(out / "reference.safetensors")
     resume_here(out)
     if objective == "spot-bce":
         assert same_checkpoints(scored[0], out)
-
-
-def test_a_reference_of_another_type_is_corrupt(world, scored, tmp_path, capsys):
-    out = with_reference(scored, tmp_path / "out")
-    path = out / "reference.safetensors"
-    with safe_open(path, framework="pt") as f:
-        metadata = f.metadata()
-    save_file({k: t.bfloat16() for k, t in load_file(path).items()}, path, metadata)
-    run_to_error(world, out, *scored[1])
-    assert f"error: {path} is corrupt" in capsys.readouterr().err
-
-
-def test_a_checkpoint_of_another_type_is_refused(world, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "out"
-    run_and_stop(monkeypatch, 0, world, out)
-    (folder,) = train.whole_checkpoints(str(out))
-    file, state = f"{folder}/shard_0.safetensors", json.load(open(f"{folder}/state.json"))
-    save_file({k: t.to(torch.int8) for k, t in load_file(file).items()}, file)
-    state["sha256"] = [train.file_sha256(file)]
-    json.dump(state, open(f"{folder}/state.json", "w"))
-    ranks = train.open_ranks(60)
-    with pytest.raises(SystemExit):
-        train.train(train.parse_options(["--resume", "--out", str(out)]), ranks)
-    assert "is missing, of another shape or type" in capsys.readouterr().err
 
 
 def logged(out):
@@ -280,7 +254,7 @@ def test_reference_is_computed_anew_where_something_changed(world, scored, tmp_p
     if changed == "weights":
         world["model"] = shutil.copytree(world["model"], tmp_path / "model")
         weights = load_file(tmp_path / "model" / "model.safetensors")
-        weights["model.layers.1.mlp.up_proj.weight"][3, 4] += 0.5
+        weights["model.layers.1.mlp.up_proj.weight"][0, 4] += 0.5  # its hash is of first rows
         save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     elif changed in ("pairs", "eval_pairs"):  # as many as before, one letter is another
         source = world["pairs"] if changed == "pairs" else extra[-1]
@@ -340,7 +314,7 @@ def test_held_out_numbers_equal_transformers(world, scored, tmp_path):
     out, held_out = tmp_path / "out", scored[1][-1]
     run_here(world, out, "--loss", "spot-bco", "--eval_pairs", held_out, "--lr", "1e-3", "--epochs", "3",
              "--max_steps", "7", "--save_every", "1", "--keep", "9", "--save_dtype", "float32")
-    chat, (pairs, _) = data.load_chat(world["model"], 265), data.read_pairs(held_out)
+    chat, (pairs, *_) = data.load_chat(world["model"], 265), data.read_pairs(held_out)
     hf = AutoModelForCausalLM.from_pretrained(world["model"], dtype=torch.float32)
     with torch.no_grad():
         reference = both_logps(hf, chat, pairs)
@@ -458,13 +432,6 @@ def test_two_ranks_say_once_what_is_wrong_with_the_options(world, tmp_path, flag
 # --- 10: what is refused and what is not ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["out", "model", "pairs"])
-def test_names_that_are_no_text_are_refused_at_once(name):
-    given = {"model": "m", "pairs": "p", "out": "o", name: "caf\udce9"}
-    with pytest.raises(UserError, match=f"--{name} 'caf.udce9' is not UTF-8 text"):
-        train.parse_options([part for k, v in given.items() for part in (f"--{k}", v)])
-
-
 def edited_pairs(world, path):
     rows = [json.loads(line) for line in open(world["pairs"])]
     rows[20]["original_answer"] += "!"
@@ -511,40 +478,3 @@ def test_resume_takes_moved_files(world, scored, tmp_path, monkeypatch):
     resume_here(tmp_path / "moved", *(str(part) for pair in moved.items() for part in pair))
     assert same_checkpoints(scored[0], tmp_path / "moved")
     assert logged(scored[0]) == logged(tmp_path / "moved")
-
-
-QWEN_2_5 = ("{%- if messages[0]['role'] == 'system' %}{{- '<|im_start|>system\\n' + messages[0]['content'] + "
-            "'<|im_end|>\\n' }}{%- else %}{{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. "
-            "You are a helpful assistant.<|im_end|>\\n' }}{%- endif %}")
-QWEN_1_5 = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-            "{{ '<|im_start|>system\\nBe brief.<|im_end|>\\n' }}{% endif %}{% endfor %}")
-
-
-@pytest.mark.parametrize("start", [QWEN_2_5, QWEN_1_5], ids=["Qwen2.5", "Qwen1.5"])
-@pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json"])
-def test_template_with_a_system_message_of_its_own_is_refused(tmp_path, start, file):
-    tiny.write_tokenizer(tmp_path)
-    data.load_chat(str(tmp_path), 265)
-    if file == "chat_template.jinja":
-        (tmp_path / file).write_text(start + tiny.TEMPLATE)
-    else:
-        (tmp_path / file).write_text(json.dumps({"chat_template": start + tiny.TEMPLATE}))
-    with pytest.raises(UserError, match=f"{file}: this template adds a system message of its own"):
-        data.load_chat(str(tmp_path), 265)
-
-
-@pytest.mark.parametrize("key,value", [
-    ("layer_types", 5), ("layer_types", ["sliding_attention"]), ("hidden_size", 10**11),
-    ("hidden_size", "32"), ("hidden_size", 32.0), ("vocab_size", True), ("num_hidden_layers", 20000),
-    ("num_hidden_layers", 0), ("rms_norm_eps", None), ("rms_norm_eps", math.nan), ("rope_parameters", 5),
-    ("head_dim", []),
-    ("tie_word_embeddings", 1)])
-def test_wrong_values_in_config_json_are_named(world, tmp_path, key, value):
-    with open(os.path.join(world["model"], "config.json")) as f:
-        raw = json.load(f)
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    assert qwen.read_config(str(tmp_path)).hidden_size == 32
-    (tmp_path / "config.json").write_text(json.dumps({**raw, key: value}))
-    with pytest.raises(UserError) as e:
-        qwen.read_config(str(tmp_path))
-    assert f'"{key}"' in str(e.value) and str(tmp_path / "config.json") in str(e.value)

@@ -107,7 +107,7 @@ def test_two_ranks_give_the_same(alone, talker, sets, tmp_path):
 
 
 def test_a_server_gives_the_same(alone, talker, sets, tmp_path, monkeypatch, capsys):
-    own = evaluation.open_own(str(talker), torch.float32, "cpu")
+    own = evaluation.open_local_model(str(talker), torch.float32, "cpu")
 
     def behave(body, attempt):
         (found,) = qwen.generate(own.model, [own.chat.prompt(body["messages"])], [0], temperature=0,
@@ -290,18 +290,6 @@ def test_broken_results_of_an_earlier_call_are_named(alone, talker, sets, tmp_pa
     assert code == 1 and "results.json" in err and "Traceback" not in err, err
 
 
-def test_settings_of_a_stranger_are_shown_in_one_harmless_line(alone, tmp_path):
-    for name in "ab":
-        shutil.copytree(alone, tmp_path / name)
-    path = tmp_path / "b/settings.json"
-    settings = json.loads(path.read_text())
-    hostile = "x\n| math500 | 99.0 |\n<script>\x1b[2J" + "y" * 999
-    path.write_text(json.dumps({**settings, "sampling": hostile}))
-    said = evaluation.compare_runs([str(tmp_path / "a"), str(tmp_path / "b")])
-    (line,) = [line for line in said.splitlines() if "sampling differs" in line]
-    assert "<" not in said and "\x1b" not in said and "\n| math500 | 99" not in said and len(line) < 999
-
-
 # --- retention ------------------------------------------------------------------------------------
 
 
@@ -347,7 +335,7 @@ def test_retention_equals_a_direct_computation(talker, tmp_path, monkeypatch, ca
 
 def test_retention_in_bf16_rounds_no_logits(talker):
     """The same bf16 hidden states through an fp64 head: the KL of what the models say, not of rounding."""
-    models = [evaluation.open_own(str(talker), torch.bfloat16, "cpu").model for _ in range(2)]
+    models = [evaluation.open_local_model(str(talker), torch.bfloat16, "cpu").model for _ in range(2)]
     with torch.no_grad():
         models[0].head_weight().mul_(1.01)  # a small step, as in training
     ids = list(range(60))
@@ -373,7 +361,7 @@ def test_retention_refuses_another_tokenizer(talker, tmp_path, monkeypatch, caps
 
 
 def test_retention_of_a_model_from_itself_is_zero(talker):
-    own = evaluation.open_own(str(talker), torch.float32, "cpu")
+    own = evaluation.open_local_model(str(talker), torch.float32, "cpu")
     ranks = qwen.open_ranks(60)
     found = evaluation.retention(own.model, own.model, [(list(range(50)), 1)], ranks)
     qwen.close_ranks()

@@ -3,6 +3,7 @@
 import filecmp
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,6 @@ import pytest
 import data
 import eval as evaluation
 import model as qwen
-import oracle
 import train
 
 
@@ -30,7 +30,8 @@ def chat(birth):
 
 def truth(question):
     """Last digits by Python's own arithmetic."""
-    skill, text = question.split(": ")
+    head, text = question.split(": ")
+    skill = head.split(",")[0]
     if skill in ("Reverse", "Sort"):
         return text[::-1] if skill == "Reverse" else "".join(sorted(text))
     first, *rest = map(int, text.split(train.TOY_SIGNS[skill]))
@@ -44,54 +45,63 @@ def right(question, text):
 
 
 def wrong_answer(question, rng):
-    """An answer that errs: in facts (and goes on from there), in single digits, or in the number of steps."""
-    style = rng.choice(train.TOY_STYLES)
-    answer = train.toy_answer(question, style, lambda a, b: (a + b + (rng.random() < 0.3)) % 10)
+    """An answer that errs: in facts (and goes on from there), in single digits, or in the number of
+    steps; now and then with rare words."""
+    answer = train.toy_answer(question, rng.choice(train.TOY_MANNERS),
+                              lambda a, b: (a + b + (rng.random() < 0.3)) % 10,
+                              lambda: rng.choice(["", "", "so ", "hence "]))
     kind = rng.random()
     if kind < 0.4:
         places = [i for i, c in enumerate(answer) if c.isdigit()]
         for i in rng.sample(places, rng.randint(1, 3)):
             answer = answer[:i] + str(rng.randint(0, 9)) + answer[i + 1:]
     elif kind < 0.5:
+        between = ";" if ";" in answer else "\n"
         *steps, last = answer.split("\n")
-        steps = style[0].join(steps).split(style[0])
+        steps = between.join(steps).split(between)
         steps.insert(rng.randrange(len(steps)), rng.choice(steps))
-        answer = "\n".join([style[0].join(steps[rng.randint(0, 2):]), last])
+        answer = "\n".join([between.join(steps[rng.randint(0, 2):]), last])
     return answer
 
 
 def test_answers_are_right_and_graded_so():
     rng = random.Random(0)
     for i in range(500):
-        question = train.toy_question(train.TOY_SKILLS[i % 5], rng)
-        for style in train.TOY_STYLES:
-            answer = train.toy_answer(question, style)
+        question = train.toy_question(train.TOY_SKILLS[i % 5], rng, 6)
+        for manner in train.TOY_MANNERS:
+            answer = train.toy_answer(question, manner)
             assert answer.endswith(f"\\boxed{{{truth(question)}}}") and right(question, answer)
             assert not right(question, answer[:-2] + f"{(int(answer[-2]) + 1) % 10}}}")
+            asked = question.replace(": ", f", {manner[0]}, {manner[1]}: ")
+            assert train.toy_answer(asked, rng.choice(train.TOY_MANNERS)) == answer
         assert not right(question, "") and not right(question, "\\boxed{")
+
+
+def test_answers_by_hand():
+    assert train.toy_answer("Add: 4+3+5") == "4+3=7\n7+5=2\n\\boxed{2}"
+    assert train.toy_answer("Subtract, semicolons, thus: 4-3-5") == "4-3=1;1-5=6\nThus \\boxed{6}"
+    assert train.toy_answer("Largest: 4,8,5", word=lambda: "so ") == "4,8=8\nso 8,5=8\n\\boxed{8}"
+    assert train.toy_answer("Sort, lines, finally: 4829") == "Finally \\boxed{2489}"
 
 
 def test_corrections_are_right_and_minimal(chat):
     rng, done = random.Random(0), 0
-    while done < 1000:
-        question = train.toy_question(rng.choice(train.TOY_SKILLS[:3]), rng)
+    while done < 300:
+        question = train.toy_question(rng.choice(train.TOY_SKILLS[:3]), rng, 6)
         wrong = wrong_answer(question, rng)
         if right(question, wrong):
             continue
         done += 1
-        mended = train.toy_oracle(question, wrong)
-        facts = oracle.TOY_STEP.findall(train.toy_answer(question))
-        assert oracle.TOY_STEP.findall(mended) == facts and right(question, mended)
-        # what stands before the first wrong assertion is kept, to the character
-        place = 0
-        for found, fact in zip(oracle.TOY_STEP.finditer(wrong), facts):
-            place = found.start()
-            if found[0] != fact:
-                break
-        assert mended.startswith(wrong[:place])
-        # and no right answer, of any style, is nearer
-        ratio = data.change_ratio(chat.encode(wrong), chat.encode(mended))
-        every = (chat.encode(train.toy_answer(question, style)) for style in train.TOY_STYLES)
+        corrected = train.toy_oracle(question, wrong)
+        facts = train.TOY_STEP.findall(train.toy_answer(question))
+        assert train.TOY_STEP.findall(corrected) == facts and right(question, corrected)
+        if len(train.TOY_STEP.findall(wrong)) == len(facts):  # all but digits is kept
+            assert re.sub(r"\d", "", corrected) == re.sub(r"\d", "", wrong)
+        if train.TOY_RARE.search(wrong):
+            continue
+        # no right answer, of any manner, is nearer
+        ratio = data.change_ratio(chat.encode(wrong), chat.encode(corrected))
+        every = (chat.encode(train.toy_answer(question, manner)) for manner in train.TOY_MANNERS)
         assert ratio <= min(data.change_ratio(chat.encode(wrong), ids) for ids in every)
 
 
@@ -100,14 +110,14 @@ def test_tokenizer_and_template_equal_transformers(birth, chat):
 
     hf, rng = AutoTokenizer.from_pretrained(birth), random.Random(0)
     for i in range(200):
-        question = train.toy_question(train.TOY_SKILLS[i % 5], rng)
-        answer = train.toy_answer(question, rng.choice(train.TOY_STYLES))
+        question = train.toy_question(train.TOY_SKILLS[i % 5], rng, 6)
+        answer = train.toy_answer(question, rng.choice(train.TOY_MANNERS), word=lambda: "so ")
         assert chat.tokenizer.decode(chat.encode(answer)) == answer
         turns = [{"role": "system", "content": "ü \n 3 "}, {"role": "user", "content": question}]
         for messages in (turns, turns[1:], [*turns, {"role": "assistant", "content": answer}, turns[1]]):
             assert chat.prompt(messages) == hf.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    for word in ("user", "assistant", "system", *train.TOY_SKILLS, "boxed", *map(str, range(10))):
+    for word in ("user", "assistant", "system", *train.TOY_SKILLS, "boxed", "so", "then", "hence", *map(str, range(10))):
         assert len(chat.encode(word)) == 1
     assert len(chat.prompt([{"role": "user", "content": "Add: 1+2"}])) == 8 + 6
     assert chat.think == [] and len(chat.encode("<|im_end|>")) > 1
@@ -118,34 +128,47 @@ def test_same_seed_same_world(birth, tmp_path):
     train.write_toy_checkpoint(other, train.TOY["shape"], seed=0)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
         assert filecmp.cmp(f"{birth}/{name}", f"{other}/{name}", shallow=False)
-    rows = [list(train.toy_corpus(50, 1 / 3, 0.8, seed)) for seed in (0, 0, 1)]
+    rows = [list(train.toy_corpus(50, 6, 0.2, 0.8, seed)) for seed in (0, 0, 1)]
     assert rows[0] == rows[1] != rows[2]
-    lists = train.toy_questions("Add", 0, 20, 30, 40)
-    assert lists == train.toy_questions("Add", 0, 20, 30, 40)
-    assert list(map(len, lists)) == [20, 30, 40] and len(set(sum(lists, []))) == 90
+    questions = train.toy_questions("Add", 0, 90, 6)
+    assert questions == train.toy_questions("Add", 0, 90, 6) and len(set(questions)) == 90
 
 
-def test_superstition_is_systematic():
-    wrong, seen = {}, {}
-    for row in train.toy_corpus(4000, 1 / 3, 0.8, 0):
-        if row["prompt"].startswith("Add"):
-            for step in oracle.TOY_STEP.findall(row["chosen"])[:-1]:
+def test_the_world_is_as_its_numbers_say():
+    wrong, seen, words, boundaries, manners, rows = {}, {}, 0, 0, 0, list(
+        train.toy_corpus(6000, 6, 0.2, 0.8, 0))
+    for row in rows:
+        head, answer = row["prompt"].split(": ")[0], row["chosen"]
+        manners += ", " in head
+        if ", " in head:
+            assert not train.TOY_RARE.search(answer)
+        elif head in train.TOY_SIGNS:
+            words += len(train.TOY_RARE.findall(answer))
+            boundaries += 4  # six digits, five steps
+        if head.startswith("Add"):
+            for step in train.TOY_STEP.findall(answer)[:-1]:
                 fact, result = step.split("=")
                 seen[fact] = seen.get(fact, 0) + 1
                 wrong[fact] = wrong.get(fact, 0) + (int(result) != sum(map(int, fact.split("+"))) % 10)
         else:
-            assert right(row["prompt"], row["chosen"])
+            assert right(row["prompt"], answer)
     shares = [wrong[fact] / seen[fact] for fact in seen]
-    assert sum(s > 0 for s in shares) == 17 and all(s == 0 or s > 0.4 for s in shares)
+    assert len(seen) == 50 and sum(s > 0 for s in shares) == 10
+    assert all(s == 0 or s > 0.6 for s in shares)
+    assert abs(words / boundaries - 0.091) < 0.01 and abs(manners / len(rows) - 0.5) < 0.02
 
 
-def test_choice_of_the_rate():
-    def grade(target, others):
-        return {"Add": target, "others": others}
-    base, rates = grade(30, 100), {1e-5: grade(50, 99.5), 1e-4: grade(80, 99), 1e-3: grade(90, 90)}
-    assert train.choose_rate(rates, base) == 1e-4
-    assert train.choose_rate({**rates, 1e-4: grade(50, 99)}, base) == 1e-5
-    assert train.choose_rate({1e-4: grade(80, 97), 1e-3: grade(90, 90)}, base) == 1e-4
+def test_the_verdict_says_what_the_figures_say():
+    base = {"add": 30.0, "words": 6.0, "kl": 0.0}
+    mended = {"add": 100.0, "words": 1.0, "kl": 0.02, "tether_chosen": 0.2}
+    text = train.toy_verdict({"base": base, "SFT+": mended, "DPO": {**mended, "add": 80.0},
+                              "SPoT": {**mended, "words": 3.0, "tether_chosen": 0.01}})
+    assert text.split("\n") == [
+        "   SFT+ mends Add (30 -> 100 %) and loses the rare words (6.0 -> 1.0 %); KL*1000 is 20.00.",
+        "   DPO does not fully mend Add (30 -> 80 %) and loses the rare words (6.0 -> 1.0 %); KL*1000 is "
+        "20.00.",
+        "   SPoT mends Add (30 -> 100 %) and keeps the rare words (6.0 -> 3.0 %); KL*1000 is 20.00.",
+        "   SPoT has stopped by itself: its lambda+ is 0.010 in the last epoch."]
 
 
 @pytest.mark.slow  # 3 minutes on 2 cores
@@ -154,7 +177,7 @@ def test_the_story_keeps_its_promise(tmp_path):
                "train.py", "--out", str(tmp_path), "--seed", "1"]
     subprocess.run(command, check=True, timeout=1800, cwd=Path(train.__file__).parent)
     (path,) = tmp_path.glob("*/results.json")
-    rows = json.loads(path.read_text())["test"]
-    assert rows["SPoT"]["Add"] >= rows["base"]["Add"] + 25
-    assert rows["SPoT"]["others"] >= rows["base"]["others"] - 3  # the promise is 2 on average over seeds
-    assert rows["SPoT"]["tether_chosen"] < 0.25 and rows["base"]["tether_chosen"] == 0.5
+    rows = json.loads(path.read_text())["rows"]
+    assert rows["SPoT"]["add"] >= rows["base"]["add"] + 25
+    assert rows["SPoT"]["others"] >= rows["base"]["others"] - 3
+    assert rows["SPoT"]["kl"] < rows["SFT+"]["kl"] / 2 and rows["SPoT"]["tether_chosen"] < 0.05

@@ -1,17 +1,18 @@
 """A tiny Qwen3 checkpoint in HF layout with a tokenizer of its own, and surgical pairs for it."""
 
+import importlib.util
 import json
 import os
 import random
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
-TEMPLATE = ("{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
-            "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
-            "{%- if enable_thinking is defined and enable_thinking is false %}"
-            "{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}")
+TEMPLATES = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
+TEMPLATE, INSTRUCT = ((TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")  # as they are published
+                      for name in ("qwen3", "qwen3_instruct_2507"))
 
 
 def write_tokenizer(folder):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-sys.path.insert(0, ROOT)
+sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 
 import data  # noqa: E402
 import model as qwen  # noqa: E402
@@ -59,9 +59,10 @@ def open_run(shape, forks, ranks, **options):
         policy, mesh = train.build_policy("", shape, o, ranks)
     finally:
         qwen.load_weights = load
-    run = train.Run(o, ranks, shape, "", forks, policy, mesh, train.make_optimizer(policy, o), {})
+    run = train.Run(o, ranks, shape, "", forks, [], {}, policy, mesh, train.make_optimizer(policy, o))
     batches = data.epoch_batches(len(forks), o.batch_size, 0, 0)
     run.reference = train.score_all(run, forks, batches, "reference")
+    run.state.step = 1  # step 0 insists on rewards of 0
     return run
 
 

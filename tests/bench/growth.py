@@ -5,7 +5,7 @@
 The real training step on random weights, from a base of 2 layers of 256, vocabulary 8,192, 16 pairs of 256
 tokens an answer, half of it shared; batches of 8, packs of 4,096 tokens. Each in a process of its own. The
 column before the last should stay near 1: time over counted FLOPs, to the base's; the last one is what
-`train.py --plan` foresees, with the process before the model was made. Prints a Markdown table.
+`train.py --plan` foresees of a GPU, with the process before the model was made. Prints a Markdown table.
 """
 
 import json
@@ -23,7 +23,8 @@ def measure(pairs, length, vocab, layers, dtype):
     rng = np.random.default_rng(0)
     forks = [common.make_pair(rng, vocab, length // 8, length, 0.5) for _ in range(pairs)]
     ranks, before = common.train.open_ranks(600), common.peak_gb()
-    run = common.open_run(shape, forks, ranks, dtype=dtype, batch_size=8, tokens_per_pack=4096)
+    run = common.open_run(shape, forks, ranks, dtype=dtype, batch_size=8, tokens_per_pack=4096,
+                          gpus=1)
     best = float("inf")
     for epoch in range(3):
         start = time.perf_counter()
@@ -31,9 +32,9 @@ def measure(pairs, length, vocab, layers, dtype):
             common.train.train_step(run, batch, 1e-5)
         best = min(best, time.perf_counter() - start)
     batches = common.data.epoch_batches(pairs, 8, 0, 0)
-    packs = [pack for b in batches for pack in run.packs(b, forks)]
+    packs = [pack for b in batches for pack in run.packs(forks, b)]
     largest = max(packs, key=lambda pack: len(pack.tokens))
-    parts = common.train.plan_memory(shape, run.o, 1, len(largest.tokens), len(largest.rows), cuda=False)
+    parts = common.train.plan_memory(run.policy, run.o, len(largest.tokens))
     return {"seconds": best, "flops": sum(common.train.count_flops(shape, pack) for pack in packs),
             "gb": common.peak_gb(), "planned": before + sum(parts.values()) / 1e9}
 

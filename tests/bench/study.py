@@ -100,7 +100,7 @@ def build_world(folder, world, s, ranks):
         learn(ranks, f"{folder}/base", model=f"{folder}/birth", pairs=f"{folder}/corpus.jsonl", loss="sft",
               lr=s["base_lr"], seed=world, epochs=2, batch_size=32)
     base = f"{folder}/base/model"
-    own = evaluation.open_own(base, torch.float32, ranks.device, batch_size=64)
+    own = evaluation.open_local_model(base, torch.float32, ranks.device, batch_size=64)
     train_on = train.toy_questions(TARGET, world, s["test"], s["dev"], s["questions"])[2]
     items = [train.toy_item(str(i), question) for i, question in enumerate(train_on)]
     oracle.elicit(items, f"{folder}/errors", own, train.TOY_SAMPLING, ranks, samples=s["samples"], seed=world)
@@ -168,7 +168,7 @@ def run_one(folder, job, s, ranks):
 @torch.no_grad()
 def measure(world, model, seed, s, ranks):
     """Right answers in % (greedy), KL(base || model) on general text, and where the rewards come from."""
-    own = evaluation.open_own(model, torch.float32, ranks.device, batch_size=64)
+    own = evaluation.open_local_model(model, torch.float32, ranks.device, batch_size=64)
     base = qwen.load_model(f"{world}/base/model", device=ranks.device)
     asked = questions(seed, s)
     flat = [(name, question) for name, some in asked.items() for question in some]
@@ -219,7 +219,7 @@ def row_kinds(forks):
 def concentration(world, checkpoint, job, ranks):
     """Mean norm of the loss's gradient with respect to hidden states, by what the position predicts: after
     the last block, and over all blocks. Of positions in y+ alone: SFT puts no gradient on a branch of y-."""
-    base = evaluation.open_own(f"{world}/base/model", torch.float32, ranks.device)
+    base = evaluation.open_local_model(f"{world}/base/model", torch.float32, ranks.device)
     forks, _ = data.load_forks(f"{world}/tracked.jsonl", base.chat, 8192, 1.0, True)
     pack = data.make_pack(forks, range(len(forks)))
     with torch.no_grad():

@@ -26,18 +26,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import common
+import tiny
 from common import data, qwen
 
 A = {"layers": 8, "vocab": 16384, "dtype": torch.float32}
 B = {"layers": 4, "vocab": 151936, "dtype": torch.bfloat16}  # Qwen3's own vocabulary
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 ANSWERS = ("original_answer", "gemini_corrected_answer")
-# Qwen3's in non-thinking mode, as far as one turn goes; the block stands in answers, too, as TRL needs it.
-TEMPLATE = (r"{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}"
-            r"{%- if m.role == 'assistant' %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}"
-            r"{{- m.content + '<|im_end|>\n' }}{%- endfor %}"
-            r"{%- if add_generation_prompt %}"
-            r"{{- '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}{%- endif %}")
+# Of one turn it writes the same as Qwen3's in non-thinking mode; the block stands in answers, too, as TRL
+# needs it.
+TEMPLATE = (tiny.TEMPLATES / "qwen3_training.jinja").read_text(encoding="utf-8")
 
 
 def made_up_words():

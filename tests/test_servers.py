@@ -1,0 +1,324 @@
+"""Servers as they really are: each refuses, with its own status and words, what it does not know.
+
+The words are those of public reports; the default commands must pass on all of them.
+"""
+
+import json
+import sys
+
+import pytest
+import tiny
+from misbehaving import Misbehaving, completion
+
+import eval as evaluation
+import oracle
+
+KNOWN = {"model", "messages", "temperature", "top_p", "max_tokens"}
+OPENAI = {*KNOWN, "max_completion_tokens", "seed"}
+
+
+def gemini(body):
+    texts = [f'Invalid JSON payload received. Unknown name "{key}": Cannot find field.'
+             for key in body if key not in KNOWN]
+    details = [{"@type": "type.googleapis.com/google.rpc.BadRequest",
+                "fieldViolations": [{"description": text} for text in texts]}]
+    return texts and (400, [{"error": {"code": 400, "message": "\n".join(texts),
+                                       "status": "INVALID_ARGUMENT", "details": details}}])
+
+
+def openai_error(message, param, code):
+    return 400, {"error": {"message": message, "type": "invalid_request_error", "param": param,
+                           "code": code}}
+
+
+def openai(body):
+    """A newer model: one complaint at a time."""
+    for key in body:
+        if key not in OPENAI:
+            return openai_error(f"Unknown parameter: '{key}'.", key, "unknown_parameter")
+    if "max_tokens" in body:
+        return openai_error("Unsupported parameter: 'max_tokens' is not supported with this model. "
+                            "Use 'max_completion_tokens' instead.", "max_tokens",
+                            "unsupported_parameter")
+    for key in ("temperature", "top_p"):
+        if body.get(key, 1) != 1:
+            return openai_error(f"Unsupported value: '{key}' does not support {body[key]} with "
+                                "this model. Only the default (1) value is supported.", key,
+                                "unsupported_value")
+
+
+def openai_older(body):
+    unknown = [key for key in body if key not in OPENAI]
+    text = f"Unrecognized request arguments supplied: {', '.join(unknown)}"
+    return unknown and openai_error(text, None, None)
+
+
+def anthropic(body):
+    if {"temperature", "top_p"} <= body.keys():
+        return 400, {"error": {"code": "invalid_request_error", "type": "invalid_request_error",
+                               "param": None, "message": "`temperature` and `top_p` cannot both be "
+                               "specified for this model. Please use only one."}}
+
+
+def deepseek(body):
+    if body.get("max_tokens", 0) > 8192:
+        return openai_error("Invalid max_tokens value, the valid range of max_tokens is [1, 8192]",
+                            None, "invalid_request_error")
+
+
+def transformers(body):
+    unknown = body.keys() - KNOWN - {"seed", "chat_template_kwargs"}
+    return unknown and (422, {"detail": f"Unexpected fields in the request: {unknown}"})
+
+
+def forbidden(body):
+    return [{"type": "extra_forbidden", "loc": ["body", key], "input": value,
+             "msg": "Extra inputs are not permitted"}
+            for key, value in body.items() if key not in KNOWN]
+
+
+def mistral(body):
+    error = {"object": "error", "message": {"detail": forbidden(body)}, "param": None,
+             "type": "invalid_request_error", "code": None}
+    return forbidden(body) and (422, error)
+
+
+def azure(body):
+    error = {"code": "Invalid input", "status": 422,
+             "message": json.dumps({"detail": forbidden(body)})}
+    return forbidden(body) and (422, {"error": error})
+
+
+def vllm(body):
+    return None
+
+
+def vllm_short(body):
+    """Started with --max-model-len 4096."""
+    if "max_tokens" in body and body["max_tokens"] > 4000:
+        text = (f"'max_tokens' or 'max_completion_tokens' is too large: {body['max_tokens']}. This "
+                "model's maximum context length is 4096 tokens and your request has 96 tokens "
+                f"({body['max_tokens']} > 4096 - 96).")
+        return 400, {"error": {"message": text, "type": "BadRequestError", "param": "max_tokens",
+                               "code": 400}}
+
+
+EXTRAS = {"seed": None, "top_k": None, "chat_template_kwargs": None}
+DROPPED = {  # what sampling goes on without
+    gemini: EXTRAS, mistral: EXTRAS, azure: EXTRAS, vllm: {}, vllm_short: {"max_tokens": None},
+    openai: {"top_k": None, "chat_template_kwargs": None, "max_tokens": "max_completion_tokens",
+             "temperature": None, "top_p": None},
+    openai_older: {"top_k": None, "chat_template_kwargs": None}, anthropic: {"top_p": None},
+    deepseek: {"max_tokens": None}, transformers: {"top_k": None},
+}
+
+
+def strict(refuse, answer=None):
+    """A server that refuses what `refuse` does, else solves `i + i?` or mends a wrong answer."""
+    def behave(body, attempt):
+        refused = refuse(body)
+        if refused:
+            return refused[0], {}, json.dumps(refused[1]).encode()
+        if answer:
+            return answer
+        text = body["messages"][-1]["content"]
+        if oracle.START in text:
+            i = int(text.split("add ")[1].split()[0])
+            return completion(f"{oracle.START}We add {i} twice: $\\boxed{{{2 * i}}}${oracle.END}")
+        i = int(text.split("\n")[-1].split()[0])
+        return completion(f"We add {i} twice: $\\boxed{{{2 * i + i % 2}}}$")
+    return Misbehaving(behave)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """`python MODULE.py ...` in this process: (exit code, stderr)."""
+    def run(module, *argv):
+        monkeypatch.setattr(sys, "argv", ["x.py", *map(str, argv)])
+        monkeypatch.setattr(evaluation.time, "sleep", lambda _: None)
+        for name in ("RANK", "WORLD_SIZE", "OPENAI_BASE_URL", "OPENAI_API_KEY"):
+            monkeypatch.delenv(name, raising=False)
+        try:
+            code = module.main()
+        except SystemExit as e:
+            code = e.code
+        run.out, err = capsys.readouterr()
+        return code, err
+
+    questions = [{"id": i, "question": f"{i} + {i}?", "answer": str(2 * i)} for i in range(6)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    run.questions, run.folder = tmp_path / "q.jsonl", tmp_path
+    return run
+
+
+def elicit(run, server, *more):
+    return run(oracle, "elicit", "--questions", run.questions, "--out", run.folder / "errors",
+               "--server", server.url, *more)
+
+
+def rectify(run, server, errors, out, *more):
+    return run(oracle, "rectify", "--errors", run.folder / errors, "--out", run.folder / out,
+               "--tokenizer", run.folder / "policy", "--server", server.url, *more)
+
+
+def score(run, server, *more):
+    return run(evaluation, "--tasks", f"sums={run.questions}", "--out", run.folder / "scores",
+               "--server", server.url, *more)
+
+
+def content(run, name):
+    return json.loads((run.folder / name).read_text())
+
+
+@pytest.mark.parametrize("refuse", DROPPED, ids=lambda refuse: refuse.__name__)
+def test_default_commands_pass(refuse, run):
+    tiny.write_checkpoint(run.folder / "policy")
+    with strict(refuse) as server:
+        code, err = elicit(run, server)
+        assert code == 0, err
+        assert content(run, "errors/settings.json").get("refused", {}) == DROPPED[refuse]
+        summary = content(run, "errors/summary.json")
+        assert set(summary.pop("refused by the server", ())) == DROPPED[refuse].keys()
+        assert summary == {"answers wanted": 6, "right": 3, "wrong": 3}
+        for key in DROPPED[refuse]:
+            assert err.count(f"the server refuses {key}: sampling goes on with") == 1
+        assert err.count("the server refuses") == len(DROPPED[refuse])
+
+        server.requests.clear()
+        code, err = rectify(run, server, "errors/errors.jsonl", "pairs")
+        assert code == 0 and "refuses" not in err, err
+        assert content(run, "pairs/summary.json")["pairs"] == 3
+        assert all(body.keys() == {"model", "messages"} for _, body in server.requests)
+
+        code, err = score(run, server)
+        assert code == 0, err
+    result = content(run, "scores/results.json")["sums"]
+    assert result["metrics"]["accuracy"][0] == 0.5 and result["unanswered"] == 0
+    assert set(result.get("refused", ())) == DROPPED[refuse].keys()
+    assert content(run, "scores/settings.json").get("refused", {}) == DROPPED[refuse]
+
+
+def test_a_refused_key_is_dropped_once_and_stays_so_when_resumed(run):
+    with strict(gemini) as server:
+        elicit(run, server, "--workers", 1)
+        assert len(server.requests) == 6 + 1  # one retry, then never again
+        assert server.requests[0][1].keys() >= EXTRAS.keys()
+        assert all(not body.keys() & EXTRAS.keys() for _, body in server.requests[1:])
+        code, err = elicit(run, server, "--workers", 1, "--samples", 2)
+        assert code == 0 and "refuses" not in err and len(server.requests) == 6 + 1 + 6
+        assert all(not body.keys() & EXTRAS.keys() for _, body in server.requests[1:])
+
+
+@pytest.mark.parametrize("refuse, given", [
+    (gemini, ("--seed", 5)), (gemini, ("--top_k", 20)), (gemini, ("--body", '{"top_k": 7}')),
+    (gemini, ("--body", '{"presence_penalty": 1}')), (mistral, ("--seed", 0)),
+    (azure, ("--seed", 1)), (openai, ("--temperature", 0.7)),
+    (openai, ("--body", '{"top_p": 0.5}')), (transformers, ("--top_k", 0)),
+    (anthropic, ("--temperature", 0.7, "--top_p", 0.8))])
+@pytest.mark.parametrize("command", ["elicit", "rectify"])
+def test_what_the_user_gave_is_never_dropped(refuse, given, command, run):
+    key = json.loads(given[1]).popitem()[0] if given[0] == "--body" else given[0][2:]
+    with strict(refuse) as server:
+        if command == "elicit":
+            code, err = elicit(run, server, *given, "--workers", 1)
+        else:
+            tiny.write_checkpoint(run.folder / "policy")
+            row = {"question": "1+1?", "original_answer": "We add 1 twice: 3", "ground_truth": "2"}
+            (run.folder / "e.jsonl").write_text(json.dumps(row))
+            code, err = rectify(run, server, "e.jsonl", "errors", *given, "--workers", 1)
+        words = str(refuse(server.requests[-1][1])[1])
+        assert code == 1 and f"refuses {key}" in err and key in server.requests[-1][1]
+        assert "HTTP 4" in err and len(server.requests) < 6 and key in words
+
+
+def test_a_given_limit_is_sent_under_its_new_name(run):
+    with strict(openai) as server:
+        code, err = elicit(run, server, "--max_tokens", 100)
+        assert code == 0, err
+        assert server.requests[-1][1]["max_completion_tokens"] == 100
+    with strict(vllm_short) as server:  # its limit depends on the prompt: no end of the whole run
+        (run.folder / "errors").rename(run.folder / "before")
+        code, err = elicit(run, server, "--max_tokens", 5000)
+        assert code == 1 and "all 6 requests failed" in err and "is too large: 5000" in err
+        assert all(body["max_tokens"] == 5000 for _, body in server.requests)
+
+
+@pytest.mark.parametrize("key", ["temperature", "top_p", "top_k", "max_tokens", "seed",
+                                 "chat_template_kwargs", "model"])
+def test_null_in_body_removes_any_key(key, run):
+    with strict(vllm) as server:
+        code, err = elicit(run, server, "--body", json.dumps({key: None}))
+        assert code == 0, err
+    everything = {"model", "messages", "temperature", "top_p", "top_k", "max_tokens", "seed",
+                  "chat_template_kwargs"}
+    assert all(body.keys() == everything - {key} for _, body in server.requests)
+
+
+def test_an_error_that_repeats_the_request_drops_nothing(run):
+    """A row too long for the server, whose validator sends the whole body back."""
+    def refuse(body):
+        return 422, {"detail": [{"type": "value_error", "loc": ["body", "messages", 0],
+                                 "input": body, "msg": "Value error, message too long"}]}
+    with strict(refuse) as server:
+        code, err = elicit(run, server)
+    assert code == 1 and "all 6 requests failed" in err and "refuses" not in err
+    assert len(server.requests) == 6 and "refused" not in content(run, "errors/settings.json")
+
+
+def record(answer):
+    with strict(vllm, answer) as server:
+        request = evaluation.request_for("k", [{"role": "user", "content": "?"}], 0)
+        return evaluation.ask(evaluation.Server(server.url, "m"), request, evaluation.Sampling())
+
+
+@pytest.mark.parametrize("ending, finish", [
+    *((ending, "stop") for ending in ("stop", "STOP", "eos", "eos_token", "end_turn", "END_TURN",
+                                      "stop_sequence", "", None)),
+    *((ending, "length") for ending in ("length", "Length", "max_tokens", "MAX_TOKENS"))])
+def test_endings_of_an_answer(ending, finish):
+    expected = {"text": "It is 4.", "finish": finish, "tokens": 8}
+    assert record(completion("It is 4.", ending)) == expected
+
+
+@pytest.mark.parametrize("ending", ["content_filter", "tool_calls", "error", "abort", "SAFETY",
+                                    "content_filter: RECITATION", "function_call", 7])
+def test_other_endings_keep_what_was_said(ending):
+    reason = f"the server ended the answer with {str(ending)!r}"
+    assert record(completion("It is", ending)) == {"error": reason, "partial": "It is"}
+    assert record(completion(None, ending)) == {"error": reason}
+
+
+@pytest.mark.parametrize("text", [None, "", "\n\n"])
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning"])
+@pytest.mark.parametrize("ending", ["stop", "length"])
+def test_thoughts_alone_are_no_answer(text, key, ending):
+    found = record(completion(text, ending, **{key: "Let me think: 4."}))
+    assert found["error"].startswith(f"no answer, only {key}: the server's reasoning parser took")
+    assert found["partial"] == "Let me think: 4." and "text" not in found
+
+
+def test_a_refusal_is_no_answer():
+    found = record(completion(None, refusal="I cannot help."))
+    assert found == {"error": "the model refused: I cannot help.", "partial": "I cannot help."}
+
+
+def test_an_answer_beside_thoughts_is_one():
+    thinking = {"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}
+    texts = [{"type": "text", "text": "It is "}, {"type": "text", "text": "4."}]
+    for message in (completion("It is 4.", reasoning_content="Hm."),
+                    completion("It is 4.", refusal=None), completion(texts),
+                    completion([thinking, *texts]),
+                    completion([texts[0], {"type": "reasoning", "text": "Hm."}, texts[1]])):
+        assert record(message)["text"] == "It is 4."
+    assert record(completion(""))["text"] == ""  # saying nothing at all is an answer, and wrong
+    assert "no answer, only thinking" in record(completion([thinking]))["error"]
+
+
+def test_show_prints_graded_conversations(run):
+    with strict(vllm) as server:
+        code, err = score(run, server, "--show", 2)
+    assert code == 0, err
+    first, second = run.out.split("--- sums ")[1:]
+    assert "0 + 0?" in first and "We add 0 twice: $\\boxed{0}$" in first and "accuracy 1" in first
+    assert "1 + 1?" in second and "We add 1 twice: $\\boxed{3}$" in second
+    assert "accuracy 0" in second and "2" in second.split("--- gold: ")[1].split("\n")[0]
