@@ -596,10 +596,9 @@ def last_boxed(text):
     boxes = list(BOX.finditer(text))
     if not boxes:
         return None
-    inside = text[boxes[-1].end():]
     if boxes[-1][1] != "{":
         return boxes[-1][1]
-    depth = 1
+    inside, depth = text[boxes[-1].end():], 1
     for brace in re.finditer(r"\\.|[{}]", inside, re.S):  # \{ is no brace
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
@@ -617,13 +616,7 @@ MULTIPLES = {"dozen": "12", "hundred": "100", "thousand": "1000", "million": "10
 SUPERSCRIPTS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 UNIT_TEXT = (r"(?:[A-Za-z\s~/().'·*%°-]|\\(?:[,;:! ]|(?:cdot|times|mu|Omega|AA)(?![A-Za-z]))"
              r"|\^\s*(?:-?\d|\{\s*-?\d+\s*\}))")
-WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]+(?:['.-]+[A-Za-z]+)*|\\(mu|Omega|AA)(?![A-Za-z])")
-
-
-def quote(word):
-    return ' "' + word[0].lstrip("\\") + '" '
-
-
+WORD = re.compile(r"(?<![\\A-Za-z])([A-Za-z]+(?:['.-]+[A-Za-z]+)*)|\\(mu|Omega|AA)(?![A-Za-z])")
 REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in [
     # numbers: 0.1\overline{6}, the ratio 3:4
     (r"(?<![\w.])(\d{1,9}\.(\d{0,9}))\\(?:overline|bar|dot)\s*\{?(\d{1,9})\}?",
@@ -634,7 +627,7 @@ REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in [
     (r"[µμ]", r"\\mu "),
     (r"\b(?:square|sq)\s+([a-z]+)", r"\1^2"),
     (r"\bcubic\s+([a-z]+)", r"\1^3"),
-    (TEXT + r"\{(" + UNIT_TEXT + r"+)\}", lambda m: f" {WORD.sub(quote, m[1].strip(' .'))} "),
+    (TEXT + r"\{(" + UNIT_TEXT + r"+)\}", lambda m: WORD.sub(r' "\1\2" ', m[1].strip(" ."))),
     (TEXT + r"\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1 "),
     (r'\\mu\s*(?=")', ' "mu" '),
     # thousands: 10{,}000   11,\! 111   1\,000
@@ -685,15 +678,14 @@ SPELLINGS = {
     '"cm': "centimeter centimeters", '"km': "kilometer kilometers", '"in': "inch inches",
     '"ft': "foot feet", '"mi': "mile miles", '"h': "hour hours hr", '"min': "minute minutes",
     '"s': "second seconds sec", '"g': "gram grams", '"kg': "kilogram kilograms",
-    '"lb': "pound pounds", '"yr': "year years", '"mol': "mole moles",
-    '"J': "joule joules", '"N': "newton newtons", '"L': "liter liters", '"W': "watt watts",
-    '"AA': r"\AA Å"}
+    '"lb': "pound pounds", '"yr': "year years", '"mol': "mole moles", '"J': "joule joules",
+    '"N': "newton newtons", '"L': "liter liters", '"W': "watt watts", '"AA': r"\AA Å"}
 SAME = {old: new for new, olds in SPELLINGS.items() for old in olds.split()}
 TOKEN = re.compile(r"""
     ( "[^"]*" | (?<![A-Za-z\d\\])[A-Za-z]{4,}
       | (?<![A-Za-z\\]) (?:sin|cos|tan|sec|csc|cot|log|ln|exp|abs|pi|inf
-        |cm|mm|km|kg|ft|in|mi|yd|hr|min|mph|lb|oz|sq|per|day|way)(?![A-Za-z]) )            # a word
-    | ( (?:\\[A-Za-z]+|[A-Za-z]) (?:_(?:\{[^{}]*\}|\\[A-Za-z]+|\w)|')* )               # a name
+        |cm|mm|km|kg|ft|in|mi|yd|hr|min|mph|lb|oz|sq|per|day|way)(?![A-Za-z]) )        # a word
+    | ( (?:\\[A-Za-z]+|[A-Za-z]) (?:_(?:\{[^{}]*\}|\\[A-Za-z]+|\w)|')* )                   # a name
     | \d+_(?:\d+|\{\d+\}) | (?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?
     | \\. | \*\* | [<>]= | !! | \S
     """, re.S | re.X)
@@ -757,6 +749,7 @@ def power(x, n):
 
 
 def bits(x):
+    """The size of a fraction, and so the cost to compute with it."""
     return max(abs(x.numerator), x.denominator).bit_length()
 
 
@@ -783,9 +776,8 @@ BINDING = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 4, "!": 5}
 SIGN, ATOM = 3, 5  # how tightly a sign binds, -x^2 is -(x^2), and what an operand is
 STARTS_ATOM = re.compile(r"""[^\W_]|["([{]""").match
 # Variables are (low to high) / denominator: small, near 1 (x^2018 fits a float), medium, large
-# (floor(x/100) is not 0), negative (|x| is not x), of either sign, integers ((-1)^n is real only
-# there; floor and ceil agree too easily elsewhere; so many that n and m are even and odd in all
-# combinations).
+# (floor(x/100) is not 0), negative (|x| is not x), of either sign, integers (for (-1)^n, floor and
+# ceil; so many that n and m are even and odd in all combinations).
 POINTS = [(1, 996, 997), (900, 996, 997), (998, 1100, 997), (998, 9000, 997),
           (99_000, 990_000, 997), (-9000, -998, 997), (-2500, 2500, 997),
           (2, 13, 1), (3, 40, 1), *[(1, 10, 1)] * 12]
@@ -903,7 +895,7 @@ def compute(tokens):
 # --- grading: answers, and whether two are the same -----------------------------------------------
 
 # An operand, then words with powers: 9.8 "m / "s ^ 2, but not 5 "cm - 3
-FACTOR = r' "\S+(?: \^(?: \{)?(?: -)? \d+(?: \})?)?'
+FACTOR = r' "\S+(?: \^(?: \{)?(?: -)? \d+\.?(?: \})?)?'
 FACTORS = FACTOR + r"(?:(?: \*)?" + FACTOR + ")*"
 GROUP = "(?:" + FACTORS + r"| \(" + FACTORS + r" \))"
 UNIT = re.compile(r'((?:.*? )??[^" ]*[\w)\]}!])(' + GROUP + "(?: /" + GROUP + ")*"
@@ -1020,7 +1012,7 @@ def bare_answer(text):
     """What the box holds, or the formula after prose: Hence $x > 2$ holds."""
     text = last_boxed(text) or text
     formula = PROSE.match(text)
-    return (formula[1] if formula else text).strip("*`_ \t\n")
+    return (formula[1] if formula else text).lstrip("*`_ \t\n").rstrip("*`_. \t\n")
 
 
 def same(a, b, tolerance=0) -> bool:
