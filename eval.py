@@ -2195,7 +2195,8 @@ def show_answers(task: Task, folder: str, count: int):
         record = answers.get(f"{name}/0", {"error": "not asked"})
         print(f"\n--- {task.name} {name}: question\n{messages[-1]['content']}\n--- answer")
         if "text" in record:
-            grades = ", ".join(f"{k} {float(v):g}" for k, v in task.grade(record["text"], gold).items())
+            grades = task.grade(record["text"], gold)
+            grades = ", ".join(f"{name} {float(v):g}" for name, v in grades.items())
             print(f"{record['text']}\n--- gold: {gold}\n--- verdict: {grades}")
         else:
             print(f"--- gold: {gold}\n--- verdict: none, {record['error']}")
@@ -2241,8 +2242,8 @@ COMMANDS = {  # name: what it runs, its options, the required ones
     "report": (run_report, ReportOptions, ())}
 LEAST = {  # values of options, oracle.py's too
     "workers": 1, "request_timeout": 1e-3, "tries": 1, "temperature": 0, "top_k": 0, "seed": 0,
-    "max_tokens": 1, "batch_size": 1, "timeout": 1, "samples": 0, "limit": 0, "show": 0, "max_length": 2,
-    "target": 0, "max_change_ratio": 0}
+    "max_tokens": 1, "batch_size": 1, "timeout": 1, "samples": 0, "limit": 0, "show": 0,
+    "max_length": 2, "target": 0, "max_change_ratio": 0}
 
 
 def parse_command(argv: list, commands: dict = COMMANDS, description: str = __doc__) -> tuple:

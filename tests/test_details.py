@@ -19,8 +19,8 @@ import data
 import tiny
 import train
 from data import UserError
-from test_train import (ROOT, command, kill_workers, merged, metrics, metrics_so_far,
-                        no_process_group_is_left, run, run_here, train_step_of, transformers_gradients, world)
+from test_train import (ROOT, command, merged, metrics, metrics_so_far, no_process_group_is_left, run, run_here,
+                        start, train_step_of, transformers_gradients, world)
 
 FIXTURES = no_process_group_is_left, world  # pytest looks for them in this module
 
@@ -344,43 +344,22 @@ def test_held_out_numbers_equal_transformers(world, scored, tmp_path):
 # --- 7: a signal to one rank ----------------------------------------------------------------------
 
 
-def worker(parent, rank):
-    """Process id of one rank of a torchrun of ours: its child that has RANK=rank; None while it starts."""
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{pid}/stat") as f, open(f"/proc/{pid}/environ", "rb") as g:
-                above = int(f.read().rpartition(")")[2].split()[1])
-                if above == parent and f"RANK={rank}".encode() in g.read().split(b"\0"):
-                    return int(pid)
-        except OSError:
-            pass
-
-
 def test_sigterm_to_one_rank_stops_both_at_the_same_step(world, tmp_path):
     extra, out = ("--epochs", "10", "--save_every", "0"), tmp_path / "stopped"
     run(world, tmp_path / "whole", *extra, ranks=2)
-    process = subprocess.Popen(command(world, out, *extra, ranks=2), cwd=ROOT, stderr=subprocess.PIPE,
-                               text=True)
-    try:
-        while not os.path.exists(out / "metrics.jsonl") or len(metrics_so_far(out)) < 3:
-            assert process.poll() is None, "ended before the signal"
-            time.sleep(0.01)
-        os.kill(worker(process.pid, 1), signal.SIGTERM)
-        said = process.communicate(timeout=60)[1]
-    finally:
-        if process.poll() is None:
-            process.kill()
-            kill_workers(out)
-    step = train_step_of(out)
-    assert process.returncode != 0 and 3 < step < 30
+    started = start(world, out, *extra, ranks=2)
+    while len(metrics_so_far(out)) < 3:
+        assert started.running, "ended before the signal"
+        time.sleep(0.01)
+    started.send(signal.SIGTERM, rank=1)
+    codes, said, step = started.wait(), started.said, train_step_of(out)
+    assert codes == [143, 143] and 3 < step < 30
     assert said.count(f"SIGTERM: saved at step {step} of 30; go on with --resume --out {out}") == 1
     assert "done:" not in said and not os.path.exists(out / "model")
     assert sorted(os.listdir(out / "checkpoints" / f"step_{step:06d}")) == [
         "shard_0.safetensors", "shard_1.safetensors", "state.json"]
     assert [m["step"] for m in metrics(out)] == list(range(step))
-    done = subprocess.run(command(world, out, *extra, ranks=2) + ["--resume"], cwd=ROOT, capture_output=True,
-                          text=True, timeout=300)
-    assert done.returncode == 0 and f"step_{step:06d}: step {step} of 30" in done.stderr, done.stderr[-3000:]
+    assert f"step_{step:06d}: step {step} of 30" in run(world, out, *extra, "--resume", ranks=2)
     assert same_checkpoints(tmp_path / "whole", out)
     assert [m["loss"] for m in metrics(out)] == [m["loss"] for m in metrics(tmp_path / "whole")]
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import launch
 import tiny
 import torch
 from misbehaving import Misbehaving, completion
@@ -80,10 +81,8 @@ def greedy(sets):
 def alone(talker, sets, tmp_path_factory):
     """Every task in one process: the folder it left."""
     out = tmp_path_factory.mktemp("alone") / "out"
-    done = subprocess.run([sys.executable, ROOT / "eval.py", "--model", talker, "--out", out,
-                           *map(str, greedy(sets))], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (out / "results.md").read_text().strip() in done.stderr
+    said = launch.run(["eval.py", "--model", talker, "--out", out, *greedy(sets)])
+    assert (out / "results.md").read_text().strip() in said
     return out
 
 
@@ -99,10 +98,7 @@ def test_every_task_goes_from_end_to_end(alone):
 
 
 def test_two_ranks_give_the_same(alone, talker, sets, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-                           ROOT / "eval.py", "--model", talker, "--out", tmp_path / "out",
-                           *map(str, greedy(sets))], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    launch.run(["eval.py", "--model", talker, "--out", tmp_path / "out", *greedy(sets)], ranks=2)
     assert results(tmp_path / "out") == results(alone)
 
 
