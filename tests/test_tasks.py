@@ -42,8 +42,9 @@ GRADED = [  # row, responses that are right, responses that are wrong
     ({"answer": "025"}, [r"\boxed{25}", r"\boxed{025}"], [r"\boxed{250}"]),  # AIME
     ({"answer": "27.0"}, [r"\boxed{27}"], [r"\boxed{27.1}", "27"]),  # AMC
     ({"answer": 27.0}, [r"\boxed{27}"], [r"\boxed{2.70}"]),
+    # fields of OlympiadBench mean nothing without final_answer
     ({"solution": r"so \boxed{4.5e33} erg", "error": 3, "unit": {}},
-     [r"\boxed{4.5 \times 10^{33}}"], [r"\boxed{4.5}"]),  # Minerva; fields of OlympiadBench mean nothing without final_answer
+     [r"\boxed{4.5 \times 10^{33}}"], [r"\boxed{4.5}"]),  # Minerva
     (olympiad("$69$,$84$", True),
      [r"\boxed{84, 69}", r"\boxed{69} and \boxed{84}", r"\boxed{69 \text{ or } 84}",
       "\\boxed{5}\n\\boxed{\\{69,84\\}}"],
