@@ -36,7 +36,10 @@ def draw(title, across, lines, logarithmic):
     for y in ticks([y for _, y in points], "y" in logarithmic):
         parts.append(f'<path d="M{LEFT} {at_y(y):.1f}H{RIGHT}" stroke="#e2e2e2"/><text '
                      f'x="{LEFT - 6}" y="{at_y(y) + 4:.1f}" text-anchor="end">{y:g}</text>')
-    for x in ticks([x for x, _ in points], "x" in logarithmic):
+    places = sorted({float(f"{np.mean(x):.3g}") for x, _ in points})
+    if len(places) > 4:
+        places = ticks([x for x, _ in points], "x" in logarithmic)
+    for x in places:
         parts.append(f'<text x="{at_x(x):.1f}" y="{BOTTOM + 18}" text-anchor="middle">{x:g}</text>')
     ends = []
     for name, line in lines.items():
@@ -52,9 +55,10 @@ def draw(title, across, lines, logarithmic):
                       f'opacity="{opacity}"/>'
                       for dots, r, opacity in ((worlds, 2, 0.4), (means, 3.5, 1)) for x, y in dots]
         ends.append((means[-1][1], means[-1][0], name))
+    ends.sort()
     lowest = -math.inf
-    for y, x, name in sorted(ends):  # labels that would overlap move down
-        lowest = max(y + 4, lowest + 14)
+    for i, (y, x, name) in enumerate(ends):  # labels that would overlap move apart
+        lowest = min(max(y + 4, lowest + 14), BOTTOM + 30 - 14 * (len(ends) - 1 - i))
         parts.append(f'<path d="M{x + 5:.1f} {y:.1f}L{RIGHT + 12} {lowest - 4:.1f}" '
                      f'stroke="{COLOURS[name]}" stroke-width="0.6"/>'
                      f'<text x="{RIGHT + 15}" y="{lowest:.1f}" fill="{COLOURS[name]}" '
@@ -74,11 +78,8 @@ def axis(values, logarithmic, start, end):
 
 
 def ticks(values, logarithmic):
-    """The values themselves where they are few, else round numbers among them."""
+    """Round numbers among values."""
     low, high = np.min(values), np.max(values)
-    centres = sorted({float(f"{np.mean(value):.3g}") for value in values})
-    if len(centres) <= 4:
-        return centres
     if logarithmic:
         steps = (1, 2, 5) if high < 100 * low else (1,)
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)

@@ -12,15 +12,14 @@ them OUT/study.json, and from that OUT/STUDY.md and OUT/study-a.svg to study-e.s
 
 Expected before the runs, from a pilot of two worlds:
 1. SFT+ moves further from the base than every reward-based loss, costs the other skills a point or
-   two, and loses the rare words, which no pair shows. Reward-SFT, with the tether and without the
-   contrast, keeps the skills and loses the words; DPO, BCE and BCO keep both.
+   two, and loses the rare words, which no pair shows. Reward-SFT (a tether, no contrast) keeps the
+   skills and loses the words; DPO, BCE and BCO keep both.
 2. No pull-up: y+ and y- differ in facts, so r- falls under every loss, under SFT+ too.
 3. DPO sinks r- more than it lifts r+; its r+ stays below BCE's, and Add suffers for it.
 4. BCO does not reach BCE's r+, as its delta follows r- down; it moves further than BCE.
-5. The tether of Reward-SFT and BCE is taut (lambda+ below 0.05) in the first half of the steps, and
-   from 4 to 12 epochs they move on less than SFT+, which never stops.
-6. The further the Oracle is from y-, the less is learned, at an equal bound on r+. Half of the
-   pairs do as well. gamma 0.6 drops nothing: no voice here changes so many tokens.
+5. lambda+ of Reward-SFT and BCE falls below 0.05 in the first half of the steps, and from 4 to 12
+   epochs they move on less than SFT+, which never stops.
+6. The further the Oracle is from y-, the less is learned. Half of the pairs do as well.
 7. What changes sits on divergent tokens, under BCE more than under SFT+.
 Figure b: at every Add that SFT+ reaches, BCE is nearer to the base. Figure c: a bound on r+ of
 5 (beta 1) does not hold, 15 holds in part, 50 holds, 150 begins to cost Add.
@@ -43,29 +42,31 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import data, qwen, train
+from common import data, markdown, qwen, train
 
 import loss
 from chart import chart
 
-METHODS = {"SFT+": "sft", "RFT": "sft", "Reward-SFT": "reward-sft", "DPO": "dpo",
-           "BCE": "spot-bce", "BCO": "spot-bco"}
+METHODS = {  # name: (objective, the rows it is trained on); RFT's are its own right answers
+    "SFT+": ("sft", "pairs"), "RFT": ("sft", "own"), "Reward-SFT": ("reward-sft", "pairs"),
+    "DPO": ("dpo", "pairs"), "BCE": ("spot-bce", "pairs"), "BCO": ("spot-bco", "pairs")}
+REWARDED, EDITED = ("DPO", "BCE", "BCO"), ("SFT+", "DPO", "BCE")  # in figures d and e
 FULL = {
-    "toy": {}, "worlds": 4, "seeds": [0, 1], **train.TOY["surgery"],
-    "all_epochs": [1, 4, 12],  # the longest with the first seed only
-    "rates": [5e-5, 1.5e-4, 4e-4, 1e-3],  # at one epoch
-    "betas": [1.0, 3.0, 10.0, 30.0],  # of BCE, at the longest
-    # Words that the Oracle puts before so many steps, from near to far.
+    "toy": {}, "seeds": [0, 1], **train.TOY["surgery"],
+    "all_epochs": [1, 4, 12],  # with all seeds; what follows with the first alone
+    "rates": [5e-5, 8e-5, 1.5e-4, 4e-4, 1e-3],  # at one epoch
+    "betas": [1.0, 3.0, 10.0, 30.0],  # of BCE, at the most epochs
+    # The Oracle's own words, and before how many steps at most it puts them: from near to far.
     "voices": {"so once": ["so ", 1], "so": ["so ", 9], "hence": ["hence ", 9],
                "hence then twice": ["hence then ", 2]},
-    "watched": 96}  # pairs in which the change of log pi is looked at
-SHORT = {**FULL, "worlds": 1, "seeds": [0], "epochs": 2, "all_epochs": [1, 2, 3],
-         "rates": [1.5e-4, 1e-3], "betas": [1.0, 10.0], "voices": {"so": ["so ", 9]}, "watched": 8,
+    "watched": 96}  # pairs whose log-probs are compared before and after
+SHORT = {**FULL, "seeds": [0], "epochs": 2, "all_epochs": [1, 2, 3], "rates": [1.5e-4, 1e-3],
+         "betas": [1.0, 10.0], "voices": {"so": ["so ", 9]}, "watched": 8,
          "toy": {"world": {"rows": 2000, "chain": 3, "share": 0.2, "doubt": 0.8}, "questions": 64,
                  "test": 4}}
 
 
-# --- a world --------------------------------------------------------------------------------------
+# --- a world, and a run ---------------------------------------------------------------------------
 
 
 def open_toy(root, seed, ranks):
@@ -80,13 +81,11 @@ def build_world(out, job, s, ranks):
     """Base model, pairs, and the other files of rows; the base's figures and those of the files."""
     root = f"{out}/{job['name']}"
     toy, base = open_toy(root, job["world"], ranks), f"{root}/base/model"
-    os.makedirs(root, exist_ok=True)
     train.toy_birth(toy)
     train.toy_train(toy, f"{root}/base", model=f"{root}/birth", pairs=f"{root}/corpus.jsonl",
                     loss="sft", **train.TOY["base"])
     pairs = data.read_log(train.toy_pairs(toy, base))
     right = data.read_log(f"{root}/errors/correct.jsonl")
-    # RFT learns from the base's own right answers, repeated until they are as many as the pairs.
     files = {"pairs": pairs, "half": pairs[::2], "own": (right * len(pairs))[:len(pairs)]}
     for name, (word, count) in s["voices"].items():
         files[name] = []
@@ -96,13 +95,7 @@ def build_world(out, job, s, ranks):
     for name, rows in files.items():
         data.write_rows(f"{root}/{name}.jsonl", rows)
     described = {name: describe(base, f"{root}/{name}.jsonl") for name in ("pairs", *s["voices"])}
-    return {**measure(toy, base, base), "rows": len(pairs), "files": described}
-
-
-def measure(toy, folder, base):
-    """The story's figures of a model; "kl" in 1/1000 nat a token."""
-    figures = train.toy_figures(toy, folder, base)
-    return {**figures, "kl": 1000 * figures["kl"]}
+    return {**train.toy_figures(toy, base, base), "rows": len(pairs), "files": described}
 
 
 @torch.no_grad()
@@ -115,16 +108,11 @@ def score(policy, base, path, count=None):
 
 
 def describe(base, path):
-    """Of a pair file: median -log pi_ref of y+ and of y- in nats; mean change ratio, and how many
-    pairs in % gamma = 0.6 would drop."""
+    """Of a pair file: median -log pi_ref of y+ and of y- in nats, mean change ratio."""
     forks, pack, logps = score(qwen.load_model(base), base, path)
     nats = -loss.sequence_logps(logps, pack.lengths).median(0).values
-    ratios = np.array([fork.ratio for fork in forks])
     return {"chosen": nats[0].item(), "rejected": nats[1].item(),
-            "change_ratio": ratios.mean().item(), "dropped": 100 * (ratios > 0.6).mean().item()}
-
-
-# --- a run and its figures ------------------------------------------------------------------------
+            "change_ratio": np.mean([fork.ratio for fork in forks]).item()}
 
 
 def run_one(out, job, s, ranks):
@@ -137,17 +125,20 @@ def run_one(out, job, s, ranks):
     nats, path = files.get(job["data"], files["pairs"])["chosen"], f"{root}/{job['data']}.jsonl"
     beta = job["beta"] * files["pairs"]["chosen"] / nats
     train.toy_train(replace(toy, seed=job["seed"]), folder, model=base, pairs=path, beta=beta,
-                    loss=METHODS[job["method"]], lr=job["lr"], epochs=job["epochs"],
+                    loss=METHODS[job["method"]][0], lr=job["lr"], epochs=job["epochs"],
                     max_change_ratio=1.0, save_every=0)
     log = data.read_log(f"{folder}/metrics.jsonl")
     taut = [row["step"] for row in log if row["tether_chosen"] <= 0.05]
-    keys = ("step", "reward_chosen", "reward_rejected")
     watched = path if job["data"] in files else f"{root}/pairs.jsonl"  # rows with both answers
-    figures = {**measure(toy, f"{folder}/model", base),
+    figures = {**train.toy_figures(toy, f"{folder}/model", base),
                **watch(base, f"{folder}/model", watched, s, beta, log[-1]["delta"]),
                "taut": 100 * min(taut, default=len(log)) / len(log)}
-    if job["epochs"] == s["all_epochs"][-1]:
-        figures["curve"] = [[row[key] for key in keys] for row in log[::math.ceil(len(log) / 50)]]
+    figures["log_kl"] = math.log10(figures["kl"])
+    figures["kl"] *= 1000  # in nats a token it is a small number
+    if job["epochs"] == s["all_epochs"][-1] and job["method"] in REWARDED:
+        rows = [log[int(i)] for i in np.linspace(0, len(log) - 1, 40)]
+        keys = ("step", "reward_chosen", "reward_rejected")
+        figures["curve"] = [[row[key] for key in keys] for row in rows]
     shutil.rmtree(folder)
     return figures
 
@@ -167,9 +158,8 @@ def watch(base, folder, path, s, beta, delta):
         changes["shared"] += trunk.tolist()
         for j, change in enumerate(chosen.tolist()):
             changes["shared" if j in matched else "divergent"].append(change)
-    return {"reward_chosen": rewards[:, 0].mean().item(),
-            "reward_rejected": rewards[:, 1].mean().item(),
-            "tether_chosen": loss.tether(rewards[:, 0], delta).mean().item(),
+    means, tether = rewards.mean(0).tolist(), loss.tether(rewards[:, 0], delta).mean().item()
+    return {"reward_chosen": means[0], "reward_rejected": means[1], "tether_chosen": tether,
             **{name: np.mean(values).item() for name, values in changes.items()}}
 
 
@@ -178,32 +168,27 @@ def watch(base, folder, path, s, beta, delta):
 
 def plan_runs(world, s):
     """The jobs of one world, the longest first; a setting that two figures need comes once."""
-    jobs, longest, first = {}, s["all_epochs"][-1], s["seeds"][0]
+    jobs = {}
 
     def add(method, **changes):
         job = {"world": world, "method": method, "epochs": s["epochs"], "lr": s["lr"],
-               "beta": s["beta"], "data": rows_of(method), "seed": first, **changes}
+               "beta": s["beta"], "data": METHODS[method][1], "seed": s["seeds"][0], **changes}
         job["name"] = "-".join(f"{v:g}" if isinstance(v, float) else str(v) for v in job.values())
         jobs[job["name"]] = job
 
     for method in METHODS:
         for epochs in s["all_epochs"]:
-            for seed in [first] if epochs == longest else s["seeds"]:
+            for seed in s["seeds"]:
                 add(method, epochs=epochs, seed=seed)
         for lr in s["rates"]:
             add(method, epochs=1, lr=lr)
     for beta in s["betas"]:
-        add("BCE", epochs=longest, beta=beta)
+        add("BCE", epochs=s["all_epochs"][-1], beta=beta)
     for name in s["voices"]:
-        for method in ("SFT+", "DPO", "BCE"):
+        for method in EDITED:
             add(method, data=name)
     add("BCE", epochs=1, data="half")
     return sorted(jobs.values(), key=lambda job: -job["epochs"])
-
-
-def rows_of(method):
-    """The file of rows that a method is trained on, unless a job says otherwise."""
-    return "own" if method == "RFT" else "pairs"
 
 
 RANKS = None  # of a worker process
@@ -239,25 +224,24 @@ def work(out, job, s):
     return data.read_json(path)
 
 
-def run_all(out, s, workers):
+def run_all(out, s, count, workers):
     """All worlds and their runs, as many worlds at a time as there are workers."""
     os.makedirs(f"{out}/runs", exist_ok=True)
-    settings = json.loads(json.dumps({"story": train.TOY, "study": {**s, "worlds": None}}))
-    if os.path.exists(f"{out}/settings.json"):
-        if data.read_json(f"{out}/settings.json") != settings:
-            sys.exit(f"error: {out} holds a study with other settings: choose another --out")
-    data.write_json(f"{out}/settings.json", settings)
+    settings, path = {"story": train.TOY, "study": s}, f"{out}/settings.json"
+    if os.path.exists(path) and data.read_json(path) != settings:
+        sys.exit(f"error: {out} holds a study with other settings: choose another --out")
+    data.write_json(path, settings)
     context, here = multiprocessing.get_context("spawn"), sorted(os.sched_getaffinity(0))
     cores = context.Queue()
     for i in range(workers):
         cores.put(here[i % len(here)])
     arguments, worlds, runs = (cores, f"{out}/workers.log", s["toy"]), [], []
     with ProcessPoolExecutor(workers, context, start_worker, arguments) as pool:
-        for start in range(0, s["worlds"], workers):
-            group = range(start, min(start + workers, s["worlds"]))
+        for start in range(0, count, workers):
+            group = range(start, min(start + workers, count))
             worlds += do(pool, out, s, [{"name": f"world-{w}", "world": w} for w in group])
             runs += do(pool, out, s, [job for w in group for job in plan_runs(w, s)])
-    return rounded({"settings": s, "worlds": worlds, "runs": runs})
+    return {"settings": s, "worlds": worlds, "runs": runs}
 
 
 def do(pool, out, s, jobs):
@@ -269,15 +253,6 @@ def do(pool, out, s, jobs):
             sys.exit(f"error: {futures[future]} failed with {future.exception()!r}: see "
                      f"{out}/workers.log; the same command goes on")
     return [future.result() for future in futures]
-
-
-def rounded(x):
-    """All floats in it with six figures; no times, no names of jobs."""
-    if isinstance(x, dict):
-        return {k: rounded(v) for k, v in x.items() if k not in ("seconds", "name")}
-    if isinstance(x, list):
-        return [rounded(v) for v in x]
-    return float(f"{x:.6g}") if isinstance(x, float) else x
 
 
 # --- what the figures say: from the saved JSON alone ----------------------------------------------
@@ -306,15 +281,13 @@ def overall(verdicts):
     """Of a claim, from those of its parts."""
     if len(set(verdicts)) == 1:
         return verdicts[0]
-    if "holds" in verdicts:
-        return "holds in part"
-    return "does not hold"
+    return "holds in part" if "holds" in verdicts else "does not hold"
 
 
 def shown(values):
     """Mean ± half of the interval, as text."""
     mean, half = interval(values)
-    digits = 2 if max(abs(mean), half) < 9.95 or abs(mean) < 9.95 and half == math.inf else 1
+    digits = 2 if abs(mean) < 9.95 else 1
     return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if half < math.inf else "")
 
 
@@ -328,15 +301,11 @@ class Study:
 
     def at(self, method, key, **changes):
         """A figure of a method, mean over seeds, at the story's setting but for the changes."""
-        s = self.settings
-        wanted = {"method": method, "epochs": s["epochs"], "lr": s["lr"], "beta": s["beta"],
-                  "data": rows_of(method), **changes}
+        wanted = {k: self.settings[k] for k in ("epochs", "lr", "beta")}
+        wanted |= {"method": method, "data": METHODS[method][1], **changes}
         runs = [run for run in self.runs if all(run[k] == v for k, v in wanted.items())]
         return np.array([np.mean([run[key] for run in runs if run["world"] == world["world"]], 0)
                          for world in self.worlds])
-
-    def kl(self, method, **changes):
-        return np.log10(self.at(method, "kl", **changes))
 
     def base(self, key):
         return np.array([world[key] for world in self.worlds])
@@ -348,38 +317,37 @@ class Study:
 def claims(study):
     """[(claim, quantity, one value a world, the verdict expected)]: above 0 a quantity speaks for
     the claim. At the story's setting; "long" is at the largest number of epochs."""
-    at, kl, s = study.at, study.kl, study.settings
+    at, s = study.at, study.settings
     yes, no, undecided = "holds", "does not hold", "not decided"
     long, parts = {"epochs": s["all_epochs"][-1]}, []
     for m in ("Reward-SFT", "DPO", "BCE", "BCO"):
-        words = at(m, "words") - study.base("words") / 2
         parts += [
-            (1, f"SFT+ moves further than {m}: log10 of the ratio of KLs", kl("SFT+") - kl(m), yes),
+            (1, f"SFT+ moves further than {m}: log10 of the ratio of KLs",
+             at("SFT+", "log_kl") - at(m, "log_kl"), yes),
             (1, f"{m} keeps more of the other skills than SFT+: points",
              at(m, "others") - at("SFT+", "others"), yes),
-            (1, f"{m} keeps half of the base's rare words: points above that", words,
-             no if m == "Reward-SFT" else yes)]
+            (1, f"{m} keeps half of the base's rare words: points above that",
+             at(m, "words") - study.base("words") / 2, no if m == "Reward-SFT" else yes)]
     for m in ("SFT+", "Reward-SFT"):
         parts.append((2, f"{m} lifts y-: r-", at(m, "reward_rejected"), no))
     for m in ("BCE", "BCO"):
         parts.append((2, f"{m} sinks y-: -r-", -at(m, "reward_rejected"), yes))
     for when, n in (("", {}), (", long", long)):
-        chosen = {m: at(m, "reward_chosen", **n) for m in ("DPO", "BCE", "BCO")}
+        chosen = {m: at(m, "reward_chosen", **n) for m in REWARDED}
         parts += [
             (3, f"DPO sinks r- by more than it lifts r+: -r- - r+{when}",
              -at("DPO", "reward_rejected", **n) - chosen["DPO"], yes),
             (3, f"DPO's r+ stays below BCE's: by{when}", chosen["BCE"] - chosen["DPO"], yes),
             (4, f"BCO's r+ is higher than BCE's: by{when}", chosen["BCO"] - chosen["BCE"], no),
             (4, f"BCO moves further than BCE: log10 of the ratio of KLs{when}",
-             kl("BCO", **n) - kl("BCE", **n), yes)]
-    for m in ("Reward-SFT", "BCE", "BCO"):
-        expected = undecided if m == "BCO" else yes
-        moves_on = (kl("SFT+", **long) - kl("SFT+")) - (kl(m, **long) - kl(m))
+             at("BCO", "log_kl", **n) - at("BCE", "log_kl", **n), yes)]
+    growth = {m: at(m, "log_kl", **long) - at(m, "log_kl") for m in METHODS}
+    for m, expected in (("Reward-SFT", yes), ("BCE", yes), ("BCO", undecided)):
         parts += [
-            (5, f"{m}'s lambda+ falls below 0.05 in the first half of the steps: so many % of them "
-             "before, long", 50 - at(m, "taut", **long), expected),
-            (5, f"from {s['epochs']} to {long['epochs']} epochs SFT+ moves on more than {m}: "
-             "difference of log10 of the KLs' growth", moves_on, expected)]
+            (5, f"{m}'s lambda+ is below 0.05 before half of the steps: by so many %, long",
+             50 - at(m, "taut", **long), expected),
+            (5, f"SFT+ moves on more than {m}: difference of log10 of the KLs' growth up to long",
+             growth["SFT+"] - growth[m], expected)]
     first, far = {"epochs": 1, "seed": s["seeds"][0]}, list(s["voices"])[-1]
     ratio = {m: np.log10(at(m, "divergent") / at(m, "shared")) for m in ("BCE", "SFT+")}
     return sorted(parts + [
@@ -406,38 +374,31 @@ COLUMNS = {"Add %": "add", "others %": "others", "manner %": "obeyed", "rare wor
 MARKS = "<!-- from here on by study.py -->\n", "<!-- to here by study.py -->\n"
 
 
-def table(head, rows):
-    """A Markdown table."""
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (head, *rows)]
-    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
-
-
 def results(study, settings):
     """A table of all figures, a row for each {title: (method, changes)}, below the base's."""
     known = [key for key in COLUMNS.values() if key in study.worlds[0]]
     rows = [["base", *(shown(study.base(key)) for key in known), "", "", ""]]
     for title, (method, changes) in settings.items():
         rows.append([title, *(shown(study.at(method, key, **changes)) for key in COLUMNS.values())])
-    return table(["", *COLUMNS], rows)
+    return markdown(["", *COLUMNS], rows)
 
 
 def describe_study(study):
     """All verdicts and tables, as Markdown."""
     s, parts, files = study.settings, claims(study), ("pairs", *study.settings["voices"])
-    verdicts = {n: [verdict(values) for claim, _, values, _ in parts if claim == n] for n in CLAIMS}
-    counts = {n: "; ".join(f"{v.count(name)} {name}" for name in dict.fromkeys(v))
-              for n, v in verdicts.items()}
+    verdicts = [[verdict(values) for claim, _, values, _ in parts if claim == n] for n in CLAIMS]
     long, first = {"epochs": s["all_epochs"][-1]}, {"epochs": 1, "seed": s["seeds"][0]}
-    described = ("chosen", "rejected", "change_ratio", "dropped")
     return "\n\n".join([
-        f"{len(study.worlds)} world(s), {len(study.runs)} runs. Rate {s['lr']:g}, beta "
-        f"{s['beta']:g}, {s['epochs']} epochs unless said. Means over worlds ± half of a 95 % "
-        "interval; within a world seeds are averaged first.",
+        f"Worlds: {len(study.worlds)}, of {shown(study.base('rows'))} pairs; runs: "
+        f"{len(study.runs)}. Rate {s['lr']:g}, beta {s['beta']:g}, {s['epochs']} epochs unless "
+        "said. Means over worlds ± half of a 95 % interval; within a world seeds are averaged "
+        f"first. r+, r- and lambda+ are of {s['watched']} training pairs after the last step.",
         "## The claims",
-        table(["", "claim", "verdict", "of its parts"],
-              [[n, text, overall(verdicts[n]), counts[n]] for n, text in CLAIMS.items()]),
+        markdown(["", "claim", "verdict", "parts that hold"],
+              [[n, text, overall(v), f"{v.count('holds')} of {len(v)}"]
+               for (n, text), v in zip(CLAIMS.items(), verdicts)]),
         "The parts; above 0 a figure speaks for the claim.",
-        table(["", "quantity", "figure", "verdict", "expected"],
+        markdown(["", "quantity", "figure", "verdict", "expected"],
               [[n, text, shown(values), verdict(values), expected]
                for n, text, values, expected in parts]),
         "## Who stops: epochs\n\n![a](study-a.svg)",
@@ -450,15 +411,11 @@ def describe_study(study):
                         ("BCE", {"beta": beta, **long}) for beta in s["betas"]}),
         "## Rewards over the steps\n\n![d](study-d.svg)",
         "## The Oracle's distance, at an equal bound on r+\n\n![e](study-e.svg)",
-        table(["y+", "its nats", "nats of y-", "change ratio", "above gamma 0.6, %"],
-              [[name, *(shown(study.file(key, name)) for key in described)] for name in files]),
+        markdown(["y+", "its nats", "nats of y-", "change ratio"],
+              [[name, *(shown(study.file(key, name))
+                        for key in ("chosen", "rejected", "change_ratio"))] for name in files]),
         results(study, {f"{m}, {name}": (m, {"data": name})
-                        for name in files for m in ("SFT+", "DPO", "BCE")}),
-        "## The worlds' bases",
-        table(["world", "pairs", "Add %", "others %", "manner %", "rare words %"],
-              [[world["world"], world["rows"], *(f"{world[key]:.1f}" for key in
-                                                 ("add", "others", "obeyed", "words"))]
-               for world in study.worlds]), ""])
+                        for name in files for m in EDITED}), ""])
 
 
 def draw_study(study):
@@ -481,11 +438,9 @@ def draw_study(study):
         return {**lines(key, flat, ["SFT+"]), **lines(key, betas, ["BCE"])}
 
     def over_steps(column):
-        curves = {m: at(m, "curve", **long) for m in rewarded}  # (worlds, points, 3)
-        return {m: [(point[:, 0], point[:, column]) for point in curve.swapaxes(0, 1)]
-                for m, curve in curves.items()}
+        return {m: [(point[:, 0], point[:, column])  # from (worlds, points, 3)
+                    for point in at(m, "curve", **long).swapaxes(0, 1)] for m in REWARDED}
 
-    rewarded, edited = ["DPO", "BCE", "BCO"], ["SFT+", "DPO", "BCE"]
     kl, add = "KL from the base, 1/1000 nat a token", "Right answers in Add, %"
     bound, distance = "bound on r+: beta times nats of y+", "nats that the Oracle's words add to y+"
     front = {m: [(at(m, "kl", lr=lr, **first), at(m, "add", lr=lr, **first)) for lr in s["rates"]]
@@ -497,12 +452,12 @@ def draw_study(study):
                     ("Rare words, % of boundaries", "epochs", with_base("words"), "x")]),
         "b": chart([(f"{add}, at rising rates", kl, front, "x")]),
         "c": chart([(kl, bound, over_bounds("kl"), "xy"), (add, bound, over_bounds("add"), "x"),
-                    ("lambda+ in the last epoch", bound, over_bounds("tether_chosen"), "x")]),
+                    ("lambda+ after the last step", bound, over_bounds("tether_chosen"), "x")]),
         "d": chart([("r+, the reward of y+", "step", over_steps(1), ""),
                     ("r-, the reward of y-", "step", over_steps(2), ""),
-                    (add, "epochs", lines("add", epochs, rewarded), "x")]),
-        "e": chart([(add, distance, lines("add", voices, edited), ""),
-                    (kl, distance, lines("kl", voices, edited), "y"),
+                    (add, "epochs", lines("add", epochs, REWARDED), "x")]),
+        "e": chart([(add, distance, lines("add", voices, EDITED), ""),
+                    (kl, distance, lines("kl", voices, EDITED), "y"),
                     ("Change ratio (gamma is 0.6)", distance, ratios, "")])}
 
 
@@ -523,22 +478,21 @@ def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", default="runs/study", help="folder to write or to go on in")
-    p.add_argument("--worlds", type=int, help="how many worlds, the first ones [4]")
-    p.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)),
-                   help="processes [one a core]")
-    p.add_argument("--short", action="store_true", help="a minute, only to see that it works")
+    p.add_argument("--worlds", type=int, default=4, help="how many, 10 at most [4]")
+    cores = len(os.sched_getaffinity(0))
+    p.add_argument("--workers", type=int, default=cores, help="processes [one a core]")
+    p.add_argument("--short", action="store_true", help="one small world, a minute: does it work?")
     p.add_argument("--verdicts", metavar="FILE", help="only write anew, beside this study.json")
     o = p.parse_args()
     if o.verdicts:
-        write_all(os.path.dirname(o.verdicts) or ".", data.read_json(o.verdicts))
-        return
-    s = dict(SHORT if o.short else FULL)
-    s["worlds"] = s["worlds"] if o.worlds is None else o.worlds
-    if not 1 <= s["worlds"] <= 10 or o.workers < 1:
+        return write_all(os.path.dirname(o.verdicts) or ".", data.read_json(o.verdicts))
+    if not 1 <= o.worlds <= 10 or o.workers < 1:
         p.error("--worlds from 1 to 10 and --workers from 1 expected")
-    saved = run_all(o.out, s, o.workers)
-    data.write_text(f"{o.out}/study.json", [json.dumps(saved)])
-    write_all(o.out, saved)
+    s, count = (SHORT, 1) if o.short else (FULL, o.worlds)
+    saved = run_all(o.out, s, count, o.workers)
+    short = json.loads(json.dumps(saved), parse_float=lambda x: float(f"{float(x):.6g}"))
+    data.write_text(f"{o.out}/study.json", [json.dumps(short)])
+    write_all(o.out, short)
     print(f"{o.out}/STUDY.md")
 
 
