@@ -452,7 +452,7 @@ def draw_study(study):
                     ("Rare words, % of boundaries", "epochs", with_base("words"), "x")]),
         "b": chart([(f"{add}, at rising rates", kl, front, "x")]),
         "c": chart([(kl, bound, over_bounds("kl"), "xy"), (add, bound, over_bounds("add"), "x"),
-                    ("lambda+ after the last step", bound, over_bounds("tether_chosen"), "x")]),
+                    ("lambda+ at the end", bound, lines("tether_chosen", betas, ["BCE"]), "x")]),
         "d": chart([("r+, the reward of y+", "step", over_steps(1), ""),
                     ("r-, the reward of y-", "step", over_steps(2), ""),
                     (add, "epochs", lines("add", epochs, REWARDED), "x")]),
@@ -477,7 +477,7 @@ def write_all(folder, saved):
 def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", default="runs/study", help="folder to write or to go on in")
+    p.add_argument("--out", default="runs/study", help="folder to write, or to go on in")
     p.add_argument("--worlds", type=int, default=4, help="how many, 10 at most [4]")
     cores = len(os.sched_getaffinity(0))
     p.add_argument("--workers", type=int, default=cores, help="processes [one a core]")
