@@ -1917,6 +1917,7 @@ def retention(model: qwen.Qwen3, base: qwen.Qwen3, sequences: list, ranks: Ranks
 FIGURES = {"loss": "loss", "reward_chosen": "r⁺", "reward_rejected": "r⁻", "margin": "margin",
            "accuracy": "accuracy", "tether_chosen": "λ⁺", "tether_rejected": "λ⁻"}
 CHARTS = {  # title: the figure drawn solid, and the one drawn dashed
+    "1000 × KL from the base, nats a token": ("kl_1000",),  # only of the toy story
     "Rewards: r⁺ solid, r⁻ dashed": ("reward_chosen", "reward_rejected"),
     "SPoT's tether: λ⁺ solid, λ⁻ dashed": ("tether_chosen", "tether_rejected"),
     "Margin r⁺ − r⁻": ("margin",),
@@ -1957,6 +1958,7 @@ class RunLog:
     metrics: list  # rows of metrics.jsonl
     held_out: list  # rows of eval.jsonl
     surgery: list  # rows of surgery.jsonl: the watched pair, then its snapshots
+    kl: list  # rows of kl.jsonl
 
 
 def escape(text: str) -> str:
@@ -1986,10 +1988,10 @@ def line_chart(title: str, keys: tuple, runs: list) -> str:
     axis begins at step 0, the y axis includes 0; a missing value is a gap."""
     lines = {}
     for i, run in enumerate(runs):
-        rows = run.metrics[::1 + len(run.metrics) // MAX_SHOWN]
+        rows = run.kl if keys == ("kl_1000",) else run.metrics[::1 + len(run.metrics) // MAX_SHOWN]
         for key, dashes in zip(keys, ("none", "7 6")):
             style = f'stroke="{COLOURS[i % 6]}" stroke-dasharray="{dashes}"'
-            label = f"<title>{escape(run.name)} {FIGURES[key]}</title>"
+            label = f"<title>{escape(run.name)} {FIGURES.get(key, key)}</title>"
             lines[style, label] = [(row["step"], row.get(key)) for row in rows]
     steps = [step for points in lines.values() for step, y in points if y is not None]
     values = [y for points in lines.values() for _, y in points if y is not None]
@@ -2095,7 +2097,7 @@ def report(folders: list, out: str, note: str = ""):
         if os.path.exists(os.path.join(folder, "metrics.jsonl")):
             options = read_json(os.path.join(folder, "config.json"))["options"]
             logs = [data.read_log(os.path.join(folder, f"{log}.jsonl"))
-                    for log in ("metrics", "eval", "surgery")]
+                    for log in ("metrics", "eval", "surgery", "kl")]
             runs.append(RunLog(name, options, *logs))
         elif os.path.exists(os.path.join(folder, "results.json")):
             evaluations[name] = read_results(folder)

@@ -1335,7 +1335,7 @@ def toy_kl(toy, policy, base) -> float:
 @torch.no_grad()
 def toy_curve(toy, out, base):
     """Write OUT/kl.jsonl, for the report: the KL of every checkpoint of a run."""
-    rows = [{"step": 0, "kl": 0.0}]
+    rows = [{"step": 0, "kl_1000": 0.0}]
     for checkpoint in whole_checkpoints(out):
         policy = qwen.load_model(base, device=toy.ranks.device)
         files = sorted(name for name in os.listdir(checkpoint) if name.startswith("shard_"))
@@ -1343,7 +1343,7 @@ def toy_curve(toy, out, base):
         for name, p in policy.named_parameters():
             p.copy_(torch.cat([shard[name][:] for shard in shards]))
         step = data.read_json(os.path.join(checkpoint, "state.json"))["step"]
-        rows.append({"step": step, "kl": toy_kl(toy, policy, base)})
+        rows.append({"step": step, "kl_1000": 1000 * toy_kl(toy, policy, base)})
     toy.ranks.main_only(data.write_rows, f"{out}/kl.jsonl", rows)
 
 
