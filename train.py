@@ -15,6 +15,11 @@ Which pairs form a step does not depend on the number of ranks; each rank comput
 tokens, and gradients are summed. Without --model and --pairs `story`, the last section, makes a
 small world with a base model, its errors and their corrections, trains on them, and prints what
 came of it.
+
+SIGTERM saves at the next step (exit code 143); --resume goes on, on any number of ranks, and also
+begins a run. On several nodes start on each, with an --out that all of them see:
+    torchrun --nnodes=2 --nproc_per_node=8 --max_restarts=3 --rdzv_backend=c10d --rdzv_id=spot \\
+        --rdzv_endpoint=HOST:29500 train.py ... --shard_size 8 --resume
 """
 
 import argparse
@@ -66,7 +71,8 @@ class Options:
     pairs: str = option("", "pair file, .jsonl or .jsonl.gz (required)")
     out: str = option("", "run folder to write (required)")
     loss: str = option("spot-bce", "objective", loss.OBJECTIVES)
-    beta: float = option(0.1, "reward scale: r = beta * (log pi - log pi_ref)")
+    beta: float = option(0.1, "reward scale: r = beta * (log pi - log pi_ref). r+ cannot exceed "
+                         "-beta log pi_ref(y+): raise it where lambda+ settles above 0.05")
     delta: str = option("ema", "running mean of spot-bco: moving (0.9) or of all",
                         ("ema", "cumulative"))
     lr: float = option(1e-6, "peak learning rate (SFT in the paper: 5e-6)")
