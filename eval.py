@@ -144,7 +144,7 @@ def open_server(url: str, model: str = "", **settings) -> Server:
     if not model:
         try:
             names = [str(listed["id"]) for listed in fetch_json(server, "/models")["data"]]
-        except (RequestFailed, KeyError, TypeError) as e:
+        except (UserError, RequestFailed, KeyError, TypeError) as e:
             raise UserError(f"{url}/models: {e}; name the model with --server_model") from None
         if len(names) != 1:
             raise UserError(f"{url} serves {len(names)} models ({', '.join(names)[:200]}): choose "
@@ -252,7 +252,7 @@ def drop_refused(server: Server, own: dict, failure: RequestFailed) -> bool:
     """Whether the server refuses keys of `own` that may be dropped; notes them. Raises UserError
     where it refuses what the user gave."""
     words = error_words(failure.detail)
-    named = [key for key in (*own, *server.body) if re.search(rf"\b{key}\b", words)]
+    named = [key for key in (*own, *server.body) if re.search(rf"\b{re.escape(key)}\b", words)]
     given = {*server.given, *server.body}
     if "max_tokens" in given:
         given.add("max_completion_tokens")
@@ -1767,7 +1767,8 @@ def describe(result):
             shown.append(f"{key} {100 * value:.1f}")
     shown.append(f"{result['tokens']:.0f} tokens an answer")
     if result["reference"]:
-        shown.append(f"answering None gives {100 * result['reference']['joint']:.1f}")
+        name, value = next(iter(result["reference"].items()))
+        shown.append(f"an answer without thought gives {name} {100 * value:.1f}")
     if result["unanswered"]:
         shown.append(f"{result['unanswered']} UNANSWERED (start again to ask them)")
     return ", ".join(shown)
@@ -1787,7 +1788,7 @@ def results_table(results: dict) -> str:
     ordered += [name for name in headline if name not in group_of]
     columns = [(name, "---", figure(*headline[name])) for name in ordered]
     for group in ("in-domain", "OOD", "overall"):
-        names = [name for name in group_of if group in (group_of[name], "overall")]
+        names = [name for name in group_of if group == "overall" or group_of[name] == group]
         if all(name in headline for name in names):
             mean = sum(headline[name][0] for name in names) / len(names)
             columns.append((group, "---", figure(mean, None)))
@@ -1897,7 +1898,7 @@ def retention(model: qwen.Qwen3, base: qwen.Qwen3, sequences: list, ranks: Ranks
         ids, first = sequences[i]
         tokens = torch.tensor(ids, device=ranks.device)
         positions, layout = torch.arange(len(ids), device=ranks.device), [(0, *[len(ids)] * 3)]
-        hidden = [m.norm(m.trunk(tokens, positions, layout)) for m in (model, base)]
+        hidden = [m.norm(m.hidden_states(tokens, positions, layout)) for m in (model, base)]
         for at in range(first, len(ids), ROWS_AT_ONCE):
             target = tokens[at:at + ROWS_AT_ONCE, None]
             p, q = [(h[at - 1:at - 1 + len(target)].float() @ w.T).log_softmax(-1)

@@ -4,9 +4,9 @@ Comes in:  a JSONL file of questions with gold answers, a policy, and an Oracle:
            OpenAI-compatible chat endpoint, the policy itself, a Python function, or a person.
 Goes out:  errors.jsonl (`elicit`), then pairs.jsonl (`rectify`) as train.py reads it.
 
-    python oracle.py elicit --questions dapo-en.jsonl --model Qwen3-8B --out data/elicited
-    python oracle.py rectify --errors data/elicited/errors.jsonl --server https://host/v1 \\
-        --tokenizer Qwen3-8B --out data/rectified
+    python oracle.py elicit --questions dapo-en.jsonl --model Qwen3-8B --out data/errors
+    python oracle.py rectify --errors data/errors/errors.jsonl --server https://host/v1 \\
+        --tokenizer Qwen3-8B --out data/pairs
 
 Both keep every raw answer in OUT/raw-*.jsonl as it comes. All other files of OUT are made from
 those, so a kill loses nothing: start the same command again. `elicit` also runs under torchrun.

@@ -1,9 +1,9 @@
 """The explicit training loop of Surgical Post-Training, from one CPU core to nodes of GPUs.
 
 Comes in:  --model, a Qwen3 checkpoint folder, and --pairs, a JSONL file of surgical pairs.
-Goes out:  a run folder: config.json, metrics.jsonl, reference.safetensors, checkpoints/,
-           report.html with surgery.jsonl behind it, and model/, the trained checkpoint in Hugging
-           Face layout.
+Goes out:  a run folder: config.json, metrics.jsonl, eval.jsonl with --eval_pairs,
+           reference.safetensors, checkpoints/, report.html with surgery.jsonl behind it, and
+           model/, the trained checkpoint in Hugging Face layout.
 
     torchrun --nproc_per_node=8 train.py --model Qwen3-8B --pairs pairs.jsonl --out runs/first
     torchrun --nproc_per_node=8 train.py --resume --out runs/first
@@ -65,7 +65,7 @@ PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800":
 
 @dataclass
 class Options:
-    """Everything that can be chosen. Defaults are the paper's (Qwen3-8B)."""
+    """Everything that can be chosen. Defaults are the paper's (Qwen3-8B), but for the loss."""
 
     model: str = option("", "checkpoint folder in Hugging Face layout, or a hub id (required)")
     pairs: str = option("", "pair file, .jsonl or .jsonl.gz (required)")
@@ -108,8 +108,8 @@ class Options:
 
 # Options that may differ when a run is resumed: none changes the curve beyond rounding. Files may
 # move: a hash tells whether their content is the same.
-FREE = ("resume", "keep", "save_every", "timeout", "tokens_per_pack", "checkpointing", "shard_size",
-        "model", "pairs", "eval_pairs", "out", "plan", "gpus", "gpu_memory")
+FREE = ("resume", "keep", "save_every", "save_dtype", "timeout", "tokens_per_pack",
+        "checkpointing", "shard_size", "model", "pairs", "eval_pairs", "out", "plan", "gpus", "gpu_memory")
 
 
 def parse_options(argv=None) -> Options:
@@ -132,12 +132,12 @@ def parse_options(argv=None) -> Options:
                                 f"{kept[name]!r}")
         given = {**kept, **given}
     o = Options(**given)
-    if given.keys() <= {"out", "seed"}:
+    wants_story = set(given) <= {"out", "seed"}
+    if wants_story:
         o.out = o.out or "runs/toy"
     else:
-        for name in ("model", "pairs", "out"):
-            if not getattr(o, name) and not (o.plan and name == "out"):
-                problems.append(f"--{name} is required")
+        required = ["model", "pairs"] if o.plan else ["model", "pairs", "out"]
+        problems += [f"--{name} is required" for name in required if not getattr(o, name)]
     problems += check_options(o)
     if problems:
         raise UserError("these options do not work:" + data.listed(problems))
@@ -234,7 +234,7 @@ def count_flops(config, pack) -> float:
 
 def peak_flops(device, dtype) -> float:
     """FLOP/s of this rank: a known GPU's published peak, else a 512^3 product's measured rate."""
-    if device.type == "cuda":
+    if device.type == "cuda" and dtype == torch.bfloat16:
         for name, peak in PEAKS.items():
             if name in torch.cuda.get_device_name(device):
                 return peak
@@ -294,7 +294,7 @@ def plan(o: Options) -> str:
     weights, size = sum(p.numel() for p in policy.parameters()), getattr(torch, o.dtype).itemsize
     steps = total_steps(len(forks), o)
     epoch = data.epoch_batches(len(forks), o.batch_size, o.seed, 0)
-    held_out = fixed_batches(eval_forks or [], o)
+    held_out = fixed_batches(eval_forks, o)
     epochs = steps / len(epoch)
     tokens, flops, moved = 0, 0.0, 0.0
     # Forward alone (the reference pass; held-out pairs, by the reference and after each epoch) is a
@@ -421,9 +421,10 @@ def share_totals(ranks, sums, flops, grad_norm) -> Totals:
     """A step's numbers over all ranks: our only communication in it, its only wait for the GPU."""
     own = torch.tensor([flops, float(STOP.is_set())], dtype=torch.float64)
     everything = torch.cat([sums, data.to_device(own, ranks.device), grad_norm.double().view(1)])
-    *sums, flops, stop, grad_norm = ranks.reduce(everything).tolist()
-    # Every rank added the same fp32 norm: the division in fp64 gives it back exactly.
-    return Totals(sums, flops, stop > 0, grad_norm / ranks.world)
+    *all_sums, all_flops, stops, norms = ranks.reduce(everything).tolist()
+    # The norm is the same fp32 number on every rank and only rides along: the division in fp64
+    # gives it back exactly.
+    return Totals(all_sums, all_flops, stops > 0, norms / ranks.world)
 
 
 def check_step(run, batch, totals: Totals, count: int):
@@ -1410,8 +1411,7 @@ def main() -> int:
     o, ranks = begin(parse_options, lambda o: open_ranks(o.timeout, toy=not o.model))
     signal.signal(signal.SIGTERM, lambda *_: STOP.set())
     if o.plan:
-        with ranks.together():
-            ranks.say(plan(o))
+        ranks.main_only(lambda: print(plan(o)))
         code = 0
     elif o.model:
         code = train(o, ranks)

@@ -339,7 +339,7 @@ def test_retention_in_bf16_rounds_no_logits(talker):
     found = evaluation.retention(*models, [(ids, 1)], ranks)
     qwen.close_ranks()
     with torch.no_grad():
-        p, q = ((m.norm(m.trunk(torch.tensor(ids), torch.arange(60), [(0, 60, 60, 60)]))[:-1].double()
+        p, q = ((m.norm(m.hidden_states(torch.tensor(ids), torch.arange(60), [(0, 60, 60, 60)]))[:-1].double()
                  @ m.head_weight().double().T).log_softmax(-1) for m in models)
     expected = torch.nn.functional.kl_div(p, q, log_target=True, reduction="sum") / 59
     assert found["kl"][0] == pytest.approx(float(expected), rel=1e-3)
