@@ -109,7 +109,8 @@ class Options:
 # Options that may differ when a run is resumed: none changes the curve beyond rounding. Files may
 # move: a hash tells whether their content is the same.
 FREE = ("resume", "keep", "save_every", "save_dtype", "timeout", "tokens_per_pack",
-        "checkpointing", "shard_size", "model", "pairs", "eval_pairs", "out", "plan", "gpus", "gpu_memory")
+        "checkpointing", "shard_size", "model", "pairs", "eval_pairs", "out", "plan", "gpus",
+        "gpu_memory")
 
 
 def parse_options(argv=None) -> Options:
