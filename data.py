@@ -668,11 +668,12 @@ def split_batch(batch, lengths, ranks: int, tokens_per_pack: int) -> list:
 
 @dataclass
 class Pack:
-    """Forks in one row of tokens, `trunk | rejected | chosen | trunk | ...`; its scored rows."""
+    """Forks in one sequence of tokens, `trunk | rejected | chosen | trunk | ...`, and the rows (the
+    tokens) that are scored. The layout is trunk, rejected, chosen; scores come chosen, rejected."""
 
     tokens: torch.Tensor  # (T,) int64
     positions: torch.Tensor  # (T,) int64; both branches continue from the trunk
-    forks: list  # (start, trunk end, rejected end, chosen end) of each, in tokens
+    forks: list  # (start, trunk end, rejected end, chosen end) of each; without y- all is trunk
     rows: torch.Tensor  # (R,) int64: where in T the token is predicted from
     targets: torch.Tensor  # (R,) int64: its id
     lengths: torch.Tensor  # (F, 3) int64: rows of trunk, rejected, chosen; they come in this order

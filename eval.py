@@ -144,7 +144,7 @@ def open_server(url: str, model: str = "", **settings) -> Server:
     if not model:
         try:
             names = [str(listed["id"]) for listed in fetch_json(server, "/models")["data"]]
-        except (RequestFailed, KeyError, TypeError) as e:
+        except (UserError, RequestFailed, KeyError, TypeError) as e:
             raise UserError(f"{url}/models: {e}; name the model with --server_model") from None
         if len(names) != 1:
             raise UserError(f"{url} serves {len(names)} models ({', '.join(names)[:200]}): choose "
@@ -252,7 +252,7 @@ def drop_refused(server: Server, own: dict, failure: RequestFailed) -> bool:
     """Whether the server refuses keys of `own` that may be dropped; notes them. Raises UserError
     where it refuses what the user gave."""
     words = error_words(failure.detail)
-    named = [key for key in (*own, *server.body) if re.search(rf"\b{key}\b", words)]
+    named = [key for key in (*own, *server.body) if re.search(rf"\b{re.escape(key)}\b", words)]
     given = {*server.given, *server.body}
     if "max_tokens" in given:
         given.add("max_completion_tokens")
@@ -596,10 +596,9 @@ def last_boxed(text):
     boxes = list(BOX.finditer(text))
     if not boxes:
         return None
-    inside = text[boxes[-1].end():]
     if boxes[-1][1] != "{":
         return boxes[-1][1]
-    depth = 1
+    inside, depth = text[boxes[-1].end():], 1
     for brace in re.finditer(r"\\.|[{}]", inside, re.S):  # \{ is no brace
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
@@ -617,13 +616,7 @@ MULTIPLES = {"dozen": "12", "hundred": "100", "thousand": "1000", "million": "10
 SUPERSCRIPTS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 UNIT_TEXT = (r"(?:[A-Za-z\s~/().'·*%°-]|\\(?:[,;:! ]|(?:cdot|times|mu|Omega|AA)(?![A-Za-z]))"
              r"|\^\s*(?:-?\d|\{\s*-?\d+\s*\}))")
-WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]+(?:['.-]+[A-Za-z]+)*|\\(mu|Omega|AA)(?![A-Za-z])")
-
-
-def quote(word):
-    return ' "' + word[0].lstrip("\\") + '" '
-
-
+WORD = re.compile(r"(?<![\\A-Za-z])([A-Za-z]+(?:['.-]+[A-Za-z]+)*)|\\(mu|Omega|AA)(?![A-Za-z])")
 REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in [
     # numbers: 0.1\overline{6}, the ratio 3:4
     (r"(?<![\w.])(\d{1,9}\.(\d{0,9}))\\(?:overline|bar|dot)\s*\{?(\d{1,9})\}?",
@@ -634,7 +627,7 @@ REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in [
     (r"[µμ]", r"\\mu "),
     (r"\b(?:square|sq)\s+([a-z]+)", r"\1^2"),
     (r"\bcubic\s+([a-z]+)", r"\1^3"),
-    (TEXT + r"\{(" + UNIT_TEXT + r"+)\}", lambda m: f" {WORD.sub(quote, m[1].strip(' .'))} "),
+    (TEXT + r"\{(" + UNIT_TEXT + r"+)\}", lambda m: WORD.sub(r' "\1\2" ', m[1].strip(" ."))),
     (TEXT + r"\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1 "),
     (r'\\mu\s*(?=")', ' "mu" '),
     # thousands: 10{,}000   11,\! 111   1\,000
@@ -685,15 +678,14 @@ SPELLINGS = {
     '"cm': "centimeter centimeters", '"km': "kilometer kilometers", '"in': "inch inches",
     '"ft': "foot feet", '"mi': "mile miles", '"h': "hour hours hr", '"min': "minute minutes",
     '"s': "second seconds sec", '"g': "gram grams", '"kg': "kilogram kilograms",
-    '"lb': "pound pounds", '"yr': "year years", '"mol': "mole moles",
-    '"J': "joule joules", '"N': "newton newtons", '"L': "liter liters", '"W': "watt watts",
-    '"AA': r"\AA Å"}
+    '"lb': "pound pounds", '"yr': "year years", '"mol': "mole moles", '"J': "joule joules",
+    '"N': "newton newtons", '"L': "liter liters", '"W': "watt watts", '"AA': r"\AA Å"}
 SAME = {old: new for new, olds in SPELLINGS.items() for old in olds.split()}
 TOKEN = re.compile(r"""
     ( "[^"]*" | (?<![A-Za-z\d\\])[A-Za-z]{4,}
       | (?<![A-Za-z\\]) (?:sin|cos|tan|sec|csc|cot|log|ln|exp|abs|pi|inf
-        |cm|mm|km|kg|ft|in|mi|yd|hr|min|mph|lb|oz|sq|per|day|way)(?![A-Za-z]) )            # a word
-    | ( (?:\\[A-Za-z]+|[A-Za-z]) (?:_(?:\{[^{}]*\}|\\[A-Za-z]+|\w)|')* )               # a name
+        |cm|mm|km|kg|ft|in|mi|yd|hr|min|mph|lb|oz|sq|per|day|way)(?![A-Za-z]) )        # a word
+    | ( (?:\\[A-Za-z]+|[A-Za-z]) (?:_(?:\{[^{}]*\}|\\[A-Za-z]+|\w)|')* )                   # a name
     | \d+_(?:\d+|\{\d+\}) | (?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?
     | \\. | \*\* | [<>]= | !! | \S
     """, re.S | re.X)
@@ -757,6 +749,7 @@ def power(x, n):
 
 
 def bits(x):
+    """The size of a fraction, and so the cost to compute with it."""
     return max(abs(x.numerator), x.denominator).bit_length()
 
 
@@ -783,9 +776,8 @@ BINDING = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 4, "!": 5}
 SIGN, ATOM = 3, 5  # how tightly a sign binds, -x^2 is -(x^2), and what an operand is
 STARTS_ATOM = re.compile(r"""[^\W_]|["([{]""").match
 # Variables are (low to high) / denominator: small, near 1 (x^2018 fits a float), medium, large
-# (floor(x/100) is not 0), negative (|x| is not x), of either sign, integers ((-1)^n is real only
-# there; floor and ceil agree too easily elsewhere; so many that n and m are even and odd in all
-# combinations).
+# (floor(x/100) is not 0), negative (|x| is not x), of either sign, integers (for (-1)^n, floor and
+# ceil; so many that n and m are even and odd in all combinations).
 POINTS = [(1, 996, 997), (900, 996, 997), (998, 1100, 997), (998, 9000, 997),
           (99_000, 990_000, 997), (-9000, -998, 997), (-2500, 2500, 997),
           (2, 13, 1), (3, 40, 1), *[(1, 10, 1)] * 12]
@@ -903,7 +895,7 @@ def compute(tokens):
 # --- grading: answers, and whether two are the same -----------------------------------------------
 
 # An operand, then words with powers: 9.8 "m / "s ^ 2, but not 5 "cm - 3
-FACTOR = r' "\S+(?: \^(?: \{)?(?: -)? \d+(?: \})?)?'
+FACTOR = r' "\S+(?: \^(?: \{)?(?: -)? \d+\.?(?: \})?)?'
 FACTORS = FACTOR + r"(?:(?: \*)?" + FACTOR + ")*"
 GROUP = "(?:" + FACTORS + r"| \(" + FACTORS + r" \))"
 UNIT = re.compile(r'((?:.*? )??[^" ]*[\w)\]}!])(' + GROUP + "(?: /" + GROUP + ")*"
@@ -1020,7 +1012,7 @@ def bare_answer(text):
     """What the box holds, or the formula after prose: Hence $x > 2$ holds."""
     text = last_boxed(text) or text
     formula = PROSE.match(text)
-    return (formula[1] if formula else text).strip("*`_ \t\n")
+    return (formula[1] if formula else text).lstrip("*`_ \t\n").rstrip("*`_. \t\n")
 
 
 def same(a, b, tolerance=0) -> bool:
@@ -1544,8 +1536,8 @@ class Task:
 
 
 def question_messages(row: dict, prompt: str) -> list:
-    """The messages that ask a row's question, in question, problem or prompt: a string goes into the
-    prompt's {question}, a list of messages stays as it is. Raises UserError naming the field."""
+    """The messages that ask a row's question, in question, problem or prompt: a string goes into
+    the prompt, a list of messages stays as it is. Raises UserError naming the field."""
     for key in ("question", "problem", "prompt"):
         if row.get(key) is not None:
             messages = data.prompt_messages(row[key], key)
@@ -1775,7 +1767,8 @@ def describe(result):
             shown.append(f"{key} {100 * value:.1f}")
     shown.append(f"{result['tokens']:.0f} tokens an answer")
     if result["reference"]:
-        shown.append(f"answering None gives {100 * result['reference']['joint']:.1f}")
+        name, value = next(iter(result["reference"].items()))
+        shown.append(f"an answer without thought gives {name} {100 * value:.1f}")
     if result["unanswered"]:
         shown.append(f"{result['unanswered']} UNANSWERED (start again to ask them)")
     return ", ".join(shown)
@@ -1795,7 +1788,7 @@ def results_table(results: dict) -> str:
     ordered += [name for name in headline if name not in group_of]
     columns = [(name, "---", figure(*headline[name])) for name in ordered]
     for group in ("in-domain", "OOD", "overall"):
-        names = [name for name in group_of if group in (group_of[name], "overall")]
+        names = [name for name in group_of if group == "overall" or group_of[name] == group]
         if all(name in headline for name in names):
             mean = sum(headline[name][0] for name in names) / len(names)
             columns.append((group, "---", figure(mean, None)))
@@ -1818,7 +1811,7 @@ def compare_runs(folders: list, seed: int = 0) -> str:
     Below 20 questions the bootstrap's p is too small and is left out. Notes name what differs or
     cannot be compared. Raises UserError where the two have no task in common."""
     a, b = [read_results(folder) for folder in folders]
-    settings_a, settings_b = [read_json(os.path.join(folder, "settings.json")) for folder in folders]
+    settings_a, settings_b = (read_json(os.path.join(f, "settings.json")) for f in folders)
     rows, notes = [], []
     for key in ("sampling", "seed", "refused"):
         values = [json.dumps(settings.get(key)) for settings in (settings_a, settings_b)]
@@ -1838,8 +1831,9 @@ def compare_runs(folders: list, seed: int = 0) -> str:
             continue
         mean_a, mean_b = (100 * clustered(list(x.values()))[0] for x in (scores_a, scores_b))
         difference, low, high, p = paired_bootstrap(scores_a, scores_b, seed)
+        p = f"{p:.3f}" if count >= 20 else "-"
         rows.append(f"| {task} | {count} | {mean_a:.1f} | {mean_b:.1f} | {100 * difference:+.1f} | "
-                    f"{100 * low:+.1f} to {100 * high:+.1f} | {f'{p:.3f}' if count >= 20 else '-'} |")
+                    f"{100 * low:+.1f} to {100 * high:+.1f} | {p} |")
         alone_a, alone_b = (results[task]["questions"] - count for results in (a, b))
         if alone_a or alone_b:
             notes.append(f"{task}: {alone_a} questions of A and {alone_b} of B have no partner")
@@ -1904,7 +1898,7 @@ def retention(model: qwen.Qwen3, base: qwen.Qwen3, sequences: list, ranks: Ranks
         ids, first = sequences[i]
         tokens = torch.tensor(ids, device=ranks.device)
         positions, layout = torch.arange(len(ids), device=ranks.device), [(0, *[len(ids)] * 3)]
-        hidden = [m.norm(m.trunk(tokens, positions, layout)) for m in (model, base)]
+        hidden = [m.norm(m.hidden_states(tokens, positions, layout)) for m in (model, base)]
         for at in range(first, len(ids), ROWS_AT_ONCE):
             target = tokens[at:at + ROWS_AT_ONCE, None]
             p, q = [(h[at - 1:at - 1 + len(target)].float() @ w.T).log_softmax(-1)
@@ -1924,6 +1918,7 @@ def retention(model: qwen.Qwen3, base: qwen.Qwen3, sequences: list, ranks: Ranks
 FIGURES = {"loss": "loss", "reward_chosen": "r⁺", "reward_rejected": "r⁻", "margin": "margin",
            "accuracy": "accuracy", "tether_chosen": "λ⁺", "tether_rejected": "λ⁻"}
 CHARTS = {  # title: the figure drawn solid, and the one drawn dashed
+    "1000 × KL from the base, nats a token": ("kl_1000",),  # only of the toy story
     "Rewards: r⁺ solid, r⁻ dashed": ("reward_chosen", "reward_rejected"),
     "SPoT's tether: λ⁺ solid, λ⁻ dashed": ("tether_chosen", "tether_rejected"),
     "Margin r⁺ − r⁻": ("margin",),
@@ -1964,6 +1959,7 @@ class RunLog:
     metrics: list  # rows of metrics.jsonl
     held_out: list  # rows of eval.jsonl
     surgery: list  # rows of surgery.jsonl: the watched pair, then its snapshots
+    kl: list  # rows of kl.jsonl
 
 
 def escape(text: str) -> str:
@@ -1993,10 +1989,10 @@ def line_chart(title: str, keys: tuple, runs: list) -> str:
     axis begins at step 0, the y axis includes 0; a missing value is a gap."""
     lines = {}
     for i, run in enumerate(runs):
-        rows = run.metrics[::1 + len(run.metrics) // MAX_SHOWN]
+        rows = run.kl if keys == ("kl_1000",) else run.metrics[::1 + len(run.metrics) // MAX_SHOWN]
         for key, dashes in zip(keys, ("none", "7 6")):
             style = f'stroke="{COLOURS[i % 6]}" stroke-dasharray="{dashes}"'
-            label = f"<title>{escape(run.name)} {FIGURES[key]}</title>"
+            label = f"<title>{escape(run.name)} {FIGURES.get(key, key)}</title>"
             lines[style, label] = [(row["step"], row.get(key)) for row in rows]
     steps = [step for points in lines.values() for step, y in points if y is not None]
     values = [y for points in lines.values() for _, y in points if y is not None]
@@ -2102,7 +2098,7 @@ def report(folders: list, out: str, note: str = ""):
         if os.path.exists(os.path.join(folder, "metrics.jsonl")):
             options = read_json(os.path.join(folder, "config.json"))["options"]
             logs = [data.read_log(os.path.join(folder, f"{log}.jsonl"))
-                    for log in ("metrics", "eval", "surgery")]
+                    for log in ("metrics", "eval", "surgery", "kl")]
             runs.append(RunLog(name, options, *logs))
         elif os.path.exists(os.path.join(folder, "results.json")):
             evaluations[name] = read_results(folder)
@@ -2202,7 +2198,8 @@ def show_answers(task: Task, folder: str, count: int):
         record = answers.get(f"{name}/0", {"error": "not asked"})
         print(f"\n--- {task.name} {name}: question\n{messages[-1]['content']}\n--- answer")
         if "text" in record:
-            grades = ", ".join(f"{k} {float(v):g}" for k, v in task.grade(record["text"], gold).items())
+            grades = task.grade(record["text"], gold)
+            grades = ", ".join(f"{name} {float(v):g}" for name, v in grades.items())
             print(f"{record['text']}\n--- gold: {gold}\n--- verdict: {grades}")
         else:
             print(f"--- gold: {gold}\n--- verdict: none, {record['error']}")
@@ -2248,8 +2245,8 @@ COMMANDS = {  # name: what it runs, its options, the required ones
     "report": (run_report, ReportOptions, ())}
 LEAST = {  # values of options, oracle.py's too
     "workers": 1, "request_timeout": 1e-3, "tries": 1, "temperature": 0, "top_k": 0, "seed": 0,
-    "max_tokens": 1, "batch_size": 1, "timeout": 1, "samples": 0, "limit": 0, "show": 0, "max_length": 2,
-    "target": 0, "max_change_ratio": 0}
+    "max_tokens": 1, "batch_size": 1, "timeout": 1, "samples": 0, "limit": 0, "show": 0,
+    "max_length": 2, "target": 0, "max_change_ratio": 0}
 
 
 def parse_command(argv: list, commands: dict = COMMANDS, description: str = __doc__) -> tuple:

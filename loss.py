@@ -328,8 +328,8 @@ def average(sums, objective: str) -> dict:
     loss              nats per pair; per token of y+ for sft and dft
     reward_chosen     r+; reward_rejected: r-. A rising r- is pull-up: y+ lifts y-, which is alike
     margin, accuracy  r+ - r-, and the share of pairs where it is above 0
-    tether_chosen     lambda+; tether_rejected: lambda-. 1/2 is slack, 0 is taut; for losses without
-                      a tether what it would be
+    tether_chosen     lambda+; tether_rejected: lambda-. 1/2 at the start (full pull), to 0 when
+                      a pair is learned; for losses without a tether what it would be
     trunk_coef        mean |coefficient| of a shared-prefix row, before the division by the batch
     Quantities of y- are None where no example has one.
     """

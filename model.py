@@ -155,11 +155,11 @@ class Qwen3(nn.Module):
         """tokens, positions (T,); forks as in fork_attention; rows (R,) of T; targets (R,) ids.
         Returns (R,) fp32: log p(targets[i] | all that token rows[i] sees). R may be 0."""
         # Only scored rows reach the norm and the head. index_select: h[rows] is 5-7x slower on CPU.
-        hidden = self.norm(self.trunk(tokens, positions, forks).index_select(0, rows))
+        hidden = self.norm(self.hidden_states(tokens, positions, forks).index_select(0, rows))
         tied_weight = self.embed_tokens.weight if self.config.tie_word_embeddings else None
         return self.lm_head(hidden, targets, tied_weight)
 
-    def trunk(self, tokens, positions, forks):
+    def hidden_states(self, tokens, positions, forks):
         """(T,) ids to the (T, D) output of the last block, before the final norm."""
         return self.blocks(tokens, positions, lambda q, k, v, layer: fork_attention(q, k, v, forks))
 
@@ -175,7 +175,7 @@ class Qwen3(nn.Module):
         """(T, V) logits of one plain sequence (T,), in the compute dtype: for small inputs."""
         length = len(tokens)
         positions = torch.arange(length, device=tokens.device)
-        hidden = self.trunk(tokens, positions, [(0, length, length, length)])
+        hidden = self.hidden_states(tokens, positions, [(0, length, length, length)])
         return self.norm(hidden) @ self.head_weight().T
 
     def head_weight(self):
@@ -721,10 +721,12 @@ class Ranks:
             yield
         except (UserError, OSError, SafetensorError) as e:
             error = e
-        mine = self.rank if error else self.world
-        first = int(self.reduce(torch.full((), mine, device=self.device), dist.ReduceOp.MIN))
-        if first < self.world:
-            if self.rank == first:
+        # Each rank sends its number where it failed, else the number of ranks: the minimum is the
+        # first that failed.
+        own = torch.full((), self.rank if error else self.world, device=self.device)
+        first_failed = int(self.reduce(own, dist.ReduceOp.MIN))
+        if first_failed < self.world:
+            if self.rank == first_failed:
                 tqdm.write(f"error: {error}", file=sys.stderr)  # clears a progress bar
                 sys.stderr.flush()
             dist.barrier()  # the first exit makes torchrun kill the others: the message comes first

@@ -4,9 +4,9 @@ Comes in:  a JSONL file of questions with gold answers, a policy, and an Oracle:
            OpenAI-compatible chat endpoint, the policy itself, a Python function, or a person.
 Goes out:  errors.jsonl (`elicit`), then pairs.jsonl (`rectify`) as train.py reads it.
 
-    python oracle.py elicit --questions dapo-en.jsonl --model Qwen3-8B --out data/elicited
-    python oracle.py rectify --errors data/elicited/errors.jsonl --server https://host/v1 \\
-        --tokenizer Qwen3-8B --out data/rectified
+    python oracle.py elicit --questions dapo-en.jsonl --model Qwen3-8B --out data/errors
+    python oracle.py rectify --errors data/errors/errors.jsonl --server https://host/v1 \\
+        --tokenizer Qwen3-8B --out data/pairs
 
 Both keep every raw answer in OUT/raw-*.jsonl as it comes. All other files of OUT are made from
 those, so a kill loses nothing: start the same command again. `elicit` also runs under torchrun.
@@ -27,7 +27,8 @@ import model as qwen
 from data import Drop, UserError
 from eval import (INSTRUCTION, LAST_LINE, LocalModel, Sampling, SamplingOptions, Server,
                   after_thinking, answers_match, claim_folder, extract_answer, gold_answer,
-                  identity, item_id, open_policy, read_answers, request_for, sample)
+                  identity, item_id, open_policy, question_messages, read_answers, request_for,
+                  sample)
 from model import Ranks, option
 
 START, END = "=== CORRECTED STARTED ===", "=== CORRECTED ENDED ==="
@@ -99,15 +100,8 @@ def read_questions(path, instruction, skip_malformed=False):
     seen = set()
 
     def parse(row, line):
-        key = next((k for k in ("question", "problem", "prompt") if row.get(k) is not None), None)
-        if key is None:
-            raise UserError(f"question, problem or prompt expected, found {sorted(row)!r:.100}")
-        messages = data.prompt_messages(row[key], key)
-        question = messages
-        if not isinstance(row[key], list):
-            question = instruction.replace("{question}", row[key])
-        elif len(messages) == 1:
-            question = messages[0]["content"]
+        messages = question_messages(row, instruction)
+        question = messages if len(messages) > 1 else messages[0]["content"]
         text = json.dumps(question)
         if text in seen:
             raise Drop("the same question again")

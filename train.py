@@ -1,9 +1,9 @@
 """The explicit training loop of Surgical Post-Training, from one CPU core to nodes of GPUs.
 
 Comes in:  --model, a Qwen3 checkpoint folder, and --pairs, a JSONL file of surgical pairs.
-Goes out:  a run folder: config.json, metrics.jsonl, reference.safetensors, checkpoints/,
-           report.html with surgery.jsonl behind it, and model/, the trained checkpoint in Hugging
-           Face layout.
+Goes out:  a run folder: config.json, metrics.jsonl, eval.jsonl with --eval_pairs,
+           reference.safetensors, checkpoints/, report.html with surgery.jsonl behind it, and
+           model/, the trained checkpoint in Hugging Face layout.
 
     torchrun --nproc_per_node=8 train.py --model Qwen3-8B --pairs pairs.jsonl --out runs/first
     torchrun --nproc_per_node=8 train.py --resume --out runs/first
@@ -15,6 +15,11 @@ Which pairs form a step does not depend on the number of ranks; each rank comput
 tokens, and gradients are summed. Without --model and --pairs `story`, the last section, makes a
 small world with a base model, its errors and their corrections, trains on them, and prints what
 came of it.
+
+SIGTERM saves at the next step (exit code 143); --resume goes on, on any number of ranks, and also
+begins a run. On several nodes start on each, with an --out that all of them see:
+    torchrun --nnodes=2 --nproc_per_node=8 --max_restarts=3 --rdzv_backend=c10d --rdzv_id=spot \\
+        --rdzv_endpoint=HOST:29500 train.py ... --shard_size 8 --resume
 """
 
 import argparse
@@ -60,13 +65,14 @@ PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800":
 
 @dataclass
 class Options:
-    """Everything that can be chosen. Defaults are the paper's (Qwen3-8B)."""
+    """Everything that can be chosen. Defaults are the paper's (Qwen3-8B), but for the loss."""
 
     model: str = option("", "checkpoint folder in Hugging Face layout, or a hub id (required)")
     pairs: str = option("", "pair file, .jsonl or .jsonl.gz (required)")
     out: str = option("", "run folder to write (required)")
     loss: str = option("spot-bce", "objective", loss.OBJECTIVES)
-    beta: float = option(0.1, "reward scale: r = beta * (log pi - log pi_ref)")
+    beta: float = option(0.1, "reward scale: r = beta * (log pi - log pi_ref). r+ cannot exceed "
+                         "-beta log pi_ref(y+): raise it where lambda+ settles above 0.05")
     delta: str = option("ema", "running mean of spot-bco: moving (0.9) or of all",
                         ("ema", "cumulative"))
     lr: float = option(1e-6, "peak learning rate (SFT in the paper: 5e-6)")
@@ -102,8 +108,8 @@ class Options:
 
 # Options that may differ when a run is resumed: none changes the curve beyond rounding. Files may
 # move: a hash tells whether their content is the same.
-FREE = ("resume", "keep", "save_every", "timeout", "tokens_per_pack", "checkpointing", "shard_size",
-        "model", "pairs", "eval_pairs", "out", "plan", "gpus", "gpu_memory")
+FREE = ("resume", "keep", "save_every", "save_dtype", "timeout", "tokens_per_pack",
+        "checkpointing", "shard_size", "model", "pairs", "eval_pairs", "out", "plan", "gpus", "gpu_memory")
 
 
 def parse_options(argv=None) -> Options:
@@ -126,12 +132,12 @@ def parse_options(argv=None) -> Options:
                                 f"{kept[name]!r}")
         given = {**kept, **given}
     o = Options(**given)
-    if given.keys() <= {"out", "seed"}:
+    wants_story = set(given) <= {"out", "seed"}
+    if wants_story:
         o.out = o.out or "runs/toy"
     else:
-        for name in ("model", "pairs", "out"):
-            if not getattr(o, name) and not (o.plan and name == "out"):
-                problems.append(f"--{name} is required")
+        required = ["model", "pairs"] if o.plan else ["model", "pairs", "out"]
+        problems += [f"--{name} is required" for name in required if not getattr(o, name)]
     problems += check_options(o)
     if problems:
         raise UserError("these options do not work:" + data.listed(problems))
@@ -228,7 +234,7 @@ def count_flops(config, pack) -> float:
 
 def peak_flops(device, dtype) -> float:
     """FLOP/s of this rank: a known GPU's published peak, else a 512^3 product's measured rate."""
-    if device.type == "cuda":
+    if device.type == "cuda" and dtype == torch.bfloat16:
         for name, peak in PEAKS.items():
             if name in torch.cuda.get_device_name(device):
                 return peak
@@ -288,7 +294,7 @@ def plan(o: Options) -> str:
     weights, size = sum(p.numel() for p in policy.parameters()), getattr(torch, o.dtype).itemsize
     steps = total_steps(len(forks), o)
     epoch = data.epoch_batches(len(forks), o.batch_size, o.seed, 0)
-    held_out = fixed_batches(eval_forks or [], o)
+    held_out = fixed_batches(eval_forks, o)
     epochs = steps / len(epoch)
     tokens, flops, moved = 0, 0.0, 0.0
     # Forward alone (the reference pass; held-out pairs, by the reference and after each epoch) is a
@@ -415,9 +421,10 @@ def share_totals(ranks, sums, flops, grad_norm) -> Totals:
     """A step's numbers over all ranks: our only communication in it, its only wait for the GPU."""
     own = torch.tensor([flops, float(STOP.is_set())], dtype=torch.float64)
     everything = torch.cat([sums, data.to_device(own, ranks.device), grad_norm.double().view(1)])
-    *sums, flops, stop, grad_norm = ranks.reduce(everything).tolist()
-    # Every rank added the same fp32 norm: the division in fp64 gives it back exactly.
-    return Totals(sums, flops, stop > 0, grad_norm / ranks.world)
+    *all_sums, all_flops, stops, norms = ranks.reduce(everything).tolist()
+    # The norm is the same fp32 number on every rank and only rides along: the division in fp64
+    # gives it back exactly.
+    return Totals(all_sums, all_flops, stops > 0, norms / ranks.world)
 
 
 def check_step(run, batch, totals: Totals, count: int):
@@ -549,8 +556,8 @@ def look(run: Run, path: str):
 
 
 def describe_pair(run, index, sums) -> dict:
-    """The first line of surgery.jsonl: the watched pair as token texts, its reference log-probs,
-    and the change ratios of all pairs. Its "step" is -1, so that no resume drops it."""
+    """The first line of surgery.jsonl: the watched pair as token texts, and its reference
+    log-probs. Its "step" is -1, so that no resume drops it."""
     fork, prompt = run.forks[index], run.forks[index].prompt_length
     if run.state.step:  # the first line was lost
         sums = run.reference[[index]]
@@ -559,10 +566,8 @@ def describe_pair(run, index, sums) -> dict:
              "chosen": fork.chosen}
     texts = {name: [tokenizer.decode([i], skip_special_tokens=False) for i in ids]
              for name, ids in parts.items()}
-    bins = Counter(min(int(20 * f.ratio), 19) for f in run.forks if f.ratio is not None)
     return {"step": -1, "line": fork.line, "reference": sums[0].tolist(), **texts,
-            "rejected_ids": fork.rejected.tolist(), "chosen_ids": fork.chosen.tolist(),
-            "change_ratios": [bins[i] for i in range(20)], "gamma": run.o.max_change_ratio}
+            "rejected_ids": fork.rejected.tolist(), "chosen_ids": fork.chosen.tolist()}
 
 
 # --- the reference cache --------------------------------------------------------------------------
@@ -870,7 +875,9 @@ def train(o: Options, ranks: Ranks) -> int:
     with claimed(o.out, ranks):
         begin_or_resume(run)
         if not train_to_the_end(run):
-            ranks.say(f"SIGTERM: saved at step {run.state.step}; go on with --resume --out {o.out}")
+            total = total_steps(len(run.forks), o)
+            ranks.say(f"SIGTERM: saved at step {run.state.step} of {total}; go on with --resume "
+                      f"--out {o.out}")
             return 143  # 128 + SIGTERM, as the shell has it
         export_model(run)
         report = write_report(ranks, [o.out], os.path.join(o.out, "report.html"))
@@ -1335,7 +1342,7 @@ def toy_kl(toy, policy, base) -> float:
 @torch.no_grad()
 def toy_curve(toy, out, base):
     """Write OUT/kl.jsonl, for the report: the KL of every checkpoint of a run."""
-    rows = [{"step": 0, "kl": 0.0}]
+    rows = [{"step": 0, "kl_1000": 0.0}]
     for checkpoint in whole_checkpoints(out):
         policy = qwen.load_model(base, device=toy.ranks.device)
         files = sorted(name for name in os.listdir(checkpoint) if name.startswith("shard_"))
@@ -1343,7 +1350,7 @@ def toy_curve(toy, out, base):
         for name, p in policy.named_parameters():
             p.copy_(torch.cat([shard[name][:] for shard in shards]))
         step = data.read_json(os.path.join(checkpoint, "state.json"))["step"]
-        rows.append({"step": step, "kl": toy_kl(toy, policy, base)})
+        rows.append({"step": step, "kl_1000": 1000 * toy_kl(toy, policy, base)})
     toy.ranks.main_only(data.write_rows, f"{out}/kl.jsonl", rows)
 
 
@@ -1404,8 +1411,7 @@ def main() -> int:
     o, ranks = begin(parse_options, lambda o: open_ranks(o.timeout, toy=not o.model))
     signal.signal(signal.SIGTERM, lambda *_: STOP.set())
     if o.plan:
-        with ranks.together():
-            ranks.say(plan(o))
+        ranks.main_only(lambda: print(plan(o)))
         code = 0
     elif o.model:
         code = train(o, ranks)

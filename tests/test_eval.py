@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import launch
 import tiny
 import torch
 from misbehaving import Misbehaving, completion
@@ -80,10 +81,8 @@ def greedy(sets):
 def alone(talker, sets, tmp_path_factory):
     """Every task in one process: the folder it left."""
     out = tmp_path_factory.mktemp("alone") / "out"
-    done = subprocess.run([sys.executable, ROOT / "eval.py", "--model", talker, "--out", out,
-                           *map(str, greedy(sets))], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (out / "results.md").read_text().strip() in done.stderr
+    said = launch.run(["eval.py", "--model", talker, "--out", out, *greedy(sets)])
+    assert (out / "results.md").read_text().strip() in said
     return out
 
 
@@ -99,10 +98,7 @@ def test_every_task_goes_from_end_to_end(alone):
 
 
 def test_two_ranks_give_the_same(alone, talker, sets, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-                           ROOT / "eval.py", "--model", talker, "--out", tmp_path / "out",
-                           *map(str, greedy(sets))], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    launch.run(["eval.py", "--model", talker, "--out", tmp_path / "out", *greedy(sets)], ranks=2)
     assert results(tmp_path / "out") == results(alone)
 
 
@@ -343,7 +339,7 @@ def test_retention_in_bf16_rounds_no_logits(talker):
     found = evaluation.retention(*models, [(ids, 1)], ranks)
     qwen.close_ranks()
     with torch.no_grad():
-        p, q = ((m.norm(m.trunk(torch.tensor(ids), torch.arange(60), [(0, 60, 60, 60)]))[:-1].double()
+        p, q = ((m.norm(m.hidden_states(torch.tensor(ids), torch.arange(60), [(0, 60, 60, 60)]))[:-1].double()
                  @ m.head_weight().double().T).log_softmax(-1) for m in models)
     expected = torch.nn.functional.kl_div(p, q, log_target=True, reduction="sum") / 59
     assert found["kl"][0] == pytest.approx(float(expected), rel=1e-3)

@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import launch
 import tiny
 from misbehaving import Misbehaving, completion
 
@@ -539,13 +540,6 @@ def test_elicit_sorts_the_answers_of_a_server(monkeypatch, capsys, tmp_path):
     assert len(read) == 4 and all(p.rejected is None for p in read) and not dropped
 
 
-def torchrun(ranks, *argv):
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", *map(str, argv)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
 def test_sampled_texts_do_not_depend_on_ranks_or_batch(monkeypatch, capsys, tmp_path, checkpoint):
     write_questions(tmp_path / "q.jsonl", 18)
     shared = ("elicit", "--questions", tmp_path / "q.jsonl", "--model", checkpoint, "--dtype", "float32",
@@ -553,7 +547,7 @@ def test_sampled_texts_do_not_depend_on_ranks_or_batch(monkeypatch, capsys, tmp_
     for out, batch in (("a", 16), ("b", 1)):
         code, err = run_cli(monkeypatch, capsys, *shared, tmp_path / out, "--batch_size", batch)
         assert code == 0, err
-    torchrun(2, "oracle.py", *shared, tmp_path / "c", "--batch_size", 4)
+    launch.run(["oracle.py", *shared, tmp_path / "c", "--batch_size", 4], ranks=2)
     texts = [rows(tmp_path / out / "samples.jsonl") for out in "abc"]
     assert len(texts[0]) == 18 and texts[0] == texts[1] == texts[2]
     assert len({r["answer"] for r in texts[0]}) == 18  # random weights: all different

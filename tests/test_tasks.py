@@ -34,21 +34,24 @@ def read_jsonl(path):
 
 
 def olympiad(answer, several=False, **fields):
-    return {"question": "q", "solution": ["a proof"], "final_answer": [answer], "is_multiple_answer": several,
-            "unit": None, "error": None, **fields}
+    return {"question": "q", "solution": ["a proof"], "final_answer": [answer],
+            "is_multiple_answer": several, "unit": None, "error": None, **fields}
 
 
 GRADED = [  # row, responses that are right, responses that are wrong
     ({"answer": "025"}, [r"\boxed{25}", r"\boxed{025}"], [r"\boxed{250}"]),  # AIME
     ({"answer": "27.0"}, [r"\boxed{27}"], [r"\boxed{27.1}", "27"]),  # AMC
     ({"answer": 27.0}, [r"\boxed{27}"], [r"\boxed{2.70}"]),
-    ({"solution": r"so \boxed{4.5e33} erg", "error": 3, "unit": {}}, [r"\boxed{4.5 \times 10^{33}}"],
-     [r"\boxed{4.5}"]),  # Minerva; fields of OlympiadBench mean nothing without final_answer
-    (olympiad("$69$,$84$", True), [r"\boxed{84, 69}", r"\boxed{69} and \boxed{84}",
-                                   r"\boxed{69 \text{ or } 84}", "\\boxed{5}\n\\boxed{\\{69,84\\}}"],
+    # fields of OlympiadBench mean nothing without final_answer
+    ({"solution": r"so \boxed{4.5e33} erg", "error": 3, "unit": {}},
+     [r"\boxed{4.5 \times 10^{33}}"], [r"\boxed{4.5}"]),  # Minerva
+    (olympiad("$69$,$84$", True),
+     [r"\boxed{84, 69}", r"\boxed{69} and \boxed{84}", r"\boxed{69 \text{ or } 84}",
+      "\\boxed{5}\n\\boxed{\\{69,84\\}}"],
      [r"\boxed{69}", r"\boxed{69, 84, 85}", "\\boxed{69}\n\\boxed{84}", r"\boxed{69}, \boxed{85}",
       r"\boxed{69} or \boxed{84", r"<think>\boxed{69} \boxed{84}", "69, 84"]),
-    (olympiad("5,150", True), [r"\boxed{150,5}", r"\boxed{5,150}"], [r"\boxed{5150}", r"\boxed{5}"]),
+    (olympiad("5,150", True), [r"\boxed{150,5}", r"\boxed{5,150}"],
+     [r"\boxed{5150}", r"\boxed{5}"]),
     (olympiad("5,150"), [r"\boxed{5150}", r"\boxed{5,150}"], [r"\boxed{5}"]),
     (olympiad("$(1,2),(3,4)$", True), [r"\boxed{(3,4),(1,2)}", r"$\boxed{(3,4)}$, $\boxed{(1,2)}$"],
      [r"\boxed{(2,1),(3,4)}", r"\boxed{(1,2)}"]),
@@ -56,7 +59,8 @@ GRADED = [  # row, responses that are right, responses that are wrong
     (olympiad("3"), [r"\boxed{3}"], [r"\boxed{2} and \boxed{5}", r"\boxed{3, 5}"]),
     (olympiad("4.2", error="1e-1", unit="%"), [r"\boxed{4.2}", r"\boxed{4.1\%}", r"\boxed{4.3}",
                                                r"\boxed{x = \frac{21}{5}}", r"\boxed{0.042}"],
-     [r"\boxed{4.31}", r"\boxed{4.0999}", r"\boxed{4.2, 5}", r"\boxed{cat}", r"\boxed{2\pi}", "4.2"]),
+     [r"\boxed{4.31}", r"\boxed{4.0999}", r"\boxed{4.2, 5}", r"\boxed{cat}", r"\boxed{2\pi}",
+      "4.2"]),
     (olympiad(r"\pi", error=0.01), [r"\boxed{3.14}"], [r"\boxed{3.1}"]),
     (olympiad("1,2", True, error=0.1), [r"\boxed{2.05,1}"], [r"\boxed{2.05}", r"\boxed{1,2,3}"]),
     (olympiad("5", unit="$cm^2$"), [r"\boxed{5}", r"\boxed{5 \text{ cm}^2}"],
@@ -95,14 +99,15 @@ def test_every_shared_gold_is_read_and_right():
             counts["tolerance"] += gold.tolerance == Fraction(1, 10)
             answer = row["final_answer"][0].strip("$") if "final_answer" in row else gold.text
             assert grade_math(f"Therefore, the final answer is: $\\boxed{{{answer}}}$.", gold), row
-            assert not grade_math("I do not know.", gold) and not grade_math(r"\boxed{31.4159}", gold)
-    assert counts == {"aime24": 30, "amc23": 40, "math500": 500, "minerva_math": 272, "olympiadbench": 675,
-                      "several": 94, "tolerance": 1}
+            assert not grade_math("I do not know.", gold)
+            assert not grade_math(r"\boxed{31.4159}", gold)
+    assert counts == {"aime24": 30, "amc23": 40, "math500": 500, "minerva_math": 272,
+                      "olympiadbench": 675, "several": 94, "tolerance": 1}
 
 
 @needs_data
 def test_several_answers_in_any_order_but_all():
-    """The rows of OlympiadBench whose answers are plain numbers, so that the commas show where to cut."""
+    """The rows of OlympiadBench whose answers are plain numbers: the commas show where to cut."""
     rng, tried = random.Random(0), 0
     for row in read_jsonl(SHARED / "math/olympiadbench.jsonl"):
         parts = [p.strip("$ ") for p in row["final_answer"][0].split(",")]

@@ -110,3 +110,9 @@ def table(head, rows):
     print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
     for row in rows:
         print("| " + " | ".join(map(cell, row)) + " |", flush=True)
+
+
+def markdown(head, rows):
+    """A Markdown table as text, of cells that are shown as they are."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
