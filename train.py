@@ -18,8 +18,11 @@ came of it.
 
 SIGTERM saves at the next step (exit code 143); --resume goes on, on any number of ranks, and also
 begins a run. On several nodes start on each, with an --out that all of them see:
-    torchrun --nnodes=2 --nproc_per_node=8 --max_restarts=3 --rdzv_backend=c10d --rdzv_id=spot \\
-        --rdzv_endpoint=HOST:29500 train.py ... --shard_size 8 --resume
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes=2 --nproc_per_node=8 --max_restarts=3 \\
+        --rdzv_backend=c10d --rdzv_id=spot --rdzv_endpoint=HOST:29500 train.py ... --shard_size 8 \\
+        --resume
+A dead node's command is started again, and all go on (without the variable torch's agents wait for
+each other in different stores).
 """
 
 import argparse
