@@ -15,6 +15,8 @@ import gzip
 import hashlib
 import json
 import os
+import re
+import shlex
 import zlib
 from collections import Counter
 from dataclasses import dataclass, fields, replace
@@ -141,10 +143,11 @@ def read_rows(path: str, parse, skip_malformed: bool = False) -> tuple[list, Cou
     Returns the records and a count of dropped rows by reason. Malformed rows raise one UserError
     that lists the first of them; with skip_malformed they are dropped and counted.
     """
-    records, dropped, problems = [], Counter(), []
+    records, dropped, problems, first = [], Counter(), [], True
     for number, line in read_lines(path):
-        if number == 1:
+        if first:
             check_json_lines(path, line)
+        first = False
         try:
             records.append(parse(parse_object(line), number))
         except Drop as e:
@@ -169,23 +172,28 @@ def check_json_lines(path: str, first_line: bytes):
                         f"-c \"import datasets; datasets.Dataset.from_parquet('{path}')"
                         ".to_json('rows.jsonl')\"")
     if start.startswith(b"["):
-        kind, rows = "a JSON array", "json.load(open('{path}'))"
-    elif start == b"{":
-        kind, rows = "pretty-printed JSON", "[json.load(open('{path}'))]"
+        kind = "a JSON array"
+    elif start == b"{" or start.startswith(b"{") and start.endswith(b","):
+        kind = "pretty-printed JSON"
     else:
         return
-    rows = rows.replace("{path}", path)
+    opener = "gzip.open" if path.endswith(".gz") else "open"
     raise UserError(f"{path} is {kind}, JSON Lines (one object a line) expected. To convert it:\n  "
-                    f"python -c \"import json; [print(json.dumps(row)) for row in {rows}]\" "
-                    "> rows.jsonl")
+                    "python -c \"import gzip, json, sys; rows = json.load("
+                    f"{opener}(sys.argv[1], 'rt', encoding='utf-8-sig')); [print(json.dumps(row)) "
+                    "for row in (rows if isinstance(rows, list) else [rows])]\" "
+                    f"{shlex.quote(path)} > rows.jsonl")
 
 
 # --- pair rows ------------------------------------------------------------------------------------
 
 USED = ("question", "prompt", "gemini_corrected_answer", "original_answer", "chosen", "rejected",
         "is_correct")
-NOT_RENDERED = ("tools", "system", "images", "chat_template_kwargs")  # these change the prompt
-EMPTY_THINK = "<think>\n\n</think>\n\n"
+NOT_RENDERED = (  # columns that change the prompt
+    "tools", "system", "system_prompt", "history", "documents", "image", "images", "videos", "audio",
+    "chat_template_kwargs")
+EMPTY_THINK = re.compile(r"\s*(<think>\s*</think>\s*)+")
+END = re.compile(r"(<\|im_end\|>|<\|endoftext\|>)(\s|<\|im_end\|>|<\|endoftext\|>)*\Z")
 
 
 @dataclass
@@ -231,8 +239,8 @@ def parse_pair(row: dict, line: int, notes: Counter) -> Pair:
         messages = prompt_messages(row[prompt_key], prompt_key)
     else:  # whole conversations
         messages = prompt_messages(row[chosen_key][:-1], chosen_key)
-    if any("<|im_start|>" in message["content"] for message in messages):
-        notes["prompts hold <|im_start|>: are they templated already?"] += 1
+    if any("<|im_" in message["content"] for message in messages):
+        notes["prompts hold <|im_start|> or <|im_end|>: are they templated already?"] += 1
     chosen = clean_answer(answer_text(row[chosen_key], chosen_key, messages), notes)
     if not chosen:
         raise UserError(f"{chosen_key!r} is empty")
@@ -272,6 +280,10 @@ def check_text(text, name: str) -> str:
 
 def message_text(message, name: str) -> str:
     """The content of a message: a string, or a list of text parts. Raises UserError."""
+    for key in ("tool_calls", "reasoning_content", "thinking"):
+        if message.get(key):
+            raise UserError(f"{name}: {key!r} is not rendered here: put it into the content, or "
+                            "remove it")
     content = message.get("content")
     if isinstance(content, list):
         for part in content:
@@ -327,14 +339,16 @@ def strip_markers(text: str) -> str:
 def clean_answer(text: str, notes: Counter) -> str:
     """Strip what real files carry around an answer: markers, and what the template writes."""
     text = strip_markers(text)
-    if text.startswith(EMPTY_THINK):
+    if EMPTY_THINK.match(text):
         notes["answers began with an empty think block: stripped"] += 1
-        text = text.removeprefix(EMPTY_THINK)
-    if text.rstrip().endswith("<|im_end|>"):
+        text = EMPTY_THINK.sub("", text, count=1)
+    if END.search(text):
         notes["answers ended with <|im_end|>: stripped"] += 1
-        text = text.rstrip().removesuffix("<|im_end|>")
-    if "<think>" in text:
+        text = END.sub("", text)
+    if "<think>" in text or "</think>" in text:
         notes["answers hold thoughts (<think>): trained as they are"] += 1
+    if "<|im_start|>" in text:
+        notes["answers hold <|im_start|>: are they templated already?"] += 1
     return text
 
 
@@ -449,8 +463,10 @@ def known_template(folder: str) -> str:
             names = {part.get("name"): part.get("template") for part in parts}
             template = names.get("default")
     if not isinstance(template, str):
-        raise UserError(f"{path}: a chat template expected, found none")
-    text = template.replace("\r\n", "\n").strip()
+        raise UserError(f"{path}: a chat template expected, found none; --template hybrid computes "
+                        "Qwen3's, --template instruct that of Qwen3-Instruct-2507")
+    # Jinja renders what stands behind the last tag, but for one newline.
+    text = template.replace("\r\n", "\n").lstrip().removesuffix("\n").removesuffix("\n")
     known = TEMPLATES.get(hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16])
     if known is None:
         raise UserError(f"{path}: this chat template is not known here. --template hybrid computes "

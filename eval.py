@@ -251,7 +251,10 @@ def ask(server: Server, request: Request, sampling: Sampling) -> dict:
 def drop_refused(server: Server, own: dict, failure: RequestFailed) -> bool:
     """Whether the server refuses keys of `own` that may be dropped; notes them. Raises UserError
     where it refuses what the user gave."""
+    # What follows is no refused key: advice, or a list of what the server knows.
+    advice = r"(?i)did you mean|(?<!un)supported( parameters)?:|got parameters"
     words = error_words(failure.detail)
+    words = words[:re.search(advice + r"|\Z", words).start()]
     named = [key for key in (*own, *server.body) if re.search(rf"\b{re.escape(key)}\b", words)]
     given = {*server.given, *server.body}
     if "max_tokens" in given:
@@ -285,9 +288,13 @@ def error_words(detail: str) -> str:
         return str(value)
 
     try:
-        return words(json.loads(detail))
+        value = json.loads(detail)
     except ValueError:
         return detail
+    error = value.get("error") if isinstance(value, dict) else None
+    if isinstance(error, dict) and str(error.get("param")).startswith("messages"):
+        return ""  # the fault lies in the messages, whatever words of theirs it quotes
+    return words(value)
 
 
 def read_completion(server: Server, answer) -> dict:
@@ -296,11 +303,14 @@ def read_completion(server: Server, answer) -> dict:
         choice = answer["choices"][0]
         message, ending = choice["message"], str(choice.get("finish_reason") or "")
         content = message.get("content")
-        thoughts = [k for k in ("reasoning_content", "reasoning", "refusal") if message.get(k)]
+        thoughts = [k for k in ("reasoning_content", "reasoning", "reasoning_details", "thinking",
+                                "thinking_blocks", "refusal", "tool_calls") if message.get(k)]
         if isinstance(content, list):  # of parts; those that think are no answer
-            thoughts += [part["type"] for part in content if part["type"] != "text"]
-            content = "".join(part["text"] for part in content if part["type"] == "text")
-        tokens = (answer.get("usage") or {}).get("completion_tokens") or 0
+            texts = ("text", "output_text")
+            thoughts += [part["type"] for part in content if part["type"] not in texts]
+            content = "".join(part["text"] for part in content if part["type"] in texts)
+        tokens = (answer.get("usage") or {}).get("completion_tokens")
+        tokens = tokens if isinstance(tokens, int) else 0
     except (KeyError, IndexError, TypeError, AttributeError):
         raise RequestFailed(f"no chat completion: {hide_key(server, json.dumps(answer))[:300]}"
                             ) from None

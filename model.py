@@ -73,7 +73,10 @@ HARMLESS = {
     "transformers_version", "use_cache", "initializer_range", "max_window_layers",
     "sliding_window", "max_position_embeddings", "output_attentions", "output_hidden_states",
     "return_dict", "id2label", "label2id", "chunk_size_feed_forward", "gradient_checkpointing",
-    "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "max_length",
+    "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "max_length", "min_p",
+    "max_new_tokens", "num_beams", "num_return_sequences", "length_penalty", "typical_p",
+    "num_labels", "model_max_length", "seq_length", "original_max_position_embeddings",
+    "pretraining_tp", "base_model_tp_plan", "torchscript", "router_aux_loss_coef",
     "rope_parameters", "rope_scaling", "layer_types",
 }
 TOOLS = ("_", "transformers", "unsloth", "axolotl", "llamafactory", "llama_factory", "swift", "trl",
@@ -81,7 +84,7 @@ TOOLS = ("_", "transformers", "unsloth", "axolotl", "llamafactory", "llama_facto
 # Keys that would change it, with the only values this file computes.
 ONLY = {
     "model_type": ("qwen3",), "hidden_act": ("silu", None), "attention_bias": (False, None),
-    "attention_dropout": (0, None), "use_sliding_window": (False, None),
+    "attention_dropout": (0, None), "use_sliding_window": (False, None), "is_causal": (True, None),
     "quantization_config": (None,),
 }
 EXPECTED = {int: "a whole number above 0", float: "a number above 0", bool: "true or false"}
@@ -101,7 +104,8 @@ def read_config(folder: str) -> Config:
         if value not in supported:
             problems.append(f'"{key}" is {value!r:.60}; only {supported[0]!r} is supported')
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # transformers' order
-    if not isinstance(rope, dict) or {k for k in rope if rope[k] != "default"} - {"rope_theta"}:
+    if not isinstance(rope, dict) or (
+            {k for k in rope if rope[k] not in ("default", None)} - {"rope_theta"}):
         problems.append(f'"rope_scaling" or "rope_parameters" is {rope!r:.200}; only the '
                         '"rope_type" "default" and "rope_theta" are supported')
     elif "rope_theta" in rope:

@@ -83,8 +83,11 @@ BAD = [
     ({"chosen": [TURNS[0]] + TURNS[2:3], "rejected": "b"}, "user turn expected at the end"),
     ({"chosen": TURNS[1:3], "rejected": [TURNS[3], TURNS[2]]}, "'rejected': a string, or one"),
     ({**TRL, "prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "parts of type text"),
+    *(({**TRL, "chosen": [{"role": "assistant", "content": "r", key: "t"}]}, f"{key!r} is not rendered")
+      for key in ("reasoning_content", "thinking", "tool_calls")),
     *(({**TRL, key: value}, f'"{key}" changes the prompt') for key, value in (
-        ("tools", [{"name": "f"}]), ("system", "Be brief."), ("images", ["a.png"]),
+        ("tools", [{"name": "f"}]), ("system", "Be brief."), ("images", ["a.png"]), ("image", "a"),
+        ("system_prompt", "x"), ("history", [["a", "b"]]), ("documents", ["d"]), ("videos", ["v"]),
         ("chat_template_kwargs", {"enable_thinking": True}))),
     ({**TRL, "prompt": []}, "user turn expected"),
     ({**TRL, "prompt": TURNS[:3]}, "user turn expected"), ({**TRL, "prompt": ""}, "user turn expected"),
@@ -136,14 +139,27 @@ def test_what_the_template_writes_is_stripped_and_odd_texts_are_counted(tmp_path
     assert notes == {"answers began with an empty think block: stripped": 2,
                      "answers ended with <|im_end|>: stripped": 2,
                      "answers hold thoughts (<think>): trained as they are": 1,
-                     "prompts hold <|im_start|>: are they templated already?": 1, "column index ignored": 1}
+                     "prompts hold <|im_start|> or <|im_end|>: are they templated already?": 1,
+                     "column index ignored": 1}
+
+
+@pytest.mark.parametrize("text, wanted", [
+    ("<think>\n</think>\n\nr", "r"), ("<think></think>r", "r"), ("\n<think>\n\n</think>\nr", "r"),
+    ("<think>\n\n</think>\n\n<think></think>r", "r"), ("r<|im_end|><|im_end|>", "r"),
+    ("r<|im_end|>\n<|endoftext|>\n", "r"), ("r<|endoftext|>", "r"), ("r \n", "r \n"),
+    ("a <|im_end|> b", "a <|im_end|> b"), ("hm\n</think>\n\nr", "hm\n</think>\n\nr")])
+def test_spellings_of_what_the_template_writes(tmp_path, text, wanted):
+    pairs, _, notes = data.read_pairs(write(tmp_path / "p.jsonl", {**TRL, "chosen": text}))
+    assert pairs[0].chosen == wanted
+    assert bool(notes) == (text != wanted or "</think>" in text)
 
 
 @pytest.mark.parametrize("content, message", [
-    (json.dumps([TRL, TRL]), "is a JSON array"), (json.dumps([TRL, TRL], indent=2), "is a JSON array"),
+    (json.dumps([TRL, TRL]), "is a JSON array"), ("\n\n" + json.dumps([TRL]), "is a JSON array"),
+    ("\ufeff" + json.dumps([TRL]), "is a JSON array"), (json.dumps([TRL, TRL], indent=2), "is a JSON array"),
     (json.dumps(TRL, indent=2), "is pretty-printed JSON"), ("PAR1\x15\x04", "is a parquet file")])
 def test_other_formats_are_named_with_a_command_that_converts_them(tmp_path, content, message):
-    path = tmp_path / "rows.json"
+    path = tmp_path / "it's $HOME.json"
     path.write_text(content)
     with pytest.raises(UserError, match=message) as e:
         data.read_pairs(str(path))
@@ -245,6 +261,7 @@ def test_known_templates_equal_transformers(folder, name, form):
 
 
 @pytest.mark.parametrize("change", [
+    lambda text: text + " ", lambda text: text + "\n\n\n", lambda text: text + "\xa0",
     lambda text: text.replace("<|im_end|>\\n", "<|im_end|>"), lambda text: "[INST] {{ messages }} [/INST]",
     lambda text: "{{ 'You are Qwen.' }}" + text, lambda text: text.replace("is false", "is true")])
 def test_other_templates_are_refused_unless_one_is_named(folder, change):
