@@ -589,6 +589,9 @@ def extract_answer(text: str) -> str | None:
             answer = formula[formula.lastindex]
         else:
             line = rest.split("\n")[0].split("<|")[0]
+            mark = re.search(r"[*`_]+\Z", text[:stated[-1].end()])  # **18** apples
+            if mark and mark[0] in line:
+                line = line.split(mark[0])[0]
             answer = re.split(r"[.;]\s|,?\s(?:because|since)\b", line)[0].strip(".*`_ ")
     return (answer or "").strip() or None
 
@@ -606,9 +609,10 @@ def last_boxed(text):
     boxes = list(BOX.finditer(text))
     if not boxes:
         return None
-    if boxes[-1][1] != "{":
+    braced = [box for box in boxes if box[1] == "{"]
+    if not braced:
         return boxes[-1][1]
-    inside, depth = text[boxes[-1].end():], 1
+    inside, depth = text[braced[-1].end():], 1
     for brace in re.finditer(r"\\.|[{}]", inside, re.S):  # \{ is no brace
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
@@ -633,6 +637,10 @@ REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in [
      lambda m: f"({m[1]}+{m[3]}/{10 ** len(m[3]) - 1}/{10 ** len(m[2])})"),
     (r"\A([\s$]*\d+)\s*:\s*(\d+[\s$]*)\Z", r"\1/\2"),
     # units and other words: \mathrm{m/s^{2}} is "m"/"s"^{2}
+    (r"\{\\rm\s+([^{}]*)\}|\\(?:unit|si)\{([^{}]*)\}", lambda m: rf"\mathrm{{{m[1] or m[2]}}}"),
+    (TEXT + r"\{\s*\\[td]?frac\{([^{}]*)\}\{([^{}]*)\}\s*\}", r"\\mathrm{\1/\2}"),
+    (r"(\{\s*)(?:\{\})?\^\s*(?:\{\s*\\circ\s*\}|\\circ)\s*(?=[CF]\b)", r"\1°"),
+    (r'(?<=[\d"}])((?:\s|\\[,;:! ])*)\\Omega(?![A-Za-z])', r'\1 "Omega" '),
     (r"[⁻⁰¹²³⁴-⁹]+", lambda m: "^{" + m[0].translate(SUPERSCRIPTS) + "}"),
     (r"[µμ]", r"\\mu "),
     (r"\b(?:square|sq)\s+([a-z]+)", r"\1^2"),
