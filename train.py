@@ -1179,8 +1179,7 @@ def story(o: Options, ranks: Ranks) -> int:
     """The whole method from nothing: a world, a base model that errs in one skill, its own wrong
     answers, their corrections, three methods on the same pairs, a table. Returns the exit code.
 
-    Base and pairs are made once; a killed story goes on where it stopped, a finished one trains
-    anew.
+    Base and pairs are made once; a killed story goes on, a finished one trains anew.
     """
     started, chain = time.perf_counter(), TOY["world"]["chain"]
     root = os.path.join(o.out, sha256(json.dumps([TOY, o.seed]))[:10])
@@ -1212,8 +1211,7 @@ def story(o: Options, ranks: Ranks) -> int:
         rows[name] = {**toy_figures(toy, f"{out}/model", base), **toy_rewards(out)}
         texts[name] = toy_sampled(toy, f"{out}/model")[:1]
         toy_curve(toy, out, base)
-    seconds = time.perf_counter() - started
-    results = f"{root}/results.json"
+    seconds, results = time.perf_counter() - started, f"{root}/results.json"
     ranks.main_only(data.write_json, results, {
         "settings": TOY, "seed": o.seed, "ranks": ranks.world, "seconds": seconds, "rows": rows})
     note = f"{toy_table(rows)}\n\n{toy_verdict(rows)}"
