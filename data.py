@@ -190,8 +190,8 @@ def check_json_lines(path: str, first_line: bytes):
 USED = ("question", "prompt", "gemini_corrected_answer", "original_answer", "chosen", "rejected",
         "is_correct")
 NOT_RENDERED = (  # columns that change the prompt
-    "tools", "system", "system_prompt", "history", "documents", "image", "images", "videos", "audio",
-    "chat_template_kwargs")
+    "tools", "system", "system_prompt", "history", "documents", "image", "images", "videos",
+    "audio", "chat_template_kwargs")
 EMPTY_THINK = re.compile(r"\s*(<think>\s*</think>\s*)+")
 END = re.compile(r"(<\|im_end\|>|<\|endoftext\|>)(\s|<\|im_end\|>|<\|endoftext\|>)*\Z")
 
