@@ -168,7 +168,7 @@ def test_a_dummy_token_without_rows_gives_zero_gradients(tmp_path):
 # --- what is read and what is refused -------------------------------------------------------------
 
 REFUSED = [
-    {"model_type": "llama"}, {"model_type": "qwen3_moe"}, {"use_sliding_window": True},
+    {"model_type": "llama"}, {"model_type": "qwen3_moe"}, {"use_sliding_window": True}, {"is_causal": False},
     {"layer_types": ["full_attention", "sliding_attention"]}, {"layer_types": ["full_attention"]},
     {"layer_types": "full"}, {"layer_types": 5}, {"attention_bias": True}, {"hidden_act": "gelu"},
     {"rope_scaling": {"type": "yarn", "factor": 4}}, {"rope_scaling": {"rope_type": "linear"}},

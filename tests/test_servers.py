@@ -289,7 +289,7 @@ def test_other_endings_keep_what_was_said(ending):
 
 
 @pytest.mark.parametrize("text", [None, "", "\n\n"])
-@pytest.mark.parametrize("key", ["reasoning_content", "reasoning"])
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 @pytest.mark.parametrize("ending", ["stop", "length"])
 def test_thoughts_alone_are_no_answer(text, key, ending):
     found = record(completion(text, ending, **{key: "Let me think: 4."}))
@@ -300,6 +300,29 @@ def test_thoughts_alone_are_no_answer(text, key, ending):
 def test_a_refusal_is_no_answer():
     found = record(completion(None, refusal="I cannot help."))
     assert found == {"error": "the model refused: I cannot help.", "partial": "I cannot help."}
+
+
+@pytest.mark.parametrize("key", ["reasoning_details", "thinking_blocks", "tool_calls"])
+def test_lists_beside_an_empty_answer_are_none(key):
+    assert record(completion("", **{key: [{"type": "x"}]}))["error"].startswith(f"no answer, only {key}")
+
+
+@pytest.mark.parametrize("usage", [None, {}, {"completion_tokens": "7"}, {"completion_tokens": None}])
+def test_usage_that_is_no_number_counts_nothing(usage):
+    assert record({**completion("It is 4."), "usage": usage})["tokens"] == 0
+
+
+@pytest.mark.parametrize("error, dropped", [
+    ({"message": "property 'top_k' is unsupported, did you mean 'top_p'?"}, ["top_k"]),
+    ({"message": "Unrecognized argument: top_k. Supported: temperature, top_p, seed"}, ["top_k"]),
+    ({"message": "Unsupported parameters: seed, top_k"}, ["seed", "top_k"]),
+    ({"message": "string too long: 'the temperature'", "param": "messages[0].content"}, [])])
+def test_only_refused_keys_are_dropped_not_those_that_an_error_quotes(error, dropped):
+    server = evaluation.Server("http://localhost:1/v1", "m")
+    own = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "seed": 1, "max_tokens": 9}
+    failure = evaluation.RequestFailed("HTTP 400", status=400, detail=json.dumps({"error": error}))
+    assert evaluation.drop_refused(server, own, failure) == bool(dropped)
+    assert sorted(server.refused) == dropped
 
 
 def test_an_answer_beside_thoughts_is_one():
