@@ -405,8 +405,7 @@ def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks
         answers = read_answers(folder, {r.key for r in requests})
     todo = [r for r in requests if "text" not in answers.get(r.key, {})]
     todo = todo[ranks.rank::ranks.world]
-    bar = tqdm(total=len(todo), disable=not (ranks.main and todo), desc=title, unit="answer",
-               leave=not ranks.quiet)
+    bar = ranks.progress(len(todo), title, "answer")
     counts, started, lock = Counter(), time.monotonic(), threading.Lock()
 
     def keep(request, record):
@@ -1912,7 +1911,8 @@ def retention(model: qwen.Qwen3, base: qwen.Qwen3, sequences: list, ranks: Ranks
     heads = [m.head_weight().float() for m in (model, base)]
     sums = torch.zeros(len(sequences), 3, dtype=torch.float64)
     mine = range(ranks.rank, len(sequences), ranks.world)
-    for i in tqdm(mine, disable=not ranks.main, desc="retention", unit="text"):
+    bar = ranks.progress(len(mine), "retention", "text")
+    for i in mine:
         ids, first = sequences[i]
         tokens = torch.tensor(ids, device=ranks.device)
         positions, layout = torch.arange(len(ids), device=ranks.device), [(0, *[len(ids)] * 3)]
@@ -1923,6 +1923,8 @@ def retention(model: qwen.Qwen3, base: qwen.Qwen3, sequences: list, ranks: Ranks
                     for h, w in zip(hidden, heads)]
             values = p.gather(1, target), q.gather(1, target), (q.exp() * (q - p)).sum(-1)
             sums[i] += torch.stack([x.double().sum().cpu() for x in values])
+        bar.update()
+    bar.close()
     lengths = [len(ids) - first for ids, first in sequences]
     figures = {"tokens": sum(lengths)}
     for name, column in zip(("logp", "logp_base", "kl"), ranks.reduce(sums).T.tolist()):

@@ -694,6 +694,18 @@ def write_tensors(path: str, tensors: dict, **metadata: str):
 # --- processes: ranks, exit codes, options --------------------------------------------------------
 
 
+class PlainLines:
+    """stderr for tqdm: each state of a bar is one line, written at once, without carriage returns."""
+
+    def write(self, text):
+        text = text.strip()
+        if text:
+            sys.stderr.write(text + "\n")
+
+    def flush(self):
+        sys.stderr.flush()
+
+
 @dataclass
 class Ranks:
     """Where this process stands. "Main" is global rank 0: two nodes have two local zeros."""
@@ -710,6 +722,20 @@ class Ranks:
     def say(self, text):
         if self.main and not self.quiet:
             tqdm.write(text, file=sys.stderr)
+
+    def progress(self, total, title, unit, done=0):
+        """The main rank's progress bar. Where stderr is no terminal: a plain line at the start, every
+        30 seconds, and at the end (quiet: of long work). TQDM_DISABLE=1 leaves what is said."""
+        options = {"total": total, "desc": title, "unit": unit, "initial": done}
+        if not self.main or done == total:
+            options["disable"] = True
+        elif sys.stderr.isatty():
+            options["leave"] = not self.quiet
+        else:
+            line = "{desc}: {n_fmt} of {total_fmt} in {elapsed}, {rate_fmt}{postfix}"
+            options |= {"file": PlainLines(), "bar_format": line, "mininterval": 30,
+                        "maxinterval": 30, "delay": 10 if self.quiet else 0}
+        return tqdm(**options)
 
     def reduce(self, tensor, op=dist.ReduceOp.SUM):
         """All-reduced copy, on the CPU."""

@@ -48,7 +48,6 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from tqdm import tqdm
 
 import data
 import eval as evaluation
@@ -490,9 +489,12 @@ def score_all(run: Run, forks, batches, title) -> torch.Tensor:
     """(N, 2) fp64 sequence log-probs of all forks under the present policy, on every rank's CPU."""
     scores = torch.zeros(len(forks), 2, dtype=torch.float64, device=run.ranks.device)
     with torch.no_grad():
-        for batch in tqdm(batches, desc=title, disable=not run.ranks.main, unit="batch"):
+        bar = run.ranks.progress(len(batches), title, "batch")
+        for batch in batches:
             for pack in run.packs(forks, batch):
                 scores[pack.pairs] = loss.sequence_logps(run.score(pack), pack.lengths)
+            bar.update()
+        bar.close()
     run.policy.reshard()  # a forward without backward leaves the root's weights gathered
     return run.ranks.reduce(scores)  # each pair was scored by one rank, the others add zeros
 
@@ -928,7 +930,7 @@ def train_to_the_end(run: Run) -> bool:
     o, ranks, state = run.o, run.ranks, run.state
     total, epoch_steps = total_steps(len(run.forks), o), steps_per_epoch(len(run.forks), o)
     surgery_path = os.path.join(o.out, "surgery.jsonl")
-    bar = tqdm(total=total, initial=state.step, disable=not ranks.main, unit="step", desc=o.loss)
+    bar = ranks.progress(total, o.loss, "step", state.step)
     while state.step < total:
         if state.step % max(1, total // LOOKS) == 0:
             look(run, surgery_path)
