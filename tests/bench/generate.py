@@ -12,6 +12,7 @@ table of medians. Needs requirements-dev.txt.
 import random
 import statistics
 import time
+from unittest import mock
 
 import torch
 import transformers
@@ -25,10 +26,10 @@ SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
 def run_ours(model, prompts, end, a, seed):
     """(tokens, steps)."""
     seeds = [seed * len(prompts) + i for i in range(len(prompts))]
-    steps = []
-    answers = qwen.generate(model, prompts, seeds, max_tokens=a.max_tokens, end=end,
-                            batch_size=a.batch_size, progress=steps.append, **SAMPLING)
-    return sum(len(ids) + ended for ids, ended in answers), len(steps)
+    with mock.patch.object(qwen, "sample", wraps=qwen.sample) as sample:
+        answers = qwen.generate(model, prompts, seeds, max_tokens=a.max_tokens, end=end,
+                                batch_size=a.batch_size, **SAMPLING)
+    return sum(len(ids) + ended for ids, ended in answers), sample.call_count
 
 
 def run_transformers(hf, prompts, end, a, seed):

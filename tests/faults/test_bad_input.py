@@ -22,7 +22,7 @@ BAD_WEIGHTS = "model.safetensors is missing, truncated or corrupt"
 
 CELLS = [  # the command, what is broken, what the message must match
     # pair files
-    ("train", gone("pairs.jsonl"), r"--pairs \S+pairs.jsonl: no such file"),
+    ("train", gone("pairs.jsonl"), "pairs.jsonl: .*[nN]o such file"),
     ("train", holds("pairs.jsonl", b""), "pairs.jsonl: the file is empty"),
     ("train", cut("pairs.jsonl", -20), r"pairs.jsonl.*\n  line 8: not valid JSON"),
     ("train", second_line("pairs.jsonl", b'{"prompt": "caf\xe9"}'), "line 2: .*byte 0xe9"),
