@@ -1,7 +1,7 @@
 """The two workloads of MEASURED.md: a random checkpoint with its tokenizer, and pairs beside it.
 
-    python tests/bench/workload.py OUT                                  # A
-    python tests/bench/workload.py OUT --tokenizer DIR --pairs FILE     # B
+    python tests/bench/workload.py --out OUT                                  # A
+    python tests/bench/workload.py --out OUT --tokenizer DIR --pairs FILE     # B
 
 A: 8 layers of 512, fp32, with a vocabulary of 16,384 that is trained here, on made-up words; the
 pairs are of the same words, the first error after 10 to 90 % of an answer. B: 4 layers of 512,
@@ -11,7 +11,6 @@ benchmarks and for train.py, OUT/pairs.jsonl its --pairs. All is made from fixed
 versions of torch, transformers and tokenizers write the same bytes. Needs requirements-dev.txt.
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -79,14 +78,7 @@ def write_model(folder, layers, vocab, dtype):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("out", metavar="OUT", help="folder to make")
-    p.add_argument("--tokenizer", metavar="DIR", help="Qwen3 checkpoint whose tokenizer to take")
-    p.add_argument("--pairs", metavar="FILE", help="pair file to take the first rows of")
-    a = p.parse_args()
-    if bool(a.tokenizer) != bool(a.pairs):
-        p.error("--tokenizer and --pairs go together")
+    a = common.options(__doc__, ("out",), tokenizer="", pairs="")
     os.makedirs(a.out)  # nothing is overwritten
     if a.tokenizer:
         with open(a.pairs) as f:
