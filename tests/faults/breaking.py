@@ -162,7 +162,7 @@ def changed(path, change):
 
 def holds(path, content):
     """The file holds these bytes and nothing else."""
-    return changed(path, lambda raw: content)
+    return lambda w: (w / path).write_bytes(content)
 
 
 def cut(path, end):

@@ -33,6 +33,7 @@ def forbidden(source):
             names |= {alias.name for alias in node.names} - {"eval"}  # our eval.py
         elif isinstance(node, ast.ImportFrom):
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            names -= {"eval"}
         elif isinstance(node, ast.keyword):
             names.add(node.arg)
         elif isinstance(node, (ast.Name, ast.Attribute)):
