@@ -117,6 +117,7 @@ def speed_table(a, forks):
                      f"{gb:.2f}"])
     common.table([a.dtype, "activation checkpointing", "pairs/s", "tokens/s", "to TRL's best",
                   "GEMM GFLOP/s", "share of it", "peak memory GB"], rows)
+    print()
 
 
 def main():
