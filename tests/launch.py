@@ -5,9 +5,9 @@ imported torch and the project already. torchrun itself is started only where it
 """
 
 import errno
-import importlib
 import multiprocessing
 import os
+import pkgutil
 import signal
 import socket
 import sys
@@ -35,15 +35,14 @@ def work(argv, environment, folder, fault):
     sys.argv = argv
     if fault:
         insert(*fault)
-    program = importlib.import_module(argv[0].removesuffix(".py"))
-    importlib.import_module("model").leave(program.main)
+    program = pkgutil.resolve_name(argv[0].removesuffix(".py"))
+    pkgutil.resolve_name("model.leave")(program.main)
 
 
 def insert(name, count, fault):
     """From now on the count-th call of "module.function" meets a fault: `die` or `disk_full`."""
-    module, _, name = name.rpartition(".")
-    module = importlib.import_module(module)
-    function, calls = getattr(module, name), []
+    module, _, function_name = name.rpartition(".")
+    function, calls = pkgutil.resolve_name(name), []
 
     def call(*args, **kwargs):
         calls.append(1)
@@ -51,7 +50,7 @@ def insert(name, count, fault):
             fault()
         return function(*args, **kwargs)
 
-    setattr(module, name, call)
+    setattr(pkgutil.resolve_name(module), function_name, call)
 
 
 def die():
@@ -62,20 +61,25 @@ def disk_full():
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
 class Started:
     """A program under way, as `ranks` processes; faults: {rank: arguments of `insert`}."""
 
     def __init__(self, argv, ranks=1, faults=()):
         self.folder, self.processes, faults = tempfile.mkdtemp(), [], dict(faults)
-        shared = dict(os.environ)
+        environment = dict(os.environ)
         if ranks > 1:
-            with socket.socket() as s:
-                s.bind(("127.0.0.1", 0))
-                shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]),
-                           "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+                            "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
         for rank in range(ranks):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-            args = list(map(str, argv)), shared | own, self.folder, faults.get(rank)
+            if ranks > 1:
+                environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            args = list(map(str, argv)), environment, self.folder, faults.get(rank)
             self.processes.append(SERVER.Process(target=work, args=args))
             self.processes[-1].start()
 

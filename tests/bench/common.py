@@ -1,14 +1,14 @@
-"""What the benchmarks share: a run of the real training step on random weights and made-up pairs, a process
-of its own for each measurement (so that peak memory is its own), the machine's rate of products, tables."""
+"""What the benchmarks share: options, a process of its own for each measurement (so that peak
+memory is its own), a run of the real training step on random weights and made-up pairs, the
+machine's rate of products, tables."""
 
 import argparse
-import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 
-import numpy as np
 import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -19,26 +19,37 @@ import model as qwen  # noqa: E402
 import train  # noqa: E402
 
 
-def config(hidden=512, layers=8, vocab=16384, tied=True):
-    """A Qwen3 shape in the proportions of the published ones, heads of 64."""
+def options(doc, required=(), **defaults):
+    """The command line: --NAME for what is required and for each default, of the default's type."""
+    p = argparse.ArgumentParser(description=doc,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in required:
+        p.add_argument(f"--{name}", required=True)
+    for name, default in defaults.items():
+        p.add_argument(f"--{name}", type=type(default), default=default, help=f"[{default}]")
+    return p.parse_args()
+
+
+def own_process(function, *args):
+    """function(*args) in a new interpreter, its output on stderr: stdout is for the table."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, initializer=os.dup2, initargs=(2, 1)) as pool:
+        return pool.submit(function, *args).result()
+
+
+def config(hidden=512, layers=8, vocab=16384):
+    """A Qwen3 shape in the proportions of the published ones, heads of 64, embeddings tied."""
     return qwen.Config(vocab_size=vocab, hidden_size=hidden, intermediate_size=3 * hidden,
                        num_hidden_layers=layers, num_attention_heads=hidden // 64,
                        num_key_value_heads=max(1, hidden // 128), head_dim=64, rms_norm_eps=1e-6,
-                       rope_theta=1e6, tie_word_embeddings=tied)
+                       rope_theta=1e6, tie_word_embeddings=True)
 
 
 def make_pair(rng, vocab, prompt, length, share):
-    """A fork of two answers, each `length` tokens with its prompt, of which the first `share` are common."""
+    """A fork of two answers, each `length` tokens with its prompt; the first `share` is common."""
     trunk = max(prompt, round(share * length))
     ids = [rng.integers(0, vocab, n) for n in (trunk, length - trunk, length - trunk)]
     return data.Fork(prompt, *ids, line=0)
-
-
-def unshared(fork):
-    """The same two answers as two plain sequences."""
-    prompt, rest = np.split(fork.trunk, [fork.prompt_length])
-    return [data.Fork(len(prompt), prompt, prompt[:0], np.concatenate([rest, branch]), line=0)
-            for branch in (fork.chosen, fork.rejected)]
 
 
 @torch.no_grad()
@@ -59,22 +70,21 @@ def open_run(shape, forks, ranks, **options):
         policy, mesh = train.build_policy("", shape, o, ranks)
     finally:
         qwen.load_weights = load
-    run = train.Run(o, ranks, shape, "", forks, [], {}, policy, mesh, train.make_optimizer(policy, o))
+    optimizer = train.make_optimizer(policy, o)
+    run = train.Run(o, ranks, shape, "", forks, [], {}, policy, mesh, optimizer)
     batches = data.epoch_batches(len(forks), o.batch_size, 0, 0)
     run.reference = train.score_all(run, forks, batches, "reference")
     run.state.step = 1  # step 0 insists on rewards of 0
     return run
 
 
-def gemm_rate(dtype, device="cpu", size=2048):
+def gemm_rate(dtype, size=2048):
     """FLOP/s of a square product, the best of 10: what the hardware gives to the luckiest code."""
-    a = torch.randn(size, size, device=device).to(dtype)
+    a = torch.randn(size, size).to(dtype)
     best = float("inf")
     for _ in range(10):
         start = time.perf_counter()
-        b = a @ a.T
-        if b.is_cuda:
-            torch.cuda.synchronize()
+        a @ a.T
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 
@@ -88,28 +98,10 @@ def peak_gb(anew=False):
         return next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) * 1024 / 1e9
 
 
-def parser(doc):
-    """An argument parser that shows the script's docstring; --settings is how `child` calls back."""
-    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--settings", help=argparse.SUPPRESS)
-    return p
-
-
-def child(script, **settings):
-    """Run `python script --settings JSON`, which prints its figures as one last line of JSON."""
-    done = subprocess.run([sys.executable, os.path.abspath(script), "--settings", json.dumps(settings)],
-                          capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def table(head, rows):
-    """A Markdown table; floats with four figures."""
-    cell = lambda x: f"{x:.4g}" if isinstance(x, float) else str(x)  # noqa: E731
-    print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
-    for row in rows:
-        print("| " + " | ".join(map(cell, row)) + " |", flush=True)
+    """Print a Markdown table; floats with four figures."""
+    shown = [[f"{x:.4g}" if isinstance(x, float) else x for x in row] for row in rows]
+    print(markdown(head, shown), flush=True)
 
 
 def markdown(head, rows):

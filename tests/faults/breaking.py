@@ -28,10 +28,10 @@ import train
 
 
 def program(module, *argv) -> tuple:
-    """`python MODULE.py ARGV` in this process: (exit code, what it printed). An exception that the
+    """`python MODULE.py ARGV` in this process: (exit code, its output). An exception that the
     program does not name comes out of here."""
-    handler, said = signal.getsignal(signal.SIGTERM), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
+    handler, output = signal.getsignal(signal.SIGTERM), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(output):
         patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
         patch.delenv("OPENAI_BASE_URL", raising=False)
         try:
@@ -44,36 +44,15 @@ def program(module, *argv) -> tuple:
                 dist.destroy_process_group()
             for bar in list(tqdm._instances):  # an error left it; the next program would draw it
                 bar.close()
-    return code, said.getvalue()
-
-
-def stopped_after(step, *argv):
-    """train.py in this process, ended as by a SIGTERM that comes during this step."""
-    finish_step = train.finish_step
-
-    def finish_and_ask(run, *args):
-        metrics = finish_step(run, *args)
-        if metrics["step"] == step - 1:  # the next step's all-reduce carries it
-            train.STOP.set()
-        return metrics
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "finish_step", finish_and_ask)
-        code, said = program(train, *argv)
-    train.STOP.clear()
-    assert code == 143, said
+    return code, output.getvalue()
 
 
 def files(folder) -> dict:
     """{path: content} of everything below a folder; a folder's content is None."""
-    found = {}
+    contents = {}
     for path in sorted(folder.rglob("*")):
-        found[str(path.relative_to(folder))] = None if path.is_dir() else path.read_bytes()
-    return found
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        contents[str(path.relative_to(folder))] = None if path.is_dir() else path.read_bytes()
+    return contents
 
 
 def metrics(out) -> list:
@@ -105,10 +84,6 @@ ROWS = {
     "texts.jsonl": [{"text": "the quick brown fox"}, {"text": "a lazy dog"}],
     "tasks/own.jsonl": SUMS,
     "tasks/gpqa.jsonl": [tiny.gpqa_row(i) for i in range(3)],
-    "tasks/ifeval.jsonl": [{"key": i, "prompt": f"p{i}", "kwargs": [{}],
-                            "instruction_id_list": ["punctuation:no_comma"]} for i in range(3)],
-    "tasks/connect4.jsonl": [{key: row[key] for key in ("state", "answer")}
-                             for row in evaluation.connect4_rows(2, seed=0)],
 }
 COMMANDS = {  # "@" stands for the world's folder; all of them write to @out, @run or @a
     "train": (train, "--model @model --pairs @pairs.jsonl --eval_pairs @held.jsonl.gz --out @out",
@@ -119,8 +94,8 @@ COMMANDS = {  # "@" stands for the world's folder; all of them write to @out, @r
                 "--edited @edited.jsonl", ()),
     "retention": (evaluation, "retention --model @sharded --base @model --texts @texts.jsonl "
                   "--dtype float32", ()),
-    "tasks": (evaluation, "--model @model --tasks own=@tasks/own.jsonl,gpqa,ifeval,connect4 "
-              "--data @tasks --samples 1 --out @out", SAMPLING),
+    "tasks": (evaluation, "--model @model --tasks own=@tasks/own.jsonl,gpqa --data @tasks "
+              "--samples 1 --out @out", SAMPLING),
     "again": (evaluation, "--model @model --tasks own=@tasks/own.jsonl --samples 2 --out @a",
               SAMPLING),
     "compare": (evaluation, "compare --a @a --b @b", ()),
@@ -129,7 +104,7 @@ COMMANDS = {  # "@" stands for the world's folder; all of them write to @out, @r
 
 
 def run_command(name, w) -> tuple:
-    """(exit code, what it printed) of a command on the world in the folder w."""
+    """(exit code, output) of a command on the world in the folder w."""
     module, text, more = COMMANDS[name]
     return program(module, *text.replace("@", f"{w}/").split(), *more)
 
@@ -138,15 +113,16 @@ def build(w):
     """All good: every command ends with exit code 0 on it."""
     tiny.write_checkpoint(w / "model")
     tiny.write_pairs(w / "pairs.jsonl", 8)
-    with gzip.open(w / "held.jsonl.gz", "wb") as f:
-        f.write((w / "pairs.jsonl").read_bytes())
+    (w / "held.jsonl.gz").write_bytes(gzip.compress((w / "pairs.jsonl").read_bytes()))
     os.mkdir(w / "tasks")
     for name, rows in ROWS.items():
-        write_rows(w / name, rows)
+        data.write_rows(str(w / name), rows)
     shutil.copytree(w / "model", w / "sharded")
     split_weights(w / "sharded")
     argv = COMMANDS["train"][1].replace("@out", "@run").replace("@", f"{w}/").split()
-    stopped_after(2, *argv, *SETTINGS)
+    assert program(train, *argv, *SETTINGS, "--keep", "2")[0] == 0
+    for path in ("run/checkpoints/step_000004", "run/model"):  # as if killed before them
+        shutil.rmtree(w / path)
     assert run_command("again", w)[0] == 0
     shutil.copytree(w / "a", w / "b")
 
@@ -169,63 +145,52 @@ def split_weights(folder):
 
 def gone(path):
     """The file or folder is not there."""
-    def do(w):
+    def breakage(w):
         if (w / path).is_dir():
             shutil.rmtree(w / path)
         else:
             os.remove(w / path)
-    return do
+    return breakage
+
+
+def changed(path, change):
+    """The file's bytes are change(bytes)."""
+    def breakage(w):
+        (w / path).write_bytes(change((w / path).read_bytes()))
+    return breakage
 
 
 def holds(path, content):
-    """The file holds this text, or these bytes, and nothing else."""
-    def do(w):
-        raw = content.encode() if isinstance(content, str) else content
-        (w / path).write_bytes(raw)
-    return do
+    """The file holds these bytes and nothing else."""
+    return lambda w: (w / path).write_bytes(content)
 
 
 def cut(path, end):
     """The file's bytes up to `end`, as in a slice."""
-    def do(w):
-        (w / path).write_bytes((w / path).read_bytes()[:end])
-    return do
+    return changed(path, lambda raw: raw[:end])
 
 
 def flip(path, at):
     """One bit of the byte at this place."""
-    def do(w):
-        raw = bytearray((w / path).read_bytes())
-        raw[at] ^= 1
-        (w / path).write_bytes(raw)
-    return do
+    return changed(path, lambda raw: raw[:at] + bytes([raw[at] ^ 1]) + raw[at:][1:])
 
 
-def line(path, content, number=2):
-    """The line of this number is other bytes, or has other fields: {field: value}."""
-    def do(w):
-        lines = (w / path).read_bytes().split(b"\n")
-        new = content
-        if isinstance(new, dict):
-            new = json.dumps({**json.loads(lines[number - 1]), **new}).encode()
-        lines[number - 1] = new
-        (w / path).write_bytes(b"\n".join(lines))
-    return do
+def second_line(path, content):
+    """The second line is these bytes."""
+    def change(raw):
+        first, _, rest = raw.split(b"\n", 2)
+        return b"\n".join([first, content, rest])
+    return changed(path, change)
 
 
-def edit(path, change):
-    """`change(value)` of a JSON file's value, in place."""
-    def do(w):
-        value = json.loads((w / path).read_text())
-        change(value)
-        (w / path).write_text(json.dumps(value))
-    return do
+def second_row(path, **values):
+    """The JSON object in the second line has other values."""
+    def breakage(w):
+        row = json.loads((w / path).read_bytes().split(b"\n")[1])
+        second_line(path, json.dumps({**row, **values}).encode())(w)
+    return breakage
 
 
-def tensors(path, change):
-    """`change({name: tensor})` of a safetensors file, in place."""
-    def do(w):
-        weights = load_file(w / path)
-        change(weights)
-        save_file(weights, w / path, {"format": "pt"})
-    return do
+def replaced(path, old, new):
+    """The file with other bytes in the place of these."""
+    return changed(path, lambda raw: raw.replace(old, new))

@@ -1,7 +1,7 @@
 """What users really meet, from the command line: a file of each kind that is missing, cut short,
 damaged or of something else. The program names file, place and finding, and nothing is written.
 
-The readers' own tests (test_data, test_model, test_tasks, ...) go through every field.
+The readers' own tests (test_data, test_model, test_tasks, ...) go through the fields.
 """
 
 import json
@@ -9,107 +9,73 @@ import re
 import shutil
 
 import pytest
-from breaking import (COMMANDS, build, cut, edit, files, flip, gone, holds, line, run_command,
-                      tensors)
+from breaking import (COMMANDS, build, cut, files, flip, gone, holds, replaced, run_command,
+                      second_line, second_row)
 
 import data
 
 MODEL, INDEX = "model/model.safetensors", "sharded/model.safetensors.index.json"
-STEP, CACHE = "run/checkpoints/step_000003/", "run/reference.safetensors"
+STEP, CACHE = "run/checkpoints/step_000002/", "run/reference.safetensors"
 SHARD, STATE, RAW = STEP + "shard_0.safetensors", STEP + "state.json", "a/own/raw-0.jsonl"
-NORM, SECOND = "model.norm.weight", "sharded/model-00002-of-00002.safetensors"
+SECOND = "sharded/model-00002-of-00002.safetensors"
+BAD_WEIGHTS = "model.safetensors is missing, truncated or corrupt"
 
 CELLS = [  # the command, what is broken, what the message must match
     # pair files
-    ("train", gone("pairs.jsonl"), r"--pairs \S+pairs.jsonl: no such file"),
-    ("train", holds("pairs.jsonl", ""), "pairs.jsonl: the file is empty"),
-    ("train", cut("pairs.jsonl", -20), r"pairs.jsonl.*\n  line 8: not valid JSON in UTF-8"),
-    ("train", line("pairs.jsonl", b'{"prompt": "caf\xe9"}'), "line 2: .*can't decode byte 0xe9"),
-    ("train", line("pairs.jsonl", b"[1]"), "line 2: a JSON object expected, found list"),
-    ("train", line("pairs.jsonl", b'{"prompt": "q"}'), r"line 2: .* expected, found \['prompt'\]"),
-    ("train", line("pairs.jsonl", {"question": {"a": 1}}), "line 2: 'question', .* found dict"),
-    ("train", line("pairs.jsonl", {"gemini_corrected_answer": "\ud800"}),
-     "line 2: 'gemini_corrected_answer': holds a lone surrogate"),
+    ("train", gone("pairs.jsonl"), "pairs.jsonl: .*[nN]o such file"),
+    ("train", holds("pairs.jsonl", b""), "pairs.jsonl: the file is empty"),
+    ("train", cut("pairs.jsonl", -20), r"pairs.jsonl.*\n  line 8: not valid JSON"),
+    ("train", second_line("pairs.jsonl", b'{"prompt": "caf\xe9"}'), "line 2: .*byte 0xe9"),
+    ("train", second_line("pairs.jsonl", b'{"prompt": "q"}'), r"line 2: .*\['prompt'\]"),
     ("train", cut("held.jsonl.gz", -12), "held.jsonl.gz: cannot be read: .*end-of-stream"),
-    ("train", holds("held.jsonl.gz", "text"), "held.jsonl.gz: cannot be read: Not a gzipped file"),
-    ("train", flip("held.jsonl.gz", 200), "held.jsonl.gz: "),
+    ("train", holds("held.jsonl.gz", b"text"), "held.jsonl.gz: cannot be read: Not a gzipped file"),
     # questions, errors, corrections by hand, texts
     ("elicit", gone("questions.jsonl"), "questions.jsonl: cannot be read: No such file"),
     ("elicit", cut("questions.jsonl", -5), r"questions.jsonl.*\n  line 3: not valid JSON"),
-    ("elicit", line("questions.jsonl", {"question": 5}), "line 2: 'question'.* found int"),
-    ("elicit", line("questions.jsonl", {"answer": None}), "line 2: a gold answer expected"),
-    ("elicit", line("questions.jsonl", {"id": "n0"}), "1 ids occur more than once, first 'n0'"),
-    ("rectify", line("errors.jsonl", {"original_answer": 5}), "line 2: 'original_answer': a str"),
-    ("rectify", line("edited.jsonl", {"corrected_answer": 5}, 1),
+    ("elicit", second_row("questions.jsonl", id="n0"), "1 ids occur more than once, first 'n0'"),
+    ("rectify", second_row("errors.jsonl", original_answer=5), "line 2: 'original_answer': a str"),
+    ("rectify", holds("edited.jsonl", b'{"id": "n0", "corrected_answer": 5}\n'),
      r"edited.jsonl.*\n  line 1: 'corrected_answer': a string expected, found int"),
-    ("retention", line("texts.jsonl", {"text": 5}), "line 2: 'text': a string expected, found int"),
-    ("retention", holds("texts.jsonl", '{"text": ""}\n'), "texts.jsonl: 0 texts"),
-    # a checkpoint: configuration, tokenizer, template
+    ("retention", second_row("texts.jsonl", text=5), "line 2: 'text': a string expected, found in"),
+    # a checkpoint: configuration, tokenizer, template, weights
     ("train", gone("model"), "model is no folder: a folder with config.json"),
     ("train", gone("model/config.json"), "model/config.json is missing"),
     ("train", cut("model/config.json", 99), r"model/config.json: .* line \d+ column"),
-    ("train", edit("model/config.json", lambda c: c.pop("hidden_size")), '"hidden_size": a whole'),
-    ("train", edit("model/config.json", lambda c: c.update(intermediate_size=96)),
-     r"up_proj.weight is \(64, 32\), config.json says \(96, 32\)"),
-    ("train", edit("model/config.json", lambda c: c.update(tie_word_embeddings=False)),
+    ("train", replaced("model/config.json", b'embeddings": true', b'embeddings": false'),
      "missing: lm_head.weight"),
-    ("train", edit("model/config.json", lambda c: c.update(model_type="llama")),
-     "\"model_type\" is 'llama'; only 'qwen3' is supported"),
     ("train", gone("model/tokenizer.json"), "model/tokenizer.json is missing"),
     ("train", cut("model/tokenizer.json", 3000), r"model/tokenizer.json: .* line \d+"),
-    ("train", holds("model/tokenizer.json", "{}"), "model/tokenizer.json"),
-    ("train", edit("model/tokenizer.json", lambda t: t["added_tokens"].pop(2)),
-     r"tokenizer.json: lacks the token '<\|im_end\|>'"),
-    ("train", edit("model/config.json", lambda c: c.update(vocab_size=200)),
-     "tokenizer.json: holds token id 260, but the model's vocabulary has 200"),
     ("train", gone("model/tokenizer_config.json"), "tokenizer_config.json is missing"),
-    ("train", holds("model/chat_template.jinja", "{{ messages }}"),
-     "chat_template.jinja: this chat template is not known"),
-    ("elicit", cut("model/generation_config.json", 9), "generation_config.json: "),
-    # its weights
+    ("train", holds("model/chat_template.jinja", b"{{ messages }}"), "chat_template.jinja: this"),
     ("train", gone(MODEL), "model: neither model.safetensors nor .*index.json"),
     ("train", lambda w: (w / MODEL).rename(w / "model/pytorch_model.bin"), "in pickle formats"),
-    ("train", cut(MODEL, 0), "model.safetensors is missing, truncated or corrupt"),
-    ("train", cut(MODEL, 200), "model.safetensors is missing, truncated or corrupt"),
-    ("train", cut(MODEL, -1), "model.safetensors is missing, truncated or corrupt"),
-    ("train", flip(MODEL, 9), "model.safetensors is missing, truncated or corrupt"),
-    ("train", holds(MODEL, "version https://git-lfs.github.com/spec/v1\n"), "model.safetensors is"),
-    ("train", tensors(MODEL, lambda t: t.pop(NORM)), f"missing: {NORM}"),
-    ("train", tensors(MODEL, lambda t: t.update({NORM: t[NORM].int()})), f"type: {NORM} is I32"),
-    ("train", tensors(MODEL, lambda t: t[NORM].fill_(float("nan"))), f"{NORM} holds NaN"),
+    ("train", cut(MODEL, -1), BAD_WEIGHTS),
+    ("train", flip(MODEL, 9), BAD_WEIGHTS),
+    ("train", holds(MODEL, b"version https://git-lfs.github.com/spec/v1\n"), BAD_WEIGHTS),
     ("retention", gone(SECOND), f"{SECOND} is missing"),
     ("retention", cut(SECOND, -1), f"{SECOND} is missing, truncated or corrupt"),
     ("retention", cut(INDEX, -9), r"index.json: .* line \d+ column"),
-    ("retention", holds(INDEX, "{}"), 'index.json: "weight_map", an object of file names'),
     # what --resume reads
     ("resume", gone("run/config.json"), "--model is required"),
     ("resume", cut("run/config.json", 80), r"run/config.json: .* line \d+ column"),
-    ("resume", line("pairs.jsonl", {"question": "another"}), "run belongs to other pairs than"),
-    ("resume", tensors(MODEL, lambda t: t[NORM].mul_(2)), "run belongs to other weights than"),
-    ("resume", gone(STATE), "step_000003/state.json is missing"),
-    ("resume", cut(STATE, 40), "step_000003/state.json: .* line"),
+    ("resume", gone(STATE), "step_000002/state.json is missing"),
+    ("resume", cut(STATE, 40), "step_000002/state.json: .* line"),
     ("resume", gone(SHARD), "No such file .*shard_0.safetensors"),
-    ("resume", cut(SHARD, -1), "shard_0.safetensors is corrupt: its hash"),
-    ("resume", flip(SHARD, -1), "shard_0.safetensors is corrupt: its hash"),
+    ("resume", flip(SHARD, -1), "shard_0.safetensors is corrupt"),
     ("resume", gone(CACHE), f"{CACHE} is missing or corrupt"),
     ("resume", cut(CACHE, -8), f"{CACHE} is missing or corrupt"),
-    ("resume", line("run/metrics.jsonl", b'{"step": 1, "lo'), "run/metrics.jsonl, line 2: "),
-    # benchmark files
+    ("resume", second_line("run/metrics.jsonl", b'{"lo'), "run/metrics.jsonl, line 2: "),
+    # benchmark files, finished evaluations, reports
     ("tasks", gone("tasks/own.jsonl"), "tasks/own.jsonl: cannot be read"),
     ("tasks", cut("tasks/own.jsonl", -4), r"own.jsonl.*\n  line 3: not valid JSON"),
-    ("tasks", line("tasks/own.jsonl", {"id": "n0"}), "1 ids occur more than once, first 'n0'"),
-    ("tasks", line("tasks/gpqa.jsonl", {"Correct Answer": 5}), "line 2: 'Correct Answer': a str"),
-    ("tasks", line("tasks/ifeval.jsonl", {"kwargs": [{}, {}]}), "line 2: .*two lists of one"),
-    ("tasks", line("tasks/connect4.jsonl", {"state": "no board"}), "line 2: 'state'"),
-    # finished evaluations, reports
-    ("again", cut("a/settings.json", 20), "a/settings.json: .* line"),
-    ("again", edit("a/settings.json", lambda s: s.update(seed=5)), "seed was 5, now 0"),
-    ("again", line("tasks/own.jsonl", {"question": "another"}), "is not among the questions given"),
-    ("again", line(RAW, b'{"key": "n0', 1), "own/raw-0.jsonl, line 1: "),
+    ("tasks", second_row("tasks/gpqa.jsonl", **{"Correct Answer": 5}), "line 2: 'Correct Answer'"),
+    ("again", replaced("a/settings.json", b'"seed": 0', b'"seed": 5'), "seed was 5, now 0"),
+    ("again", second_row("tasks/own.jsonl", question="x"), "is not among the questions given"),
+    ("again", second_line(RAW, b'{"key": "n0'), "own/raw-0.jsonl, line 2: "),
     ("compare", gone("b/results.json"), "b/results.json is missing"),
     ("compare", cut("b/results.json", 99), "b/results.json: .* line"),
     ("report", gone("run/metrics.jsonl"), r"run: no run \(metrics.jsonl\) and no evaluation"),
-    ("report", line("run/metrics.jsonl", b'{"step": 1, "lo'), "run/metrics.jsonl, line 2: "),
+    ("report", second_line("run/metrics.jsonl", b'{"lo'), "run/metrics.jsonl, line 2: "),
 ]
 
 
@@ -135,18 +101,18 @@ def world(good, tmp_path):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_unbroken_every_command_succeeds(world, command):
     """Else a cell could pass for a reason of its own."""
-    code, said = run_command(command, world)
-    assert code == 0, said
+    code, output = run_command(command, world)
+    assert code == 0, output
 
 
 @pytest.mark.parametrize("command,breakage,message", CELLS, ids=[f"{c[0]}: {c[2]}" for c in CELLS])
 def test_bad_input_is_named_and_nothing_is_written(world, command, breakage, message):
     breakage(world)
     before = files(world)
-    code, said = run_command(command, world)
-    assert code in (1, 2), f"not refused:\n{said[-2000:]}"
-    said = said[said.index("error: "):]
-    assert re.search(message, said) and "Traceback" not in said, said[:2000]
+    code, output = run_command(command, world)
+    assert code in (1, 2), f"not refused:\n{output[-2000:]}"
+    error = output[output.index("error: "):]
+    assert re.search(message, error) and "Traceback" not in error, error[:2000]
     assert files(world) == before
 
 
@@ -162,16 +128,9 @@ TOLERATED = {
     "a torn last line of a raw log": ("again", cut(RAW, -7)),
     "a torn last line of metrics.jsonl": ("resume", cut("run/metrics.jsonl", -7)),
     "no metrics.jsonl": ("resume", gone("run/metrics.jsonl")),
-    "no surgery.jsonl": ("resume", gone("run/surgery.jsonl")),
     "a checkpoint half written": (
         "resume", lambda w: shutil.copytree(w / STEP, w / "run/checkpoints/tmp_000004")),
-    "a folder of another name": (
-        "resume", lambda w: shutil.copytree(w / STEP, w / "run/checkpoints/step_x")),
-    "a reference cache half written": ("resume", holds(CACHE + ".tmp", "x")),
     "links into the hub's cache": ("train", as_the_hub_keeps_it),
-    "byte order mark and blank lines": ("train", lambda w: (w / "pairs.jsonl").write_bytes(
-        b"\xef\xbb\xbf" + (w / "pairs.jsonl").read_bytes().replace(b"\n", b"\n\n"))),
-    "fields nobody asked for": ("train", line("pairs.jsonl", {"meta": {"a": [None]}})),
 }
 
 
@@ -179,8 +138,8 @@ TOLERATED = {
 def test_what_a_kill_leaves_and_what_is_allowed_is_no_error(world, damage):
     command, breakage = TOLERATED[damage]
     breakage(world)
-    code, said = run_command(command, world)
-    assert code == 0, said
+    code, output = run_command(command, world)
+    assert code == 0, output
     for path in ("run/metrics.jsonl", RAW):  # nothing torn is left
         for row in (world / path).read_text().split("\n")[:-1]:
             assert isinstance(json.loads(row), dict)
