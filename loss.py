@@ -231,7 +231,6 @@ def update_delta(delta, batch_mean, batch_pairs, seen_pairs, kind="ema") -> floa
     return (delta * seen_pairs + batch_mean * batch_pairs) / (seen_pairs + batch_pairs)
 
 
-# Each metric, and over what its sum is averaged.
 COUNTS = {"loss": "examples", "reward_chosen": "examples", "reward_rejected": "pairs",
           "margin": "pairs", "accuracy": "pairs", "tether_chosen": "examples",
           "tether_rejected": "pairs", "trunk_coef": "trunk_rows"}
@@ -264,7 +263,7 @@ def diagnose(loss, r, delta, coefficients, lengths) -> torch.Tensor:
 
 
 def average(sums, objective: str) -> dict:
-    """A step's metrics from its global sums (in the order of SUMS): each over its own count.
+    """A step's metrics from its global sums (in the order of SUMS), each over its count in COUNTS.
 
     loss              nats per pair; per token of y+ for sft and dft
     reward_chosen     r+; reward_rejected: r-. A rising r- is pull-up: y+ lifts y-, which is alike

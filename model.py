@@ -52,7 +52,7 @@ for _dtype in (torch.float32, torch.float64):
 
 @dataclass
 class Config:
-    """The numbers of a dense Qwen3 that change the computation (names as in config.json)."""
+    """The numbers of a dense Qwen3 that change the computation, named as in config.json."""
 
     vocab_size: int
     hidden_size: int
@@ -102,8 +102,8 @@ def read_config(folder: str) -> Config:
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # transformers' order
     if not isinstance(rope, dict) or (
             {k for k in rope if rope[k] not in ("default", None)} - {"rope_theta"}):
-        problems.append(f'"rope_scaling" or "rope_parameters" is {rope!r:.200}; only the '
-                        '"rope_type" "default" and "rope_theta" are supported')
+        problems.append(f'"rope_scaling" or "rope_parameters" is {rope!r:.200}; only "rope_type" '
+                        '"default" and "rope_theta" are supported')
     elif "rope_theta" in rope:
         raw["rope_theta"] = rope["rope_theta"]
     config = Config(**{f.name: raw.pop(f.name, None) for f in fields(Config)})
@@ -483,8 +483,8 @@ def open_tensors(folder: str) -> dict:
             handle = safe_open(path, framework="pt")
             tensors |= {name: (path, handle.get_slice(name)) for name in handle.keys()}
         except (OSError, SafetensorError) as e:
-            raise UserError(f"{path} is missing, truncated or corrupt ({e}); weights in pickle "
-                            "formats are not read") from None
+            raise UserError(f"{path} is missing, truncated or corrupt (weights in pickle formats "
+                            f"are not read): {e}") from None
     return tensors
 
 
