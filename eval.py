@@ -98,7 +98,7 @@ class LocalModel:
 
 def open_local_model(folder: str, dtype, device, batch_size: int = 32,
                      template: str = "") -> LocalModel:
-    """A LocalModel from a checkpoint folder or hub id. Answers end at <|im_end|>, and at what
+    """A LocalModel from a checkpoint folder. Answers end at <|im_end|>, and at what
     generation_config.json names."""
     folder = qwen.checkpoint_folder(folder)
     chat = data.load_chat(folder, qwen.read_config(folder).vocab_size, template)
@@ -459,7 +459,7 @@ class SamplingOptions:
     """What the commands that sample share: whom to ask, and how."""
 
     out: str = option("", "folder to write; an unfinished one is completed (required)")
-    model: str = option("", "ask this Qwen3 checkpoint (folder or hub id), in this process")
+    model: str = option("", "ask this Qwen3 checkpoint (a folder), in this process")
     server: str = option("", "ask an OpenAI-compatible server, http://host:port/v1 (key: "
                          "OPENAI_API_KEY)")
     server_model: str = option("", "model name at the server; empty: the only one it serves")
