@@ -328,6 +328,8 @@ def generate(model: Qwen3, prompts, seeds, *, max_tokens, temperature=0.7, top_p
     with MKL): prompts go through one by one, the blocks get LEAST_ROWS rows or more, and each row
     attends to its own cache. Raises UserError where logits are not finite.
     """
+    if batch_size < 1 or max_tokens < 1:
+        raise ValueError("batch_size and max_tokens: 1 or more expected")
     results, waiting, rows = [None] * len(prompts), deque(range(len(prompts))), []
     while rows or waiting:
         hidden = [decode(model, rows)] if rows else []
