@@ -366,7 +366,7 @@ def test_a_set_of_the_user_s_own(tmp_path):
     ({"prompt": [], "answer": "4"}, "'prompt': a non-empty user turn"),
     ({"prompt": [{"role": "assistant", "content": "x"}], "answer": "4"}, "'prompt': a non-empty"),
     ({"question": "", "answer": "4"}, "'question': a non-empty user turn"),
-    ({"problem": 5, "answer": "4"}, "'problem', message 0"),
+    ({"problem": 5, "answer": "4"}, "'problem': a string"),
     ({"prompt": [USER], "reward_model": {}}, "a gold answer expected")])
 def test_bad_rows_of_the_user_s_own(row, expected, tmp_path):
     path = write_jsonl(tmp_path / "own.jsonl", [QUESTIONS[0][0], row])
