@@ -233,7 +233,7 @@ def kill_and_finish(name, folder, model, count, kills, tokens):
     code, said = program(module, *options, folder / "undisturbed")
     assert code == 0, said
     for i in range(kills):
-        fault = ("eval.writing", 2, die)  # as it keeps its second answer
+        fault = ("data.append_row", 2, die)  # as it keeps its second answer
         run = launch.Started([f"{module.__name__}.py", *options, folder / "out"], 2, {i % 2: fault})
         assert -signal.SIGKILL in run.wait(), run.said[-3000:]
     launch.run([f"{module.__name__}.py", *options, folder / "out"], ranks=2)
