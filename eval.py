@@ -520,7 +520,7 @@ def claim_folder(out: str, settings: dict, ranks: Ranks, policy=None):
 # six or more digits (0.333 is not 1/3), and another decimal only exactly. 10_2 is 2. Factorials,
 # 1e-5 and -1./3 are read. A unit that one side lacks is forgiven, two different units are not. p %
 # equals p and p / 100. A list is a set, a union is a list. Of several boxes the last one counts.
-# Not seen: even roots of negative numbers, intervals that touch, degrees in sin 30°.
+# Not seen: even roots of negative numbers, intervals that touch, sin 30°.
 
 BOX = re.compile(r"\\f?box(?:ed)?\s*(\{|-?\d+(?:[.,/]\d+)*)")  # in prose, \boxed boxes no letter
 STATED = re.compile(
@@ -717,8 +717,7 @@ def power(x, n):
     return -((-x) ** float(n))
 
 
-def bits(x):
-    """The size of a fraction, and so the cost to compute with it."""
+def bits(x):  # the cost to compute with a fraction
     return max(abs(x.numerator), x.denominator).bit_length()
 
 
@@ -1139,11 +1138,10 @@ def nth_paragraph_starts(text, num_paragraphs, nth_paragraph, first_word):
 
 
 def holds(count, relation, threshold):
-    """IFEval's two relations."""
     return {"less than": count < threshold, "at least": count >= threshold}[relation]
 
 
-def found(pattern, text):
+def occurrences(pattern, text):
     """How often a pattern occurs, whatever the case."""
     return len(re.findall(pattern, text, re.IGNORECASE | re.MULTILINE))
 
@@ -1163,7 +1161,7 @@ CHECKS = {
         len(split_parts(text, "******")) == len(set(split_parts(text, "******"))) == 2,
     "detectable_content:number_placeholders": lambda text, num_placeholders:
         re.findall(r"\[[^\]\n]*(\]?)", text).count("]") >= num_placeholders,
-    "detectable_content:postscript": lambda text, postscript_marker: found(
+    "detectable_content:postscript": lambda text, postscript_marker: occurrences(
         POSTSCRIPTS.get(postscript_marker.strip(), re.escape(postscript_marker.strip())), text) > 0,
     "detectable_format:constrained_response": lambda text:
         any(f"My answer is {choice}." in text for choice in ("yes", "no", "maybe")),
@@ -1171,7 +1169,7 @@ CHECKS = {
     "detectable_format:multiple_sections": lambda text, section_spliter, num_sections:
         len(re.findall(re.escape(section_spliter.strip()) + r"\s?\d+", text)) >= num_sections,
     "detectable_format:number_bullet_lists": lambda text, num_bullets:
-        found(r"^[^\S\n]*\*[^*].*", text) + found(r"^[^\S\n]*-", text) == num_bullets,
+        occurrences(r"^[^\S\n]*\*[^*].*", text) + occurrences(r"^[^\S\n]*-", text) == num_bullets,
     "detectable_format:number_highlighted_sections": lambda text, num_highlights:
         sum(1 for pattern in (r"\*([^\n*]*)\*", r"\*\*([^\n*]*)\*\*")
             for inner in re.findall(pattern, text) if inner.strip()) >= num_highlights,
@@ -1181,7 +1179,7 @@ CHECKS = {
     "keywords:existence": lambda text, keywords:
         all([keyword.lower() in text.lower() for keyword in keywords]),
     "keywords:forbidden_words": lambda text, forbidden_words:
-        not any([found(rf"\b{re.escape(word)}\b", text) for word in forbidden_words]),
+        not any([occurrences(rf"\b{re.escape(word)}\b", text) for word in forbidden_words]),
     "keywords:frequency": lambda text, keyword, frequency, relation:
         holds(text.lower().count(keyword.strip().lower()), relation, frequency),
     "keywords:letter_frequency": lambda text, letter, let_frequency, let_relation:
@@ -1193,7 +1191,7 @@ CHECKS = {
     "length_constraints:number_sentences": lambda text, num_sentences, relation:
         holds(count_sentences(text), relation, num_sentences),
     "length_constraints:number_words": lambda text, num_words, relation:
-        holds(found(r"\w+", text), relation, num_words),
+        holds(occurrences(r"\w+", text), relation, num_words),
     "punctuation:no_comma": lambda text: "," not in text,
     "startend:end_checker": lambda text, end_phrase:
         text.strip().strip('"').lower().endswith(end_phrase.strip().lower()),
@@ -1309,12 +1307,10 @@ def grade_math(text: str, gold: Gold) -> bool:
 
 
 def read_math(row, prompt):
-    """A row of a math set: (messages, Gold). Raises UserError naming the field."""
     return question_messages(row, prompt), math_gold(row)
 
 
 def score_math(text, gold):
-    """Scores of a response to a mathematical question."""
     return {"accuracy": grade_math(text, gold), "no answer": extract_answer(text) is None,
             "no box": last_boxed(after_thinking(text)) is None}
 
@@ -1465,7 +1461,6 @@ def choice_letter(text: str) -> str | None:
 
 
 def grade_gpqa(text, right):
-    """Scores of a response to a four-choice question."""
     letter = choice_letter(text)
     return {"accuracy": letter == right, "no answer": letter is None}
 
@@ -1503,7 +1498,6 @@ TASKS = {task.name: task for task in (
 
 
 def user_turn(prompt: str, question: str) -> list:
-    """The messages that ask a question."""
     return [{"role": "user", "content": prompt.replace("{question}", question)}]
 
 
@@ -1666,14 +1660,12 @@ def score_task(task: Task, records: list) -> dict:
 
 
 def describe(result):
-    """One line of a task's figures."""
     shown = [f"{name} {figure(*value)}" for name, value in result["metrics"].items()]
     shown += [f"{key} {x:.3g}" for key, x in result.items() if isinstance(x, int | float)]
     return ", ".join(shown)
 
 
 def figure(mean, error):
-    """A share and its standard error as text, in %."""
     return f"{100 * mean:.1f}" if error is None else f"{100 * mean:.1f} ± {100 * error:.1f}"
 
 

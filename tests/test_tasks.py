@@ -325,19 +325,6 @@ def test_a_set_of_the_user_s_own(tmp_path):
         assert oracle.read_questions(one, tasks.INSTRUCTION)[0][0].messages == messages
 
 
-@pytest.mark.parametrize("row, expected", [
-    ({"answer": "4"}, "question, problem or prompt expected, found .'answer'"),
-    ({"prompt": [], "answer": "4"}, "'prompt': a non-empty user turn"),
-    ({"prompt": [{"role": "assistant", "content": "x"}], "answer": "4"}, "'prompt': a non-empty"),
-    ({"question": "", "answer": "4"}, "'question': a non-empty user turn"),
-    ({"problem": 5, "answer": "4"}, "'problem', message 0"),
-    ({"prompt": [USER], "reward_model": {}}, "a gold answer expected")])
-def test_bad_rows_of_the_user_s_own(row, expected, tmp_path):
-    path = write_jsonl(tmp_path / "own.jsonl", [QUESTIONS[0][0], row])
-    with pytest.raises(UserError, match=f"(?s)own.jsonl.*line 2: {expected}"):
-        load_task(f"own={path}", "")
-
-
 @needs_data
 @pytest.mark.parametrize("file, count", [
     ("dapo/dapo_math_17k_sample6", 6), ("math/aime24", 30), ("math/amc23", 40),
