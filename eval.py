@@ -284,11 +284,9 @@ def read_completion(answer) -> dict:
             thoughts += [part["type"] for part in text if part not in shown]
             text = "".join(part["text"] for part in shown)
         tokens = (answer.get("usage") or {}).get("completion_tokens")
+        partial = text.strip() or "".join(str(message.get(key) or "") for key in thoughts)
     except (KeyError, IndexError, TypeError, AttributeError):
         raise RequestFailed(f"no chat completion: {json.dumps(answer)[:300]}") from None
-    if not isinstance(text, str):
-        raise RequestFailed(f"the answer's content is a {type(text).__name__}, not text")
-    partial = text.strip() or "".join(str(message.get(key) or "") for key in thoughts)
     if ending.lower() not in (*ENDED, *CUT):  # content_filter, tool_calls, ...: half an answer
         error = f"the server ended the answer with {ending[:60]!r}"
     elif text.strip() or not thoughts:
