@@ -19,11 +19,12 @@ import re
 import shlex
 import zlib
 from collections import Counter
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -37,26 +38,23 @@ class Drop(Exception):
     """A row is left out on purpose; the message is the reason under which it is counted."""
 
 
-def listed(problems: list, most: int = 20) -> str:
-    """Problems as indented lines; beyond `most` only their number."""
-    lines = problems[:most]
-    if len(problems) > most:
-        lines = lines + [f"... and {len(problems) - most} more"]
+def listed(problems: list) -> str:
+    """Problems as indented lines; beyond 20 only their number."""
+    lines = problems[:20]
+    if len(problems) > 20:
+        lines = lines + [f"... and {len(problems) - 20} more"]
     return "".join(f"\n  {line}" for line in lines)
 
 
 def read_json(path: str) -> dict:
     """A JSON object from a file; raises UserError that names the file and the place."""
     try:
-        with open(path, encoding="utf-8") as f:
-            value = json.load(f)
+        with open(path, "rb") as f:
+            return parse_object(f.read())
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except (OSError, ValueError, RecursionError) as e:
+    except (OSError, UserError) as e:
         raise UserError(f"{path}: {e}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: a JSON object expected, found {type(value).__name__}")
-    return value
 
 
 @contextlib.contextmanager
@@ -111,24 +109,10 @@ def read_log(path: str) -> list:
     return rows
 
 
-def read_lines(path: str):
-    """Yield (line number, text) of a file, .gz too; blank lines are left out. Only newlines part
-    lines: U+2028 is legal inside a JSON string. Raises UserError where the file cannot be read."""
-    opener = gzip.open if path.endswith(".gz") else open
+def parse_object(text: bytes) -> dict:
+    """A JSON object; raises UserError."""
     try:
-        with opener(path, "rb") as f:
-            for number, line in enumerate(f, 1):
-                if line.strip():
-                    yield number, line.removeprefix(b"\xef\xbb\xbf")
-    except (OSError, EOFError, zlib.error) as e:
-        reason = getattr(e, "strerror", None) or e
-        raise UserError(f"{path}: cannot be read: {reason}") from None
-
-
-def parse_object(line: bytes) -> dict:
-    """One line as a JSON object; raises UserError."""
-    try:
-        row = json.loads(line.decode())
+        row = json.loads(text.decode())
     except (ValueError, RecursionError) as e:
         raise UserError(f"not valid JSON in UTF-8 ({e})") from None
     if not isinstance(row, dict):
@@ -136,20 +120,34 @@ def parse_object(line: bytes) -> dict:
     return row
 
 
-def read_rows(path: str, parse, skip_malformed: bool = False) -> tuple[list, Counter]:
-    """All rows of a JSONL file through parse(row, line number), which returns a record, or raises
-    Drop (the row is counted under that reason) or UserError (the row is malformed).
+FORMATS = {  # how a file begins: what it is, and a command that makes JSON Lines of it
+    b"PAR1": ("a parquet file", "python -c \"import datasets, sys; "
+              "datasets.Dataset.from_parquet(sys.argv[1]).to_json('rows.jsonl')\" {path}"),
+    b"[": ("a JSON array", "python -c \"import json, sys; [print(json.dumps(row)) "
+           "for row in json.load(sys.stdin.buffer)]\" < {path} > rows.jsonl"),
+    b"{\n": ("pretty-printed JSON", "python -m json.tool --compact {path} > rows.jsonl")}
 
-    Returns the records and a count of dropped rows by reason. Malformed rows raise one UserError
-    that lists the first of them; with skip_malformed they are dropped and counted.
-    """
-    records, dropped, problems, first = [], Counter(), [], True
-    for number, line in read_lines(path):
-        if first:
-            check_json_lines(path, line)
-        first = False
+
+def read_rows(path: str, parse, skip_malformed: bool = False) -> tuple[list, Counter]:
+    """All rows of a JSONL file, .gz too, through parse(row, line number), which returns a record,
+    or raises Drop or, for a malformed row, UserError. Returns the records and a count of dropped
+    rows by reason. All malformed rows raise one UserError; skip_malformed drops and counts them."""
+    opener = gzip.open if path.endswith(".gz") else open
+    try:
+        with opener(path, "rb") as f:
+            text = f.read().removeprefix(b"\xef\xbb\xbf")
+    except (OSError, EOFError, zlib.error) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(f"{path}: cannot be read: {reason}") from None
+    for start, (name, command) in FORMATS.items():
+        if text[:99].lstrip().startswith(start):
+            raise UserError(f"{path} is {name}, JSON Lines (one object a line) expected. To convert"
+                            f" it:\n  {command.format(path=shlex.quote(path))}")
+    records, dropped, problems = [], Counter(), []
+    for number, line in enumerate(text.split(b"\n"), 1):  # U+2028 is legal inside a JSON string
         try:
-            records.append(parse(parse_object(line), number))
+            if line.strip():
+                records.append(parse(parse_object(line), number))
         except Drop as e:
             dropped[str(e)] += 1
         except UserError as e:
@@ -158,42 +156,22 @@ def read_rows(path: str, parse, skip_malformed: bool = False) -> tuple[list, Cou
         dropped["malformed"] = len(problems)
     elif problems:
         raise UserError(f"{path}: {len(problems)} malformed rows (--skip_malformed drops them, "
-                        f"where a command has it):{listed(problems, 8)}")
+                        f"where a command has it):{listed(problems)}")
     if not records and not dropped:
         raise UserError(f"{path}: the file is empty, one JSON object a line expected")
     return records, dropped
 
 
-def check_json_lines(path: str, first_line: bytes):
-    """Raises UserError, with the way out, for what is often taken for JSON Lines."""
-    start = first_line.strip()
-    if start.startswith(b"PAR1"):
-        raise UserError(f"{path} is a parquet file, JSON Lines expected. To convert it:\n  python "
-                        f"-c \"import datasets; datasets.Dataset.from_parquet('{path}')"
-                        ".to_json('rows.jsonl')\"")
-    if start.startswith(b"["):
-        kind = "a JSON array"
-    elif start == b"{" or start.startswith(b"{") and start.endswith(b","):
-        kind = "pretty-printed JSON"
-    else:
-        return
-    opener = "gzip.open" if path.endswith(".gz") else "open"
-    raise UserError(f"{path} is {kind}, JSON Lines (one object a line) expected. To convert it:\n  "
-                    "python -c \"import gzip, json, sys; rows = json.load("
-                    f"{opener}(sys.argv[1], 'rt', encoding='utf-8-sig')); [print(json.dumps(row)) "
-                    "for row in (rows if isinstance(rows, list) else [rows])]\" "
-                    f"{shlex.quote(path)} > rows.jsonl")
-
-
 # --- pair rows ------------------------------------------------------------------------------------
 
-USED = ("question", "prompt", "gemini_corrected_answer", "original_answer", "chosen", "rejected",
-        "is_correct")
-NOT_RENDERED = (  # columns that change the prompt
-    "tools", "system", "system_prompt", "history", "documents", "image", "images", "videos",
-    "audio", "chat_template_kwargs")
-EMPTY_THINK = re.compile(r"\s*(<think>\s*</think>\s*)+")
-END = re.compile(r"(<\|im_end\|>|<\|endoftext\|>)(\s|<\|im_end\|>|<\|endoftext\|>)*\Z")
+# Fields of y+, of y-, of the prompt, and the prompt's other name.
+OFFICIAL = ("gemini_corrected_answer", "original_answer", "question", "prompt")
+TRL = ("chosen", "rejected", "prompt", "question")
+NOT_RENDERED = ("tools", "system", "images", "chat_template_kwargs",  # columns of rows
+                "tool_calls", "reasoning_content", "thinking")  # keys of messages
+START, END = "=== CORRECTED STARTED ===", "=== CORRECTED ENDED ==="  # the Oracle's markers
+EMPTY_THINK = re.compile(r"\A\s*(<think>\s*</think>\s*)+")
+END_OF_TURN = re.compile(r"(<\|(im_end|endoftext)\|>\s*)+\Z")
 
 
 @dataclass
@@ -210,11 +188,10 @@ def read_pairs(path: str, skip_malformed: bool = False) -> tuple[list[Pair], Cou
     """Read a pair file: rows of the official SPoT kind or of TRL's, freely mixed.
 
     official  question (or prompt), gemini_corrected_answer (y+), original_answer (y-)
-    TRL       prompt (or question), chosen, rejected: strings or lists of messages; without a prompt
-              chosen and rejected are whole conversations
-    A field that is null is absent. Without y-, or with "", a row is positive-only; rows with
-    "is_correct": false are dropped. Returns the pairs, a count of dropped rows by reason, and a
-    count of rows by what was noticed in them; raises UserError as `read_rows` does.
+    TRL       prompt (or question), chosen, rejected; without a prompt two whole conversations
+    Fields are strings or lists of messages; one that is null is absent. Without y-, or with "", a
+    row is positive-only; rows with "is_correct": false are dropped. Returns the pairs, and counts
+    of rows by why they were dropped and by what was noticed. Raises UserError as `read_rows` does.
     """
     notes = Counter()
     pairs, dropped = read_rows(path, lambda row, line: parse_pair(row, line, notes), skip_malformed)
@@ -224,47 +201,42 @@ def read_pairs(path: str, skip_malformed: bool = False) -> tuple[list[Pair], Cou
 def parse_pair(row: dict, line: int, notes: Counter) -> Pair:
     """One row of either kind; raises UserError that names the field, or Drop."""
     row = {key: value for key, value in row.items() if value is not None}
-    for key in NOT_RENDERED:
-        if row.get(key):
-            raise UserError(f'"{key}" changes the prompt, and is not rendered here: put it into '
-                            "the messages, or remove it")
-    notes.update(f"column {key} ignored" for key in row if key not in (*USED, *NOT_RENDERED))
+    refuse_unrendered(row, "the row")
+    used = (*OFFICIAL, *TRL, *NOT_RENDERED, "is_correct")
+    notes.update(f"column {key} ignored" for key in row if key not in used)
     correct = row.get("is_correct", True)
     if not isinstance(correct, bool):
         raise UserError(f'"is_correct": true or false expected, found {correct!r:.60}')
     if not correct:
         raise Drop("correction is wrong (is_correct: false)")
-    prompt_key, chosen_key, rejected_key = pair_keys(row)
-    if prompt_key in row:
-        messages = prompt_messages(row[prompt_key], prompt_key)
-    else:  # whole conversations
-        messages = prompt_messages(row[chosen_key][:-1], chosen_key)
-    if any("<|im_" in message["content"] for message in messages):
-        notes["prompts hold <|im_start|> or <|im_end|>: are they templated already?"] += 1
-    chosen = clean_answer(answer_text(row[chosen_key], chosen_key, messages), notes)
-    if not chosen:
-        raise UserError(f"{chosen_key!r} is empty")
-    rejected = None
-    if rejected_key in row:
-        rejected = answer_text(row[rejected_key], rejected_key, messages)
-        rejected = clean_answer(rejected, notes) or None
-    return Pair(messages, chosen, rejected, line)
-
-
-def pair_keys(row: dict) -> tuple[str, str, str]:
-    """The fields of prompt, y+ and y-. Raises UserError where the first two are not there."""
-    if "gemini_corrected_answer" in row or "original_answer" in row:
-        prompt_keys = "question", "prompt"
-        answers = "gemini_corrected_answer", "original_answer"
+    official = "gemini_corrected_answer" in row or "original_answer" in row
+    chosen_key, rejected_key, prompt_key, other_key = OFFICIAL if official else TRL
+    if prompt_key not in row:
+        prompt_key = other_key
+    chosen, rejected = row.get(chosen_key), row.get(rejected_key)
+    if prompt_key in row and chosen is not None:
+        prompt = prompt_messages(row[prompt_key], prompt_key)
+    elif isinstance(chosen, list):  # a whole conversation
+        prompt = prompt_messages(chosen[:-1], chosen_key)
     else:
-        prompt_keys, answers = ("prompt", "question"), ("chosen", "rejected")
-    prompt_key = prompt_keys[0] if prompt_keys[0] in row else prompt_keys[1]
-    chosen = row.get(answers[0])
-    conversation = isinstance(chosen, list) and len(chosen) > 1
-    if chosen is None or not (prompt_key in row or conversation):
         raise UserError("question, gemini_corrected_answer, original_answer or prompt, chosen, "
                         f"rejected expected, found {sorted(row)!r:.100}")
-    return prompt_key, *answers
+    if any("<|im_" in message["content"] for message in prompt):
+        notes["prompts hold <|im_start|> or <|im_end|>: are they templated already?"] += 1
+    chosen = answer_text(chosen, chosen_key, prompt, notes)
+    if not chosen:
+        raise UserError(f"{chosen_key!r} is empty")
+    if rejected is not None:
+        rejected = answer_text(rejected, rejected_key, prompt, notes) or None
+    return Pair(prompt, chosen, rejected, line)
+
+
+def refuse_unrendered(record: dict, name: str):
+    """Raises UserError for a row or a message with more to it than its text."""
+    for key in NOT_RENDERED:
+        if record.get(key):
+            raise UserError(f"{name}: {key!r} is not rendered here: put it into the content of a "
+                            "message, or remove it")
 
 
 def check_text(text, name: str) -> str:
@@ -272,79 +244,55 @@ def check_text(text, name: str) -> str:
     if not isinstance(text, str):
         raise UserError(f"{name}: a string expected, found {type(text).__name__}")
     try:
-        text.encode()  # JSON can carry lone surrogates, which are no Unicode text
-    except UnicodeEncodeError:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can carry lone surrogates
         raise UserError(f"{name}: holds a lone surrogate, not valid Unicode") from None
     return text
 
 
-def message_text(message, name: str) -> str:
-    """The content of a message: a string, or a list of text parts. Raises UserError."""
-    for key in ("tool_calls", "reasoning_content", "thinking"):
-        if message.get(key):
-            raise UserError(f"{name}: {key!r} is not rendered here: put it into the content, or "
-                            "remove it")
-    content = message.get("content")
-    if isinstance(content, list):
-        for part in content:
+def read_messages(value, key: str, role: str) -> list:
+    """Field `key` as [{"role": ..., "content": text}, ...]: a string is one turn of `role`, text
+    parts are joined. Raises UserError."""
+    if not isinstance(value, list):
+        return [{"role": role, "content": check_text(value, repr(key))}]
+    turns = []
+    for i, message in enumerate(value):
+        name = f"{key!r}, message {i}"
+        role = message.get("role") if isinstance(message, dict) else None
+        if role not in ("system", "user", "assistant"):
+            raise UserError(f"{name}: role system, user or assistant expected, found "
+                            f"{message!r:.80}")
+        refuse_unrendered(message, name)
+        content = message.get("content")
+        parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        for part in parts:
             if not isinstance(part, dict) or part.get("type") != "text":
                 raise UserError(f"{name}: parts of type text expected, found {part!r:.80}")
-        content = "".join(check_text(part.get("text"), name) for part in content)
-    return check_text(content, name)
+        text = "".join(check_text(part.get("text"), name) for part in parts)
+        turns.append({"role": role, "content": text})
+    return turns
 
 
 def prompt_messages(value, key: str) -> list:
-    """The prompt of field `key` as messages: a string is one user turn; a list of messages may hold
-    system, user and assistant turns of text, and ends with a user's. Raises UserError."""
-    messages = value if isinstance(value, list) else [{"role": "user", "content": value}]
-    turns = []
-    for i, message in enumerate(messages):
-        name = f"{key!r}, message {i}"
-        role = message.get("role") if isinstance(message, dict) else None
-        if role not in ("system", "user", "assistant") or message.get("tool_calls"):
-            raise UserError(f"{name}: role system, user or assistant without tool calls expected, "
-                            f"found {message!r:.80}")
-        text = message_text(message, name)
-        if role == "user" and text.startswith("<tool_response>"):
-            raise UserError(f"{name}: tool responses are not supported")
-        turns.append({"role": role, "content": text})
+    """The prompt in field `key` as messages, the last of them a user's. Raises UserError."""
+    turns = read_messages(value, key, "user")
     if not turns or turns[-1]["role"] != "user" or not turns[-1]["content"]:
         raise UserError(f"{key!r}: a non-empty user turn expected at the end")
     return turns
 
 
-def answer_text(value, key: str, prompt: list) -> str:
-    """The answer of field `key`: a string, or messages: the prompt's (or none), then the answer."""
-    if not isinstance(value, list):
-        return check_text(value, repr(key))
-    last = value[-1] if value else None
-    fits = isinstance(last, dict) and last.get("role") == "assistant"
-    if fits and len(value) > 1:
-        fits = prompt_messages(value[:-1], key) == prompt
-    if not fits:
+def answer_text(value, key: str, prompt: list, notes: Counter) -> str:
+    """The answer in field `key`, without what real files carry around it. Raises UserError."""
+    turns = read_messages(value, key, "assistant")
+    if not turns or turns[-1]["role"] != "assistant" or turns[:-1] not in ([], prompt):
         raise UserError(f"{key!r}: a string, or one assistant message (the prompt's messages may "
                         f"stand before it) expected, found {value!r:.80}")
-    return message_text(last, repr(key))
-
-
-def strip_markers(text: str) -> str:
-    """An answer without a leading blank line and the Oracle's markers."""
-    text = text.removeprefix("\n\n")
-    if "=== CORRECTED STARTED ===" in text or "=== CORRECTED ENDED ===" in text:
-        text = text.split("=== CORRECTED STARTED ===")[-1]
-        text = text.split("=== CORRECTED ENDED ===")[0].strip()
-    return text
-
-
-def clean_answer(text: str, notes: Counter) -> str:
-    """Strip what real files carry around an answer: markers, and what the template writes."""
-    text = strip_markers(text)
-    if EMPTY_THINK.match(text):
+    text, count = EMPTY_THINK.subn("", strip_markers(turns[-1]["content"]))
+    if count:
         notes["answers began with an empty think block: stripped"] += 1
-        text = EMPTY_THINK.sub("", text, count=1)
-    if END.search(text):
+    text, count = END_OF_TURN.subn("", text)
+    if count:
         notes["answers ended with <|im_end|>: stripped"] += 1
-        text = END.sub("", text)
     if "<think>" in text or "</think>" in text:
         notes["answers hold thoughts (<think>): trained as they are"] += 1
     if "<|im_start|>" in text:
@@ -352,18 +300,27 @@ def clean_answer(text: str, notes: Counter) -> str:
     return text
 
 
+def strip_markers(text: str) -> str:
+    """An answer without a leading blank line and the Oracle's markers."""
+    text = text.removeprefix("\n\n")
+    if START in text or END in text:
+        text = text.split(START)[-1].split(END)[0].strip()
+    return text
+
+
 # --- the chat template, without jinja -------------------------------------------------------------
 
 # Templates are never executed: known texts, by the start of their sha256, tell what to compute.
-# hybrid: the generation prompt has an empty think block; instruct: it has none; hybrid-training:
-# earlier assistant turns have a think block, too.
+# hybrid: the generation prompt has an empty think block; instruct: it has none.
 TEMPLATES = {
     "a55ee1b1660128b7": "hybrid",  # Qwen3
     "64f85b198065d0fb": "instruct",  # Qwen3-...-Instruct-2507
-    "1d944ff8f268b611": "hybrid-training",  # TRL's variants of the two, for masks
-    "48e17aa3caf5bf20": "instruct",
+    "48e17aa3caf5bf20": "instruct",  # TRL's variant of it, for masks
     "d95acce6882422fb": "instruct",  # of train.py's toy world
 }
+TOKENIZER_PARTS = {  # types in Qwen3's tokenizers; others could change text silently
+    "normalizer": {"NFC"}, "pre_tokenizer": {"Split", "ByteLevel", "Digits"},
+    "decoder": {"ByteLevel"}}
 
 
 @dataclass
@@ -374,7 +331,6 @@ class Chat:
     im_start: int
     im_end: int
     think: list  # ids of "<think>\n\n</think>\n\n"; [] under "instruct"
-    template: str = "hybrid"  # a value of TEMPLATES
 
     def encode(self, text: str) -> list:
         """Ids of plain text; special tokens inside it stay text: a question may quote one."""
@@ -386,87 +342,71 @@ class Chat:
         ids, newline = [], self.encode("\n")
         for message in messages:
             text = message["content"]
-            turn = [self.im_start, *self.encode(f"{message['role']}\n{text}")]
-            if message["role"] == "assistant" and self.think:
-                turn = self.assistant_turn(text)
-            ids += [*turn, self.im_end, *newline]
+            if self.think and message["role"] == "assistant" and "</think>" in text:
+                text = text.rpartition("</think>")[2].lstrip("\n")  # earlier thoughts are left out
+            turn = self.encode(f"{message['role']}\n{text}")
+            ids += [self.im_start, *turn, self.im_end, *newline]
         return [*ids, self.im_start, *self.encode("assistant\n"), *self.think]
-
-    def assistant_turn(self, text: str) -> list:
-        """Ids of an earlier answer under a hybrid template, up to <|im_end|>: it keeps no thoughts,
-        but for "hybrid-training"."""
-        thought, closed, answer = text.rpartition("</think>")
-        if closed:
-            text = answer.lstrip("\n")
-        if self.template == "hybrid":
-            return [self.im_start, *self.encode(f"assistant\n{text}")]
-        thought = thought.split("</think>")[0].rpartition("<think>")[2].strip("\n")
-        text = text.lstrip("\n")
-        begin, end = self.think[0], self.think[-1 - len(self.encode("\n\n"))]
-        return [self.im_start, *self.encode("assistant\n"), begin, *self.encode(f"\n{thought}\n"),
-                end, *self.encode(f"\n\n{text}")]
 
 
 def load_chat(folder: str, vocab_size: int, template: str = "") -> Chat:
-    """Read tokenizer.json and the chat template of a checkpoint, or take the one that is named.
-
-    Raises UserError for a tokenizer that would change text silently, an unknown template, and a
-    vocabulary larger than the model's.
-    """
+    """The tokenizer of a checkpoint, with its chat template or the one that is named. Raises
+    UserError where they are not of a Qwen3 with that vocabulary."""
     path = os.path.join(folder, "tokenizer.json")
-    spec = read_json(path)
-    check_tokenizer(path, spec)
-    try:
-        tokenizer = Tokenizer.from_str(json.dumps(spec, ensure_ascii=False))
-    except Exception as e:  # the library raises bare Exception
-        raise UserError(f"{path}: not a tokenizer the tokenizers package reads: {e}") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # text of users and models never becomes a control token
-    template = template or known_template(folder)
+    tokenizer = load_tokenizer(path)
     names = ["<|im_start|>", "<|im_end|>"]
-    if template != "instruct":
+    if (template or known_template(folder)) == "hybrid":
         names += ["<think>", "</think>"]
     ids = [tokenizer.token_to_id(name) for name in names]
-    added = tokenizer.get_added_tokens_decoder()
     for name, token in zip(names, ids):
         if token is None:
             raise UserError(f"{path}: lacks the token {name!r} of its own chat template")
-        if name in names[:2] and not (token in added and added[token].special):
-            raise UserError(f"{path}: the token {name!r} is not marked special, so text that "
-                            "quotes it would become the token")
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    added = tokenizer.get_added_tokens_decoder()
+    if not all(token in added and added[token].special for token in ids[:2]):
+        raise UserError(f"{path}: <|im_start|> and <|im_end|> are not both marked special, so text "
+                        "that quotes them would become the tokens")
+    largest = max(tokenizer.get_vocab().values())
     if largest >= vocab_size:
         raise UserError(f"{path}: holds token id {largest}, but the model's vocabulary has "
                         f"{vocab_size} rows: tokenizer and weights are of different models")
-    chat = Chat(tokenizer, ids[0], ids[1], [], template)
-    if template != "instruct":
+    chat = Chat(tokenizer, ids[0], ids[1], [])
+    if len(ids) == 4:
         blank = chat.encode("\n\n")
         chat.think = [ids[2], *blank, ids[3], *blank]
     return chat
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    """A tokenizer.json of Qwen3's kind; raises UserError for others."""
+    spec = read_json(path)
+    for name, known in TOKENIZER_PARTS.items():
+        kinds = set(re.findall(r'"type": "(\w+)"', json.dumps(spec.get(name)))) - {"Sequence"}
+        if not kinds <= known:
+            raise UserError(f"{path}: {name} of type {', '.join(sorted(kinds))}, "
+                            f"{' or '.join(sorted(known))} expected: no Qwen3 tokenizer")
+    try:
+        tokenizer = Tokenizer.from_file(path)
+    except Exception as e:  # the library raises bare Exception
+        raise UserError(f"{path}: not a tokenizer the tokenizers package reads: {e}") from None
+    if not isinstance(tokenizer.model, BPE) or tokenizer.model.dropout:
+        raise UserError(f"{path}: a BPE model without dropout expected: no Qwen3 tokenizer")
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # text of users and models never becomes a control token
+    return tokenizer
 
 
 def known_template(folder: str) -> str:
     """The value of TEMPLATES for a checkpoint's template; raises UserError for others."""
     path = os.path.join(folder, "chat_template.jinja")
     if os.path.exists(path):
-        try:
-            with open(path, encoding="utf-8") as f:
-                template = f.read()
-        except (OSError, ValueError) as e:
-            raise UserError(f"{path}: {e}") from None
+        with open(path, encoding="utf-8", errors="replace") as f:
+            template = f.read()
     else:
         path = os.path.join(folder, "tokenizer_config.json")
         template = read_json(path).get("chat_template")
-        if isinstance(template, list):  # named templates
-            parts = [part for part in template if isinstance(part, dict)]
-            names = {part.get("name"): part.get("template") for part in parts}
-            template = names.get("default")
-    if not isinstance(template, str):
-        raise UserError(f"{path}: a chat template expected, found none; --template hybrid computes "
-                        "Qwen3's, --template instruct that of Qwen3-Instruct-2507")
     # Jinja renders what stands behind the last tag, but for one newline.
-    text = template.replace("\r\n", "\n").lstrip().removesuffix("\n").removesuffix("\n")
+    text = str(template).replace("\r\n", "\n").lstrip().removesuffix("\n").removesuffix("\n")
     known = TEMPLATES.get(hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16])
     if known is None:
         raise UserError(f"{path}: this chat template is not known here. --template hybrid computes "
@@ -475,35 +415,7 @@ def known_template(folder: str) -> str:
     return known
 
 
-def check_tokenizer(path: str, spec: dict):
-    """Raises UserError for parts that no Qwen3 tokenizer has: they could change text silently."""
-    def kinds(part, inner):
-        if not part:
-            return []
-        parts = part[inner] if part["type"] == "Sequence" else [part]
-        return [p["type"] for p in parts]
-
-    known = (("normalizer", "normalizers", ("NFC",)), ("decoder", "decoders", ("ByteLevel",)),
-             ("pre_tokenizer", "pretokenizers", ("Split", "ByteLevel", "Digits")))
-    problems = []
-    try:
-        for name, inner, allowed in known:
-            for kind in kinds(spec.get(name), inner):
-                if kind not in allowed:
-                    problems.append(f'"{name}" of type {kind!r:.60}, {" or ".join(allowed)} '
-                                    "expected")
-        kind, dropout = spec["model"].get("type", "BPE"), spec["model"].get("dropout")
-    except (KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{path} is no tokenizer.json: {type(e).__name__} {e}") from None
-    if kind != "BPE":
-        problems.append(f'"model" of type {kind!r:.60}, BPE expected')
-    if dropout:  # one text would be encoded in many ways
-        problems.append(f'"model": "dropout" is {dropout!r:.60}, null expected')
-    if problems:
-        raise UserError(f"{path} is no Qwen3 tokenizer:{listed(problems)}")
-
-
-# --- change ratio ---------------------------------------------------------------------------------
+# --- change ratio and forks -----------------------------------------------------------------------
 
 
 def lcs_rows(a, b):
@@ -523,11 +435,8 @@ def lcs_rows(a, b):
 
 
 def lcs_length(a, b) -> int:
-    """Length of the longest common subsequence of two sequences of hashable items.
-
-    len(b) steps on len(a)-bit numbers, about 10 ms for 8k x 8k. (difflib.SequenceMatcher, which the
-    reference code uses, is greedy and no LCS.)
-    """
+    """Length of the longest common subsequence of two sequences of hashable items, in about 10 ms
+    for 8k x 8k. (difflib.SequenceMatcher, which the reference code uses, is greedy and no LCS.)"""
     for row in lcs_rows(a, b):
         pass
     return len(a) - row.bit_count()
@@ -550,9 +459,6 @@ def lcs_matches(a, b) -> list:
 def change_ratio(rejected, chosen) -> float:
     """R = 1 - |LCS(y-, y+)| / |y+| on token ids without <|im_end|>: the share of y+ that is new."""
     return 1 - lcs_length(rejected, chosen) / len(chosen)
-
-
-# --- forks ----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -584,19 +490,15 @@ def make_fork(prompt: list, chosen: list, rejected: list | None, line: int = 0, 
 
 def pair_to_fork(pair: Pair, chat: Chat, max_length: int, need_rejected: bool) -> Fork:
     """Encode one pair; raises Drop with the reason where it cannot be trained."""
-    prompt, chosen, rejected = chat.prompt(pair.messages), chat.encode(pair.chosen), None
-    if pair.rejected is not None:
-        rejected = chat.encode(pair.rejected)
-    elif need_rejected:
+    if pair.rejected is None and need_rejected:
         raise Drop("no rejected answer, and the loss needs one")
-    longest = max(len(chosen), len(rejected or []))
-    if len(prompt) + longest + 1 > max_length:
+    prompt, chosen = chat.prompt(pair.messages), chat.encode(pair.chosen)
+    rejected = [] if pair.rejected is None else chat.encode(pair.rejected)
+    if len(prompt) + max(len(chosen), len(rejected)) + 1 > max_length:
         raise Drop(f"longer than max_length ({max_length} tokens)")
-    if not chosen:
-        raise Drop("chosen answer has no tokens")
     if chosen == rejected:
         raise Drop("both answers identical")
-    if rejected is None:
+    if pair.rejected is None:
         return make_fork(prompt, chosen + [chat.im_end], None, pair.line)
     ratio = change_ratio(rejected, chosen)
     return make_fork(prompt, chosen + [chat.im_end], rejected + [chat.im_end], pair.line, ratio)
@@ -609,15 +511,13 @@ def make_forks(pairs, chat, max_length, max_change_ratio, need_rejected):
     for pair in pairs:
         try:
             fork = pair_to_fork(pair, chat, max_length, need_rejected)
+            if fork.ratio is not None:
+                ratios.append(fork.ratio)
+                if fork.ratio > max_change_ratio:
+                    raise Drop(f"change ratio above {max_change_ratio}")
+            forks.append(fork)
         except Drop as e:
             dropped[str(e)] += 1
-            continue
-        if fork.ratio is not None:
-            ratios.append(fork.ratio)
-            if fork.ratio > max_change_ratio:
-                dropped[f"change ratio above {max_change_ratio}"] += 1
-                continue
-        forks.append(fork)
     return forks, dropped, ratios
 
 
@@ -645,7 +545,7 @@ def load_forks(path, chat, max_length, max_change_ratio, need_rejected, skip_mal
     return forks, "\n".join(lines)
 
 
-# --- the plan: who computes which pair when -------------------------------------------------------
+# --- the plan (who computes which pair when) and packs --------------------------------------------
 
 
 def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> list:
@@ -679,9 +579,6 @@ def split_batch(batch, lengths, ranks: int, tokens_per_pack: int) -> list:
     return [[p[m][1] if m < len(p) else [] for p in packs] for m in range(count)]
 
 
-# --- packs ----------------------------------------------------------------------------------------
-
-
 @dataclass
 class Pack:
     """Forks in one sequence of tokens, `trunk | rejected | chosen | trunk | ...`, and the rows (the
@@ -698,11 +595,8 @@ class Pack:
 
     def to(self, device):
         """Onto the device, without waiting for it."""
-        moved = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if torch.is_tensor(value):
-                moved[field.name] = to_device(value, device)
+        moved = {name: to_device(value, device) for name, value in vars(self).items()
+                 if torch.is_tensor(value)}
         return replace(self, **moved)
 
 
@@ -715,32 +609,26 @@ def to_device(tensor, device):
 
 
 def make_pack(forks: list, indices: list, reference=None) -> Pack:
-    """Pack forks[i] for i in indices, with their rows of `reference` (N, 2) if it is given.
-
-    No index: one dummy token and no scored row, for a rank without work. The first token of *each*
-    branch is predicted from the last trunk token.
-    """
+    """Pack forks[i] for i in indices, with their rows of `reference` (N, 2) if it is given. No
+    index: one dummy token and no scored row, for a rank without work."""
     tokens, positions, spans, rows, targets, lengths = [], [], [], [], [], []
     start = 0
     for fork in (forks[i] for i in indices):
-        trunk, prompt = len(fork.trunk), fork.prompt_length
+        trunk, rejected, chosen = len(fork.trunk), len(fork.rejected), len(fork.chosen)
         trunk_end = start + trunk
-        rejected_end = trunk_end + len(fork.rejected)
-        end = rejected_end + len(fork.chosen)
+        rejected_end = trunk_end + rejected
+        end = rejected_end + chosen
         tokens += [fork.trunk, fork.rejected, fork.chosen]
-        positions += [np.arange(trunk), trunk + np.arange(len(fork.rejected)),
-                      trunk + np.arange(len(fork.chosen))]
-        if len(fork.rejected):
+        positions += [np.arange(trunk + rejected), np.arange(trunk, trunk + chosen)]
+        if rejected:
             spans.append((start, trunk_end, rejected_end, end))
         else:  # without y- prompt and answer are one plain sequence
             spans.append((start, end, end, end))
-        rows.append(np.arange(start + prompt - 1, trunk_end - 1))
-        for branch, branch_end in ((trunk_end, rejected_end), (rejected_end, end)):
-            source = np.arange(branch - 1, branch_end - 1)
-            source[:1] = trunk_end - 1
-            rows.append(source)
-        targets += [fork.trunk[prompt:], fork.rejected, fork.chosen]
-        lengths.append([trunk - prompt, len(fork.rejected), len(fork.chosen)])
+        # A token is predicted from the one before it, each branch's first from the trunk's last.
+        rows += [np.arange(start + fork.prompt_length - 1, rejected_end - 1), [trunk_end - 1],
+                 np.arange(rejected_end, end - 1)]
+        targets += [fork.trunk[fork.prompt_length:], fork.rejected, fork.chosen]
+        lengths.append([trunk - fork.prompt_length, rejected, chosen])
         start = end
     if not indices:
         tokens, positions, spans = [[0]], [[0]], [(0, 1, 1, 1)]

@@ -24,14 +24,13 @@ from dataclasses import asdict, dataclass
 import data
 import eval as evaluation
 import model as qwen
-from data import Drop, UserError
+from data import END, START, Drop, UserError
 from eval import (INSTRUCTION, LAST_LINE, LocalModel, Sampling, SamplingOptions, Server,
                   after_thinking, answers_match, claim_folder, extract_answer, gold_answer,
                   identity, item_id, open_policy, question_messages, read_answers, request_for,
                   sample)
 from model import Ranks, option
 
-START, END = "=== CORRECTED STARTED ===", "=== CORRECTED ENDED ==="
 _REPAIR = r"""Below are a problem and a student's solution, which ends in a wrong answer.{given}
 
 [Problem]
@@ -80,15 +79,15 @@ class Item:
         return data.prompt_messages(self.question, "question")
 
 
-def read_items(path, parse, skip_malformed):
+def read_items(path, parse, skip_malformed=False):
     """All rows of a file by `parse(row, line)`, ids unique. Returns (items, dropped Counter)."""
     items, dropped = data.read_rows(path, parse, skip_malformed)
     counts = Counter(item.id for item in items)
-    repeated = [name for name, count in counts.items() if count > 1]
+    repeated = [ascii(name) for name, count in counts.items() if count > 1]
     if repeated:
         raise UserError(f"{path}: {len(repeated)} ids occur more than once, first "
-                        f"{', '.join(map(ascii, repeated[:5]))}: make the field id (or index) "
-                        "unique, or remove it")
+                        f"{', '.join(repeated[:5])}: make the field id (or index) unique, or "
+                        "remove it")
     if not items:
         raise UserError(f"{path}: no usable row ({dict(dropped)})")
     return items, dropped
@@ -111,30 +110,25 @@ def read_questions(path, instruction, skip_malformed=False):
     return read_items(path, parse, skip_malformed)
 
 
-def read_errors(path, skip_malformed=False):
+def read_errors(path):
     """Rows of errors.jsonl: question, original_answer, ground_truth (or a field of gold_answer)."""
     def parse(row, line):
-        missing = [k for k in ("question", "original_answer") if k not in row]
-        if missing:
-            raise UserError(f"{', '.join(missing)} missing, found {sorted(row)!r:.100}")
-        data.prompt_messages(row["question"], "question")
-        answer = data.check_text(row["original_answer"], "'original_answer'")
-        if not answer.strip():
-            raise Drop("the wrong answer is empty")
-        gold = gold_answer({"answer": row["ground_truth"]} if "ground_truth" in row else row)
-        return Item(item_id(row, line), row["question"], gold, answer)
+        question = row.get("question")
+        data.prompt_messages(question, "question")
+        answer = data.check_text(row.get("original_answer"), "'original_answer'")
+        return Item(item_id(row, line), question, gold_answer(row), answer)
 
-    return read_items(path, parse, skip_malformed)
+    return read_items(path, parse)
 
 
 @contextlib.contextmanager
 def concluded(policy, asked, out, ranks, sort):
     """Run a block that samples the keys of `asked` into `out`. Then, and also where Ctrl-C or an
-    error ends it, sort what has arrived: sort({key: record}) gives {file name: rows} and a summary.
-    """
+    error ends it, sort what has arrived: sort([(asked[key], record), ...]) gives {file name: rows}
+    and a summary."""
     def conclude():
         answers = read_answers(out, asked)
-        files, summary = sort(answers)
+        files, summary = sort([(asked[key], answers[key]) for key in asked if key in answers])
         for name, rows in files.items():
             data.write_rows(os.path.join(out, f"{name}.jsonl"), rows)
         ranks.say("\n".join(f"{n:7}  {outcome}" for outcome, n in summary.items()) + f"\n{out}")
@@ -154,9 +148,7 @@ def concluded(policy, asked, out, ranks, sort):
             if ranks.main:
                 conclude()
         raise
-    with ranks.together():
-        if ranks.main:
-            conclude()
+    ranks.main_only(conclude)
 
 
 # --- elicit: the policy's own wrong answers -------------------------------------------------------
@@ -171,49 +163,47 @@ def elicit(items: list, out: str, policy: LocalModel | Server, sampling: Samplin
     summary.json (counts by verdict). An answer cut off at max_tokens has no end that could be
     trained: it is counted, and kept in samples.jsonl alone.
     """
-    asked = {}  # by key: item, name, request
+    requests, asked = [], {}
     for item in items:
         for i in range(samples):
             name = f"{item.id}/{i}"
-            request = request_for(name, item.messages, seed)
-            asked[request.key] = item, name, request
+            requests.append(request_for(name, item.messages, seed))
+            asked[requests[-1].key] = item, name
 
     def sort(answers):
         errors, correct, graded, counts = [], [], [], Counter()
-        for key in (key for key in asked if key in answers):
-            (item, name, _), record = asked[key], answers[key]
-            verdict, found = judge_answer(record, item.gold)
+        for (item, name), record in answers:
+            verdict, extracted = judge_answer(record, item.gold)
             counts[verdict] += 1
             if "text" not in record:
                 continue
             text = record["text"]
             row = {"id": name, "question": item.question, "ground_truth": item.gold}
-            graded.append({**row, "answer": text, "extracted_answer": found, "verdict": verdict,
+            graded.append({**row, "answer": text, "extracted_answer": extracted, "verdict": verdict,
                            "tokens": record["tokens"]})
             if verdict.startswith("wrong") and text.strip():
-                errors.append({**row, "original_answer": text, "extracted_answer": found})
+                errors.append({**row, "original_answer": text, "extracted_answer": extracted})
             elif verdict == "right":
                 correct.append({**row, "original_answer": "", "gemini_corrected_answer": text,
                                 "is_correct": True})
         files = {"samples": graded, "errors": errors, "correct": correct}
         return files, {"answers wanted": len(asked), **counts}
 
-    requests = [request for _, _, request in asked.values()]
     with concluded(policy, asked, out, ranks, sort):
         for _ in sample(policy, requests, out, sampling, ranks, "eliciting"):
             pass  # each is in the log
 
 
 def judge_answer(record: dict, gold: str) -> tuple:
-    """(verdict, the answer that was found or None) of one record."""
+    """(verdict, the extracted answer or None) of one record."""
     if "error" in record:
         return "request failed", None
     if record["finish"] == "length":
         return "cut off at max_tokens", None
-    found = extract_answer(record["text"])
-    if found is None:
+    extracted = extract_answer(record["text"])
+    if extracted is None:
         return "wrong: no final answer", None
-    return "right" if answers_match(found, gold) else "wrong", found
+    return "right" if answers_match(extracted, gold) else "wrong", extracted
 
 
 # --- rectify: the Oracle's corrections ------------------------------------------------------------
@@ -224,18 +214,13 @@ def rectify(items: list, out: str, oracle, encode, ranks: Ranks, prompt: str = "
             seed: int | None = None):
     """Have every wrong answer corrected; keep what is right and a small change.
 
-    oracle    a Server or LocalModel, asked with PROMPTS[prompt]; or a function (Item) -> corrected
-              text, which raises where it has none
-    encode    text -> token ids, for the change ratio
-    target    stop asking at that many pairs (those under way still count); 0: ask for all
-    sampling  None: the default of the Server or LocalModel, and so the seed
+    oracle  a Server or LocalModel, asked with PROMPTS[prompt], sampling and seed; or a function
+            (Item) -> corrected text, which raises where it has none
+    encode  text -> token ids, for the change ratio
+    target  stop asking at that many pairs (those under way still count); 0: ask for all
     Writes pairs.jsonl (official row format), rejected.jsonl (every other answer with its reason)
     and summary.json (counts by outcome).
     """
-    if sampling is None:
-        sampling = Sampling(None, None, None, None) if isinstance(oracle, Server) else Sampling()
-    if seed is None and isinstance(oracle, LocalModel):
-        seed = 0
     requests = [request_for(item.id, oracle_messages(item, prompt), seed) for item in items]
     asked = {request.key: item for request, item in zip(requests, items)}
     by_function = not isinstance(oracle, (LocalModel, Server))
@@ -248,15 +233,13 @@ def rectify(items: list, out: str, oracle, encode, ranks: Ranks, prompt: str = "
             reason = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
             return {"error": reason.encode(errors="replace").decode()}
 
-    def judge(record):
-        item = asked[record["key"]]
+    def judge(item, record):
         return judge_correction(item, record, encode, prompt, by_function, max_change_ratio)
 
     def sort(answers):
         pairs, rejected, counts = [], [], Counter()
-        for key in (key for key in asked if key in answers):
-            item, record = asked[key], answers[key]
-            verdict, pair = judge(record)
+        for item, record in answers:
+            verdict, pair = judge(item, record)
             counts[verdict] += 1
             row = {"index": item.id, "question": item.question, "ground_truth": item.gold}
             if pair:
@@ -265,14 +248,14 @@ def rectify(items: list, out: str, oracle, encode, ranks: Ranks, prompt: str = "
                 raw = {k: record[k] for k in ("text", "error", "partial") if k in record}
                 row["original_answer"] = item.answer
                 rejected.append({**row, "reason": verdict, **raw})
-        summary = {"errors given": len(items), "not asked": len(items) - counts.total(), **counts}
+        summary = {"errors given": len(items), "not asked": len(items) - len(answers), **counts}
         return {"pairs": pairs, "rejected": rejected}, summary
 
     with concluded(oracle, asked, out, ranks, sort):
         policy, count = call if by_function else oracle, 0
         at_once = 512 if target else 0
         for record in sample(policy, requests, out, sampling, ranks, "rectifying", at_once):
-            if target and judge(record)[0] == "pairs":
+            if target and judge(asked[record["key"]], record)[0] == "pairs":
                 count += 1
                 if count == target:
                     break
@@ -280,12 +263,13 @@ def rectify(items: list, out: str, oracle, encode, ranks: Ranks, prompt: str = "
 
 def oracle_messages(item: Item, prompt: str) -> list:
     """What the Oracle is asked: one user turn; under "direct" the question as the policy got it."""
-    if prompt == "direct":
-        return item.messages
     turns = item.messages
-    text = "\n\n".join(f"{m['role']}: {m['content']}" for m in turns)
-    text = turns[0]["content"] if len(turns) == 1 else text
-    values = {"question": text, "answer": item.answer, "gold": item.gold}
+    if prompt == "direct":
+        return turns
+    question = turns[0]["content"]
+    if len(turns) > 1:
+        question = "\n\n".join(f"{m['role']}: {m['content']}" for m in turns)
+    values = {"question": question, "answer": item.answer, "gold": item.gold}
     filled = re.sub(r"\{(question|answer|gold)\}", lambda m: values[m[1]], PROMPTS[prompt])
     return [{"role": "user", "content": filled}]
 
@@ -303,12 +287,13 @@ def judge_correction(item, record, encode, prompt, by_function, max_change_ratio
     text = data.strip_markers(text).strip()
     if not text:
         return "empty correction", None
-    found = extract_answer(text)
-    if found is None:
+    extracted = extract_answer(text)
+    if extracted is None:
         return "no final answer in the correction", None
-    if not answers_match(found, item.gold):
+    if not answers_match(extracted, item.gold):
         return "the correction's answer is wrong", None
-    pair = {"gemini_corrected_answer": text, "gemini_extracted_answer": found, "is_correct": True}
+    pair = {"gemini_corrected_answer": text, "gemini_extracted_answer": extracted,
+            "is_correct": True}
     if prompt == "direct":  # no correction of y-: the paper's SFT data
         return "pairs", {"original_answer": "", "policy_answer": item.answer, **pair}
     wrong, right = encode(data.strip_markers(item.answer)), encode(text)
@@ -323,17 +308,17 @@ def judge_correction(item, record, encode, prompt, by_function, max_change_ratio
 def python_function(spec: str):
     """FILE.py:NAME, a function of the user's own that takes an Item (question, answer, gold) and
     returns the corrected text. Returns the function, and a name that tells its versions apart."""
-    path, _, name = spec.rpartition(":")
-    if not os.path.isfile(path):
-        raise UserError(f"--function is {spec!r}; FILE.py:NAME with an existing file expected")
+    path, _, name = spec.partition(":")
     try:
         function = runpy.run_path(path).get(name)
+        with open(path, "rb") as f:
+            digest = hashlib.sha256(f.read()).hexdigest()[:16]
     except Exception as e:
-        raise UserError(f"--function: {path} cannot be loaded: {type(e).__name__}: {e}") from None
+        raise UserError(f"--function {spec!r}, FILE.py:NAME expected, cannot be loaded: "
+                        f"{type(e).__name__}: {e}") from None
     if not callable(function):
         raise UserError(f"--function: {path} defines no function {name!r}")
-    with open(path, "rb") as f:
-        return function, f"{spec} {hashlib.sha256(f.read()).hexdigest()[:16]}"
+    return function, f"{spec} {digest}"
 
 
 def edited_answers(path: str):
@@ -379,13 +364,6 @@ class RectifyOptions(SamplingOptions):
                          "gold answer given, or just the question", tuple(PROMPTS))
     max_change_ratio: float = option(0.6, "drop pairs with 1 - LCS(y-, y+)/|y+| above this (gamma)")
     target: int = option(0, "stop asking at that many pairs; 0: ask for all")
-    skip_malformed: bool = option(False, "drop and count malformed rows instead of stopping")
-
-
-def say_dropped(dropped, ranks):
-    """Rows that were left out, by reason."""
-    for reason, count in dropped.items():
-        ranks.say(f"{count} rows dropped: {reason}")
 
 
 def run_elicit(o: ElicitOptions, ranks: Ranks):
@@ -394,7 +372,8 @@ def run_elicit(o: ElicitOptions, ranks: Ranks):
         if "{question}" not in o.instruction:
             raise UserError("--instruction lacks {question}")
         items, dropped = read_questions(o.questions, o.instruction, o.skip_malformed)
-        say_dropped(dropped, ranks)
+        for reason, count in dropped.items():
+            ranks.say(f"{count} rows dropped: {reason}")
         policy = open_policy(o, ranks.device)
     settings = {"command": "elicit", "seed": o.seed, "asked": identity(policy, o),
                 "sampling": asdict(o.sampling)}
@@ -409,11 +388,9 @@ def run_rectify(o: RectifyOptions, ranks: Ranks):
         if not o.tokenizer and not o.model:
             raise UserError("--tokenizer is required: the policy's folder, whose tokens the change "
                             "ratio counts")
-        items, dropped = read_errors(o.errors, o.skip_malformed)
-        say_dropped(dropped, ranks)
+        items, _ = read_errors(o.errors)
         folder = qwen.checkpoint_folder(o.tokenizer or o.model)
-        vocab_size = qwen.read_config(folder).vocab_size
-        encode = data.load_chat(folder, vocab_size, o.template).encode
+        encode = data.load_chat(folder, qwen.read_config(folder).vocab_size, o.template).encode
         if o.function:
             oracle, name = python_function(o.function)
         elif o.edited:

@@ -26,7 +26,8 @@ def test_lcs_equals_dynamic_programming(a, b):
     table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
     for i, x in enumerate(a):
         for j, y in enumerate(b):
-            table[i + 1][j + 1] = table[i][j] + 1 if x == y else max(table[i][j + 1], table[i + 1][j])
+            longest = max(table[i][j + 1], table[i + 1][j])
+            table[i + 1][j + 1] = table[i][j] + 1 if x == y else longest
     assert data.lcs_length(a, b) == table[-1][-1]
     matches = data.lcs_matches(a, b)
     assert len(matches) == table[-1][-1] and all(a[i] == b[j] for i, j in matches)
@@ -42,10 +43,13 @@ def test_change_ratio_by_hand():
 
 # --- reading --------------------------------------------------------------------------------------
 
-OFFICIAL = {"question": "q", "gemini_corrected_answer": "right", "original_answer": "wrong", "index": 3}
+OFFICIAL = {"question": "q", "gemini_corrected_answer": "right", "original_answer": "wrong",
+            "index": 3}
 TRL = {"prompt": "q", "chosen": "right", "rejected": "wrong"}
 TURNS = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"},
          {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+RIGHT, WRONG = ([{"role": "assistant", "content": text}] for text in ("right", "wrong"))
+USER = [{"role": "user", "content": "q"}]
 
 
 def write(path, *rows):
@@ -53,46 +57,58 @@ def write(path, *rows):
     return str(path)
 
 
+def parts(*texts):
+    return [{"type": "text", "text": text} for text in texts]
+
+
+NULLS = dict.fromkeys([*OFFICIAL, *TRL, "tools", "system", "is_correct"])  # as datasets writes them
+ROWS = [  # a row, its prompt, y-; y+ is "right"
+    (OFFICIAL, USER, "wrong"), (TRL, USER, "wrong"), ({**NULLS, **OFFICIAL}, USER, "wrong"),
+    ({**NULLS, **TRL}, USER, "wrong"), ({**OFFICIAL, "original_answer": ""}, USER, None),
+    ({**OFFICIAL, "original_answer": None}, USER, None), ({**TRL, "rejected": None}, USER, None),
+    ({**OFFICIAL, "tools": []}, USER, "wrong"),
+    ({"prompt": "q", "gemini_corrected_answer": f"\n\n{data.START}\nright\n{data.END}\nbye",
+      "original_answer": "\n\nwrong", "is_correct": True}, USER, "wrong"),
+    ({"question": "q", "chosen": "right", "rejected": "wrong"}, USER, "wrong"),
+    ('{"prompt": "q", "chosen": "right", "rejected": "a\u2028b"}', USER, "a\u2028b"),
+    ({**TRL, "prompt": TURNS, "chosen": RIGHT}, TURNS, "wrong"),
+    ({"chosen": TURNS + RIGHT, "rejected": TURNS + WRONG}, TURNS, "wrong"),
+    ({"chosen": TURNS + RIGHT, "rejected": WRONG}, TURNS, "wrong"),
+    ({"chosen": TURNS + RIGHT}, TURNS, None),
+    ({"prompt": [{"role": "user", "content": parts("a", "b")}], "rejected": "wrong",
+      "chosen": [{"role": "assistant", "content": parts("right")}]},
+     [{"role": "user", "content": "ab"}], "wrong")]
+
+
 def test_rows_of_both_kinds(tmp_path):
-    said = [{"role": "assistant", "content": "right"}]
-    rows = [OFFICIAL, TRL, {**TRL, "prompt": TURNS, "chosen": said}, {**OFFICIAL, "original_answer": ""},
-            {**TRL, "rejected": None}, {**OFFICIAL, "is_correct": False, "gemini_corrected_answer": ""}, "",
-            {"prompt": "q", "gemini_corrected_answer": "\n\n=== CORRECTED STARTED ===\nright\n"
-             "=== CORRECTED ENDED ===\nbye", "original_answer": "\n\nwrong", "is_correct": True},
-            '{"prompt": "q", "chosen": "right", "rejected": "a\u2028b"}']
-    pairs, dropped, _ = data.read_pairs(write(tmp_path / "p.jsonl", *rows))
-    user = [{"role": "user", "content": "q"}]
+    wrong = {**OFFICIAL, "is_correct": False, "gemini_corrected_answer": ""}
+    path = write(tmp_path / "p.jsonl", *(row for row, *_ in ROWS), "", wrong)
+    pairs, dropped, _ = data.read_pairs(path)
     assert [(p.messages, p.chosen, p.rejected, p.line) for p in pairs] == [
-        (user, "right", "wrong", 1), (user, "right", "wrong", 2), (TURNS, "right", "wrong", 3),
-        (user, "right", None, 4), (user, "right", None, 5), (user, "right", "wrong", 8),
-        (user, "right", "a\u2028b", 9)]
+        (prompt, "right", rejected, i) for i, (_, prompt, rejected) in enumerate(ROWS, 1)]
     assert dropped == {"correction is wrong (is_correct: false)": 1}
-    with gzip.open(tmp_path / "p.jsonl.gz", "wt", encoding="utf-8-sig") as f:  # with a byte order mark
+    with gzip.open(tmp_path / "p.jsonl.gz", "wt", encoding="utf-8-sig") as f:  # byte order mark
         f.write(json.dumps(TRL))
     assert len(data.read_pairs(str(tmp_path / "p.jsonl.gz"))[0]) == 1
 
 
 BAD = [
-    ('{"question": ', "not valid JSON"), ("[1]", "a JSON object expected"), ("[" * 100000, "not valid JSON"),
-    ({**TRL, "prompt": 3}, "'prompt', message 0: a string expected, found int"),
+    ('{"question": ', "not valid JSON"), ("[1]", "a JSON object expected"),
+    ("[" * 100000, "not valid JSON"),
+    ({**TRL, "prompt": 3}, "'prompt': a string expected, found int"),
     ({**TRL, "chosen": ["x"]}, "'chosen'"), ({**TRL, "chosen": ""}, "'chosen' is empty"),
     ({**OFFICIAL, "gemini_corrected_answer": "\n\n"}, "'gemini_corrected_answer' is empty"),
-    ({**TRL, "rejected": {}}, "'rejected': a string expected"),
+    ({**TRL, "rejected": {}}, "'rejected': a string expected, found dict"),
     ({"prompt": "q"}, "prompt, chosen, rejected expected, found ['prompt']"),
     ({"chosen": "a", "rejected": "b"}, "expected, found ['chosen', 'rejected']"),
     ({"chosen": [TURNS[0]] + TURNS[2:3], "rejected": "b"}, "user turn expected at the end"),
     ({"chosen": TURNS[1:3], "rejected": [TURNS[3], TURNS[2]]}, "'rejected': a string, or one"),
-    ({**TRL, "prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "parts of type text"),
-    *(({**TRL, "chosen": [{"role": "assistant", "content": "r", key: "t"}]}, f"{key!r} is not rendered")
-      for key in ("reasoning_content", "thinking", "tool_calls")),
-    *(({**TRL, key: value}, f'"{key}" changes the prompt') for key, value in (
-        ("tools", [{"name": "f"}]), ("system", "Be brief."), ("images", ["a.png"]), ("image", "a"),
-        ("system_prompt", "x"), ("history", [["a", "b"]]), ("documents", ["d"]), ("videos", ["v"]),
-        ("chat_template_kwargs", {"enable_thinking": True}))),
-    ({**TRL, "prompt": []}, "user turn expected"),
-    ({**TRL, "prompt": TURNS[:3]}, "user turn expected"), ({**TRL, "prompt": ""}, "user turn expected"),
+    ({**TRL, "chosen": [{**RIGHT[0], "reasoning_content": "t"}]}, "'reasoning_content' is not"),
+    ({**TRL, "tools": [{"name": "f"}]}, "the row: 'tools' is not rendered"),
+    ({**TRL, "prompt": []}, "user turn expected"), ({**TRL, "prompt": ""}, "user turn expected"),
+    ({**TRL, "prompt": TURNS[:3]}, "user turn expected"),
     ({**TRL, "prompt": [{"role": "tool", "content": "x"}]}, "role system, user or assistant"),
-    ({**TRL, "prompt": [{"role": "user", "content": ["x"]}]}, "parts of type text expected"),
+    ({**TRL, "prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "parts of type text"),
     ({**OFFICIAL, "is_correct": "no"}, "true or false expected"),
     ('{"prompt": "q", "chosen": "\\ud800", "rejected": "x"}', "lone surrogate"),
 ]
@@ -108,55 +124,30 @@ def test_malformed_rows_name_line_and_field(tmp_path, row, message):
     assert len(pairs) == 1 and dropped == {"malformed": 1}
 
 
-def test_layouts_of_trl_and_nulls_of_mixed_files(tmp_path):
-    right, wrong = ([{"role": "assistant", "content": text}] for text in ("right", "wrong"))
-    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
-    official, trl = dict.fromkeys(OFFICIAL), dict.fromkeys([*TRL, "tools", "system"])
-    rows = [
-        {"chosen": TURNS + right, "rejected": TURNS + wrong},  # the prompt is what both begin with
-        {"chosen": TURNS + right, "rejected": wrong}, {"chosen": TURNS + right},
-        {"question": "q", "chosen": "right", "rejected": "wrong"},
-        {"prompt": parts, "chosen": [{"role": "assistant", "content": [{"type": "text", "text": "right"}]}],
-         "rejected": "wrong"},
-        {**official, **TRL}, {**trl, **OFFICIAL}, {**trl, **OFFICIAL, "original_answer": None},
-        {**official, **TRL, "rejected": None}, {**OFFICIAL, "tools": [], "is_correct": None}]
-    pairs, dropped, _ = data.read_pairs(write(tmp_path / "p.jsonl", *rows))
-    user = [{"role": "user", "content": "q"}]
-    assert not dropped and {p.chosen for p in pairs} == {"right"}
-    assert [p.messages for p in pairs] == [TURNS] * 3 + [user, [{"role": "user", "content": "ab"}]] + [user] * 5
-    assert [p.rejected for p in pairs] == ["wrong", "wrong", None, "wrong", "wrong", "wrong", "wrong", None,
-                                           None, "wrong"]
+BLOCK, THOUGHT = "<think>\n\n</think>\n\n", "<think>\nhm\n</think>\n\nr"
 
 
-def test_what_the_template_writes_is_stripped_and_odd_texts_are_counted(tmp_path):
-    block = "<think>\n\n</think>\n\n"
-    rows = [{**TRL, "chosen": block + "right", "rejected": block + "wrong<|im_end|>\n"},
-            {**TRL, "chosen": "right<|im_end|>"}, {**TRL, "rejected": "<think>\nhm\n</think>\n\nwrong"},
-            {**TRL, "prompt": "<|im_start|>user\nq<|im_end|>\n"}, OFFICIAL]
-    pairs, _, notes = data.read_pairs(write(tmp_path / "p.jsonl", *rows))
-    assert [p.chosen for p in pairs] == ["right"] * 5
-    assert [p.rejected for p in pairs] == ["wrong", "wrong", rows[2]["rejected"], "wrong", "wrong"]
-    assert notes == {"answers began with an empty think block: stripped": 2,
-                     "answers ended with <|im_end|>: stripped": 2,
-                     "answers hold thoughts (<think>): trained as they are": 1,
-                     "prompts hold <|im_start|> or <|im_end|>: are they templated already?": 1,
-                     "column index ignored": 1}
-
-
-@pytest.mark.parametrize("text, wanted", [
-    ("<think>\n</think>\n\nr", "r"), ("<think></think>r", "r"), ("\n<think>\n\n</think>\nr", "r"),
-    ("<think>\n\n</think>\n\n<think></think>r", "r"), ("r<|im_end|><|im_end|>", "r"),
-    ("r<|im_end|>\n<|endoftext|>\n", "r"), ("r<|endoftext|>", "r"), ("r \n", "r \n"),
-    ("a <|im_end|> b", "a <|im_end|> b"), ("hm\n</think>\n\nr", "hm\n</think>\n\nr")])
-def test_spellings_of_what_the_template_writes(tmp_path, text, wanted):
-    pairs, _, notes = data.read_pairs(write(tmp_path / "p.jsonl", {**TRL, "chosen": text}))
+@pytest.mark.parametrize("text, wanted, note", [
+    ("r \n", "r \n", None), (BLOCK + "r", "r", "began with an empty think block: stripped"),
+    ("\n<think></think>" + BLOCK + "r", "r", "began with an empty think block: stripped"),
+    ("r<|im_end|>", "r", "ended with <|im_end|>: stripped"),
+    ("r<|im_end|>\n<|endoftext|>\n", "r", "ended with <|im_end|>: stripped"),
+    ("a <|im_end|> b", "a <|im_end|> b", None),
+    (THOUGHT, THOUGHT, "hold thoughts (<think>): trained as they are"),
+    ("<|im_start|>r", "<|im_start|>r", "hold <|im_start|>: are they templated already?")])
+def test_what_the_template_writes_is_stripped_and_odd_texts_are_counted(
+        tmp_path, text, wanted, note):
+    row = {**TRL, "prompt": "<|im_start|>user\nq<|im_end|>\n", "chosen": text, "meta": 1}
+    pairs, _, notes = data.read_pairs(write(tmp_path / "p.jsonl", row))
     assert pairs[0].chosen == wanted
-    assert bool(notes) == (text != wanted or "</think>" in text)
+    expected = {"prompts hold <|im_start|> or <|im_end|>: are they templated already?": 1,
+                "column meta ignored": 1}
+    assert notes == expected | ({f"answers {note}": 1} if note else {})
 
 
 @pytest.mark.parametrize("content, message", [
-    (json.dumps([TRL, TRL]), "is a JSON array"), ("\n\n" + json.dumps([TRL]), "is a JSON array"),
-    ("\ufeff" + json.dumps([TRL]), "is a JSON array"), (json.dumps([TRL, TRL], indent=2), "is a JSON array"),
+    (json.dumps([TRL, TRL]), "is a JSON array"),
+    ("\ufeff\n" + json.dumps([TRL, TRL], indent=2), "is a JSON array"),
     (json.dumps(TRL, indent=2), "is pretty-printed JSON"), ("PAR1\x15\x04", "is a parquet file")])
 def test_other_formats_are_named_with_a_command_that_converts_them(tmp_path, content, message):
     path = tmp_path / "it's $HOME.json"
@@ -174,18 +165,14 @@ def test_unreadable_files(tmp_path):
     (tmp_path / "cut.gz").write_bytes(gzip.compress(json.dumps(TRL).encode() * 100)[:-20])
     (tmp_path / "not.gz").write_bytes(b"hello")
     (tmp_path / "empty").write_bytes(b"")
-    for name, message in (("latin", "line 2: not valid JSON in UTF-8"), ("cut.gz", "cannot be read"),
-                          ("not.gz", "cannot be read"), ("empty", "is empty"), ("none", "No such file"),
-                          (".", "cannot be read")):
+    for name, message in (("latin", "line 2: not valid JSON in UTF-8"),
+                          ("cut.gz", "cannot be read"), ("not.gz", "cannot be read"),
+                          ("empty", "is empty"), ("none", "No such file"), (".", "cannot be")):
         with pytest.raises(UserError, match=message):
             data.read_pairs(str(tmp_path / name))
-
-
-def test_many_problems_are_counted_and_the_first_ones_shown(tmp_path):
-    with pytest.raises(UserError) as e:
-        data.read_pairs(write(tmp_path / "p", *["x"] * 20))
-    assert "20 malformed rows" in str(e.value) and "line 8" in str(e.value) and "12 more" in str(e.value)
-    assert "line 9" not in str(e.value)
+    with pytest.raises(UserError, match="(?s)30 malformed rows.*line 20.*and 10 more") as e:
+        data.read_pairs(write(tmp_path / "many", *["x"] * 30))
+    assert "line 21" not in str(e.value)
 
 
 # --- template -------------------------------------------------------------------------------------
@@ -233,36 +220,26 @@ def test_real_pairs_are_filtered_as_their_makers_counted():
     assert len(forks) == 2657 and "dropped    606  change ratio above 0.6" in log
 
 
-def test_special_tokens_in_a_question_stay_text(folder):
-    chat = data.load_chat(str(folder), 261)
-    ids = chat.prompt([{"role": "user", "content": "stop <|im_end|> now"}])
-    assert ids.count(chat.im_end) == 1  # the turn's own
-    assert ids[-len(chat.think):] == chat.think and len(chat.think) == 6  # byte level: two newlines each
-
-
-@pytest.mark.parametrize("name", ["qwen3", "qwen3_training", "qwen3_instruct_2507",
-                                  "qwen3_instruct_2507_training"])
-@pytest.mark.parametrize("form", ["chat_template.jinja", "tokenizer_config.json", "a list of names"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_instruct_2507", "qwen3_instruct_2507_training"])
+@pytest.mark.parametrize("form", ["chat_template.jinja", "tokenizer_config.json"])
 def test_known_templates_equal_transformers(folder, name, form):
     template = (tiny.TEMPLATES / f"{name}.jinja").read_text()
     config = json.loads((folder / "tokenizer_config.json").read_text())
     if form == "chat_template.jinja":  # wins over tokenizer_config.json
         (folder / form).write_text(template.strip())
-    elif form == "tokenizer_config.json":
-        (folder / form).write_text(json.dumps({**config, "chat_template": template}))
     else:
-        named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": template}]
-        (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": named}))
+        (folder / form).write_text(json.dumps({**config, "chat_template": template}))
     chat = data.load_chat(str(folder), 261)
     assert bool(chat.think) == ("instruct" not in name)
     for messages in CONVERSATIONS[:5]:
-        if chat.think or "<think>" not in str(messages):  # instruct: it stays text here, there a token
+        # Under instruct a thought stays text here, and is a token in transformers.
+        if chat.think or "<think>" not in str(messages):
             assert chat.prompt(messages) == hf_prompt(folder, messages)
 
 
 @pytest.mark.parametrize("change", [
-    lambda text: text + " ", lambda text: text + "\n\n\n", lambda text: text + "\xa0",
-    lambda text: text.replace("<|im_end|>\\n", "<|im_end|>"), lambda text: "[INST] {{ messages }} [/INST]",
+    lambda text: text + " ", lambda text: text + "\n\n\n",
+    lambda text: text.replace("<|im_end|>\\n", "<|im_end|>"), lambda text: "[INST] {{ messages }}",
     lambda text: "{{ 'You are Qwen.' }}" + text, lambda text: text.replace("is false", "is true")])
 def test_other_templates_are_refused_unless_one_is_named(folder, change):
     known = data.load_chat(str(folder), 261)
@@ -273,54 +250,58 @@ def test_other_templates_are_refused_unless_one_is_named(folder, change):
     assert data.load_chat(str(folder), 261, "instruct").think == []
 
 
-def test_tokenizers_that_do_not_fit_are_refused(folder):
+def changed_tokenizer(folder, change):
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    change(spec)
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.clear(), "tokenizer.json: not a tokenizer"),
+    (lambda t: t["added_tokens"].pop(2), "lacks the token '<|im_end|>'"),
+    (lambda t: t["added_tokens"][2].update(special=False), "not both marked special"),
+    (lambda t: t.update(normalizer={"type": "Replace"}), "normalizer of type Replace, NFC exp"),
+    (lambda t: t.update(normalizer={"type": "Sequence", "normalizers": [
+        {"type": "NFC"}, {"type": "Lowercase"}]}), "normalizer of type Lowercase, NFC"),
+    (lambda t: t.update(pre_tokenizer={"type": "FixedLength", "length": 0}), "type FixedLength"),
+    (lambda t: t.update(decoder={"type": "Replace"}), "Replace, ByteLevel expected"),
+    (lambda t: t.update(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "b"}), "BPE"),
+    (lambda t: t["model"].update(dropout=0.5), "without dropout expected")])
+def test_tokenizers_of_other_kinds_are_refused(folder, change, message):
+    changed_tokenizer(folder, change)
+    with pytest.raises(UserError) as e:
+        data.load_chat(str(folder), 261)
+    assert message in str(e.value)
+
+
+def test_a_vocabulary_larger_than_the_models_is_refused(folder):
     with pytest.raises(UserError, match="token id 260, but the model's vocabulary has 260 rows"):
         data.load_chat(str(folder), 260)
-    raw = json.loads((folder / "tokenizer.json").read_text())
-    for text, message in (("{}", "is no tokenizer.json"), ('{"version"', "tokenizer.json"), (json.dumps(
-            {**raw, "added_tokens": raw["added_tokens"][:2]}), "lacks the token '<|im_end|>'")):
-        (folder / "tokenizer.json").write_text(text)
-        with pytest.raises(UserError, match=message):
-            data.load_chat(str(folder), 261)
-
-
-@pytest.mark.parametrize("part,value,message", [
-    ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}, "'Precompiled', NFC expected"),
-    ("normalizer", {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Replace"}]}, "'Replace'"),
-    ("pre_tokenizer", {"type": "FixedLength", "length": 0}, "'FixedLength', Split or ByteLevel or Digits"),
-    ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [["Split"]]}, "is no tokenizer.json"),
-    ("decoder", {"type": "Replace"}, "'Replace', ByteLevel expected"),
-    ("model", {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "b"}, "'WordLevel', BPE expected"),
-    ("model", {"dropout": 0.5}, "\"dropout\" is 0.5, null expected")])
-def test_parts_that_no_qwen3_tokenizer_has_are_refused(folder, part, value, message):
-    raw = json.loads((folder / "tokenizer.json").read_text())
-    whole = {**raw[part], **value} if part == "model" else value
-    (folder / "tokenizer.json").write_text(json.dumps({**raw, part: whole}))
-    with pytest.raises(UserError, match=message):
-        data.load_chat(str(folder), 261)
 
 
 def test_what_is_dropped_is_counted_by_reason(folder, tmp_path):
-    rows = [TRL, {**TRL, "rejected": "right"}, {**TRL, "rejected": ""}, {**TRL, "chosen": "r" * 300},
-            {**TRL, "chosen": "totally different"}, {**TRL, "is_correct": False}]
+    rows = [TRL, {**TRL, "rejected": "right"}, {**TRL, "rejected": ""},
+            {**TRL, "chosen": "r" * 300}, {**TRL, "chosen": "totally different"},
+            {**TRL, "is_correct": False}]
     chat = data.load_chat(str(folder), 261)
     path = write(tmp_path / "p.jsonl", *rows)
     forks, log = data.load_forks(path, chat, 100, 0.8, True)
     assert [f.line for f in forks] == [1]
-    for reason in ("identical", "no rejected answer", "longer than max_length", "change ratio above 0.8",
-                   "is_correct: false"):
+    for reason in ("identical", "no rejected answer", "longer than max_length",
+                   "change ratio above 0.8", "is_correct: false"):
         (line,) = [line for line in log.splitlines() if reason in line]
         assert line.split()[:2] == ["dropped", "1"]
     with pytest.raises(UserError, match="Nothing is left to train on"):
         data.load_forks(path, chat, 5, 0.8, True)
-    assert len(data.load_forks(path, chat, 100, 1.0, False)[0]) == 3  # positive-only and different ones too
+    assert len(data.load_forks(path, chat, 100, 1.0, False)[0]) == 3  # positive-only ones too
 
 
 # --- the plan -------------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=100)
-@given(st.lists(st.integers(1, 500), min_size=1, max_size=40), st.integers(1, 9), st.integers(1, 900))
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=40), st.integers(1, 9),
+       st.integers(1, 900))
 def test_a_batch_is_split_whole_and_balanced(lengths, ranks, tokens_per_pack):
     plan = data.split_batch(range(len(lengths)), lengths, ranks, tokens_per_pack)
     assert plan == data.split_batch(range(len(lengths)), lengths, ranks, tokens_per_pack)

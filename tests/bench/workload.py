@@ -12,7 +12,6 @@ requirements-dev.txt. FILE holds rows of the official kind, as against_trl.py wa
 """
 
 import argparse
-import itertools
 import json
 import os
 import random
@@ -74,13 +73,13 @@ def train_tokenizer(rng, vocab):
 
 def first_pairs(path, count):
     """The first rows of a pair file, as they are; UserError where one is not of the official kind."""
-    rows = []
-    for line, row in itertools.islice(data.read_lines(path), count):
-        row = data.parse_object(row)
+    def parse(row, line):
         missing = [name for name in ("question", *ANSWERS) if not isinstance(row.get(name), str)]
         if missing:
-            raise qwen.UserError(f"{path}: line {line}: {missing[0]!r} with a text expected")
-        rows.append(row)
+            raise qwen.UserError(f"{missing[0]!r} with a text expected")
+        return row
+
+    rows = data.read_rows(path, parse)[0][:count]
     if len(rows) < count:
         raise qwen.UserError(f"{path}: {count} pairs expected, found {len(rows)}")
     return rows

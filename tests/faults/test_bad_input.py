@@ -27,7 +27,7 @@ CELLS = [  # the command, what is broken, what the message must match
     ("train", line("pairs.jsonl", b'{"prompt": "caf\xe9"}'), "line 2: .*can't decode byte 0xe9"),
     ("train", line("pairs.jsonl", b"[1]"), "line 2: a JSON object expected, found list"),
     ("train", line("pairs.jsonl", b'{"prompt": "q"}'), r"line 2: .* expected, found \['prompt'\]"),
-    ("train", line("pairs.jsonl", {"question": {"a": 1}}), "line 2: 'question', .* found dict"),
+    ("train", line("pairs.jsonl", {"question": {"a": 1}}), "line 2: 'question': .* found dict"),
     ("train", line("pairs.jsonl", {"gemini_corrected_answer": "\ud800"}),
      "line 2: 'gemini_corrected_answer': holds a lone surrogate"),
     ("train", cut("held.jsonl.gz", -12), "held.jsonl.gz: cannot be read: .*end-of-stream"),
