@@ -96,7 +96,7 @@ class LocalModel:
 
 def open_local_model(folder: str, dtype, device, batch_size: int = 32,
                      template: str = "") -> LocalModel:
-    """From a checkpoint folder or hub id. <|im_end|> and generation_config.json end answers."""
+    """From a checkpoint folder. <|im_end|> and generation_config.json end answers."""
     folder = qwen.checkpoint_folder(folder)
     chat = data.load_chat(folder, qwen.read_config(folder).vocab_size, template)
     end, path = {chat.im_end}, os.path.join(folder, "generation_config.json")
@@ -420,7 +420,7 @@ class SamplingOptions:
     """What the commands that sample share: whom to ask, and how."""
 
     out: str = option("", "folder to write; an unfinished one is completed (required)")
-    model: str = option("", "ask this Qwen3 checkpoint (folder or hub id), in this process")
+    model: str = option("", "ask this Qwen3 checkpoint (a folder), in this process")
     server: str = option("", "ask an OpenAI-compatible server, http://host/v1 (key OPENAI_API_KEY)")
     server_model: str = option("", "model name at the server; empty: the only one it serves")
     body: str = option("", "JSON object: more keys of each request to the server; null removes one")

@@ -1,15 +1,14 @@
 """The mathematics of Surgical Post-Training (SPoT): from log-probs to one coefficient per token.
 
-Comes in:  hidden states, log-probabilities, rewards: plain tensors. This file imports torch alone.
-Goes out:  tensors. Import only this file to unit-test the method without a model.
+Plain tensors come in and go out: hidden states, log-probs, rewards. torch is the only import.
 
 The method in four lines (Lin & Han, arXiv 2603.01683; sigma is the logistic function):
     r      = beta * (log pi_theta(y|x) - log pi_ref(y|x))                    the implicit reward
     L      = -log sigma(r+ - delta) - log sigma(-(r- - delta))               delta = 0: SPoT-BCE
     lambda = 1 - sigma(r+ - delta)                                           the elastic tether
     dL/d log pi(y+) = -beta * lambda                                 it fades as a pair is learned
-y+ is the chosen answer, y- the rejected one, r+ and r- are their rewards. All six objectives give
-one coefficient c = dL/d log pi a sequence (sft, dft: a token), and differ in nothing else:
+y+ is the chosen answer, y- the rejected one, r+ and r- are their rewards. The six objectives differ
+in nothing but the coefficient c = dL/d log pi that a sequence (sft, dft: a token) gets:
 
     objective            c+ (chosen)                        c- (rejected)
     spot-bce, spot-bco   -beta (1 - sigma(r+ - delta))      beta sigma(r- - delta)
@@ -19,8 +18,8 @@ one coefficient c = dL/d log pi a sequence (sft, dft: a token), and differ in no
 Rows of the shared trunk belong to both sequences and get c+ + c-: 0 under spot-bce at r+ = r- = 0,
 always 0 under dpo.
 
-Shapes: R scored rows (a row is one token whose log-prob counts), F forks (one fork is one pair of
-answers laid out as a shared trunk and two branches), V vocabulary, D hidden width.
+Shapes: R scored rows (one token each whose log-prob counts), F forks (a pair of answers as a shared
+trunk and two branches), V vocabulary, D hidden width.
 """
 
 import math
@@ -34,12 +33,12 @@ LOGITS_AT_ONCE = 2**21
 GPU_FACTOR = 16
 
 
-# --- log-probabilities without logits -------------------------------------------------------------
+# --- log-probabilities of rows, without logits, and of sequences ----------------------------------
 
 
 class _LinearLogps(torch.autograd.Function):
-    """See linear_logps. Both passes walk over blocks of the *vocabulary*, not of the rows: each
-    block of the weight is read once, and its gradient is one product over all rows."""
+    """Both passes walk over blocks of the *vocabulary*, not of the rows: each block of the weight
+    is read once, and its gradient is one product over all rows."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets):
@@ -62,10 +61,9 @@ class _LinearLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         hidden, weight, targets, logsumexp = ctx.saved_tensors
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
         # A row's logits have the gradient g * (onehot(target) - softmax).
-        grad_hidden = torch.zeros_like(hidden, dtype=logsumexp.dtype) if need_hidden else None
-        grad_weight = torch.empty_like(weight) if need_weight else None
+        grad_hidden = torch.zeros_like(hidden, dtype=logsumexp.dtype)
+        grad_weight = torch.empty_like(weight)
         for start, end in _vocabulary_blocks(weight, targets):
             logits = (hidden @ weight[start:end].T).to(logsumexp.dtype)
             grad_logits = logits.sub_(logsumexp[:, None]).exp_().mul_(-grad[:, None])
@@ -73,17 +71,13 @@ class _LinearLogps(torch.autograd.Function):
             at_target = grad_logits.gather(1, column) + torch.where(inside, grad, 0.0)[:, None]
             grad_logits.scatter_(1, column, at_target)  # one entry a row: no atomics, deterministic
             grad_logits = grad_logits.to(hidden.dtype)
-            if need_weight:
-                torch.mm(grad_logits.T, hidden, out=grad_weight[start:end])
-            if need_hidden:  # summed over blocks in fp32 even where the products are bf16
-                if grad_hidden.dtype == hidden.dtype:
-                    grad_hidden.addmm_(grad_logits, weight[start:end])
-                else:
-                    grad_hidden += grad_logits @ weight[start:end]
+            torch.mm(grad_logits.T, hidden, out=grad_weight[start:end])
+            if grad_hidden.dtype == hidden.dtype:
+                grad_hidden.addmm_(grad_logits, weight[start:end])
+            else:  # summed over blocks in fp32 even where the products are bf16
+                grad_hidden += grad_logits @ weight[start:end]
             del logits, grad_logits
-        if need_hidden:
-            grad_hidden = grad_hidden.to(hidden.dtype)
-        return grad_hidden, grad_weight, None
+        return grad_hidden.to(hidden.dtype), grad_weight, None
 
 
 def _vocabulary_blocks(weight, targets):
@@ -109,22 +103,10 @@ def linear_logps(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tens
     targets (R,)   int64 token ids in 0..V-1, not checked: on a GPU that would wait for the device
     returns (R,)   log-probs in nats, fp32 (fp64 for fp64 input), differentiable in both factors
 
-    Products are taken in the input's dtype (the tensor cores' fast path); logsumexp and target
-    logit come from the same product in fp32. Only the (R,) logsumexp is kept for backward, which
-    multiplies again. Raises ValueError where the shapes or dtypes do not fit.
+    Products are taken in the input's dtype, sums in fp32. Only the (R,) logsumexp is kept for
+    backward, which multiplies again.
     """
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError("hidden (R, D) and weight (V, D) expected, found "
-                         f"{tuple(hidden.shape)} and {tuple(weight.shape)}")
-    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
-        raise ValueError(f"targets: int64 of shape ({len(hidden)},) expected, found "
-                         f"{targets.dtype} of shape {tuple(targets.shape)}")
-    if hidden.dtype != weight.dtype:
-        raise ValueError(f"hidden is {hidden.dtype}, weight is {weight.dtype}: one dtype expected")
     return _LinearLogps.apply(hidden, weight, targets)
-
-
-# --- from rows to sequences to rewards ------------------------------------------------------------
 
 
 def sequence_logps(row_logps: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -132,81 +114,54 @@ def sequence_logps(row_logps: torch.Tensor, lengths: torch.Tensor) -> torch.Tens
 
     row_logps (R,)   in nats, fork by fork, each fork's rows in the order trunk, rejected, chosen
     lengths   (F, 3) int64, how many rows each of the three has; lengths.sum() == R
-    returns   (F, 2) fp64, columns chosen and rejected. Without y- the second column is the trunk
-                     alone and means nothing: see `paired`.
+    returns   (F, 2) fp64, columns chosen and rejected; without y- the second means nothing
 
-    Summed in fp64 and in a fixed order (no atomics), so that equal inputs give equal sums: at step
-    0 rewards are exactly 0. A sum of thousands of bf16 log-probs would move in steps of 1 nat.
+    Summed in fp64 (thousands of bf16 log-probs would add up in steps of 1 nat) and in a fixed
+    order, without atomics: at step 0 rewards are exactly 0. A CPU alone checks that lengths fit.
     """
-    if lengths.ndim != 2 or lengths.shape[1] != 3:
-        raise ValueError(f"lengths: shape (F, 3) expected, found {tuple(lengths.shape)}")
-    if not lengths.is_cuda and int(lengths.sum()) != len(row_logps):  # on a GPU it would wait
-        raise ValueError(f"lengths add up to {int(lengths.sum())}, found {len(row_logps)} rows")
     sums = row_logps.double()
-    if len(lengths):  # unsafe: the lengths are not checked once more
-        sums = torch.segment_reduce(sums, "sum", lengths=lengths.flatten(), axis=0, unsafe=True)
+    if len(lengths):
+        sums = torch.segment_reduce(sums, "sum", lengths=lengths.flatten(), unsafe=lengths.is_cuda)
     trunk, rejected, chosen = sums.view(-1, 3).unbind(1)
     return torch.stack([trunk + chosen, trunk + rejected], 1)
 
 
-def paired(lengths: torch.Tensor) -> torch.Tensor:
-    """(F,) bool: which forks have y-. It ends in <|im_end|>, so it has at least one row."""
-    return lengths[:, 1] > 0
-
-
-def rewards(policy: torch.Tensor, reference: torch.Tensor, beta: float) -> torch.Tensor:
-    """The implicit reward r = beta * (log pi_theta(y|x) - log pi_ref(y|x)), elementwise."""
-    return beta * (policy - reference)
+# --- the objectives: per-example losses -----------------------------------------------------------
+# Losses in nats, of the arguments' shape: nothing is averaged. Autograd gives the coefficients.
 
 
 def tether(rewards: torch.Tensor, delta: float = 0.0) -> torch.Tensor:
-    """lambda+ = 1 - sigma(r+ - delta), elementwise: 1/2 where r+ = delta, to 0 as r+ grows.
-
-    Computed as sigma(delta - r): no cancellation at large r (r = 50 gives 1.9e-22, not 0).
-    """
-    return torch.sigmoid(delta - rewards)
-
-
-def tether_rejected(rewards: torch.Tensor, delta: float = 0.0) -> torch.Tensor:
-    """lambda- = sigma(r- - delta), elementwise: 1/2 where r- = delta, to 0 as r- falls."""
-    return torch.sigmoid(rewards - delta)
-
-
-# --- the objectives: per-example losses -----------------------------------------------------------
-# Each takes small tensors and returns losses of the same shape in nats; nothing is averaged here.
-# Autograd gives the coefficients in the table at the top.
+    """lambda+ = 1 - sigma(r+ - delta), elementwise: 1/2 where r+ = delta, to 0 as r+ grows."""
+    return torch.sigmoid(delta - rewards)  # no cancellation: r = 50 gives 1.9e-22, not 0
 
 
 def spot_bce(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """SPoT-BCE, the default: -log sigma(r+) - log sigma(-r-), (F,) rewards. At r = 0: 2 ln 2."""
+    """SPoT-BCE, the default: -log sigma(r+) - log sigma(-r-). At r = 0: 2 ln 2."""
     return -F.logsigmoid(chosen) - F.logsigmoid(-rejected)
 
 
 def spot_bco(chosen: torch.Tensor, rejected: torch.Tensor, delta: float) -> torch.Tensor:
-    """SPoT-BCO: -log sigma(r+ - delta) - log sigma(-(r- - delta)), (F,) rewards.
-
-    delta is a running mean of rewards (update_delta), a constant here: not differentiated through.
-    """
+    """SPoT-BCO: -log sigma(r+ - delta) - log sigma(-(r- - delta)); delta: see update_delta."""
     return -F.logsigmoid(chosen - delta) - F.logsigmoid(delta - rejected)
 
 
 def dpo(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """DPO (arXiv 2305.18290, eq. 7): -log sigma(r+ - r-), (F,) rewards."""
+    """DPO (arXiv 2305.18290, eq. 7): -log sigma(r+ - r-)."""
     return -F.logsigmoid(chosen - rejected)
 
 
 def reward_sft(chosen: torch.Tensor) -> torch.Tensor:
-    """Reward-SFT: -log sigma(r+), (F,) rewards."""
+    """Reward-SFT: -log sigma(r+)."""
     return -F.logsigmoid(chosen)
 
 
 def sft(logps: torch.Tensor) -> torch.Tensor:
-    """SFT on y+ ("SFT+" on rectified answers): -log pi of each token, (R,)."""
+    """SFT on y+ ("SFT+" on rectified answers): -log pi of each token."""
     return -logps
 
 
 def dft(logps: torch.Tensor) -> torch.Tensor:
-    """DFT (arXiv 2508.05629): -sg[pi] log pi of each token, (R,); sg is the stop-gradient."""
+    """DFT (arXiv 2508.05629): -sg[pi] log pi of each token; sg is the stop-gradient."""
     return -logps.detach().exp() * logps
 
 
@@ -215,32 +170,24 @@ PAIR_OBJECTIVES = ("spot-bce", "spot-bco", "dpo")  # these need a rejected answe
 TOKEN_OBJECTIVES = ("sft", "dft")  # these divide by tokens of y+, the others by examples
 
 
-def row_coefficients(objective: str, row_logps: torch.Tensor, lengths: torch.Tensor,
-                     reference: torch.Tensor, beta: float, delta: float = 0.0):
+def row_coefficients(objective, row_logps, lengths, reference, beta, delta=0.0):
     """One coefficient a scored row, dL/d row_logps.
 
-    objective        one of OBJECTIVES
     row_logps (R,)   the policy's log-probs in nats; its graph, if any, is not touched
-    lengths   (F, 3) rows of trunk, rejected, chosen (see sequence_logps)
+    lengths   (F, 3) as for sequence_logps
     reference (F, 2) fp64, sequence_logps of the policy before training
-    beta, delta      reward scale; the running mean (used by spot-bco alone)
+    beta, delta      reward scale; the running mean, 0 but for spot-bco
     returns   (R,)   coefficients of the *summed* loss, dtype of row_logps, and `diagnose`'s sums.
-                     Divide by the global number of pairs (or y+ tokens) of the step, then
-                     `row_logps.backward(coefficients)` is the whole backward pass.
+                     Divided by the global number of pairs (or y+ tokens) of the step they are all
+                     that the backward pass needs: `row_logps.backward(coefficients / count)`.
 
-    The objective is differentiated on detached rewards or log-probs, so the model's graph sees
-    nothing but this vector. Raises ValueError for an unknown objective, or for forks without y-
-    under a pair objective.
+    Raises ValueError for an unknown objective, or, on a CPU, for a pair objective without y-.
     """
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective: one of {', '.join(OBJECTIVES)} expected, found {objective!r}")
-    if objective in PAIR_OBJECTIVES and not lengths.is_cuda and not paired(lengths).all():
+    if objective in PAIR_OBJECTIVES and not lengths.is_cuda and (lengths[:, 1] == 0).any():
         raise ValueError(f"{objective} needs a rejected answer in every fork")
-    if objective != "spot-bco":
-        delta = 0.0
     leaf = row_logps.detach().requires_grad_()
     with torch.enable_grad():
-        r = rewards(sequence_logps(leaf, lengths), reference, beta)
+        r = beta * (sequence_logps(leaf, lengths) - reference)
         chosen, rejected = r.unbind(1)
         if objective == "spot-bce":
             losses = spot_bce(chosen, rejected)
@@ -250,60 +197,53 @@ def row_coefficients(objective: str, row_logps: torch.Tensor, lengths: torch.Ten
             losses = dpo(chosen, rejected)
         elif objective == "reward-sft":
             losses = reward_sft(chosen)
+        elif objective == "sft":
+            losses = sft(leaf.double())
+        elif objective == "dft":
+            losses = dft(leaf.double())
         else:
-            losses = sft(leaf.double()) if objective == "sft" else dft(leaf.double())
-            losses = torch.where(rows_of_chosen(lengths, len(leaf)), losses, 0.0)
+            raise ValueError(f"objective: one of {OBJECTIVES} expected, found {objective!r}")
+        if objective in TOKEN_OBJECTIVES:
+            losses = torch.where(row_parts(lengths, len(leaf)) == 1, 0.0, losses)  # of y+ alone
         loss = losses.sum()
         (coefficients,) = torch.autograd.grad(loss, leaf)
     return coefficients, diagnose(loss.detach(), r.detach(), delta, coefficients, lengths)
 
 
-def rows_of_chosen(lengths: torch.Tensor, rows: int) -> torch.Tensor:
-    """(rows,) bool: which rows belong to y+, that is trunk and chosen branch."""
-    is_chosen = torch.arange(3 * len(lengths), device=lengths.device) % 3 != 1
-    return is_chosen.repeat_interleave(lengths.flatten(), output_size=rows)
+def row_parts(lengths: torch.Tensor, rows: int) -> torch.Tensor:
+    """(rows,) int64: 0 where a row lies on the trunk, 1 on the rejected branch, 2 on the chosen."""
+    parts = torch.arange(3 * len(lengths), device=lengths.device) % 3
+    return parts.repeat_interleave(lengths.flatten(), output_size=rows)  # a GPU need not wait
 
 
-# --- the running mean delta -----------------------------------------------------------------------
+# --- the running mean delta, and diagnostics ------------------------------------------------------
 
 
-def update_delta(delta: float, batch_mean: float, batch_pairs: int, seen_pairs: int,
-                 kind: str = "ema") -> float:
-    """delta for the *next* optimizer step, from this step's global batch: delta lags by one step.
+def update_delta(delta, batch_mean, batch_pairs, seen_pairs, kind="ema") -> float:
+    """delta for the *next* step, from this step's global batch: it does not depend on how that is
+    cut into micro-batches and ranks. Step 0 trains with delta = 0, the true mean there.
 
-    batch_mean   mean of (r+ + r-)/2 over the global batch, in units of reward
-    batch_pairs  pairs of this batch; seen_pairs: pairs of all the steps before it
-    kind         "ema": 0.9 delta + 0.1 batch_mean (the paper's exponential moving average);
-                 "cumulative": the mean over all pairs so far (TRL 0.20's running moments)
-
-    Step 0 trains with delta = 0, the true mean there. The lag makes delta independent of how the
-    batch is cut into micro-batches and ranks. Raises ValueError for another kind.
+    batch_mean  mean of (r+ + r-)/2 over the batch; seen_pairs: pairs of all the steps before it
+    kind        "ema": the paper's; "cumulative": the mean over all pairs so far, as in TRL 0.20
     """
     if kind == "ema":
         return 0.9 * delta + 0.1 * batch_mean
-    if kind == "cumulative":
-        return (delta * seen_pairs + batch_mean * batch_pairs) / (seen_pairs + batch_pairs)
-    raise ValueError(f'kind: "ema" or "cumulative" expected, found {kind!r}')
+    return (delta * seen_pairs + batch_mean * batch_pairs) / (seen_pairs + batch_pairs)
 
 
-# --- diagnostics ----------------------------------------------------------------------------------
-
-SUMS = ("loss", "reward_chosen", "reward_rejected", "margin", "accuracy", "tether_chosen",
-        "tether_rejected", "trunk_coef", "abs_reward", "examples", "pairs", "chosen_tokens",
-        "trunk_rows")
+COUNTS = {"loss": "examples", "reward_chosen": "examples", "reward_rejected": "pairs",
+          "margin": "pairs", "accuracy": "pairs", "tether_chosen": "examples",
+          "tether_rejected": "pairs", "trunk_coef": "trunk_rows"}
+SUMS = (*COUNTS, "abs_reward", "examples", "pairs", "chosen_tokens", "trunk_rows")
 
 
 def diagnose(loss, r, delta, coefficients, lengths) -> torch.Tensor:
-    """(len(SUMS),) fp64: sums over forks by the names of SUMS, to be added up over packs and ranks.
-
-    r (F, 2) rewards. Quantities of y-, margin and accuracy are summed over forks that have y-.
-    """
-    pair = paired(lengths)
+    """(len(SUMS),) fp64: sums over forks in the order of SUMS, to be added up over packs and ranks.
+    r (F, 2) rewards. Quantities of y-, margin and accuracy are summed over forks that have y-."""
+    pair = lengths[:, 1] > 0  # y- ends in <|im_end|>, and so has a row at least
     chosen, rejected = r.unbind(1)
     rejected = torch.where(pair, rejected, 0.0)
-    # arange, and output_size: from a list, or with a size to find out, a GPU would wait.
-    is_trunk = torch.arange(3 * len(lengths), device=r.device) % 3 == 0
-    on_trunk = is_trunk.repeat_interleave(lengths.flatten(), output_size=len(coefficients))
+    on_trunk = row_parts(lengths, len(coefficients)) == 0
     sums = {
         "loss": loss,
         "reward_chosen": chosen.sum(),
@@ -311,7 +251,7 @@ def diagnose(loss, r, delta, coefficients, lengths) -> torch.Tensor:
         "margin": ((chosen - rejected) * pair).sum(),
         "accuracy": ((chosen > rejected) & pair).sum(),
         "tether_chosen": tether(chosen, delta).sum(),
-        "tether_rejected": (tether_rejected(rejected, delta) * pair).sum(),
+        "tether_rejected": (torch.sigmoid(rejected - delta) * pair).sum(),
         "trunk_coef": (coefficients.double().abs() * on_trunk).sum(),
         "abs_reward": (chosen.abs() + rejected.abs()).sum(),
         "examples": r.new_full((), len(r)),
@@ -323,22 +263,18 @@ def diagnose(loss, r, delta, coefficients, lengths) -> torch.Tensor:
 
 
 def average(sums, objective: str) -> dict:
-    """A step's metrics from its global sums (in the order of SUMS): each over its own count.
+    """A step's metrics from its global sums (in the order of SUMS), each over its count in COUNTS.
 
     loss              nats per pair; per token of y+ for sft and dft
     reward_chosen     r+; reward_rejected: r-. A rising r- is pull-up: y+ lifts y-, which is alike
     margin, accuracy  r+ - r-, and the share of pairs where it is above 0
-    tether_chosen     lambda+; tether_rejected: lambda-. 1/2 at the start (full pull), to 0 when
-                      a pair is learned; for losses without a tether what it would be
+    tether_chosen     lambda+; tether_rejected: sigma(r- - delta). 1/2 at first, 0 once learned
     trunk_coef        mean |coefficient| of a shared-prefix row, before the division by the batch
     Quantities of y- are None where no example has one.
     """
     sums = dict(zip(SUMS, sums))
-    counts = {"loss": "chosen_tokens" if objective in TOKEN_OBJECTIVES else "examples",
-              "reward_chosen": "examples", "reward_rejected": "pairs", "margin": "pairs",
-              "accuracy": "pairs", "tether_chosen": "examples", "tether_rejected": "pairs",
-              "trunk_coef": "trunk_rows"}
-    metrics = {}
-    for name, count in counts.items():
-        metrics[name] = sums[name] / sums[count] if sums[count] else None
+    metrics = {name: sums[name] / sums[count] if sums[count] else None
+               for name, count in COUNTS.items()}
+    if objective in TOKEN_OBJECTIVES:
+        metrics["loss"] = sums["loss"] / sums["chosen_tokens"]
     return metrics

@@ -3,16 +3,15 @@
 Comes in:  a checkpoint folder in Hugging Face layout, token ids laid out as forks (data.py).
 Goes out:  the log-probability of every scored row, or sampled continuations of prompts.
 
-Parameter names are HF's without the leading "model.", so that a reader can hold both side by side
+Parameter names are HF's without the leading "model.", to hold both side by side
 (transformers/models/qwen3/modeling_qwen3.py). Shapes: T tokens of a pack, D hidden width, H query
 heads, K key heads, d head width, R scored rows, V vocabulary. There is no batch dimension and no
-padding: several sequences lie one after the other in T, and attention keeps them apart.
+padding: sequences lie one after the other in T, and attention keeps them apart.
 """
 
 import argparse
 import contextlib
 import functools
-import importlib
 import io
 import math
 import os
@@ -40,9 +39,9 @@ from data import UserError, listed, read_json, write_json, writing
 from loss import linear_logps
 
 # On a CPU torch hands these functions to MKL, which picks a function's kernel on its first call in
-# a process. Where several threads make that call, one of them may get a low-accuracy kernel for its
-# share: no error, up to 1.5e-4 off (pytorch/pytorch issue 188792). Hence a first call that is too
-# small for two threads. This can go once torch comes with MKL 2025, which no longer does it.
+# a process. If several threads make that call, one of them may get a low-accuracy kernel: no error,
+# up to 1.5e-4 off (pytorch/pytorch issue 188792). Hence a first call that is too small for two
+# threads. It can go once torch comes with MKL 2025.
 for _dtype in (torch.float32, torch.float64):
     for _function in (torch.cos, torch.sin, torch.exp, torch.log):
         _function(torch.ones(8, dtype=_dtype))
@@ -53,7 +52,7 @@ for _dtype in (torch.float32, torch.float64):
 
 @dataclass
 class Config:
-    """The numbers of a dense Qwen3 that change the computation (names as in config.json)."""
+    """The numbers of a dense Qwen3 that change the computation, named as in config.json."""
 
     vocab_size: int
     hidden_size: int
@@ -68,17 +67,14 @@ class Config:
 
 
 # Keys that change no forward pass, or that read_config checks by itself.
-HARMLESS = {
-    "architectures", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype",
-    "transformers_version", "use_cache", "initializer_range", "max_window_layers",
-    "sliding_window", "max_position_embeddings", "output_attentions", "output_hidden_states",
-    "return_dict", "id2label", "label2id", "chunk_size_feed_forward", "gradient_checkpointing",
-    "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "max_length", "min_p",
-    "max_new_tokens", "num_beams", "num_return_sequences", "length_penalty", "typical_p",
-    "num_labels", "model_max_length", "seq_length", "original_max_position_embeddings",
-    "pretraining_tp", "base_model_tp_plan", "torchscript", "router_aux_loss_coef",
-    "rope_parameters", "rope_scaling", "layer_types",
-}
+HARMLESS = set("""
+    architectures bos_token_id eos_token_id pad_token_id torch_dtype dtype transformers_version
+    use_cache initializer_range max_window_layers sliding_window max_position_embeddings
+    output_attentions output_hidden_states return_dict id2label label2id chunk_size_feed_forward
+    gradient_checkpointing do_sample temperature top_k top_p min_p repetition_penalty max_length
+    max_new_tokens num_beams num_return_sequences length_penalty typical_p num_labels
+    model_max_length seq_length original_max_position_embeddings pretraining_tp base_model_tp_plan
+    torchscript router_aux_loss_coef rope_parameters rope_scaling layer_types""".split())
 TOOLS = ("_", "transformers", "unsloth", "axolotl", "llamafactory", "llama_factory", "swift", "trl",
          "peft", "mergekit", "vllm", "sglang", "mlx", "deepspeed", "megatron", "nemo", "verl")
 # Keys that would change it, with the only values this file computes.
@@ -93,8 +89,8 @@ EXPECTED = {int: "a whole number above 0", float: "a number above 0", bool: "tru
 def read_config(folder: str) -> Config:
     """Read folder/config.json in either layout (rope_theta at the top, or inside rope_parameters).
 
-    Raises UserError that lists every key that is missing, of a wrong type, or not supported; so is
-    every unknown key but bookkeeping: texts, token ids, keys of tools, and what is switched off.
+    Raises UserError that lists every key that is missing, of a wrong type, or not supported. So is
+    an unknown key, unless it is bookkeeping: a text, a token id, a tool's key, or switched off.
     """
     path = os.path.join(folder, "config.json")
     raw = {"head_dim": 128, "tie_word_embeddings": False, **read_json(path)}  # HF's defaults
@@ -106,35 +102,25 @@ def read_config(folder: str) -> Config:
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # transformers' order
     if not isinstance(rope, dict) or (
             {k for k in rope if rope[k] not in ("default", None)} - {"rope_theta"}):
-        problems.append(f'"rope_scaling" or "rope_parameters" is {rope!r:.200}; only the '
-                        '"rope_type" "default" and "rope_theta" are supported')
+        problems.append(f'"rope_scaling" or "rope_parameters" is {rope!r:.200}; only "rope_type" '
+                        '"default" and "rope_theta" are supported')
     elif "rope_theta" in rope:
-        if raw.get("rope_theta") not in (None, rope["rope_theta"]):
-            problems.append('"rope_theta" and "rope_parameters" contradict each other')
         raw["rope_theta"] = rope["rope_theta"]
-    values = {}
+    config = Config(**{f.name: raw.pop(f.name, None) for f in fields(Config)})
     for f in fields(Config):
-        value = values[f.name] = raw.pop(f.name, None)
+        value = getattr(config, f.name)
         types = (int, float) if f.type is float else (f.type,)
         if type(value) not in types or (f.type is not bool and not 0 < value < math.inf):
             problems.append(f'"{f.name}": {EXPECTED[f.type]} expected, found {value!r:.60}')
     for key, value in raw.items():
-        if key in HARMLESS or key.startswith(TOOLS) or key.endswith("_token_id"):
-            continue
-        if not isinstance(value, str) and value not in (None, False, [], {}):
+        harmless = key in HARMLESS or key.startswith(TOOLS) or key.endswith("_token_id")
+        if not harmless and not isinstance(value, str) and value not in (None, False, [], {}):
             problems.append(f'"{key}": {value!r:.60} is unknown and might change the computation')
+    types = raw.get("layer_types") or []
+    if not isinstance(types, list) or types.count("full_attention") < len(types):
+        problems.append(f'"layer_types" is {types!r:.80}; only "full_attention" is supported')
     if problems:
         raise UserError(f"{path} is not a configuration this program computes:{listed(problems)}")
-    config = Config(**values)
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
-    layers, layer_types = config.num_hidden_layers, raw.get("layer_types") or []
-    if heads % groups or config.head_dim % 2:
-        raise UserError(f"{path}: {heads} query heads on {groups} key heads of width "
-                        f"{config.head_dim}: a multiple and an even width expected")
-    all_full = isinstance(layer_types, list) and set(map(str, layer_types)) <= {"full_attention"}
-    if not all_full or len(layer_types) not in (0, layers):
-        raise UserError(f'{path}: "layer_types" is {layer_types!r:.80}; "full_attention" expected, '
-                        f'"num_hidden_layers" ({layers}) times')
     return config
 
 
@@ -157,7 +143,7 @@ class Qwen3(nn.Module):
 
     def forward(self, tokens, positions, forks, rows, targets):
         """tokens, positions (T,); forks as in fork_attention; rows (R,) of T; targets (R,) ids.
-        Returns (R,) fp32: log p(targets[i] | all that token rows[i] sees). R may be 0."""
+        Returns (R,) fp32: log p(targets[i] | all that token rows[i] sees)."""
         # Only scored rows reach the norm and the head. index_select: h[rows] is 5-7x slower on CPU.
         hidden = self.norm(self.hidden_states(tokens, positions, forks).index_select(0, rows))
         tied_weight = self.embed_tokens.weight if self.config.tie_word_embeddings else None
@@ -168,19 +154,12 @@ class Qwen3(nn.Module):
         return self.blocks(tokens, positions, lambda q, k, v, layer: fork_attention(q, k, v, forks))
 
     def blocks(self, tokens, positions, attend):
-        """As `trunk`, with attend(q, k, v, layer) as the attention."""
+        """The same with attend(q, k, v, layer) as the attention."""
         x = self.embed_tokens(tokens)
         cos, sin = rope_table(positions, self.config, x.dtype)
         for layer, block in enumerate(self.layers):
             x = block(x, cos, sin, functools.partial(attend, layer=layer))
         return x
-
-    def logits(self, tokens):
-        """(T, V) logits of one plain sequence (T,), in the compute dtype: for small inputs."""
-        length = len(tokens)
-        positions = torch.arange(length, device=tokens.device)
-        hidden = self.hidden_states(tokens, positions, [(0, length, length, length)])
-        return self.norm(hidden) @ self.head_weight().T
 
     def head_weight(self):
         tied = self.config.tie_word_embeddings
@@ -248,9 +227,8 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
-        # HF's order: statistics in fp32, back to x's dtype, then the weight. With its own weight
-        # argument F.rms_norm rounds once only: a quarter of all bf16 outputs differ. On CUDA it is
-        # one kernel.
+        # HF's order: statistics in fp32, back to x's dtype, then the weight. Given the weight,
+        # F.rms_norm rounds only once, and a quarter of all bf16 outputs differ.
         return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
@@ -266,10 +244,7 @@ class Head(nn.Module):
 
 def rope_table(positions, config, dtype):
     """(T,) positions to cos and sin (T, d), computed in fp32, cast to the activations' dtype as HF.
-
-    Made anew for each pack: a buffer would have to be rebuilt after meta-device construction, and
-    forgetting that raises no error.
-    """
+    No buffer: after construction on the meta device it would be lost, and no error says so."""
     index = torch.arange(0, config.head_dim, 2, device=positions.device).float()
     frequencies = 1.0 / config.rope_theta ** (index / config.head_dim)
     angles = positions[:, None].float() * frequencies
@@ -292,10 +267,8 @@ def fork_attention(q, k, v, forks):
     forks: list of (start, trunk_end, rejected_end, chosen_end) in tokens, one after the other. A
     query sees a key if and only if the key is of the same fork, not later in the row, and in the
     trunk or in the query's own branch. So a fork takes three calls: its trunk over itself, and each
-    branch over trunk + itself, aligned at the bottom right. No [T, T] mask, no masked-out work.
-
-    On CUDA in 16 bit these are flash kernels, which take grouped heads and this alignment as they
-    are (torch/nn/attention/bias.py). In fp32, and on a CPU, a mask of one branch is made.
+    branch over trunk + itself, aligned at the bottom right: on CUDA in 16 bit flash kernels, which
+    take grouped heads and this alignment as they are (torch/nn/attention/bias.py).
     """
     dtype = q.dtype
     if not q.is_cuda and dtype != torch.float64:
@@ -323,7 +296,7 @@ def fork_attention(q, k, v, forks):
 # --- generation -----------------------------------------------------------------------------------
 
 CELLS = 256  # tokens that a new cache holds at least; it doubles when full
-CPU_ROWS = 16  # MKL rounds products of fewer rows differently: on a CPU, rows are filled up to it
+LEAST_ROWS = 16  # MKL rounds products of fewer rows differently: rows are filled up to it
 
 
 @dataclass
@@ -339,27 +312,23 @@ class Row:
 
 @torch.no_grad()
 def generate(model: Qwen3, prompts, seeds, *, max_tokens, temperature=0.7, top_p=0.8, top_k=20,
-             end=(), batch_size=32, on_done=None, progress=None) -> list:
-    """Continue every prompt by sampling; temperature 0 is greedy.
+             end=(), batch_size=32, on_done=None) -> list:
+    """Continue every prompt by sampling with a plain (not sharded) model; temperature 0 is greedy.
 
-    model     plain (not sharded), on a CPU or a GPU, any dtype
-    prompts   lists of token ids; seeds: one int >= 0 a prompt, all the chance there is
-    top_k     so many most likely tokens stay, 0: all (of ties for the last place, as many as fit)
-    top_p     then the fewest most likely tokens stay whose probabilities sum to top_p; 1: all
-    end       token ids that end a sample
-    on_done   called as on_done(index, ids, ended) as soon as a sample is finished
-    progress  called as progress(n) after every step, n the tokens sampled in it, end tokens too
-    returns   (ids, ended) a prompt: ids without the end token; ended False: max_tokens cut it off
+    prompts  lists of token ids, none empty; seeds: one int >= 0 a prompt, all the chance there is
+    top_k    so many most likely tokens stay, 0: all (of ties for the last place, as many as fit)
+    top_p    then the fewest most likely tokens stay whose probabilities sum to top_p; 1: all
+    end      token ids that end a sample
+    on_done  called as on_done(index, ids, ended) as soon as a sample is finished
+    returns  (ids, ended) a prompt: ids without the end token; ended False: max_tokens cut it off
 
     At most batch_size samples run at a time; a finished one makes room for the next prompt at once.
-    A sample depends on prompt, seed and settings: its t-th token is drawn with the t-th number of a
-    generator of its own, so batch size, neighbours and rank change it through rounding alone. On a
-    CPU in fp32 not even so (measured with MKL): prompts go through one by one, the blocks get
-    CPU_ROWS rows or more, and each row attends to its own cache. Elsewhere rounding may decide a
-    near tie. Raises UserError that lists all wrong arguments, or where logits are not finite.
+    A sample's t-th token is drawn with the t-th number of a generator of its own, so batch size,
+    neighbours and rank change it through rounding alone, and on a CPU in fp32 not at all (measured
+    with MKL): prompts go through one by one, the blocks get LEAST_ROWS rows or more, and each row
+    attends to its own cache. Raises UserError where logits are not finite.
     """
-    check_generate(model, prompts, seeds, max_tokens, temperature, top_p, top_k, batch_size)
-    end, results, waiting, rows = set(end), [None] * len(prompts), deque(range(len(prompts))), []
+    results, waiting, rows = [None] * len(prompts), deque(range(len(prompts))), []
     while rows or waiting:
         hidden = [decode(model, rows)] if rows else []
         while waiting and len(rows) < batch_size:
@@ -375,8 +344,7 @@ def generate(model: Qwen3, prompts, seeds, *, max_tokens, temperature=0.7, top_p
         running = []
         for row, token in zip(rows, tokens):
             if token < 0:
-                token = len(row.ids)
-                raise UserError(f"prompt {row.index}: logits of token {token} are not finite")
+                raise UserError(f"prompt {row.index}: logits of token {len(row.ids)} not finite")
             if token not in end:
                 row.ids.append(token)
             if token in end or len(row.ids) == max_tokens:
@@ -386,34 +354,7 @@ def generate(model: Qwen3, prompts, seeds, *, max_tokens, temperature=0.7, top_p
             else:
                 running.append(row)
         rows = running
-        if progress:
-            progress(len(tokens))
     return results
-
-
-def check_generate(model, prompts, seeds, max_tokens, temperature, top_p, top_k, batch_size):
-    """Raises one UserError that lists every wrong argument of `generate`."""
-    problems = []
-    if len(seeds) != len(prompts):
-        problems.append(f"seeds: {len(seeds)}, {len(prompts)}, one a prompt, expected")
-    if max_tokens < 1:
-        problems.append(f"max_tokens {max_tokens}, 1 or more expected")
-    if not 0 <= temperature < math.inf:
-        problems.append(f"temperature {temperature}, 0 (greedy) or more, and finite, expected")
-    if not 0 < top_p <= 1:
-        problems.append(f"top_p {top_p}, above 0 and at most 1 expected")
-    if top_k < 0:
-        problems.append(f"top_k {top_k}, 0 (all) or more expected")
-    if batch_size < 1:
-        problems.append(f"batch_size {batch_size}, 1 or more expected")
-    for i, (ids, seed) in enumerate(zip(prompts, seeds)):
-        if seed < 0:
-            problems.append(f"seed {i}: {seed}, 0 or more expected")
-        if not ids or min(ids) < 0 or max(ids) >= model.config.vocab_size:
-            problems.append(f"prompt {i}: one id or more, 0 to {model.config.vocab_size - 1}, "
-                            f"expected, found {list(ids)!r:.60}")
-    if problems:
-        raise UserError(f"generate:{listed(problems)}")
 
 
 def prefill(model, prompt):
@@ -437,7 +378,7 @@ def prefill(model, prompt):
 def decode(model, rows):
     """The last token of every row through the blocks, (rows, D); caches get its keys and values."""
     device = model.norm.weight.device
-    fill = [0] * (CPU_ROWS - len(rows)) if device.type == "cpu" else []
+    fill = [0] * (LEAST_ROWS - len(rows))
     tokens = torch.tensor([row.ids[-1] for row in rows] + fill, device=device)
     positions = torch.tensor([row.length for row in rows] + fill, device=device)
     for row in rows:
@@ -462,7 +403,7 @@ def decode(model, rows):
 
 def next_logits(model, hidden):
     """(n, D) states before the final norm to (n, V) logits in the model's dtype."""
-    fill = 0 if hidden.is_cuda else max(0, CPU_ROWS - len(hidden))
+    fill = max(0, LEAST_ROWS - len(hidden))
     # On a CPU faster for few rows than hidden @ weight.T, the transposed copy included.
     logits = model.head_weight() @ F.pad(model.norm(hidden), (0, 0, 0, fill)).T
     return logits[:, :len(hidden)].T.contiguous()
@@ -481,11 +422,8 @@ def sample(logits, uniforms, temperature, top_p, top_k):
 
 
 def filtered(logits, temperature, top_p, top_k):
-    """The filters in transformers' order: temperature, top-k, top-p.
-
-    Returns weights (n, k) fp64, largest first and 0 where top_p drops the token (the rest sum to
-    less than 1 then), and their ids (n, k). Without top_k, k is V, and all logits are sorted.
-    """
+    """The filters in transformers' order: temperature, top-k, top-p. Returns weights (n, k) fp64,
+    largest first, 0 where top_p drops the token, and their ids (n, k). Without top_k, k is V."""
     if 0 < top_k < logits.shape[1]:
         values, ids = logits.topk(top_k)
     else:
@@ -498,39 +436,27 @@ def filtered(logits, temperature, top_p, top_k):
 
 # --- checkpoints in Hugging Face layout -----------------------------------------------------------
 
-DTYPES = ("F32", "BF16", "F16")  # as safetensors names them
 SIDE_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "merges.txt",
               "chat_template.jinja", "vocab.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def checkpoint_folder(name: str) -> str:
-    """A local folder as it is; a hub id is downloaded, or UserError gives the command for it."""
-    folder = name
+    """The name of a folder that may hold a checkpoint. Raises UserError."""
     if not os.path.isdir(name):
-        advice = "a folder with config.json, tokenizer.json and *.safetensors expected"
-        if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-            raise UserError(f"{name} is no folder: {advice}")
-        try:  # comes with tokenizers; not one of the five packages, hence no import at the top
-            hub = importlib.import_module("huggingface_hub")
-            patterns = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
-            folder = hub.snapshot_download(name, allow_patterns=patterns)
-        except Exception as e:  # offline, unknown id, gated: the advice is always the same
-            raise UserError(f"{name} is no folder: {advice}; the hub could not be asked "
-                            f"({type(e).__name__}). Where there is a network:\n"
-                            f"  hf download {name} --local-dir {name.split('/')[1]}") from None
-    if os.path.exists(os.path.join(folder, "adapter_config.json")):
-        raise UserError(f"{folder} holds a LoRA adapter (adapter_config.json): merge it first "
+        raise UserError(f"{name} is no folder: a folder with config.json, tokenizer.json and "
+                        "*.safetensors expected. A model of the hub comes with\n"
+                        f"  hf download {name} --local-dir {os.path.basename(name)}")
+    if os.path.exists(os.path.join(name, "adapter_config.json")):
+        raise UserError(f"{name} holds a LoRA adapter (adapter_config.json): merge it first "
                         "(peft's merge_and_unload), or remove that file if this is done")
-    return folder
+    return name
 
 
 def unread_parts(folder: str) -> list:
     """What lies in a checkpoint and is not read, as lines for the log."""
     known = HARMLESS | ONLY.keys() | {f.name for f in fields(Config)}
     keys = sorted(read_json(os.path.join(folder, "config.json")).keys() - known)
-    lines = []
-    if keys:
-        lines.append(f"{folder}/config.json: no part of the computation: {', '.join(keys)}")
+    lines = [f"{folder}/config.json: not read: {', '.join(keys)}"] if keys else []
     single = os.path.join(folder, "model.safetensors")
     if os.path.exists(single) and os.path.exists(single + ".index.json"):
         lines.append(f"{single} is read, not the shards of the index beside it")
@@ -546,24 +472,19 @@ def open_tensors(folder: str) -> dict:
     """All tensors of a checkpoint: {HF name: (file path, safetensors slice)}; reads headers alone,
     of model.safetensors or else of the files that model.safetensors.index.json names. Raises
     UserError for missing, truncated or corrupt files."""
-    files = ["model.safetensors"]
-    index_path = os.path.join(folder, "model.safetensors.index.json")
-    if not os.path.exists(os.path.join(folder, "model.safetensors")):
-        if not os.path.exists(index_path):
-            raise UserError(f"{folder}: neither model.safetensors nor model.safetensors.index.json "
-                            "is there (weights in pickle formats are not read)")
-        index = read_json(index_path).get("weight_map")
-        if not isinstance(index, dict):
-            raise UserError(f'{index_path}: "weight_map", an object of file names, expected')
-        files = sorted({str(file) for file in index.values()})
+    single = os.path.join(folder, "model.safetensors")
+    paths = [single]
+    if not os.path.exists(single) and os.path.exists(single + ".index.json"):
+        files = read_json(single + ".index.json").get("weight_map", {}).values()
+        paths = [os.path.join(folder, file) for file in sorted(set(files))]
     tensors = {}
-    for file in files:
-        path = os.path.join(folder, file)
+    for path in paths:
         try:
             handle = safe_open(path, framework="pt")
             tensors |= {name: (path, handle.get_slice(name)) for name in handle.keys()}
         except (OSError, SafetensorError) as e:
-            raise UserError(f"{path} is missing, truncated or corrupt: {e}") from None
+            raise UserError(f"{path} is missing, truncated or corrupt (weights in pickle formats "
+                            f"are not read): {e}") from None
     return tensors
 
 
@@ -581,12 +502,9 @@ def rows_here(p):
 @torch.no_grad()
 def load_weights(model: Qwen3, folder: str, device) -> None:
     """Give a model that was made on the meta device, plain or sharded, memory on `device`, and fill
-    it from a checkpoint: every rank reads only its own rows.
-
-    Strict, and checked before memory is taken: raises one UserError that lists all missing,
-    unexpected, mis-shaped and mis-typed tensors; later another for the first that is not finite. A
-    tied checkpoint may carry lm_head.weight if it is the embedding again.
-    """
+    it from a checkpoint: every rank reads only its own rows. Raises one UserError that lists all
+    missing, unexpected, mis-shaped and mis-typed tensors, or for the first that is not finite. A
+    tied checkpoint may carry lm_head.weight if it is the embedding again."""
     found = open_tensors(folder)
     wanted = {hf_name(name): p for name, p in model.named_parameters()}
     head_twice = model.config.tie_word_embeddings and "lm_head.weight" in found
@@ -598,20 +516,19 @@ def load_weights(model: Qwen3, folder: str, device) -> None:
         if name not in wanted:
             problems.append(f"unexpected: {name} {shape}")
         elif shape != tuple(wanted[name].shape):
-            problems.append(f"wrong shape: {name} is {shape}, config.json says "
-                            f"{tuple(wanted[name].shape)}")
-        elif dtype not in DTYPES:
-            problems.append(f"wrong type: {name} is {dtype}, {'/'.join(DTYPES)} expected")
+            problems.append(f"wrong shape: {name} is {shape}, not {tuple(wanted[name].shape)}")
+        elif dtype not in ("F32", "BF16", "F16"):
+            problems.append(f"wrong type: {name} is {dtype}, F32, BF16 or F16 expected")
     if problems:
         raise UserError(f"{folder}: weights do not fit config.json:{listed(problems)}")
     model.to_empty(device=device)
-    finite = torch.ones(len(wanted), dtype=torch.bool, device=device)
-    for i, (name, p) in enumerate(model.named_parameters()):
+    finite = []
+    for name, p in model.named_parameters():
         local, start, end = rows_here(p)
         if end > start:
             local.copy_(found[hf_name(name)][1][start:end])  # casts
-            finite[i] = local.isfinite().all()
-    for name, sound in zip(wanted, finite.tolist()):  # a GPU waits here, once
+        finite.append(local.isfinite().all())
+    for name, sound in zip(wanted, torch.stack(finite).tolist()):  # a GPU waits here, once
         if not sound:
             raise UserError(f"{found[name][0]}: {name} holds NaN or infinity")
     if head_twice:
@@ -621,68 +538,61 @@ def load_weights(model: Qwen3, folder: str, device) -> None:
                             'config.json should say "tie_word_embeddings": false')
 
 
-def load_model(folder: str, dtype=torch.float32, device="cpu", checkpointing=False) -> Qwen3:
+def load_model(folder: str, dtype=torch.float32, device="cpu") -> Qwen3:
     """A whole, unsharded model from a folder, e.g. for evaluation."""
     with torch.device("meta"):
-        model = Qwen3(read_config(folder), checkpointing).to(dtype)
+        model = Qwen3(read_config(folder)).to(dtype)
     load_weights(model, folder, device)
     return model
 
 
 @torch.no_grad()
-def export(model: Qwen3, folder: str, source: str, dtype=torch.bfloat16, shard_bytes=5 * 10**9,
-           main=True):
-    """Write `model` to `folder` in HF layout; called on all ranks, written by the main one.
-
-    The main rank's CPU memory holds one file of at most shard_bytes at a time, other ranks hold one
-    whole tensor. Configuration, tokenizer and generation files come from `source`. Raises UserError
-    or OSError on the main rank, after the last gather: the others wait in it.
-    """
+def export(model: Qwen3, folder: str, source: str, ranks, dtype=torch.bfloat16,
+           shard_bytes=5 * 10**9):
+    """Write `model` to `folder` in HF layout; called on all ranks, written by the main one, whose
+    CPU memory holds one file of at most shard_bytes at a time. Configuration, tokenizer and
+    generation files come from `source`. An error ends all ranks, as in Ranks.together."""
     shards, used = [{}], 0
     for name, p in model.named_parameters():
-        used += p.numel() * dtype.itemsize
-        if shards[-1] and used > shard_bytes:
+        size = p.numel() * dtype.itemsize
+        if shards[-1] and used + size > shard_bytes:
             shards.append({})
-            used = p.numel() * dtype.itemsize
+            used = 0
         shards[-1][hf_name(name)] = p
-    files = ["model.safetensors"]
-    if len(shards) > 1:
-        count = len(shards)
-        files = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    error = None
-    for file, shard in zip(files, shards):
+        used += size
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = "model.safetensors"
+        if len(shards) > 1:
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
         for name, p in shard.items():
             tensor = p.detach().to(dtype)
             if isinstance(tensor, DTensor):
                 tensor = tensor.full_tensor()
-            if main:
+            if ranks.main:
                 tensors[name] = tensor.cpu()
-        if main and not error:
-            try:
-                os.makedirs(folder, exist_ok=True)
-                write_tensors(os.path.join(folder, file), tensors)
-            except (UserError, OSError) as e:
-                error = e
-    if error:
-        raise error
-    if not main:
-        return
-    if len(shards) > 1:
-        total = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-        weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
-        write_json(os.path.join(folder, "model.safetensors.index.json"),
-                   {"metadata": {"total_size": total}, "weight_map": weight_map})
-    config = read_json(os.path.join(source, "config.json"))
-    config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
-    write_json(os.path.join(folder, "config.json"), config)
-    for file in SIDE_FILES:
-        if os.path.exists(os.path.join(source, file)):
-            shutil.copyfile(os.path.join(source, file), os.path.join(folder, file))
+            weight_map[name] = file
+        ranks.main_only(write_tensors, os.path.join(folder, file), tensors)
+
+    def write_side_files():
+        if len(shards) > 1:
+            total = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+            write_json(os.path.join(folder, "model.safetensors.index.json"),
+                       {"metadata": {"total_size": total}, "weight_map": weight_map})
+        config = read_json(os.path.join(source, "config.json"))
+        config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
+        write_json(os.path.join(folder, "config.json"), config)
+        for file in SIDE_FILES:
+            if os.path.exists(os.path.join(source, file)):
+                shutil.copyfile(os.path.join(source, file), os.path.join(folder, file))
+
+    ranks.main_only(write_side_files)
 
 
 def write_tensors(path: str, tensors: dict, **metadata: str):
     """A safetensors file, durable on return. Raises UserError or OSError that names the file."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     try:
         save_file(tensors, path, metadata={"format": "pt", **metadata})
     except SafetensorError as e:
@@ -725,65 +635,46 @@ class Ranks:
             yield
         except (UserError, OSError, SafetensorError) as e:
             error = e
-        # Each rank sends its number where it failed, else the number of ranks: the minimum is the
-        # first that failed.
+        # Each rank sends its number if it failed, else the number of ranks: the least speaks.
         own = torch.full((), self.rank if error else self.world, device=self.device)
         first_failed = int(self.reduce(own, dist.ReduceOp.MIN))
+        if self.rank == first_failed:
+            tqdm.write(f"error: {error}", file=sys.stderr)  # clears a progress bar
         if first_failed < self.world:
-            if self.rank == first_failed:
-                tqdm.write(f"error: {error}", file=sys.stderr)  # clears a progress bar
-                sys.stderr.flush()
-            dist.barrier()  # the first exit makes torchrun kill the others: the message comes first
-            close_ranks()
+            close_ranks()  # after the message: the first exit makes torchrun kill the others
             sys.exit(1)
 
     def main_only(self, function, *args):
         """function(*args) on the main rank, inside `together`; None on the others, which wait."""
-        result = None
         with self.together():
-            if self.main:
-                result = function(*args)
-        return result
-
-
-def launched() -> bool:
-    """Whether torchrun or the like started this process; raises UserError where it is unclear."""
-    numbers = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    given = [name for name in numbers if name in os.environ]
-    lacking = [name for name in numbers if not os.environ.get(name, "").isdigit()]
-    lacking += [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if given and lacking:
-        raise UserError(f"half a launcher's environment: {', '.join(given)} set, but not a usable "
-                        f"{', '.join(lacking)}: start with torchrun, or unset {', '.join(given)}")
-    return bool(given)
+            return function(*args) if self.main else None
 
 
 def open_ranks(timeout: int, toy: bool = False) -> Ranks:
     """Join the process group that torchrun describes; without torchrun a group of one. Raises
     UserError where there are fewer GPUs than ranks; the toy story takes the CPU then."""
-    from_launcher = launched()
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    local = int(os.environ.get("LOCAL_RANK") or 0)
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    count = torch.cuda.device_count()
+    arguments = {"backend": "gloo", "timeout": timedelta(seconds=timeout)}
+    if "RANK" not in os.environ:
+        arguments |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    device, count = torch.device("cpu"), torch.cuda.device_count()
     if 0 < count < local_world and not toy:
         raise UserError(f"{local_world} ranks on this machine, but {count} GPUs: start with "
-                        f"--nproc_per_node={count}, or use the CPU with CUDA_VISIBLE_DEVICES= "
-                        "(empty)")
-    arguments = {"backend": "gloo", "timeout": timedelta(seconds=timeout)}
-    if not from_launcher:
-        arguments |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    device = torch.device("cpu")
+                        f"--nproc_per_node={count}, or on the CPU with CUDA_VISIBLE_DEVICES=")
     if count >= local_world:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-        # On new cards torch prefers cuDNN's attention, which plans anew, for half a second, for
-        # each length that it has not met: here nearly every fork's.
+        # cuDNN's attention, torch's choice on new cards, plans half a second for each new length.
         torch.backends.cuda.enable_cudnn_sdp(False)
         arguments |= {"backend": "nccl", "device_id": device}
     else:  # torchrun sets OMP_NUM_THREADS=1, which wastes cores where there are fewer ranks
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
         torch.set_flush_denormal(True)  # most of a sharp softmax is denormal: slow numbers
-    dist.init_process_group(**arguments)
+    try:
+        dist.init_process_group(**arguments)
+    except ValueError as e:  # a variable is missing or is no number
+        raise UserError(f"{e}: start with torchrun, or unset RANK") from None
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -793,24 +684,23 @@ def close_ranks():
     dist.destroy_process_group()
 
 
-def begin(parse, join=lambda o: open_ranks(o.timeout)):
-    """(options, Ranks) of a program. On wrong options one rank a machine says what is wrong, and
-    all exit with code 2."""
-    speaks = not re.fullmatch(r"[1-9]\d*", os.environ.get("LOCAL_RANK", ""))
-    out = sys.stdout if speaks else io.StringIO()  # argparse prints by itself
+def begin(parse, join):
+    """(options, Ranks) of a program, from parse() and join(options). On wrong options one rank a
+    machine says what is wrong, and all exit with code 2."""
+    speaks = os.environ.get("LOCAL_RANK", "") in ("", "0")
+    out = sys.stdout if speaks else io.StringIO()
     err = sys.stderr if speaks else io.StringIO()
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):  # argparse prints
             o = parse()
         return o, join(o)
     except SystemExit as e:
         code = e.code
     except UserError as e:
         code = 2
-        if speaks:
-            print(f"error: {e}", file=sys.stderr, flush=True)
+        print(f"error: {e}", file=err, flush=True)
     if code and not speaks:
-        time.sleep(30)  # the first exit makes torchrun kill the others: the message comes first
+        time.sleep(30)  # as in `together`
     sys.exit(code)
 
 
@@ -820,14 +710,12 @@ def leave(main):
     try:
         code = main()
     except RuntimeError as e:  # gloo's have no class of their own
-        of_gloo = re.search("gloo|closed by peer|Timed out waiting", str(e))
-        if not of_gloo and not isinstance(e, dist.DistError):
+        if not isinstance(e, dist.DistError) and not re.search("gloo|closed by|Timed out", str(e)):
             raise
         tqdm.write("error: another rank has died or has not answered within --timeout: "
                    f"{str(e).splitlines()[0]:.200}", file=sys.stderr)
         code = 1
     sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)
 
 

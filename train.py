@@ -70,7 +70,7 @@ PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800":
 class Options:
     """Everything that can be chosen. Defaults are the paper's (Qwen3-8B), but for the loss."""
 
-    model: str = option("", "checkpoint folder in Hugging Face layout, or a hub id (required)")
+    model: str = option("", "checkpoint folder in Hugging Face layout (required)")
     pairs: str = option("", "pair file, .jsonl or .jsonl.gz (required)")
     out: str = option("", "run folder to write (required)")
     loss: str = option("spot-bce", "objective", loss.OBJECTIVES)
@@ -981,9 +981,7 @@ def export_model(run):
     o, ranks = run.o, run.ranks
     final = os.path.join(o.out, "model")
     ranks.main_only(remove, final + ".tmp")
-    with ranks.together():
-        qwen.export(run.policy, final + ".tmp", run.folder, getattr(torch, o.save_dtype),
-                    main=ranks.main)
+    qwen.export(run.policy, final + ".tmp", run.folder, ranks, getattr(torch, o.save_dtype))
 
     def rename():
         remove(final + ".old")

@@ -1,6 +1,7 @@
 """model.generate against transformers' generate and warpers, and itself in other batches."""
 
 import random
+from unittest import mock
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def test_bf16_picks_a_largest_logit(tmp_path):
     prompts = make_prompts([4, 30, 11])
     results = qwen.generate(ours, prompts, [0] * 3, max_tokens=20, temperature=0)
     for prompt, (ids, _) in zip(prompts, results):
-        logits = ours.logits(torch.tensor(prompt + ids))[len(prompt) - 1:-1].float()
+        logits = tiny.logits(ours, torch.tensor(prompt + ids))[len(prompt) - 1:-1].float()
         picked = logits.gather(1, torch.tensor(ids)[:, None]).squeeze(1)
         assert len(ids) == 20 and (logits.amax(1) - picked).max() <= 0.05 * logits.abs().max()
 
@@ -164,8 +165,7 @@ def test_sampling_is_the_inverse_of_the_distribution_function():
 @pytest.mark.parametrize("batch_size", [2, 6])
 def test_a_long_sample_holds_up_nobody_and_memory_follows_the_rows(ours, monkeypatch, batch_size):
     """One row goes on for long; 30 shorter ones pass through the other slots meanwhile."""
-    finished, counts, vacant = [], [], []
-    decode = qwen.decode
+    finished, vacant, decode = [], [], qwen.decode
 
     def watched(model, rows):
         hidden = decode(model, rows)
@@ -178,36 +178,22 @@ def test_a_long_sample_holds_up_nobody_and_memory_follows_the_rows(ours, monkeyp
     alone = qwen.generate(ours, prompts, range(31), batch_size=31, **settings)
     first = max(range(31), key=lambda i: len(alone[i][0]))
     order = [first] + [i for i in range(31) if i != first]
-    found = qwen.generate(ours, [prompts[i] for i in order], order, batch_size=batch_size,
-                          on_done=lambda *x: finished.append(x), progress=counts.append, **settings)
+    with mock.patch.object(qwen, "sample", wraps=qwen.sample) as sample:
+        found = qwen.generate(ours, [prompts[i] for i in order], order, batch_size=batch_size,
+                              on_done=lambda *x: finished.append(x), **settings)
     assert found == [alone[i] for i in order] and not any(vacant)
     assert sorted(finished) == [(i, *x) for i, x in enumerate(found)] and finished[0][0] != 0
     lengths = [len(ids) + ended for ids, ended in found]
-    assert 100 < lengths[0] < 2000 and sum(counts) == sum(lengths)
+    assert 100 < lengths[0] < 2000
     free = [0] * batch_size  # when each slot is free: the next prompt takes the first
     for n in lengths:
         free[free.index(min(free))] += n
-    assert len(counts) == max(free)
-
-
-@pytest.mark.parametrize("change, words", [
-    ({"prompts": [[1], []]}, r"prompt 1: one id or more, 0 to 264, expected, found \[\]"),
-    ({"prompts": [[1], [3, VOCAB]]}, r"prompt 1: .*, 0 to 264, expected, found \[3, 265\]"),
-    ({"prompts": [[-1], [3]]}, r"prompt 0: .* found \[-1\]"),
-    ({"seeds": [1]}, "seeds: 1, 2, one a prompt"), ({"seeds": [1, -2]}, "seed 1: -2, 0 or more"),
-    ({"max_tokens": 0}, "max_tokens 0, 1 or more expected"),
-    ({"temperature": -0.1}, "temperature -0.1"), ({"temperature": float("nan")}, "temperature nan"),
-    ({"top_p": 0}, "top_p 0, above 0"), ({"top_p": 1.1}, "top_p 1.1"), ({"top_k": -1}, "top_k -1"),
-    ({"batch_size": 0}, "batch_size 0"), ({"top_k": -1, "top_p": 2}, "(?s)top_p.*top_k")], ids=str)
-def test_wrong_arguments_are_refused(ours, change, words):
-    with pytest.raises(UserError, match=words):
-        qwen.generate(ours, **{"prompts": [[1], [2]], "seeds": [0, 1], "max_tokens": 2, **change})
-    assert qwen.generate(ours, [], [], max_tokens=2) == []
+    assert sample.call_count == max(free)
 
 
 def test_logits_that_are_not_finite_are_no_text(tmp_path):
     model = qwen.load_model(checkpoint(tmp_path, SHAPES[0]))
     model.norm.weight.data[3] = float("nan")
     for temperature in (0, 0.7):
-        with pytest.raises(UserError, match="prompt 0: logits of token 0 are not finite"):
+        with pytest.raises(UserError, match="prompt 0: logits of token 0 not finite"):
             qwen.generate(model, [[1, 2]], [0], max_tokens=3, temperature=temperature)

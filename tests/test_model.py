@@ -1,14 +1,11 @@
 """model.py against transformers' Qwen3, and against brute-force masks."""
 
-import itertools
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,29 +18,20 @@ from data import UserError
 # heads, key heads, head_dim, hidden, tied, layout of config.json, largest shard
 SHAPES = [
     (4, 4, 16, 64, True, "new", "5GB"), (4, 2, 16, 32, False, "new", "5GB"),
-    (8, 1, 8, 32, True, "old", "5GB"),
-    (2, 1, 64, 48, False, "old", "20KB"), (6, 2, 32, 40, True, "new", "20KB"),
-    (8, 4, 16, 128, False, "old", "5GB"), (3, 3, 24, 56, True, "old", "30KB"),
-    (8, 2, 32, 64, False, "new", "40KB"),
+    (8, 1, 8, 32, True, "old", "5GB"), (2, 1, 64, 48, False, "old", "20KB"),
+    (6, 2, 32, 40, True, "new", "20KB"), (3, 3, 24, 56, True, "old", "30KB"),
 ]
 
 
 def hf_pair(folder, shape, dtype=torch.float32):
     """The same random checkpoint opened by transformers and by us."""
-    from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    from transformers import AutoModelForCausalLM
 
     heads, groups, head_dim, hidden, tied, kind, shard = shape
-    torch.manual_seed(SHAPES.index(shape))
-    config = Qwen3Config(
-        vocab_size=131, hidden_size=hidden, num_hidden_layers=3, num_attention_heads=heads,
-        num_key_value_heads=groups, head_dim=head_dim, intermediate_size=2 * hidden + 8,
-        tie_word_embeddings=tied, rope_theta=1e6, rms_norm_eps=1e-6)
-    hf = Qwen3ForCausalLM(config)
-    with torch.no_grad():
-        for p in hf.parameters():
-            scale, mean = (0.3, 1) if p.ndim == 1 else (1.5 / hidden**0.5, 0)
-            p.copy_(mean + scale * torch.randn_like(p))
-    hf.save_pretrained(folder, max_shard_size=shard)
+    folder.mkdir(exist_ok=True)
+    tiny.write_checkpoint(folder, tied, 131, SHAPES.index(shape), shard, hidden_size=hidden,
+                          num_hidden_layers=3, num_attention_heads=heads, head_dim=head_dim,
+                          num_key_value_heads=groups, pad_token_id=None)
     if kind == "old":  # as published checkpoints have it
         raw = json.load(open(folder / "config.json"))
         raw.pop("rope_parameters"), raw.pop("layer_types", None)
@@ -56,29 +44,13 @@ def hf_pair(folder, shape, dtype=torch.float32):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @torch.no_grad()
-def test_logits_and_hidden_states_equal_transformers(tmp_path, shape):
+def test_logits_equal_transformers(tmp_path, shape):
     hf, ours = hf_pair(tmp_path, shape)
-    tokens = torch.randint(0, 131, (200,))
-    wanted = hf(tokens[None], output_hidden_states=True)
-    scale = wanted.logits.abs().max()
-    worst = float((ours.logits(tokens) - wanted.logits[0]).abs().max() / scale)
-    x = ours.embed_tokens(tokens)
-    cos, sin = qwen.rope_table(torch.arange(200), ours.config, x.dtype)
-    for i, block in enumerate(ours.layers):
-        x = block(x, cos, sin, lambda q, k, v: qwen.fork_attention(q, k, v, [(0, 200, 200, 200)]))
-        found = ours.norm(x) if i == 2 else x  # transformers gives the last state normed
-        state = wanted.hidden_states[i + 1][0]
-        worst = max(worst, float((found - state).abs().max() / state.abs().max()))
+    tokens = torch.randint(0, 131, (4300 if shape == SHAPES[1] else 200,))
+    wanted = hf(tokens[None]).logits[0]
+    worst = float((tiny.logits(ours, tokens) - wanted).abs().max() / wanted.abs().max())
     print(shape, f"largest difference over scale {worst:.1e}")
     assert worst <= 1e-5
-
-
-@torch.no_grad()
-def test_positions_beyond_4096(tmp_path):
-    hf, ours = hf_pair(tmp_path, SHAPES[1])
-    tokens = torch.randint(0, 131, (4300,))
-    wanted = hf(tokens[None]).logits[0]
-    assert (ours.logits(tokens) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
 @torch.no_grad()
@@ -87,7 +59,8 @@ def test_bf16_is_within_bf16_rounding(tmp_path):
     hf, ours = hf_pair(tmp_path / "b", SHAPES[1], torch.bfloat16)
     tokens = torch.randint(0, 131, (40,))
     truth = exact.to(torch.bfloat16).float()(tokens[None]).logits[0]
-    theirs, found = (f.float() - truth for f in (hf(tokens[None]).logits[0], ours.logits(tokens)))
+    theirs = hf(tokens[None]).logits[0].float() - truth
+    found = tiny.logits(ours, tokens).float() - truth
     assert theirs.square().mean() > 0
     assert found.square().mean() <= 1.2 * theirs.square().mean()
 
@@ -96,7 +69,7 @@ def test_bf16_is_within_bf16_rounding(tmp_path):
 def test_gradients_of_a_plain_sequence_equal_transformers(tmp_path, shape):
     hf, ours = hf_pair(tmp_path, shape)
     tokens = torch.randint(0, 131, (60,))
-    for m, logits in ((hf, hf(tokens[None]).logits[0]), (ours, ours.logits(tokens))):
+    for m, logits in ((hf, hf(tokens[None]).logits[0]), (ours, tiny.logits(ours, tokens))):
         torch.nn.functional.cross_entropy(logits[:-1], tokens[1:]).backward()
     wanted = {n.removeprefix("model."): p.grad for n, p in hf.named_parameters()}
     for name, p in ours.named_parameters():
@@ -119,7 +92,7 @@ FORKS = [(0, 5, 9, 12), (12, 13, 14, 15), (15, 40, 40, 47), (47, 130, 131, 200)]
 
 
 def dense_mask(forks, length):
-    """The rule of `layout`, token by token."""
+    """The rule of fork_attention, token by token."""
     fork, branch = list(range(-1, -1 - length, -1)), [0] * length
     for n, (start, trunk, rejected, chosen) in enumerate(forks):
         for i in range(start, chosen):
@@ -144,7 +117,9 @@ def test_attention_over_forks_equals_a_dense_mask(dtype, allowed):
 
 def test_checkpointing_changes_no_bit(tmp_path):
     _, plain = hf_pair(tmp_path, SHAPES[1])
-    saving = qwen.load_model(str(tmp_path), checkpointing=True)
+    saving = qwen.load_model(str(tmp_path))
+    for block in saving.layers:
+        block.checkpointing = True
     tokens = torch.randint(0, 131, (30,))
     outs = []
     for m in (plain, saving):
@@ -168,20 +143,18 @@ def test_a_dummy_token_without_rows_gives_zero_gradients(tmp_path):
 # --- what is read and what is refused -------------------------------------------------------------
 
 REFUSED = [
-    {"model_type": "llama"}, {"model_type": "qwen3_moe"}, {"use_sliding_window": True}, {"is_causal": False},
-    {"layer_types": ["full_attention", "sliding_attention"]}, {"layer_types": ["full_attention"]},
-    {"layer_types": "full"}, {"layer_types": 5}, {"attention_bias": True}, {"hidden_act": "gelu"},
+    {"model_type": "llama"}, {"model_type": "qwen3_moe"}, {"use_sliding_window": True},
+    {"is_causal": False}, {"layer_types": ["full_attention", "sliding_attention"]},
+    {"layer_types": 5}, {"attention_bias": True}, {"hidden_act": "gelu"},
     {"rope_scaling": {"type": "yarn", "factor": 4}}, {"rope_scaling": {"rope_type": "linear"}},
     {"rope_scaling": {"rope_type": "default", "factor": 2}}, {"rope_scaling": "default"},
     {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "factor": 2}},
-    {"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 1e6}, {"rope_parameters": None},
-    {"rope_parameters": 5}, {"quantization_config": {"bits": 4}}, {"quantization": {"bits": 4}},
-    {"num_experts": 8}, {"auto_map": {"AutoModel": "x.py"}}, {"use_qk_norm": True},
-    {"mlp_bias": True}, {"logit_scale": 0.5}, {"final_logit_softcapping": 30.0},
-    {"partial_rotary_factor": 0.5}, {"layer_scales": [1, 2]}, {"hidden_size": "32"},
-    {"hidden_size": 32.0}, {"hidden_size": -1}, {"hidden_size": True}, {"num_hidden_layers": 0},
+    {"rope_parameters": None}, {"rope_parameters": 5}, {"quantization_config": {"bits": 4}},
+    {"quantization": {"bits": 4}}, {"num_experts": 8}, {"auto_map": {"AutoModel": "x.py"}},
+    {"use_qk_norm": True}, {"logit_scale": 0.5}, {"layer_scales": [1, 2]}, {"hidden_size": "32"},
+    {"hidden_size": 32.0}, {"hidden_size": -1}, {"hidden_size": True},
     {"rms_norm_eps": float("nan")}, {"tie_word_embeddings": 1}, {"vocab_size": None},
-    {"num_key_value_heads": 3}, {"head_dim": 15}, {"head_dim": []},
+    {"head_dim": []},
 ]
 BOOKKEEPING = {
     "_name_or_path": "x", "_commit_hash": "x", "_flag": True, "_number": 3.5, "unsloth_fixed": True,
@@ -214,7 +187,7 @@ def distance_from_transformers(folder):
     tokens = torch.arange(3, 40)
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, return_dict=True)
     wanted = hf(tokens[None]).logits[0]
-    return float((qwen.load_model(folder).logits(tokens) - wanted).abs().max())
+    return float((tiny.logits(qwen.load_model(folder), tokens) - wanted).abs().max())
 
 
 @pytest.mark.parametrize("change", REFUSED, ids=str)
@@ -222,10 +195,8 @@ def test_configs_that_change_the_computation_are_refused_by_name(checkpoint, tmp
     folder = with_config(checkpoint, tmp_path / "model", change)
     with pytest.raises(UserError) as e:
         qwen.read_config(folder)
-    words = {"num_key_value_heads": "key heads", "head_dim": "width", "rope_parameters": "rope_"}
-    name = next(iter(change))
-    assert folder in str(e.value)
-    assert f'"{name}"' in str(e.value) or words.get(name, name) in str(e.value)
+    name = next(iter(change)).replace("rope_parameters", "rope_")
+    assert folder in str(e.value) and f'"{name}' in str(e.value)
 
 
 def test_bookkeeping_of_a_config_is_ignored_and_named_in_one_line(checkpoint, tmp_path):
@@ -242,6 +213,7 @@ def test_bookkeeping_of_a_config_is_ignored_and_named_in_one_line(checkpoint, tm
     {"rope_scaling": {"rope_type": "default"}, "rope_parameters": None, "rope_theta": 3e4},
     {"rope_scaling": {"rope_type": "default", "rope_theta": 3e4}, "rope_parameters": None},
     {"rope_parameters": {"rope_theta": 3e4}},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 3e4}, "rope_theta": 1e6},
     {"rope_parameters": {"type": "default", "rope_type": "default"}, "rope_theta": 3e4}], ids=str)
 def test_default_rope_in_every_spelling_equals_transformers(checkpoint, tmp_path, rope):
     folder = with_config(checkpoint, tmp_path / "model", rope)
@@ -262,7 +234,7 @@ def test_every_key_that_transformers_knows_is_computed_or_refused(checkpoint, tm
         try:
             qwen.load_model(folder)
         except UserError as e:
-            assert f'"{key}"' in str(e) or "heads" in str(e) or "do not fit config.json" in str(e)
+            assert f'"{key}"' in str(e) or "do not fit config.json" in str(e)
             refused.add(key)
             continue
         assert distance_from_transformers(folder) <= 1e-5, key
@@ -299,7 +271,7 @@ def test_weights_that_do_not_fit_are_listed_all_at_once(checkpoint, tmp_path):
             qwen.load_model(str(tmp_path))
         save_file(weights, path)
     os.remove(path)
-    with pytest.raises(UserError, match="neither model.safetensors nor"):
+    with pytest.raises(UserError, match="missing, .* pickle formats are not read"):
         qwen.load_model(str(tmp_path))
 
 
@@ -325,8 +297,8 @@ def test_a_head_beside_tied_embeddings_must_be_the_embedding(checkpoint, tmp_pat
         assert distance_from_transformers(folder) <= 1e-5
 
 
-@pytest.mark.parametrize("index", ["alive", "dead", None])
-@pytest.mark.parametrize("single", ["alive", "dead", None])
+@pytest.mark.parametrize("single,index", [
+    ("alive", "alive"), ("alive", "dead"), ("dead", "alive"), (None, "alive"), (None, "dead")])
 def test_of_a_single_file_and_an_index_the_one_that_transformers_reads_is_read(
         checkpoint, tmp_path, single, index):
     from transformers import AutoModelForCausalLM
@@ -338,12 +310,11 @@ def test_of_a_single_file_and_an_index_the_one_that_transformers_reads_is_read(
         os.remove(f"{folder}/model.safetensors")
     elif single == "dead":
         os.truncate(f"{folder}/model.safetensors", 99)
-    if index:
-        json.dump({"metadata": {}, "weight_map": dict.fromkeys(two, "model-00001.safetensors")},
-                  open(f"{folder}/model.safetensors.index.json", "w"))
+    json.dump({"metadata": {}, "weight_map": dict.fromkeys(two, "model-00001.safetensors")},
+              open(f"{folder}/model.safetensors.index.json", "w"))
     if index == "alive":
         save_file(two, f"{folder}/model-00001.safetensors", {"format": "pt"})
-    assert len(qwen.unread_parts(folder)) == bool(single and index)
+    assert len(qwen.unread_parts(folder)) == bool(single)
     try:
         AutoModelForCausalLM.from_pretrained(folder)
     except Exception:
@@ -360,10 +331,7 @@ def test_a_lora_folder_says_merge_it_first(checkpoint, tmp_path):
         qwen.checkpoint_folder(str(tmp_path))
 
 
-def test_a_hub_id_without_network_names_the_download_command(monkeypatch):
-    def offline(_):
-        raise ImportError
-    monkeypatch.setattr(qwen.importlib, "import_module", offline)
+def test_a_hub_id_names_the_download_command():
     with pytest.raises(UserError, match="hf download Qwen/Qwen3-8B --local-dir Qwen3-8B"):
         qwen.checkpoint_folder("Qwen/Qwen3-8B")
 
@@ -374,15 +342,16 @@ def test_export_in_shards_opens_everywhere(checkpoint, tmp_path):
 
     shutil.copytree(checkpoint, tmp_path / "source")
     (tmp_path / "source" / "generation_config.json").write_text('{"eos_token_id": [258]}')
-    ours = qwen.load_model(checkpoint)
-    qwen.export(ours, str(tmp_path / "out"), str(tmp_path / "source"), torch.float32, 40_000)
+    ours, ranks = qwen.load_model(checkpoint), qwen.open_ranks(60)
+    qwen.export(ours, str(tmp_path / "out"), str(tmp_path / "source"), ranks, torch.float32, 40_000)
+    qwen.close_ranks()
     files = sorted(f for f in os.listdir(tmp_path / "out") if f.endswith(".safetensors"))
     assert len(files) > 2 and all(os.path.getsize(tmp_path / "out" / f) < 42_000 for f in files)
     again = qwen.load_model(str(tmp_path / "out"))
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters()))
     hf = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     tokens = torch.randint(0, 131, (20,))
-    assert (hf(tokens[None]).logits[0] - ours.logits(tokens)).abs().max() <= 1e-4
+    assert (hf(tokens[None]).logits[0] - tiny.logits(ours, tokens)).abs().max() <= 1e-4
     assert (tmp_path / "out" / "generation_config.json").read_text() == '{"eos_token_id": [258]}'
 
 
@@ -398,26 +367,22 @@ def test_a_weight_that_is_no_number_is_named(checkpoint, tmp_path):
 # --- processes ------------------------------------------------------------------------------------
 
 
-def test_half_a_launchers_environment_is_one_sentence(monkeypatch, capsys):
-    """All 243 states of torchrun's five variables. torch's env:// wants four of them."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    for state in itertools.product([None, "", "0"], repeat=5):
-        for name, value in zip(names, state):
-            monkeypatch.delenv(name, raising=False)
-            if value is not None:
-                monkeypatch.setenv(name, value)
-        if state[:3] == (None, None, None):
-            assert qwen.launched() is False
-        elif state == ("0",) * 5:
-            assert qwen.launched() is True
-        else:
-            with pytest.raises(UserError, match="half a launcher's environment: [^\n]*$"):
-                qwen.launched()
-    monkeypatch.setenv("LOCAL_RANK", "")
+@pytest.mark.parametrize("environment", [
+    {"RANK": "0"}, {"RANK": ""}, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},
+    {"RANK": "x", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}], ids=str)
+def test_half_a_launchers_environment_is_one_sentence(monkeypatch, capsys, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as stop:
-        qwen.begin(lambda: SimpleNamespace(timeout=60))
+        qwen.begin(lambda: 60, qwen.open_ranks)
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and "not a usable LOCAL_RANK" in error
+    assert stop.value.code == 2 and error.count("\n") == 1 and "start with torchrun" in error
+
+
+def test_a_local_rank_alone_is_no_launcher(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "")
+    assert qwen.open_ranks(60).world == 1
+    qwen.close_ranks()
 
 
 def test_main_only_gives_the_result_or_ends_the_run(capsys):
@@ -443,28 +408,7 @@ wanted = {(f"aten::{name}", dtype) for name in ("cos", "sin", "exp", "log")
           for dtype in (torch.float32, torch.float64)}
 assert wanted <= seen, wanted - seen
 """
-FIRST_FORWARD = """
-import torch, model, sys
-torch.set_num_threads(2)
-config = model.Config(64, 64, 64, 1, 2, 1, 64, 1e-6, 1e4, True)
-torch.manual_seed(0)
-policy = model.Qwen3(config)
-tokens = torch.arange(1511) % 64
-with torch.no_grad():
-    first, second = policy.logits(tokens), policy.logits(tokens)
-print(int((first != second).sum()))
-"""
 
 
 def test_importing_the_model_makes_the_first_call_of_every_mkl_function():
     subprocess.run([sys.executable, "-c", FIRST_CALLS], check=True)
-
-
-@pytest.mark.slow
-def test_the_first_forward_of_a_process_equals_the_second():
-    """pytorch issue 188792: 60 processes, two at a time, each with two threads."""
-    def differing(_):
-        return int(subprocess.check_output([sys.executable, "-c", FIRST_FORWARD]))
-
-    with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(differing, range(60))) == [0] * 60

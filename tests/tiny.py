@@ -1,4 +1,4 @@
-"""A tiny Qwen3 checkpoint in HF layout with a tokenizer of its own, and surgical pairs for it."""
+"""A tiny Qwen3 checkpoint in HF layout with a tokenizer of its own, pairs for it, plain logits."""
 
 import importlib.util
 import json
@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 TEMPLATES = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
-TEMPLATE, INSTRUCT = ((TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")  # as they are published
+TEMPLATE, INSTRUCT = ((TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")  # as published
                       for name in ("qwen3", "qwen3_instruct_2507"))
 
 
@@ -28,8 +28,8 @@ def write_tokenizer(folder):
                    "eos_token": "<|im_end|>"}, f)
 
 
-def write_checkpoint(folder, tied=True, vocab=265, seed=0, **changes):
-    """A random checkpoint saved by transformers itself, norm weights random too. 265 does not divide by 3."""
+def write_checkpoint(folder, tied=True, vocab=265, seed=0, shard="5GB", **changes):
+    """A random checkpoint by transformers, norms random too. 265 does not divide by 3."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(seed)
@@ -40,9 +40,17 @@ def write_checkpoint(folder, tied=True, vocab=265, seed=0, **changes):
     with torch.no_grad():
         for p in hf.parameters():
             p.copy_(1 + 0.3 * torch.randn_like(p) if p.ndim == 1 else 0.2 * torch.randn_like(p))
-    hf.save_pretrained(folder)
+    hf.save_pretrained(folder, max_shard_size=shard)
     write_tokenizer(folder)
     return str(folder)
+
+
+def logits(model, tokens):
+    """(T, V) logits of our model for one plain sequence (T,)."""
+    length = len(tokens)
+    positions = torch.arange(length, device=tokens.device)
+    hidden = model.hidden_states(tokens, positions, [(0, length, length, length)])
+    return model.norm(hidden) @ model.head_weight().T
 
 
 def write_pairs(path, count=24, seed=0):
@@ -54,7 +62,8 @@ def write_pairs(path, count=24, seed=0):
     with open(path, "w") as f:
         for _ in range(count):
             shared, tail = words(rng.randint(0, 12)), words(3)
-            row = {"question": words(5), "original_answer": f"x {shared} {words(rng.randint(1, 3))} {tail}",
+            row = {"question": words(5),
+                   "original_answer": f"x {shared} {words(rng.randint(1, 3))} {tail}",
                    "gemini_corrected_answer": f"x {shared} {words(rng.randint(1, 3))} {tail}"}
             f.write(json.dumps(row) + "\n")
     return str(path)

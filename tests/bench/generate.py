@@ -15,6 +15,7 @@ import random
 import statistics
 import sys
 import time
+from unittest import mock
 
 import torch
 
@@ -27,10 +28,10 @@ def run_ours(model, prompts, end, a, seed):
     import model as qwen
 
     seeds = [seed * len(prompts) + i for i in range(len(prompts))]
-    steps = []
-    done = qwen.generate(model, prompts, seeds, max_tokens=a.max_tokens, end=end, batch_size=a.batch_size,
-                         progress=steps.append, **SETTINGS)
-    return [len(ids) + ended for ids, ended in done], len(steps)
+    with mock.patch.object(qwen, "sample", wraps=qwen.sample) as steps:
+        done = qwen.generate(model, prompts, seeds, max_tokens=a.max_tokens, end=end,
+                             batch_size=a.batch_size, **SETTINGS)
+    return [len(ids) + ended for ids, ended in done], steps.call_count
 
 
 def run_transformers(hf, prompts, end, a, seed):

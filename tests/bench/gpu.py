@@ -334,7 +334,7 @@ def generation(sizes, report):
     answers = qwen.generate(own, prompts, range(count), max_tokens=longest, temperature=0)
     for prompt, (ids, _) in zip(prompts, answers):
         with torch.no_grad():
-            best = on_cpu.logits(torch.tensor(prompt + ids)).argmax(-1)
+            best = tiny.logits(on_cpu, torch.tensor(prompt + ids)).argmax(-1)
         wrong += best[len(prompt) - 1:-1].tolist() != ids
     report("greedy answers in fp32 unlike a full forward's on the CPU", wrong, f"of {count}", 0)
 

@@ -149,8 +149,8 @@ def watch(base, folder, path, s, beta, delta):
     subsequence), and of divergent ones."""
     forks, pack, before = score(qwen.load_model(base), base, path, s["watched"])
     after = score(qwen.load_model(folder), base, path, s["watched"])[2]
-    rewards = loss.rewards(loss.sequence_logps(after, pack.lengths),
-                           loss.sequence_logps(before, pack.lengths), beta)
+    rewards = beta * (loss.sequence_logps(after, pack.lengths)
+                      - loss.sequence_logps(before, pack.lengths))
     parts = (after - before).abs().split(pack.lengths.flatten().tolist())
     changes = {"shared": [], "divergent": []}
     for fork, trunk, chosen in zip(forks, parts[0::3], parts[2::3]):

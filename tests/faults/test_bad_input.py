@@ -67,7 +67,7 @@ CELLS = [  # the command, what is broken, what the message must match
      "chat_template.jinja: this chat template is not known"),
     ("elicit", cut("model/generation_config.json", 9), "generation_config.json: "),
     # its weights
-    ("train", gone(MODEL), "model: neither model.safetensors nor .*index.json"),
+    ("train", gone(MODEL), "model.safetensors is missing, .*No such file"),
     ("train", lambda w: (w / MODEL).rename(w / "model/pytorch_model.bin"), "in pickle formats"),
     ("train", cut(MODEL, 0), "model.safetensors is missing, truncated or corrupt"),
     ("train", cut(MODEL, 200), "model.safetensors is missing, truncated or corrupt"),
