@@ -1983,7 +1983,7 @@ class CompareOptions:
 class RetentionOptions:
     """how far a model went from its base"""
 
-    model: str = option("", "checkpoint folder or hub id (required)")
+    model: str = option("", "checkpoint folder (required)")
     base: str = option("", "the model before training (required)")
     texts: str = option("", "JSONL with \"text\", or a pair file, whose y+ is scored (required)")
     max_length: int = option(4096, "tokens of a text; the rest is cut off")
