@@ -1257,7 +1257,7 @@ def gold_answer(row: dict) -> str:
     value = row.get(key)
     if key == "final_answer" and isinstance(value, list):  # OlympiadBench
         value = ", ".join(map(str, value))
-    if not isinstance(value, str | int | float) or value != value:  # NaN
+    if type(value) not in (str, int, float) or value != value:  # NaN
         raise UserError(f"a gold answer expected in {', '.join(GOLD_FIELDS)}: a string or a "
                         f"number, found {value!r:.60}")
     text = data.check_text(str(value), repr(key)).strip()
