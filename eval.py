@@ -1,11 +1,10 @@
 """Sampling and grading: what a model answers, and whether it is right.
 
-Comes in:  questions as chat messages and a model, in this process or behind an OpenAI-compatible
-           server; the text of a response, and a gold answer as the benchmark files write it.
-Goes out:  `sample`: every answer, kept in a log as it comes; `extract_answer`: the answer that a
-           text commits itself to, or None; `answers_match`: True or False; `evaluate`: the paper's
-           table with error bars; `retention`: how far a model went from its base; `report`: runs
-           and evaluations as one HTML file.
+Comes in:  questions as chat messages, a model in this process or behind an OpenAI-compatible
+           server, benchmark files with gold answers.
+Goes out:  `sample`: every answer, kept in a log as it comes; `extract_answer`, `answers_match`: the
+           answer that a text commits itself to, and its verdict; `evaluate`: the paper's table with
+           error bars; `retention`: how far a model went from its base; `report`: one HTML file.
 
     torchrun --nproc_per_node=8 eval.py --model runs/a/model --tasks aime24,math500 --out out/A
     python eval.py compare --a out/A --b out/B
@@ -15,8 +14,6 @@ Goes out:  `sample`: every answer, kept in a log as it comes; `extract_answer`: 
 
 import argparse
 import cmath
-import errno
-import fcntl
 import functools
 import glob
 import hashlib
@@ -40,6 +37,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from http.client import HTTPException
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -48,7 +46,7 @@ from tqdm import tqdm
 
 import data
 import model as qwen
-from data import UserError, read_json, write_json, write_text, writing
+from data import UserError, read_json, write_json, write_text
 from model import Ranks, add_options, begin, close_ranks, open_ranks, option
 
 # --- sampling: requests, and who answers them -----------------------------------------------------
@@ -98,17 +96,14 @@ class LocalModel:
 
 def open_local_model(folder: str, dtype, device, batch_size: int = 32,
                      template: str = "") -> LocalModel:
-    """A LocalModel from a checkpoint folder. Answers end at <|im_end|>, and at what
-    generation_config.json names."""
+    """From a checkpoint folder. <|im_end|> and generation_config.json end answers."""
     folder = qwen.checkpoint_folder(folder)
     chat = data.load_chat(folder, qwen.read_config(folder).vocab_size, template)
-    end = None
-    if os.path.exists(path := os.path.join(folder, "generation_config.json")):
-        end = read_json(path).get("eos_token_id")
-    if not isinstance(end, list):
-        end = [end]
-    model = qwen.load_model(folder, dtype, device)
-    return LocalModel(model, chat, {chat.im_end, *end} - {None}, batch_size)
+    end, path = {chat.im_end}, os.path.join(folder, "generation_config.json")
+    if os.path.exists(path):
+        ids = read_json(path).get("eos_token_id")
+        end.update(ids if isinstance(ids, list) else [ids])
+    return LocalModel(qwen.load_model(folder, dtype, device), chat, end, batch_size)
 
 
 @dataclass
@@ -123,20 +118,18 @@ class Server:
     tries: int = 6
     extras: dict = field(default_factory=dict)  # more keys of a request, sent of our own accord
     body: dict = field(default_factory=dict)  # keys by the user; None removes one
-    given: set = field(default_factory=set)  # keys of Sampling, or "seed", that the user gave
-    refused: dict = field(default_factory=dict)  # {key of our own that is not sent: its new name}
+    given: set = field(default_factory=set)  # keys that the user gave, and so are never dropped
+    refused: dict = field(default_factory=dict)  # {key of our own: its new name, or None: not sent}
     settings: str = ""  # the settings.json that records `refused`
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
 
 def open_server(url: str, model: str = "", **settings) -> Server:
-    """A Server with the key of OPENAI_API_KEY; without a model name the only model that the server
-    lists. Raises UserError."""
+    """A Server; without a model name of the only model that it lists. Raises UserError."""
     url = url.rstrip("/")
     if not re.fullmatch(r"https?://[^/@\s]+(/\S*)?", url):
         shown = url.rpartition("@")[2]  # a password may stand before it
-        raise UserError(f"--server is {shown!r}, an address such as http://localhost:8000/v1 "
-                        "expected")
+        raise UserError(f"--server is {shown!r}, http://localhost:8000/v1 or the like expected")
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not re.fullmatch(r"[!-~]*", key):  # http.client would show it in its error
         raise UserError("OPENAI_API_KEY holds characters that no HTTP header can carry")
@@ -156,10 +149,9 @@ def open_server(url: str, model: str = "", **settings) -> Server:
 class RequestFailed(Exception):
     """One request got no usable answer; the text says why. The others go on."""
 
-    def __init__(self, reason: str, status: int = 0, detail: str = "", partial: str = ""):
+    def __init__(self, reason: str, status: int = 0, detail: str = ""):
         super().__init__(reason)
         self.status, self.detail = status, detail  # of the HTTP answer
-        self.partial = partial  # what was said so far
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -169,7 +161,7 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-RETRIED = (408, 409, 425, 429)  # and all from 500 on
+OPENER = urllib.request.build_opener(NoRedirect)
 FATAL = {401: "the key in OPENAI_API_KEY is missing or wrong", 402: "the account has no credit",
          403: "the key in OPENAI_API_KEY may not use this model",
          404: "the address or the model name is wrong", 405: "the address is no chat endpoint"}
@@ -177,55 +169,44 @@ FATAL = {401: "the key in OPENAI_API_KEY is missing or wrong", 402: "the account
 
 def fetch_json(server: Server, path: str, body: dict | None = None) -> dict:
     """One JSON request, POST if it has a body, tried up to server.tries times with doubling,
-    jittered pauses, or as Retry-After says.
-
-    Raises UserError, which ends the whole run, where every other request would fail too: a FATAL
-    status, or nobody listens. Raises RequestFailed for the rest.
-    """
-    opener, headers = urllib.request.build_opener(NoRedirect), {"Content-Type": "application/json"}
+    jittered pauses, or as Retry-After says. Raises UserError, which ends the whole run, where every
+    other request would fail too (a FATAL status, nobody listens), RequestFailed for the rest."""
+    headers = {"Content-Type": "application/json"}
     if server.key:
         headers["Authorization"] = f"Bearer {server.key}"
     content = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(server.url + path, content, headers)
     for attempt in range(server.tries):
-        pause = min(60.0, 2.0**attempt) * random.uniform(0.5, 1.0)
+        pause, reason = min(60.0, 2.0**attempt) * random.uniform(0.5, 1.0), None
         try:
-            request = urllib.request.Request(server.url + path, content, headers)
-            with opener.open(request, timeout=server.timeout) as answer:
-                value = json.load(answer)
+            with OPENER.open(request, timeout=server.timeout) as answer:
+                value = json.loads(hide_key(server, answer.read().decode()))
             if not isinstance(value, dict) or "error" not in value or "choices" in value:
                 return value
-            reason = None
-            problem = hide_key(server, f"HTTP 200 with an error: {value['error']}")[:300]
-        except urllib.error.HTTPError as e:  # hide the key before cutting: half of it is not found
+            problem = f"HTTP 200 with an error: {value['error']}"
+        except urllib.error.HTTPError as e:
             detail = hide_key(server, " ".join(e.read().decode(errors="replace").split()))
-            problem, reason = f"HTTP {e.code}: {detail[:300]}", None
+            problem = f"HTTP {e.code}: {detail[:300]}"
             if e.code in FATAL:
                 raise UserError(f"{server.url}{path}: {FATAL[e.code]} ({problem})") from None
-            if e.code < 500 and e.code not in RETRIED:
+            if e.code < 500 and e.code not in (408, 409, 425, 429):
                 raise RequestFailed(problem, e.code, detail) from None
             if re.fullmatch(r"\d{1,9}", e.headers.get("Retry-After") or ""):
                 pause = max(pause, min(600.0, float(e.headers["Retry-After"])))
         except (OSError, ValueError, HTTPException) as e:
             reason = e.reason if isinstance(e, urllib.error.URLError) else e
-            problem = hide_key(server, f"{type(reason).__name__}: {reason}"[:300])
+            problem = f"{type(reason).__name__}: {reason}"
         if attempt + 1 < server.tries:
             time.sleep(pause)
     if isinstance(reason, (ConnectionRefusedError, socket.gaierror)):
         raise UserError(f"{server.url} cannot be reached: {reason}. Is the server up? What has "
                         "arrived is kept; the same command goes on from there.")
-    raise RequestFailed(f"{problem} (tried {server.tries} times)")
+    raise RequestFailed(f"{problem[:300]} (tried {server.tries} times)")
 
 
 def hide_key(server: Server, text: str) -> str:
-    """Text without the key, should a server repeat it (a short key is a dummy, and a part of many
-    words), and without lone surrogates, which no file can hold."""
-    if len(server.key) > 11:
-        text = text.replace(server.key, "***")
-    return text.encode(errors="replace").decode()
-
-
-ENDED = ("", "stop", "eos", "eos_token", "end_turn", "stop_sequence")
-CUT = ("length", "max_tokens")
+    """What a server sent, without the key. A short key is a dummy, and a part of many words."""
+    return text.replace(server.key, "***") if len(server.key) > 11 else text
 
 
 def ask(server: Server, request: Request, sampling: Sampling) -> dict:
@@ -233,101 +214,90 @@ def ask(server: Server, request: Request, sampling: Sampling) -> dict:
     that we sent of our own accord and the server refuses is dropped, once for the run."""
     while True:
         own = {**asdict(sampling), "seed": request.seed, **server.extras}
-        for key, new_name in list(server.refused.items()):
-            value = own.pop(key, None)
-            if new_name:
-                own[new_name] = value
-        own = {k: v for k, v in own.items() if v is not None and k not in server.body}
+        for key, new_name in server.refused.items():
+            own[new_name] = own.pop(key, None)
+        own = {k: v for k, v in own.items() if k and v is not None and k not in server.body}
         body = {"model": server.model, "messages": request.messages, **own, **server.body}
         body = {k: v for k, v in body.items() if v is not None}
         try:
-            return read_completion(server, fetch_json(server, "/chat/completions", body))
+            return read_completion(fetch_json(server, "/chat/completions", body))
         except RequestFailed as e:
             if e.status not in (400, 422) or not drop_refused(server, own, e):
-                partial = {"partial": hide_key(server, e.partial)} if e.partial else {}
-                return {"error": hide_key(server, str(e)), **partial}
+                return {"error": str(e)}
+
+
+# In an error, what follows is no refused key: advice, or a list of what the server knows.
+ADVICE = re.compile(r"(?i)did you mean|(?<!un)supported(?: parameters)?:|got parameters")
 
 
 def drop_refused(server: Server, own: dict, failure: RequestFailed) -> bool:
-    """Whether the server refuses keys of `own` that may be dropped; notes them. Raises UserError
-    where it refuses what the user gave."""
-    # What follows is no refused key: advice, or a list of what the server knows.
-    advice = r"(?i)did you mean|(?<!un)supported( parameters)?:|got parameters"
-    words = error_words(failure.detail)
-    words = words[:re.search(advice + r"|\Z", words).start()]
+    """Whether the server refuses keys of `own` that may be dropped; UserError if the user's."""
+    words = ADVICE.split(error_words(failure.detail))[0]
     named = [key for key in (*own, *server.body) if re.search(rf"\b{re.escape(key)}\b", words)]
-    given = {*server.given, *server.body}
-    if "max_tokens" in given:
-        given.add("max_completion_tokens")
-    refused = {key: None for key in named if key not in given}
+    refused = dict.fromkeys(key for key in named if key not in server.given)
     if "max_tokens" in own and re.search("max_completion_tokens.{0,9} instead", words):
         refused["max_tokens"] = "max_completion_tokens"  # the same under its new name
-    if len({"temperature", "top_p"} & refused.keys()) == 2:  # "cannot both be specified"
+    if {"temperature", "top_p"} <= refused.keys():  # "cannot both be specified"
         del refused["temperature"]
-    always = [key for key in named if key in given and not key.startswith("max_")]
-    if always and not refused:  # a limit depends on the prompt: there only this request fails
-        raise UserError(f"{server.url} refuses {', '.join(always)}: {failure}")
+    # A limit depends on the prompt: where the user's is refused, only this request fails.
+    given = [key for key in named if key in server.given and not key.startswith("max_")]
+    if given and not refused:
+        raise UserError(f"{server.url} refuses {', '.join(given)}: {failure}")
     with server.lock:
-        for key in refused.keys() - server.refused.keys():
-            server.refused[key] = refused[key]
-            instead = f"with {refused[key]} instead" if refused[key] else "without it"
-            tqdm.write(f"the server refuses {key}: sampling goes on {instead}", file=sys.stderr)
-            if server.settings:
-                settings = read_json(server.settings)
-                write_json(server.settings, {**settings, "refused": server.refused})
+        new = {key: name for key, name in refused.items() if key not in server.refused}
+        server.refused = {**server.refused, **new}
+        if new and server.settings:
+            write_json(server.settings, {**read_json(server.settings), "refused": server.refused})
+    for key, name in new.items():
+        instead = f"with {name} instead" if name else "without it"
+        tqdm.write(f"the server refuses {key}: sampling goes on {instead}", file=sys.stderr)
     return bool(refused)
 
 
 def error_words(detail: str) -> str:
-    """The words of an error's JSON, without what it repeats of the request."""
-    def words(value):
-        if isinstance(value, dict):
-            value = [v for k, v in value.items() if k != "input"]
-        if isinstance(value, list):
-            return " ".join(map(words, value))
-        return str(value)
+    """The text of an error's JSON, without what it repeats of the request."""
+    def without_input(fields):
+        return {key: value for key, value in fields.items() if key != "input"}
 
     try:
-        value = json.loads(detail)
+        text = str(json.loads(detail, object_hook=without_input)).replace("\\n", "\n")
     except ValueError:
         return detail
-    error = value.get("error") if isinstance(value, dict) else None
-    if isinstance(error, dict) and str(error.get("param")).startswith("messages"):
-        return ""  # the fault lies in the messages, whatever words of theirs it quotes
-    return words(value)
+    return "" if "'param': 'messages" in text else text  # a message is at fault
 
 
-def read_completion(server: Server, answer) -> dict:
-    """The record of a chat completion; raises RequestFailed."""
+ENDED = ("", "stop", "eos", "eos_token", "end_turn", "stop_sequence")
+CUT = ("length", "max_tokens")
+THOUGHTS = ("reasoning_content", "reasoning", "reasoning_details", "thinking", "thinking_blocks",
+            "refusal", "tool_calls")
+
+
+def read_completion(answer) -> dict:
+    """A chat completion as a record; raises RequestFailed for what is none."""
     try:
         choice = answer["choices"][0]
         message, ending = choice["message"], str(choice.get("finish_reason") or "")
-        content = message.get("content")
-        thoughts = [k for k in ("reasoning_content", "reasoning", "reasoning_details", "thinking",
-                                "thinking_blocks", "refusal", "tool_calls") if message.get(k)]
-        if isinstance(content, list):  # of parts; those that think are no answer
-            texts = ("text", "output_text")
-            thoughts += [part["type"] for part in content if part["type"] not in texts]
-            content = "".join(part["text"] for part in content if part["type"] in texts)
+        text = message.get("content") or ""
+        thoughts = [key for key in THOUGHTS if message.get(key)]
+        if isinstance(text, list):  # of parts; those that think are no answer
+            shown = [part for part in text if part["type"] in ("text", "output_text")]
+            thoughts += [part["type"] for part in text if part not in shown]
+            text = "".join(part["text"] for part in shown)
         tokens = (answer.get("usage") or {}).get("completion_tokens")
-        tokens = tokens if isinstance(tokens, int) else 0
+        partial = text.strip() or "".join(str(message.get(key) or "") for key in thoughts)
     except (KeyError, IndexError, TypeError, AttributeError):
-        raise RequestFailed(f"no chat completion: {hide_key(server, json.dumps(answer))[:300]}"
-                            ) from None
-    if not isinstance(content, str | None):
-        raise RequestFailed(f"the answer's content is a {type(content).__name__}, not text")
-    text = hide_key(server, content or "")
-    partial = text.strip() or "".join(str(message.get(k) or "") for k in thoughts)
+        raise RequestFailed(f"no chat completion: {json.dumps(answer)[:300]}") from None
     if ending.lower() not in (*ENDED, *CUT):  # content_filter, tool_calls, ...: half an answer
-        raise RequestFailed(f"the server ended the answer with {ending[:60]!r}", partial=partial)
-    if thoughts and not text.strip():
-        if "refusal" in thoughts:
-            raise RequestFailed(f"the model refused: {partial[:200]}", partial=partial)
-        raise RequestFailed(f"no answer, only {thoughts[0]}: the server's reasoning parser took "
-                            "the whole answer: start it without, or raise --max_tokens",
-                            partial=partial)
-    finish = "length" if ending.lower() in CUT else "stop"
-    return {"text": text, "finish": finish, "tokens": tokens}
+        error = f"the server ended the answer with {ending[:60]!r}"
+    elif text.strip() or not thoughts:
+        return {"text": text, "finish": "length" if ending.lower() in CUT else "stop",
+                "tokens": tokens if isinstance(tokens, int) else 0}
+    elif "refusal" in thoughts:
+        error = f"the model refused: {partial[:200]}"
+    else:
+        error = (f"no answer, only {thoughts[0]}: the server's reasoning parser took the whole "
+                 "answer: start it without, or raise --max_tokens")
+    return {"error": error, "partial": partial}
 
 
 # --- sampling: every answer kept as it comes ------------------------------------------------------
@@ -339,8 +309,8 @@ def in_parallel(call, items, workers: int):
     pool, items, running = ThreadPoolExecutor(workers), iter(items), set()
     try:
         while True:
-            for item in itertools.islice(items, workers - len(running)):
-                running.add(pool.submit(call, item))
+            new = itertools.islice(items, workers - len(running))
+            running |= {pool.submit(call, item) for item in new}
             if not running:
                 return
             done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -354,8 +324,8 @@ def in_parallel(call, items, workers: int):
 
 
 def read_answers(folder: str, keys=None) -> dict:
-    """{key: record} of all ranks' raw answers in a folder; an answer goes before a failed request.
-    Raises UserError for a broken line, and for an answer to something that is not in `keys`."""
+    """{key: record} of all ranks' raw answers; an answer goes before a failed request. Raises
+    UserError for a broken line, and for an answer to something that is not in `keys`."""
     answers = {}
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), "raw-*.jsonl"))):
         for record in data.read_log(path):
@@ -368,20 +338,11 @@ def read_answers(folder: str, keys=None) -> dict:
     return answers
 
 
-def open_log(path: str):
-    """A raw log open for adding lines, a torn last line removed; refused while another process
-    writes it: a resumed run must not write beside a living one."""
-    f = open(path, "a+b", buffering=0)
-    try:
-        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        f.close()
-        raise UserError(f"{path} is being written by another process") from None
-    except OSError:
-        pass  # a file system without locks
-    f.seek(0)
-    f.truncate(f.read().rfind(b"\n") + 1)
-    return f
+def mend_log(path: str):
+    """Cut off a torn last line: what is added next begins a line of its own."""
+    with open(path, "a+b") as f:
+        f.seek(0)
+        f.truncate(f.read().rfind(b"\n") + 1)
 
 
 def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks,
@@ -393,15 +354,16 @@ def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks
     records   {"key", "text", "finish", "tokens"} or {"key", "error"}
 
     Each answer is added to folder/raw-RANK.jsonl as it comes: a kill loses at most what is under
-    way, and the same call goes on. Failed requests are asked again by the next call. A consumer
-    that has enough breaks off. Collective at its start; consume it inside `ranks.together()`, after
-    which `read_answers` has what all ranks got. Raises UserError as fetch_json and read_answers do.
+    way, and the same call goes on. Failed requests are asked again by the next call. Collective at
+    its start; consume it, or break off, inside `ranks.together()`, after which `read_answers` has
+    what all ranks got. Raises UserError as fetch_json and read_answers do.
     """
+    path = os.path.join(folder, f"raw-{ranks.rank}.jsonl")
     with ranks.together():
         if isinstance(policy, Server) and ranks.world > 1:
             raise UserError("a server needs one process here: start with `python`, not torchrun")
         os.makedirs(folder, exist_ok=True)
-        log = open_log(os.path.join(folder, f"raw-{ranks.rank}.jsonl"))
+        mend_log(path)
         answers = read_answers(folder, {r.key for r in requests})
     todo = [r for r in requests if "text" not in answers.get(r.key, {})]
     todo = todo[ranks.rank::ranks.world]
@@ -409,12 +371,10 @@ def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks
     counts, started, lock = Counter(), time.monotonic(), threading.Lock()
 
     def keep(request, record):
-        record = {"key": request.key, **record}
-        line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
-        with lock, writing(log.name):
-            if log.write(line) < len(line):  # the disk is full; no thread may add to a torn line
-                log.close()
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        line = json.dumps({"key": request.key, **record}, ensure_ascii=False)
+        record = json.loads(line.encode(errors="replace"))  # no file can hold a lone surrogate
+        with lock:
+            data.append_row(path, record)
             counts.update(tokens=record.get("tokens", 0), failed="error" in record)
             speed = int(counts["tokens"] / (time.monotonic() - started))
             bar.set_postfix({**counts, "tokens/s": speed}, refresh=False)
@@ -426,7 +386,7 @@ def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks
             return keep(request, ask(policy, request, sampling))
         return keep(request, policy(request))
 
-    with log, bar:
+    with bar:
         yield from answers.values()
         if isinstance(policy, LocalModel):
             step = at_once or max(1, len(todo))
@@ -460,8 +420,7 @@ class SamplingOptions:
 
     out: str = option("", "folder to write; an unfinished one is completed (required)")
     model: str = option("", "ask this Qwen3 checkpoint (a folder), in this process")
-    server: str = option("", "ask an OpenAI-compatible server, http://host:port/v1 (key: "
-                         "OPENAI_API_KEY)")
+    server: str = option("", "ask an OpenAI-compatible server, http://host/v1 (key OPENAI_API_KEY)")
     server_model: str = option("", "model name at the server; empty: the only one it serves")
     body: str = option("", "JSON object: more keys of each request to the server; null removes one")
     workers: int = option(16, "requests to the server at a time")
@@ -485,54 +444,48 @@ class SamplingOptions:
 
 
 def check_sampling_options(o: SamplingOptions) -> list:
-    """What is wrong with these options, as text. OPENAI_BASE_URL stands in for who is asked."""
+    """What is wrong with these options, as text."""
     names = [name for name in ("model", "server", "function", "edited") if hasattr(o, name)]
-    if not any(getattr(o, name) for name in names):
-        o.server = os.environ.get("OPENAI_BASE_URL", "")
     problems, count = [], sum(bool(getattr(o, name)) for name in names)
     if count != 1:
         problems.append(f"exactly one of --{', --'.join(names)} expected, found {count}")
     if not 0 < o.top_p <= 1:
         problems.append(f"--top_p is {o.top_p}, a share above 0 and up to 1 expected")
     try:
-        if not isinstance(json.loads(o.body or "{}"), dict):
-            problems.append(f"--body is {o.body!r:.60}, a JSON object expected")
-    except ValueError as e:
-        problems.append(f"--body is no JSON: {e}")
+        body = json.loads(o.body or "{}")
+    except ValueError:
+        body = None
+    if not isinstance(body, dict):
+        problems.append(f"--body is {o.body!r:.60}, a JSON object expected")
     return problems
 
 
 def open_policy(o: SamplingOptions, device, non_thinking: bool = True):
-    """The LocalModel or the Server that the options name. non_thinking: ask a server for Qwen3's
-    template without thinking, as vLLM and SGLang understand it."""
+    """A LocalModel or Server. non_thinking: ask for none, as vLLM and SGLang understand it."""
     if o.model:
         return open_local_model(o.model, getattr(torch, o.dtype), device, o.batch_size, o.template)
     extras = {"chat_template_kwargs": {"enable_thinking": False}} if non_thinking else {}
-    given = {"temperature", "top_p", "top_k", "max_tokens", "seed"} & set(o.given)
+    body = json.loads(o.body or "{}")
+    given = {"temperature", "top_p", "top_k", "max_tokens", "seed"} & set(o.given) | body.keys()
+    if "max_tokens" in given:
+        given.add("max_completion_tokens")  # its new name
     return open_server(o.server, o.server_model, workers=o.workers, timeout=o.request_timeout,
-                       tries=o.tries, extras=extras, body=json.loads(o.body or "{}"), given=given)
+                       tries=o.tries, extras=extras, body=body, given=given)
 
 
 def identity(policy, o: SamplingOptions) -> str:
     """Whose answers these are: a server's model name and --body, or a local model's folder name, a
-    hash of its weight files and the type of the computation. Of a file the hash takes name, size
-    and 4 KiB at 64 places, not gigabytes: two trainings of one base differ there."""
+    hash of its tensors' first rows (two trainings of one base differ there) and its dtype."""
     if isinstance(policy, Server):
         return f"{policy.model} {json.dumps(policy.body, sort_keys=True)}"
     digest, folder = hashlib.sha256(), qwen.checkpoint_folder(o.model)
-    for path in sorted({path for path, _ in qwen.open_tensors(folder).values()}):
-        size = os.path.getsize(path)
-        digest.update(f"{os.path.basename(path)} {size} ".encode())
-        with open(path, "rb") as f:
-            for place in range(0, size, size // 64 + 1):
-                f.seek(place)
-                digest.update(f.read(4096))
+    for name, (_, tensor) in sorted(qwen.open_tensors(folder).items()):
+        digest.update(name.encode() + tensor[:1].float().numpy().tobytes())
     return f"{os.path.basename(os.path.abspath(folder))} {digest.hexdigest()[:16]} {o.dtype}"
 
 
 def claim_folder(out: str, settings: dict, ranks: Ranks, policy=None):
-    """Make `out`, or check that it was made with the same settings; ends all ranks where not. A
-    Server gets to know what it refused before."""
+    """Make `out`, or check that it was made with the same settings; ends all ranks where not."""
     path = os.path.join(out, "settings.json")
     with ranks.together():
         if not ranks.main:
@@ -564,7 +517,7 @@ def claim_folder(out: str, settings: dict, ranks: Ranks, policy=None):
 # six or more digits (0.333 is not 1/3), and another decimal only exactly. 10_2 is 2. Factorials,
 # 1e-5 and -1./3 are read. A unit that one side lacks is forgiven, two different units are not. p %
 # equals p and p / 100. A list is a set, a union is a list. Of several boxes the last one counts.
-# Not seen: even roots of negative numbers, intervals that touch, degrees in sin 30°.
+# Not seen: even roots of negative numbers, intervals that touch, sin 30°.
 
 BOX = re.compile(r"\\f?box(?:ed)?\s*(\{|-?\d+(?:[.,/]\d+)*)")  # in prose, \boxed boxes no letter
 STATED = re.compile(
@@ -583,13 +536,12 @@ def extract_answer(text: str) -> str | None:
     stated = list(STATED.finditer(text))
     if answer is None and stated:
         rest = text[stated[-1].end():]
-        formula = FORMULA.match(rest)
-        if formula:
+        if formula := FORMULA.match(rest):
             answer = formula[formula.lastindex]
         else:
             line = rest.split("\n")[0].split("<|")[0]
             mark = re.search(r"[*`_]+\Z", text[:stated[-1].end()])  # **18** apples
-            if mark and mark[0] in line:
+            if mark:
                 line = line.split(mark[0])[0]
             answer = re.split(r"[.;]\s|,?\s(?:because|since)\b", line)[0].strip(".*`_ ")
     return (answer or "").strip() or None
@@ -606,11 +558,9 @@ def after_thinking(text):
 def last_boxed(text):
     """Contents of the last \\boxed{} or \\fbox{}; "" if it never closes, None if there is none."""
     boxes = list(BOX.finditer(text))
-    if not boxes:
-        return None
     braced = [box for box in boxes if box[1] == "{"]
     if not braced:
-        return boxes[-1][1]
+        return boxes[-1][1] if boxes else None
     inside, depth = text[braced[-1].end():], 1
     for brace in re.finditer(r"\\.|[{}]", inside, re.S):  # \{ is no brace
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
@@ -734,8 +684,7 @@ def tokenize(text: str) -> list[str]:
 
 def depths(tokens):
     """How many brackets are open after each token. Their kind is ignored: intervals mix them."""
-    changes = [(t in CLOSE) - (t in CLOSE.values()) for t in tokens]
-    return list(itertools.accumulate(changes))
+    return list(itertools.accumulate((t in CLOSE) - (t in CLOSE.values()) for t in tokens))
 
 
 def split(tokens, separators):
@@ -765,8 +714,7 @@ def power(x, n):
     return -((-x) ** float(n))
 
 
-def bits(x):
-    """The size of a fraction, and so the cost to compute with it."""
+def bits(x):  # the cost to compute with a fraction
     return max(abs(x.numerator), x.denominator).bit_length()
 
 
@@ -821,8 +769,7 @@ def operate(op, *args):
 
 def expression(tokens, point, floor=0):
     """A Pratt parser that computes at once: the value of the longest expression whose operators
-    bind tighter than `floor`. `tokens` is a stack, the next token on top, " " at the bottom; what
-    is read is taken from it."""
+    bind tighter than `floor`. It is taken from `tokens`, a stack with " " at the bottom."""
     if tokens[-1] in ("+", "-"):
         sign = Fraction(tokens.pop() + "1")
         value = operate("*", sign, expression(tokens, point, SIGN))
@@ -921,8 +868,7 @@ RELATIONS = ("=", "≠", "<", "≤", ">", "≥")
 CHAINS = ({"="}, {"≠"}, {"<", "≤"}, {">", "≥"})  # relations that may stand in one chain
 # x, a_n, f(x), f^{-1}(x), (p,q), frac{dM}{dt}: letters and brackets, no operation on them
 NAME = re.compile(r"""(?!(?:pi|e|i|infty)\Z)([^\W\d]\w*+(\^\{-1\}(?=\())?|['"(){},])+""")
-PROSE = re.compile(
-    r"(?=[^$\\]*?[A-Za-z]{2})[^\d\\$]+(\$.*\$|\\\(.*\\\)|\\\[.*\\\])", re.S)
+PROSE = re.compile(r"(?=[^$\\]*?[A-Za-z]{2})[^\d\\$]+(\$.*\$|\\\(.*\\\)|\\\[.*\\\])", re.S)
 
 
 class Answer(NamedTuple):
@@ -1135,16 +1081,15 @@ def is_language(text, language):
     text = text.lower()
     script = max(LANGUAGES, key=lambda letters: len(re.findall(f"[{letters}]", text)))
     words = Counter(re.findall(f"[{script}]+", text))
-    scores = {}
-    for code, frequent in LANGUAGES[script].items():
-        scores[code] = sum(words[word] for word in frequent.split())
+    scores = {code: sum(words[word] for word in frequent.split())
+              for code, frequent in LANGUAGES[script].items()}
     best = max(scores, key=scores.get)
     if best == "en" and scores["en"] == 0:  # a title may lack frequent words; a sentence has some
         return language == "en" and 1 < words.total() < 10
     return best == language
 
 
-SENTENCE_END = re.compile(r""".*[.?!](?=["')\]}*:?!]|$)""")
+SENTENCE_END = re.compile(r"""[(\[{"'*]*(.*[.?!])(?=["')\]}*:?!]|$)""")
 ABBREVIATION = re.compile(
     r"(mr|mrs|ms|dr|prof|st|jr|sr|vs|inc|ltd|co|[ap]\.m|u\.[sk]|ph\.d|[c-hj-np-tvw]|.*\.)\.")
 
@@ -1153,21 +1098,17 @@ def count_sentences(text):
     """Number of sentences: one, and one for each end of a sentence that another word follows."""
     words, count = text.split(), 1
     for word, following in zip(words, words[1:]):
-        end = SENTENCE_END.match(word)
-        if end is None:
-            continue
-        last = end[0].lower().lstrip("([{\"'*")
-        is_listed = following[0].islower() and re.fullmatch(r"[\d.,-]+", last)  # 1. one 2. two
-        if not is_listed and not ABBREVIATION.fullmatch(last):
-            count += 1
+        if end := SENTENCE_END.match(word):
+            is_listed = following[0].islower() and re.fullmatch(r"[\d.,-]+", end[1])  # 1. one
+            if not is_listed and not ABBREVIATION.fullmatch(end[1].lower()):
+                count += 1
     return count
 
 
 def is_json(text):
     """Whether the text is JSON, alone or in one fence of backticks."""
-    text = re.sub(r"\A```(?:json)?|```\Z", "", text.strip(), flags=re.IGNORECASE)
     try:
-        json.loads(text)
+        json.loads(re.sub(r"\A```(?:json)?|```\Z", "", text.strip(), flags=re.IGNORECASE))
     except (ValueError, RecursionError):  # RecursionError: nested too deeply
         return False
     return True
@@ -1185,25 +1126,28 @@ def split_parts(text, divider):
 
 def nth_paragraph_starts(text, num_paragraphs, nth_paragraph, first_word):
     """Empty paragraphs do not count for the number, but do for which is the nth."""
-    first_word = first_word.lower()
     paragraphs = [paragraph.strip() for paragraph in text.split("\n\n")]
     filled = len([paragraph for paragraph in paragraphs if paragraph])
     if filled != num_paragraphs or nth_paragraph > filled or not paragraphs[nth_paragraph - 1]:
         return False
     word = paragraphs[nth_paragraph - 1].split()[0].lstrip("'").lstrip('"')
-    return re.split("[.,?!'\"]", word)[0].lower() == first_word
+    return re.split("[.,?!'\"]", word)[0].lower() == first_word.lower()
 
 
-def compare(count, relation, threshold):
-    """IFEval's two relations."""
+def holds(count, relation, threshold):
     return {"less than": count < threshold, "at least": count >= threshold}[relation]
+
+
+def occurrences(pattern, text):
+    """How often a pattern occurs, whatever the case."""
+    return len(re.findall(pattern, text, re.IGNORECASE | re.MULTILINE))
 
 
 POSTSCRIPTS = {"P.S.": r"p\.\s?s\.", "P.P.S": r"p\.\s?p\.\s?s"}
 # Instruction: its check. The parameters after `text` have the names of its arguments in the files.
 # Some patterns are written anew: the official ones match the same, in quadratic time.
 CHECKS = {
-    "change_case:capital_word_frequency": lambda text, capital_frequency, capital_relation: compare(
+    "change_case:capital_word_frequency": lambda text, capital_frequency, capital_relation: holds(
         sum(word.isupper() for word in re.findall(r"[\w./-]+", text)),
         capital_relation, capital_frequency),
     "change_case:english_capital": lambda text: text.isupper() and is_language(text, "en"),
@@ -1214,16 +1158,15 @@ CHECKS = {
         len(split_parts(text, "******")) == len(set(split_parts(text, "******"))) == 2,
     "detectable_content:number_placeholders": lambda text, num_placeholders:
         re.findall(r"\[[^\]\n]*(\]?)", text).count("]") >= num_placeholders,
-    "detectable_content:postscript": lambda text, postscript_marker: re.search(
-        POSTSCRIPTS.get(postscript_marker.strip(), re.escape(postscript_marker.strip())),
-        text, re.IGNORECASE) is not None,
+    "detectable_content:postscript": lambda text, postscript_marker: occurrences(
+        POSTSCRIPTS.get(postscript_marker.strip(), re.escape(postscript_marker.strip())), text) > 0,
     "detectable_format:constrained_response": lambda text:
-        any(f"My answer is {option}." in text for option in ("yes", "no", "maybe")),
+        any(f"My answer is {choice}." in text for choice in ("yes", "no", "maybe")),
     "detectable_format:json_format": is_json,
     "detectable_format:multiple_sections": lambda text, section_spliter, num_sections:
         len(re.findall(re.escape(section_spliter.strip()) + r"\s?\d+", text)) >= num_sections,
-    "detectable_format:number_bullet_lists": lambda text, num_bullets: num_bullets == len(
-        re.findall(r"^[^\S\n]*\*[^*].*", text, re.M)) + len(re.findall(r"^[^\S\n]*-", text, re.M)),
+    "detectable_format:number_bullet_lists": lambda text, num_bullets:
+        occurrences(r"^[^\S\n]*\*[^*].*", text) + occurrences(r"^[^\S\n]*-", text) == num_bullets,
     "detectable_format:number_highlighted_sections": lambda text, num_highlights:
         sum(1 for pattern in (r"\*([^\n*]*)\*", r"\*\*([^\n*]*)\*\*")
             for inner in re.findall(pattern, text) if inner.strip()) >= num_highlights,
@@ -1232,20 +1175,20 @@ CHECKS = {
         for line in text.split("\n")),
     "keywords:existence": lambda text, keywords:
         all([keyword.lower() in text.lower() for keyword in keywords]),
-    "keywords:forbidden_words": lambda text, forbidden_words: not any(
-        [re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE) for word in forbidden_words]),
+    "keywords:forbidden_words": lambda text, forbidden_words:
+        not any([occurrences(rf"\b{re.escape(word)}\b", text) for word in forbidden_words]),
     "keywords:frequency": lambda text, keyword, frequency, relation:
-        compare(text.lower().count(keyword.strip().lower()), relation, frequency),
+        holds(text.lower().count(keyword.strip().lower()), relation, frequency),
     "keywords:letter_frequency": lambda text, letter, let_frequency, let_relation:
-        compare(text.lower().count(letter.lower()), let_relation, let_frequency),
+        holds(text.lower().count(letter.lower()), let_relation, let_frequency),
     "language:response_language": is_language,
     "length_constraints:nth_paragraph_first_word": nth_paragraph_starts,
     "length_constraints:number_paragraphs": lambda text, num_paragraphs:
         len(split_parts(text, "***")) == num_paragraphs,
     "length_constraints:number_sentences": lambda text, num_sentences, relation:
-        compare(count_sentences(text), relation, num_sentences),
+        holds(count_sentences(text), relation, num_sentences),
     "length_constraints:number_words": lambda text, num_words, relation:
-        compare(len(re.findall(r"\w+", text)), relation, num_words),
+        holds(occurrences(r"\w+", text), relation, num_words),
     "punctuation:no_comma": lambda text: "," not in text,
     "startend:end_checker": lambda text, end_phrase:
         text.strip().strip('"').lower().endswith(end_phrase.strip().lower()),
@@ -1255,22 +1198,17 @@ CHECKS = {
 
 def ifeval_verdicts(response: str, instruction_ids: list[str], kwargs: list[dict]
                     ) -> tuple[list[bool], list[bool]]:
-    """Strict and loose verdict of each instruction on a response.
-
-    Loose: on any of eight texts: the response whole, without its first line, its last, or both, and
-    each also without `*`. An empty text follows nothing. An argument that is None is absent. Raises
-    UserError for an unknown instruction and for wrong arguments."""
-    lines = response.split("\n")
-    texts = [response]
+    """Strict and loose verdict of each instruction on a response. Loose: on any of eight texts: the
+    response whole, without its first line, its last, or both, and each also without `*`. An empty
+    text follows nothing. Raises UserError for an unknown instruction and for wrong arguments."""
+    lines, texts, strict, loose = response.split("\n"), [response], [], []
     for part in (lines[1:], lines[:-1], lines[1:-1]):
         texts.append("\n".join(part).strip())
     texts += [text.replace("*", "") for text in texts]
-    strict, loose = [], []
     for instruction, arguments in zip(instruction_ids, kwargs):
         try:
-            arguments = {k: v for k, v in arguments.items() if v is not None}
-            check = CHECKS[instruction]
-            verdicts = [text.strip() != "" and check(text, **arguments) for text in texts]
+            given = {k: v for k, v in arguments.items() if v is not None}
+            verdicts = [text.strip() != "" and CHECKS[instruction](text, **given) for text in texts]
         except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise UserError(f"IFEval has no instruction {instruction!r} with the arguments "
                             f"{arguments!r} ({e})") from None
@@ -1297,7 +1235,8 @@ def grade_ifeval(text, gold):
 
 # --- math: gold answers and their rows ------------------------------------------------------------
 
-GOLD_FIELDS = ("answer", "ground_truth", "label", "reward_model.ground_truth", "solution")
+GOLD_FIELDS = ("final_answer", "answer", "ground_truth", "label", "reward_model.ground_truth",
+               "solution")
 
 
 @dataclass(frozen=True)
@@ -1310,20 +1249,16 @@ class Gold:
 
 
 def gold_answer(row: dict) -> str:
-    """The gold answer from whatever field this data set keeps it in; of a whole solution its last
-    box or its `####` line. Raises UserError where there is none."""
-    key, value = "final_answer", row.get("final_answer")
-    if isinstance(value, list):  # OlympiadBench
-        value = ", ".join(str(part) for part in value)
-    if value is None:
-        if isinstance(row.get("reward_model"), dict):
-            row = {**row, "reward_model.ground_truth": row["reward_model"].get("ground_truth")}
-        key = next((k for k in GOLD_FIELDS if row.get(k) is not None), None)
-        value = row.get(key)
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not number and not isinstance(value, str):
-        raise UserError(f"a gold answer expected in final_answer, {', '.join(GOLD_FIELDS)}: "
-                        f"a string or a number, found {value!r:.60}")
+    """The gold answer of a row; of a whole solution its last box or `####` line."""
+    if isinstance(row.get("reward_model"), dict):
+        row = {**row, "reward_model.ground_truth": row["reward_model"].get("ground_truth")}
+    key = next((key for key in GOLD_FIELDS if row.get(key) is not None), "")
+    value = row.get(key)
+    if key == "final_answer" and isinstance(value, list):  # OlympiadBench
+        value = ", ".join(map(str, value))
+    if type(value) not in (str, int, float) or value != value:  # NaN
+        raise UserError(f"a gold answer expected in {', '.join(GOLD_FIELDS)}: a string or a "
+                        f"number, found {value!r:.60}")
     text = data.check_text(str(value), repr(key)).strip()
     gold = extract_answer(text) if "boxed" in text or "####" in text else text
     if not gold or len(gold) > MAX_CHARS:
@@ -1333,18 +1268,14 @@ def gold_answer(row: dict) -> str:
 
 
 def math_gold(row: dict) -> Gold:
-    """The gold answer of a row of any math set, with OlympiadBench's fields is_multiple_answer,
-    error (the tolerance) and unit. Raises UserError naming the field."""
-    text = gold_answer(row)
-    parts = row.get("final_answer")
+    """A Gold, with OlympiadBench's fields is_multiple_answer, error (the tolerance) and unit."""
+    text, parts = gold_answer(row), row.get("final_answer")
     if parts is None:  # elsewhere `error` and `unit` may be anything
         return Gold(text)
     try:
         tolerance = Fraction(str(float(row.get("error") or 0)))  # "1e-1" is 1/10
     except (TypeError, ValueError):
-        tolerance = Fraction(-1)
-    if tolerance < 0:
-        raise UserError(f"'error': one positive number expected, found {row['error']!r:.60}")
+        raise UserError(f"'error': a number expected, found {row['error']!r:.60}") from None
     unit = str(row.get("unit") or "").strip("$ ")
     if unit and "\\" not in unit:
         unit = rf"\text{{{unit}}}"
@@ -1360,16 +1291,25 @@ def space_commas(text):
 
 
 def grade_math(text: str, gold: Gold) -> bool:
-    """Whether a response ends in the right answer. Several answers may also stand in several boxes
-    of one line, the last that has a box."""
-    answer = extract_answer(text)
-    if answer is None or not gold.several:
-        return answer is not None and answers_match(answer, gold.text, gold.tolerance)
-    lines = [line for line in after_thinking(text).split("\n") if BOX.search(line)]
-    starts = [box.start() for line in lines[-1:] for box in BOX.finditer(line)]
-    boxes = [last_boxed(lines[-1][i:j]) for i, j in itertools.pairwise([*starts, None])]
-    answers = [space_commas(answer), space_commas(", ".join(boxes))]
-    return any(answers_match(x, gold.text, gold.tolerance) for x in answers)
+    """Several answers may also stand in several boxes of one line, the last that has a box."""
+    answers = [extract_answer(text)]
+    if answers[0] is None:
+        return False
+    if gold.several:
+        lines = [line for line in after_thinking(text).split("\n") if BOX.search(line)]
+        starts = [box.start() for line in lines[-1:] for box in BOX.finditer(line)]
+        boxes = [last_boxed(lines[-1][i:j]) for i, j in itertools.pairwise([*starts, None])]
+        answers = [space_commas(answers[0]), space_commas(", ".join(boxes))]
+    return any(answers_match(answer, gold.text, gold.tolerance) for answer in answers)
+
+
+def read_math(row, prompt):
+    return question_messages(row, prompt), math_gold(row)
+
+
+def score_math(text, gold):
+    return {"accuracy": grade_math(text, gold), "no answer": extract_answer(text) is None,
+            "no box": last_boxed(after_thinking(text)) is None}
 
 
 # --- Connect4 -------------------------------------------------------------------------------------
@@ -1386,8 +1326,6 @@ would win at once if it were their turn now, in exactly this form, None standing
 [Intermediate Thinking Results 2: None]
 The first line is about you, the second about your opponent. End with your move in this form:
 Chosen Move: (row,column)"""
-CONNECT4_NONE = """[Intermediate Thinking Results 1: None]
-[Intermediate Thinking Results 2: None]"""
 OTHER = {"X": "O", "O": "X"}
 
 
@@ -1409,27 +1347,32 @@ def valid_moves(board):
 def wins(board, row, col, player):
     """Whether a disc of the player at this cell makes four or more in a row."""
     for dr, dc in ((0, 1), (1, 0), (1, 1), (1, -1)):
-        count = 1
-        for sign in (1, -1):
-            r, c = row + sign * dr, col + sign * dc
-            while 0 <= r < 6 and 0 <= c < 7 and board[r][c] == player:
-                count += 1
-                r, c = r + sign * dr, c + sign * dc
-        if count >= 4:
+        line = ""
+        for k in range(-3, 4):
+            r, c = row + k * dr, col + k * dc
+            if k == 0:
+                line += player
+            elif 0 <= r < 6 and 0 <= c < 7:
+                line += board[r][c]
+        if player * 4 in line:
             return True
     return False
 
 
 def winning_moves(board: list, player: str) -> list[list[int]]:
-    """The valid moves [row, col], by column, with which `player` would at once have four or more in
-    a row; whose turn it is does not matter."""
+    """The valid moves [row, col], by column, with which `player` would win, were it their turn."""
     return [[r, c] for r, c in valid_moves(board) if wins(board, r, c, player)]
 
 
+def connect4_row(board, player) -> dict:
+    """A position in the official layout; the answer is [mine, opponent's] winning moves."""
+    answer = [winning_moves(board, player), winning_moves(board, OTHER[player])]
+    return {"state": connect4_state(board, player), "answer": answer}
+
+
 def connect4_rows(count: int, seed: int) -> list[dict]:
-    """`count` rows {"state", "answer"} in the official layout; an answer is [mine, opponent's]
-    winning moves. A state is a position, any but the last, of a game of two random players. All
-    states differ, and of any first n rows at most a fifth has both lists empty, as in the paper."""
+    """`count` rows in the official layout: positions, any but the last, of games of two random
+    players. All differ, and of any first n at most a fifth has no winning move, as in the paper."""
     rng, rows, empty = random.Random(seed), {}, 0  # rows by state
     while len(rows) < count:
         board, player, over, positions = [["_"] * 7 for _ in range(6)], "X", False, []
@@ -1438,51 +1381,41 @@ def connect4_rows(count: int, seed: int) -> list[dict]:
             r, c = rng.choice(valid_moves(board))
             over = wins(board, r, c, player) or len(positions) == 42
             board[r][c], player = player, OTHER[player]
-        board, player = rng.choice(positions)
-        state = connect4_state(board, player)
-        answer = [winning_moves(board, player), winning_moves(board, OTHER[player])]
-        is_empty = answer == [[], []]
-        if state in rows or is_empty and 5 * (empty + 1) > len(rows) + 1:
-            continue
-        empty += is_empty
-        rows[state] = {"state": state, "answer": answer}
+        row = connect4_row(*rng.choice(positions))
+        is_empty = row["answer"] == [[], []]
+        if row["state"] not in rows and not (is_empty and 5 * (empty + 1) > len(rows) + 1):
+            empty += is_empty
+            rows[row["state"]] = row
     return list(rows.values())
 
 
 def read_connect4(row, prompt):
-    """A row in the official layout: (messages, [mine, opponent's] winning moves). Raises UserError
-    for another layout, and for labels that are not those of the rules."""
+    """A row of the official file; layout and labels must be those of the rules."""
     state = data.check_text(row.get("state"), "'state'")
     board = [["_"] * 7 for _ in range(6)]
     for r, c, disc in re.findall(r"\(([0-5]),([0-6])\):([XO])", state):
         board[int(r)][int(c)] = disc
-    player = "O" if "You are player O" in state else "X"
-    if state != connect4_state(board, player):
-        raise UserError(f"'state': not in the layout of the official file, found {state!r:.120}")
-    answer = [winning_moves(board, player), winning_moves(board, OTHER[player])]
-    if row.get("answer") != answer:
-        raise UserError(f"'answer': by the rules it is {answer}, found {row.get('answer')!r:.100}")
-    return user_turn(prompt, state), answer
+    expected = connect4_row(board, "O" if "You are player O" in state else "X")
+    for key, value in expected.items():
+        if row.get(key) != value:
+            raise UserError(f"{key!r}: by layout and rules of the official file {value!r} "
+                            f"expected, found {row.get(key)!r:.200}")
+    return user_turn(prompt, state), expected["answer"]
 
 
 def grade_connect4(text: str, answer: list) -> dict:
-    """{"joint", "mine", "opponent", "no answer"}, each 0 or 1, of a response.
-
-    As in the published scorer upper case does not matter, the first result of each kind counts, and
-    cells are compared as multisets. Different from it: thinking is dropped, (r, c) may have spaces,
-    and a result with neither cells nor None is wrong. A missing result is no answer.
-    """
-    text = after_thinking(text).lower()
-    results = [re.search(rf"intermediate thinking results {n} *:([^\]\n]{{0,1000}})\]", text)
-               for n in (1, 2)]
-    right = []
-    for result, moves in zip(results, answer):
+    """Scores of a response. As in the published scorer upper case does not matter, the first result
+    of each kind counts, and cells are multisets. Different from it: thinking is dropped, (r, c) may
+    have spaces, and a result with neither cells nor None is wrong."""
+    text, right, missing = after_thinking(text).lower(), [], 0
+    for number, moves in enumerate(answer, 1):
+        result = re.search(rf"intermediate thinking results {number} *:([^\]\n]{{0,1000}})\]", text)
         written = result[1] if result else ""
         cells = re.findall(r"\(\s*(\d+)\s*,\s*(\d+)\s*\)", written)
         is_clear = ("none" in written) != (cells != [])
         right.append(int(is_clear and sorted([int(r), int(c)] for r, c in cells) == sorted(moves)))
-    return {"joint": min(right), "mine": right[0], "opponent": right[1],
-            "no answer": int(None in results)}
+        missing |= result is None
+    return {"joint": min(right), "mine": right[0], "opponent": right[1], "no answer": missing}
 
 
 # --- GPQA -----------------------------------------------------------------------------------------
@@ -1503,11 +1436,8 @@ CHOICES = [re.compile(pattern) for pattern in (
 
 
 def read_gpqa(row, prompt):
-    """A four-choice question with the hub's keys: (messages, right letter). Raises UserError.
-
-    Choices are ordered by a hash of question and choice: a shuffle that is the same on every
-    machine and whatever their order in the file.
-    """
+    """A four-choice question with the hub's keys: (messages, right letter). Choices are ordered by
+    a hash of question and choice: a shuffle that is the same everywhere."""
     question, *choices = (data.check_text(row.get(key), repr(key)).strip() for key in GPQA_KEYS)
     right = choices[0]
     if not question or not all(choices) or choices.count(right) > 1:
@@ -1518,8 +1448,7 @@ def read_gpqa(row, prompt):
 
 
 def choice_letter(text: str) -> str | None:
-    """The letter that a response chooses, or None: the last match of the first of CHOICES that has
-    one, else a letter alone on the last line. Thinking is dropped."""
+    """The last match of the first of CHOICES that has one, else a letter alone on the last line."""
     text = after_thinking(text)
     for pattern in CHOICES:
         if letters := pattern.findall(text):
@@ -1529,7 +1458,6 @@ def choice_letter(text: str) -> str | None:
 
 
 def grade_gpqa(text, right):
-    """Scores of a response to a four-choice question."""
     letter = choice_letter(text)
     return {"accuracy": letter == right, "no answer": letter is None}
 
@@ -1548,31 +1476,7 @@ class Task:
     samples: int = 5  # answers a question, the paper's k
     group: str = ""  # of the paper's table
     weights: dict = field(default_factory=dict)  # {metric: (gold) -> weight of its row}; else 1
-    trivial: str = ""  # an answer that costs no thought; what it scores is shown beside
     rows: list = field(default_factory=list)  # (id, messages, gold), from load_task
-
-
-def question_messages(row: dict, prompt: str) -> list:
-    """The messages that ask a row's question, in question, problem or prompt: a string goes into
-    the prompt, a list of messages stays as it is. Raises UserError naming the field."""
-    for key in ("question", "problem", "prompt"):
-        if row.get(key) is not None:
-            messages = data.prompt_messages(row[key], key)
-            if isinstance(row[key], str):
-                messages = user_turn(prompt, row[key])
-            return messages
-    raise UserError(f"question, problem or prompt expected, found {sorted(row)!r:.100}")
-
-
-def read_math(row, prompt):
-    """A row of a math set: (messages, Gold). Raises UserError naming the field."""
-    return question_messages(row, prompt), math_gold(row)
-
-
-def score_math(text, gold):
-    """Scores of a response to a mathematical question."""
-    return {"accuracy": grade_math(text, gold), "no answer": extract_answer(text) is None,
-            "no box": last_boxed(after_thinking(text)) is None}
 
 
 # A new benchmark is one entry here, with its own prompt, reader and grader, such as GPQA's above.
@@ -1584,26 +1488,31 @@ TASKS = {task.name: task for task in (
     Task("minerva", INSTRUCTION, read_math, score_math, group="in-domain"),
     Task("olympiadbench", INSTRUCTION, read_math, score_math, group="in-domain"),
     Task("gpqa", GPQA_PROMPT, read_gpqa, grade_gpqa, group="OOD"),
-    Task("connect4", CONNECT4_PROMPT, read_connect4, grade_connect4, samples=1, group="OOD",
-         trivial=CONNECT4_NONE),
+    Task("connect4", CONNECT4_PROMPT, read_connect4, grade_connect4, samples=1, group="OOD"),
     Task("ifeval", "{question}", read_ifeval, grade_ifeval, group="IF", weights=dict.fromkeys(
         ("instruction strict", "instruction loose"), lambda gold: len(gold[0]))),
     Task("gsm8k", INSTRUCTION, read_math, score_math))}  # not in the paper's table
 
 
 def user_turn(prompt: str, question: str) -> list:
-    """The messages that ask a question."""
     return [{"role": "user", "content": prompt.replace("{question}", question)}]
+
+
+def question_messages(row: dict, prompt: str) -> list:
+    """The messages that ask a row's question, in question, problem or prompt: a string goes into
+    the prompt, a list of messages stays as it is. Raises UserError naming the field."""
+    for key in ("question", "problem", "prompt"):
+        if row.get(key) is not None:
+            messages = data.prompt_messages(row[key], key)
+            return user_turn(prompt, row[key]) if isinstance(row[key], str) else messages
+    raise UserError(f"question, problem or prompt expected, found {sorted(row)!r:.100}")
 
 
 def item_id(row, line):
     """The row's own id or index, else its line number."""
     for key in ("id", "index", "key", "Record ID"):
-        value = row.get(key)
-        if value is not None:
-            if type(value) not in (str, int):
-                raise UserError(f'"{key}": a string or an integer expected, found {value!r:.60}')
-            return data.check_text(str(value), f'"{key}"')
+        if row.get(key) is not None:
+            return data.check_text(str(row[key]), f'"{key}"')
     return str(line)
 
 
@@ -1611,11 +1520,9 @@ def load_task(spec: str, folder: str) -> Task:
     """A task with its rows: NAME, from folder/NAME.jsonl, or NAME=FILE. Any other NAME=FILE is a
     math set of the user's own. Raises UserError naming file and line."""
     name, given, path = spec.partition("=")
-    if not re.fullmatch(r"[\w-]+", name):
-        raise UserError(f"--tasks: {name!r} is no name; letters, digits, '-' and '_' expected")
-    if name not in TASKS and not given:
-        raise UserError(f"--tasks: {name!r} is unknown; {', '.join(TASKS)} or NAME=FILE.jsonl "
-                        "expected")
+    if name not in TASKS and not given or not re.fullmatch(r"[\w-]+", name):
+        raise UserError(f"--tasks: {name!r} is no name or unknown; {', '.join(TASKS)} or "
+                        "NAME=FILE.jsonl expected")
     task = TASKS.get(name) or replace(TASKS["gsm8k"], name=name)
     path = path or os.path.join(folder, f"{name}.jsonl")
 
@@ -1628,18 +1535,13 @@ def load_task(spec: str, folder: str) -> Task:
         rows, _ = data.read_rows(path, parse)
     repeated = [k for k, n in Counter(row[0] for row in rows).items() if n > 1]
     if repeated:
-        first = ", ".join(map(ascii, repeated[:5]))
-        raise UserError(f"{path}: {len(repeated)} ids occur more than once, first {first} "
-                        "(a row without an id has its line's number)")
+        raise UserError(f"{path}: {len(repeated)} ids occur more than once, first "
+                        f"{', '.join(map(ascii, repeated[:5]))} (a row without an id has its "
+                        "line's number)")
     return replace(task, rows=rows)
 
 
 # --- statistics -----------------------------------------------------------------------------------
-
-
-def question_mean(scores: list) -> float:
-    """The mean over the samples of one question."""
-    return math.fsum(scores) / len(scores)
 
 
 def clustered(scores: list, weights: list | None = None) -> tuple[float, float | None]:
@@ -1647,12 +1549,11 @@ def clustered(scores: list, weights: list | None = None) -> tuple[float, float |
 
     The samples of one question are not independent, so the error is that of n questions: the
     cluster-robust error with its n / (n - 1) correction (Miller 2024, arXiv 2411.00640, eq. 4).
-    Every question counts once, however many samples it has. With weights, one a question (a text's
-    tokens, a prompt's instructions), it is the weighted mean and the error of a ratio. The error of
-    a single question is None.
+    Every question counts once, however many samples it has. With weights, one a question, it is
+    the weighted mean and the error of a ratio. The error of a single question is None.
     """
     n = len(scores)
-    means = np.array([question_mean(row) for row in scores])
+    means = np.array([fmean(row) for row in scores])
     weights = np.ones(n) if weights is None else np.array(weights, dtype=float)
     mean = (weights * means).sum() / weights.sum()
     if n == 1:
@@ -1670,25 +1571,15 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 def paired_bootstrap(a: dict, b: dict, seed: int, resamples: int = 10_000) -> tuple:
     """(difference, low, high, p) of two models by {question: its scores}: mean of b - mean of a
-    over the questions that are in both (two or more), the 95 % percentile interval, and the
-    two-sided p of no difference.
-
-    Questions are drawn with replacement and keep both models' scores together, so what makes a
-    question hard for both cancels out. With few questions the interval is somewhat too narrow.
-    """
-    differences = []
-    for question in a:
-        if question in b:
-            differences.append(question_mean(b[question]) - question_mean(a[question]))
+    over the questions in both (two or more), its 95 % percentile interval, and the two-sided p of
+    no difference. A question keeps both models' scores together, so what makes it hard for both
+    cancels out. With few questions the interval is somewhat too narrow."""
+    differences = [fmean(b[q]) - fmean(a[q]) for q in a if q in b]
     n = len(differences)
     # A draw of n questions is a draw of how often each distinct difference occurs.
     values, counts = np.unique(differences, return_counts=True)
-    rng = np.random.default_rng(seed)
-    means = []
-    for done in range(0, resamples, 1000):  # blocks bound the memory
-        drawn = rng.multinomial(n, counts / n, min(1000, resamples - done))
-        means.extend(drawn @ values / n)
-    means = np.array(means)
+    drawn = np.random.default_rng(seed).multinomial(n, counts / n, resamples)
+    means = drawn @ values / n
     low, high = np.quantile(means, (0.025, 0.975))
     at_most_zero = int((means <= 1e-12).sum())  # a sum that is 0 may be rounded to 1e-17
     at_least_zero = int((means >= -1e-12).sum())
@@ -1701,18 +1592,16 @@ def paired_bootstrap(a: dict, b: dict, seed: int, resamples: int = 10_000) -> tu
 
 def evaluate(policy, tasks: list, out: str, sampling: Sampling, ranks: Ranks, samples: int = 0,
              seed: int = 0) -> dict:
-    """Sample and score tasks; every answer is kept in out/TASK/raw-*.jsonl, and asked once.
-
-    samples: answers a question; 0: the paper's number for each task. Returns (on the main rank) and
-    writes results.json, where tasks of an earlier call stay: {task: `score_task`'s figures}.
-    """
-    path = os.path.join(out, "results.json")
+    """Sample and score tasks, `samples` answers a question (0: the paper's number), kept in
+    out/TASK/raw-*.jsonl. Returns (on the main rank) and writes results.json, where tasks of an
+    earlier call stay: {task: `score_task`'s figures}."""
+    path, results = os.path.join(out, "results.json"), {}
     with ranks.together():
-        earlier = ranks.main and os.path.lexists(path)
-        results = read_results(out) if earlier else {}
+        if ranks.main and os.path.lexists(path):
+            results = read_json(path)
     for task in tasks:
-        k = samples or task.samples
-        wanted = [[request_for(f"{name}/{i}", messages, seed) for i in range(k)]
+        count = samples or task.samples
+        wanted = [[request_for(f"{name}/{i}", messages, seed) for i in range(count)]
                   for name, messages, _ in task.rows]
         requests, folder = [r for row in wanted for r in row], os.path.join(out, task.name)
         with ranks.together():
@@ -1736,11 +1625,12 @@ def score_task(task: Task, records: list) -> dict:
     """The figures of one task from its records, a list a row. Metrics, as (mean, standard error),
     and shares are from 0 to 1. Failed requests are left out of all means, and counted."""
     answers, graded = [], []  # graded: (id, gold, grades of its answers) of each row that has some
-    for (name, _, gold), row in zip(task.rows, records):
+    for (name, messages, gold), row in zip(task.rows, records):
         arrived = [r for r in row if "text" in r]
         answers += arrived
         if arrived:
-            graded.append((name, gold, [task.grade(r["text"], gold) for r in arrived]))
+            question = request_for(name, messages, None).key  # name and digest
+            graded.append((question, gold, [task.grade(r["text"], gold) for r in arrived]))
     if not answers:
         errors = Counter(r.get("error", "not asked") for row in records for r in row)
         why = errors.most_common(1)[0][0]
@@ -1748,21 +1638,11 @@ def score_task(task: Task, records: list) -> dict:
     metrics, scores = {}, {}
     for metric in graded[0][2][0]:
         by_row = {name: [float(g[metric]) for g in grades] for name, _, grades in graded}
-        weights = None
-        if metric in task.weights:
-            weights = [task.weights[metric](gold) for _, gold, _ in graded]
-        metrics[metric] = clustered(list(by_row.values()), weights)
+        weight = task.weights.get(metric, lambda gold: 1)
+        metrics[metric] = clustered(list(by_row.values()), [weight(gold) for _, gold, _ in graded])
         scores = scores or by_row  # of the headline
     k = min(len(row) for row in scores.values())
     pass_k = [pass_at_k(len(row), round(sum(row)), k) for row in scores.values()]
-    reference = {}
-    if task.trivial:
-        grades = [task.grade(task.trivial, gold) for _, _, gold in task.rows]
-        reference = {metric: sum(g[metric] for g in grades) / len(grades) for metric in grades[0]}
-    asked = {}
-    for name, messages, _ in task.rows:
-        text = "\n".join(m["content"] for m in messages)
-        asked[name] = hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def share(values):
         return sum(values) / len(answers)
@@ -1773,26 +1653,16 @@ def score_task(task: Task, records: list) -> dict:
             "empty": share(not r["text"].strip() for r in answers),
             "tokens": share(r["tokens"] for r in answers),
             "unanswered": sum(len(row) for row in records) - len(answers),
-            "reference": reference, "asked": asked, "scores": scores}
+            "scores": scores}
 
 
 def describe(result):
-    """One line of a task's figures."""
     shown = [f"{name} {figure(*value)}" for name, value in result["metrics"].items()]
-    for key, value in result.items():
-        if key.startswith("pass@") or key in ("cut off", "empty"):
-            shown.append(f"{key} {100 * value:.1f}")
-    shown.append(f"{result['tokens']:.0f} tokens an answer")
-    if result["reference"]:
-        name, value = next(iter(result["reference"].items()))
-        shown.append(f"an answer without thought gives {name} {100 * value:.1f}")
-    if result["unanswered"]:
-        shown.append(f"{result['unanswered']} UNANSWERED (start again to ask them)")
+    shown += [f"{key} {x:.3g}" for key, x in result.items() if isinstance(x, int | float)]
     return ", ".join(shown)
 
 
 def figure(mean, error):
-    """A share and its standard error as text, in %."""
     return f"{100 * mean:.1f}" if error is None else f"{100 * mean:.1f} ± {100 * error:.1f}"
 
 
@@ -1805,55 +1675,38 @@ def results_table(results: dict) -> str:
     ordered += [name for name in headline if name not in group_of]
     columns = [(name, "---", figure(*headline[name])) for name in ordered]
     for group in ("in-domain", "OOD", "overall"):
-        names = [name for name in group_of if group == "overall" or group_of[name] == group]
+        names = [name for name in group_of if group in ("overall", group_of[name])]
         if all(name in headline for name in names):
             mean = sum(headline[name][0] for name in names) / len(names)
             columns.append((group, "---", figure(mean, None)))
     return "\n".join("| " + " | ".join(row) + " |" for row in zip(*columns))
 
 
-def read_results(folder: str) -> dict:
-    """results.json of an evaluation."""
-    path = os.path.join(folder, "results.json")
-    results = read_json(path)
-    for name, result in results.items():
-        if not isinstance(result, dict) or "scores" not in result:
-            raise UserError(f"{path}: {name!r:.60} is no result of an evaluation")
-    return results
-
-
 def compare_runs(folders: list, seed: int = 0) -> str:
-    """A Markdown table of two finished evaluations A and B: the headline figures over the questions
-    that both answered, their difference B - A in points, and its 95 % interval by paired bootstrap.
-    Below 20 questions the bootstrap's p is too small and is left out. Notes name what differs or
-    cannot be compared. Raises UserError where the two have no task in common."""
-    a, b = [read_results(folder) for folder in folders]
-    settings_a, settings_b = (read_json(os.path.join(f, "settings.json")) for f in folders)
+    """A Markdown table of two finished evaluations: the headline figures over the questions that
+    both answered, their difference and its 95 % interval. Below 20 questions the bootstrap's p is
+    too small and is left out. Notes name what differs or cannot be compared."""
+    a, b = (read_json(os.path.join(folder, "results.json")) for folder in folders)
+    settings = [read_json(os.path.join(folder, "settings.json")) for folder in folders]
     rows, notes = [], []
     for key in ("sampling", "seed", "refused"):
-        values = [json.dumps(settings.get(key)) for settings in (settings_a, settings_b)]
+        values = [json.dumps(run.get(key)) for run in settings]
         if values[0] != values[1]:
             notes.append(f"{key} differs: {values[0]} and {values[1]}")
-    for task in a:
-        if task not in b:
+    for task in (task for task in a if task in b):
+        both = [q for q in a[task]["scores"] if q in b[task]["scores"]]
+        if len(both) < 2:
+            notes.append(f"{task} is left out: {len(both)} questions were asked in both")
             continue
-        scores_a, scores_b = {}, {}
-        for question, scores in a[task]["scores"].items():
-            if a[task]["asked"][question] == b[task]["asked"].get(question):
-                if question in b[task]["scores"]:
-                    scores_a[question], scores_b[question] = scores, b[task]["scores"][question]
-        count = len(scores_a)
-        if count < 2:
-            notes.append(f"{task} is left out: {count} questions were asked in both")
-            continue
-        mean_a, mean_b = (100 * clustered(list(x.values()))[0] for x in (scores_a, scores_b))
-        difference, low, high, p = paired_bootstrap(scores_a, scores_b, seed)
-        p = f"{p:.3f}" if count >= 20 else "-"
-        rows.append(f"| {task} | {count} | {mean_a:.1f} | {mean_b:.1f} | {100 * difference:+.1f} | "
-                    f"{100 * low:+.1f} to {100 * high:+.1f} | {p} |")
-        alone_a, alone_b = (results[task]["questions"] - count for results in (a, b))
-        if alone_a or alone_b:
-            notes.append(f"{task}: {alone_a} questions of A and {alone_b} of B have no partner")
+        scores = [{q: run[task]["scores"][q] for q in both} for run in (a, b)]
+        means = [100 * clustered(list(run.values()))[0] for run in scores]
+        difference, low, high, p = (100 * x for x in paired_bootstrap(*scores, seed))
+        p = f"{p / 100:.3f}" if len(both) >= 20 else "-"
+        rows.append(f"| {task} | {len(both)} | {means[0]:.1f} | {means[1]:.1f} | {difference:+.1f} "
+                    f"| {low:+.1f} to {high:+.1f} | {p} |")
+        alone = [run[task]["questions"] - len(both) for run in (a, b)]
+        if any(alone):
+            notes.append(f"{task}: {alone[0]} questions of A and {alone[1]} of B have no partner")
     if not rows:
         raise UserError(f"nothing to compare: {folders[0]} has {', '.join(a)}, {folders[1]} has "
                         f"{', '.join(b)}{data.listed(notes)}")
@@ -1867,9 +1720,8 @@ ROWS_AT_ONCE = 256  # rows of logits of each model in fp32: 0.3 GB at Qwen3's vo
 
 
 def read_sequences(path: str, chat: data.Chat, max_length: int) -> tuple[list, str]:
-    """([(ids, first), ...], a summary) of a JSONL file: ids[first:] are scored. A row is a text
-    {"text": ...}, scored from its second token, or a pair, whose y+ is scored after its prompt.
-    Ids beyond max_length are cut off. Raises UserError naming the line, or where no row is left."""
+    """([(ids, first), ...], a summary) of a JSONL file: ids[first:max_length] are scored. A row is
+    {"text": ...}, scored from its second token, or a pair, whose y+ is scored after its prompt."""
     notes = Counter()
 
     def parse(row, line):
@@ -1886,10 +1738,7 @@ def read_sequences(path: str, chat: data.Chat, max_length: int) -> tuple[list, s
     rows, dropped = data.read_rows(path, parse)
     cut = sum(len(ids) > max_length for ids, _ in rows)
     summary = f"{path}: {len(rows)} texts, {cut} of them cut at {max_length} tokens"
-    for reason, count in dropped.items():
-        summary += f"; {count} dropped: {reason}"
-    for note, count in notes.items():
-        summary += f"; {count} rows: {note}"
+    summary += "".join(f"; {count} rows: {note}" for note, count in (dropped + notes).items())
     if not rows:
         raise UserError(f"{summary}: no row has a token to score")
     return [(ids[:max_length], first) for ids, first in rows], summary
@@ -1904,9 +1753,6 @@ def retention(model: qwen.Qwen3, base: qwen.Qwen3, sequences: list, ranks: Ranks
                mean KL(base || model) of the next-token distributions, both in nats a token, as
                (mean, standard error clustered by sequence)
     """
-    if model.config.vocab_size != base.config.vocab_size:
-        raise UserError(f"vocabularies of {model.config.vocab_size} and {base.config.vocab_size} "
-                        "tokens: no KL between them")
     # In fp32 always: logits rounded to bf16 would add half as much again to a small KL.
     heads = [m.head_weight().float() for m in (model, base)]
     sums = torch.zeros(len(sequences), 3, dtype=torch.float64)
@@ -1948,52 +1794,32 @@ COLOURS = ("#1f88cf", "#d9661a", "#12936c", "#c0589a", "#94800f", "#7f78d8")  # 
 MAX_SHOWN = 400  # points of a line, and tokens on either side of a pair's fork
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width,initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <title>Surgical Post-Training</title><style>
 :root { color-scheme: light dark }
-body { max-width: 80rem; margin: auto; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif;
-  overflow-wrap: anywhere }
-.grid { display: grid; gap: 1.5rem; margin-top: 1rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%%, 22rem), 1fr)) }
+body { max-width: 80rem; margin: auto; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif }
+.grid { display: grid; gap: 1.5rem; overflow-wrap: anywhere;
+  grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)) }
 svg { width: 100%%; fill: none; stroke-width: 2.5; stroke-linecap: round }
 svg text { font-size: 16px; fill: currentColor } svg line { stroke: #8886; stroke-width: 1 }
-.wide { overflow-x: auto } table { border-collapse: collapse; white-space: nowrap }
 th, td { padding: .2rem .7rem .2rem 0; border-bottom: 1px solid #8886; text-align: left }
 label { display: inline-block; margin-right: .6rem } .snapshot { display: none }
 .tokens { padding-left: .7rem; border-left: 3px solid #8886; white-space: pre-wrap;
   font: .95rem/1.9 ui-monospace, monospace }
-.tokens * { unicode-bidi: isolate }
 %s</style></head><body><h1>Surgical Post-Training</h1>
 %s
 </body></html>
 """
 
 
-@dataclass
-class RunLog:
-    """The logs of one run folder."""
-
-    name: str
-    options: dict  # of config.json
-    metrics: list  # rows of metrics.jsonl
-    held_out: list  # rows of eval.jsonl
-    surgery: list  # rows of surgery.jsonl: the watched pair, then its snapshots
-    kl: list  # rows of kl.jsonl
-
-
 def escape(text: str) -> str:
-    """Text of a user or a model as HTML: markup escaped, newlines marked; controls, marks that turn
-    the direction of text, and lone surrogates spelled out."""
-    visible = [c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text]
-    return html.escape("".join(visible)).replace("\n", "↵\n")
+    """Text of a user or a model as HTML, newlines marked."""
+    return html.escape(text.encode(errors="replace").decode()).replace("\n", "↵\n")
 
 
 def number(x: float | None) -> str:
     """Three digits; a dash for None and NaN, 0 without a sign."""
-    if x is None or math.isnan(x):
-        return "–"
-    return f"{x + 0.0:.3g}".replace("-", "−")
+    return "–" if x is None or math.isnan(x) else f"{x + 0.0:.3g}".replace("-", "−")
 
 
 def html_table(rows: list) -> str:
@@ -2001,21 +1827,21 @@ def html_table(rows: list) -> str:
     lines = "".join(f"<th>{cell}</th>" for cell in rows[0])
     for title, *cells in rows[1:]:
         lines += f"</tr>\n<tr><th>{title}</th>" + "".join(f"<td>{cell}</td>" for cell in cells)
-    return f'<div class="wide"><table><tr>{lines}</tr></table></div>'
+    return f"<table><tr>{lines}</tr></table>"
 
 
 def line_chart(title: str, keys: tuple, runs: list) -> str:
     """An SVG figure of the metrics `keys`, a colour for each run; "" where no run has them. The x
-    axis begins at step 0, the y axis includes 0; a missing value is a gap."""
-    lines = {}
-    for i, run in enumerate(runs):
-        rows = run.kl if keys == ("kl_1000",) else run.metrics[::1 + len(run.metrics) // MAX_SHOWN]
+    axis begins at step 0, the y axis includes 0."""
+    lines = []
+    for run in runs:
+        rows = run["kl"] if keys == ("kl_1000",) else run["metrics"]
         for key, dashes in zip(keys, ("none", "7 6")):
-            style = f'stroke="{COLOURS[i % 6]}" stroke-dasharray="{dashes}"'
-            label = f"<title>{escape(run.name)} {FIGURES.get(key, key)}</title>"
-            lines[style, label] = [(row["step"], row.get(key)) for row in rows]
-    steps = [step for points in lines.values() for step, y in points if y is not None]
-    values = [y for points in lines.values() for _, y in points if y is not None]
+            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+            style = f'stroke="{run["colour"]}" stroke-dasharray="{dashes}"'
+            lines.append((points[::1 + len(points) // MAX_SHOWN], style))
+    steps = [step for points, _ in lines for step, _ in points]
+    values = [value for points, _ in lines for _, value in points]
     if not values:
         return ""
     last, low, high = max(steps), min(0, *values), max(0, *values)
@@ -2024,60 +1850,41 @@ def line_chart(title: str, keys: tuple, runs: list) -> str:
         across, up = step / max(last, 1), (y - low) / max(high - low, 1e-30)
         return round(60 + 390 * across, 1), round(220 - 210 * up, 1)
 
-    parts = ['<text x="255" y="268" text-anchor="middle">step</text>']
+    zero = place(0, 0)[1]
+    parts = ['<text x="255" y="268" text-anchor="middle">step</text>'
+             f'<text x="456" y="{zero + 5}">0</text>'
+             f'<line x1="60" x2="450" y1="{zero}" y2="{zero}" style="stroke:currentColor"/>']
     for step, value in (0, low), (last // 2, (low + high) / 2), (last, high):
         x, y = place(step, value)
         parts.append(f'<line x1="60" x2="450" y1="{y}" y2="{y}"/>'
                      f'<text x="54" y="{y + 5}" text-anchor="end">{number(value)}</text>'
                      f'<text x="{x}" y="245" text-anchor="middle">{step}</text>')
-    x, y = place(last, 0)
-    parts.append(f'<text x="456" y="{y + 5}">0</text>'
-                 f'<line x1="60" x2="450" y1="{y}" y2="{y}" style="stroke:currentColor"/>')
-    for (style, label), points in lines.items():
-        path, command = "", "M"
-        for step, value in points:
-            if value is not None:
-                x, y = place(step, value)
-                path += f"{command}{x},{y}h0"  # h0: a lone point is a dot
-            command = "M" if value is None else "L"
-        parts.append(f'<path d="{path}" {style}>{label}</path>')
+    for points, style in lines:
+        if points:
+            path = "L".join("{},{}".format(*place(*point)) for point in points)
+            parts.append(f'<path d="M{path}h0" {style}/>')  # h0: a lone point is a dot
     return (f'<div><b>{title}</b><svg viewBox="0 0 480 275" role="img" aria-label="{title}">'
             f'{"".join(parts)}</svg></div>')
 
 
 def before_after(runs: list) -> str:
     """A table of every run's first and last figures, in training and on held-out pairs."""
-    rows = [["", *(escape(run.name) for run in runs)]]
-    for title, logs in (("", [run.metrics for run in runs]),
-                        ("held out: ", [run.held_out for run in runs])):
-        if not any(logs):
+    rows = [["", *(escape(run["name"]) for run in runs)]]
+    for title, log in ("", "metrics"), ("held out: ", "eval"):
+        if not any(run[log] for run in runs):
             continue
         for key, name in FIGURES.items():
             rows.append([title + name])
-            for log in logs:
-                first, last = (log[0], log[-1]) if log else ({}, {})
+            for run in runs:
+                first, last = (run[log][0], run[log][-1]) if run[log] else ({}, {})
                 rows[-1].append(f"{number(first.get(key))} → {number(last.get(key))}")
     return html_table(rows)
 
 
-def benchmarks(evaluations: dict) -> str:
-    """The headline figures of {name: results.json} as a table."""
-    rows = [["right, in %", *map(escape, evaluations)]]
-    for task in dict.fromkeys(task for results in evaluations.values() for task in results):
-        rows.append([escape(task)])
-        for results in evaluations.values():
-            cell = "–"
-            if task in results:
-                cell = figure(*next(iter(results[task]["metrics"].values())))
-            rows[-1].append(cell)
-    return html_table(rows)
-
-
-def surgery(run: RunLog, index: int) -> str:
+def surgery(run: dict) -> str:
     """The watched pair of a run and a radio button for each snapshot; CSS shows the chosen one."""
-    pair, *snapshots = run.surgery
-    coefficients = np.array([snapshot["coefficients"] for snapshot in snapshots])  # (steps, tokens)
-    scale = max(abs(coefficients).max(), 1e-30)
+    pair, *snapshots = run["surgery"]
+    scale = max(1e-30, *(abs(x) for snapshot in snapshots for x in snapshot["coefficients"]))
     texts = pair["trunk"] + pair["rejected"] + pair["chosen"]
     fork, end = len(pair["trunk"]), len(pair["trunk"] + pair["rejected"])
     tags = ["span"] * fork + ["del"] * (end - fork) + ["ins"] * (len(texts) - end)
@@ -2087,64 +1894,65 @@ def surgery(run: RunLog, index: int) -> str:
     for i, (tag, text) in enumerate(zip(tags, texts)):
         style, title = "", "step: coefficient, log p"
         for n, snapshot in enumerate(snapshots):
-            coefficient, logp = coefficients[n, i], snapshot["logps"][i]
+            coefficient, logp = snapshot["coefficients"][i], snapshot["logps"][i]
             colour = "#1f88cf" if coefficient < 0 else "#e0690a"
             style += f"--c{n}:{colour}{round(160 * abs(coefficient) / scale):02x};"
-            title += f"\n{snapshot['step']:d}: {number(coefficient)}, {number(logp)}"
+            title += f"\n{snapshot['step']}: {number(coefficient)}, {number(logp)}"
         spans.append(f'<{tag} style="{style}" title="{title}">{escape(text)}</{tag}>')
-    buttons, notes = "", ""
+    body = f"<h3>{escape(run['name'])}</h3><div>Full colour: ±{number(scale)}. Steps done:</div>"
     for n, snapshot in enumerate(snapshots):
         checked = " checked" if n == 0 else ""
-        buttons += (f'<label><input type="radio" name="run{index}"{checked}> {snapshot["step"]:d}'
-                    "</label>\n")
-        rewards = [number(snapshot[key]) for key in ("reward_chosen", "reward_rejected")]
-        notes += f'<p class="snapshot">r⁺ {rewards[0]}, r⁻ {rewards[1]}</p>'
-    blocks = ""
+        body += (f'<label><input type="radio" name="{escape(run["name"])}"{checked}> '
+                 f'{snapshot["step"]}</label>\n')
+    for snapshot in snapshots:
+        body += (f'<p class="snapshot">r⁺ {number(snapshot["reward_chosen"])}, '
+                 f'r⁻ {number(snapshot["reward_rejected"])}</p>')
     for title, tokens in (("prompt", [escape(text) for text in pair["prompt"]][-MAX_SHOWN:]),
                           ("trunk", spans[:fork][-MAX_SHOWN:]), ("y⁻", spans[fork:end][:MAX_SHOWN]),
                           ("y⁺", spans[end:][:MAX_SHOWN])):
-        blocks += f'{title}<div class="tokens">{"".join(tokens)}</div>'
-    return (f'<div class="pair"><h3>{escape(run.name)}</h3><div>Full colour: ±{number(scale)}. '
-            f"Steps done:</div>{buttons}{notes}{blocks}</div>")
+        body += f'{title}<div class="tokens">{"".join(tokens)}</div>'
+    return f'<div class="pair">{body}</div>'
 
 
 def report(folders: list, out: str, note: str = ""):
-    """Write `out`, one HTML file without scripts and links, of run folders and of finished
-    evaluations; `note` is text to show. Raises UserError for a folder that is neither."""
+    """Write one HTML file of run folders and finished evaluations, with `note`, a text."""
     common = os.path.commonpath([os.path.dirname(os.path.realpath(folder)) for folder in folders])
-    runs, evaluations, body, styles = [], {}, "", ""
+    runs, tables, body, styles = [], "", "", ""
     for folder in folders:
         name = os.path.relpath(os.path.realpath(folder), common)
         if os.path.exists(os.path.join(folder, "metrics.jsonl")):
-            options = read_json(os.path.join(folder, "config.json"))["options"]
-            logs = [data.read_log(os.path.join(folder, f"{log}.jsonl"))
-                    for log in ("metrics", "eval", "surgery", "kl")]
-            runs.append(RunLog(name, options, *logs))
-        elif os.path.exists(os.path.join(folder, "results.json")):
-            evaluations[name] = read_results(folder)
+            run = {"name": name, "colour": COLOURS[len(runs) % 6],
+                   "options": read_json(os.path.join(folder, "config.json"))["options"]}
+            for log in ("metrics", "eval", "surgery", "kl"):
+                run[log] = data.read_log(os.path.join(folder, f"{log}.jsonl"))
+            runs.append(run)
+        elif os.path.exists(os.path.join(folder, "results.md")):
+            with open(os.path.join(folder, "results.md"), encoding="utf-8") as f:
+                tables += f"<h3>{escape(name)}</h3><pre>{html.escape(f.read())}</pre>"
         else:
-            raise UserError(f"{folder}: no run (metrics.jsonl) and no evaluation (results.json)")
+            raise UserError(f"{folder}: no run (metrics.jsonl) and no evaluation (results.md)")
     if runs:
         body += """<p>Look first at the rewards, where r⁺ should rise above 0 and stay above r⁻,
 then at the coloured pair: a surgical update leaves the trunk, both answers' start, pale.</p>"""
-        for i, run in enumerate(runs):
-            options = ", ".join(f"{key} {run.options.get(key)}" for key in ("loss", "lr", "beta"))
-            body += (f'<div><b style="color:{COLOURS[i % 6]}">▬</b> '
-                     f"{escape(run.name)}: {escape(options)}</div>")
+        for run in runs:
+            options = run["options"]
+            options = ", ".join(f"{key} {options.get(key)}" for key in ("loss", "lr", "beta"))
+            body += (f'<div><b style="color:{run["colour"]}">▬</b> {escape(run["name"])}: '
+                     f"{escape(options)}</div>")
         charts = "".join(line_chart(title, keys, runs) for title, keys in CHARTS.items())
         body += f'<div class="grid">{charts}</div><h2>Before and after</h2>{before_after(runs)}'
     if note:
-        body += f'<div class="wide"><pre>{html.escape(note)}</pre></div>'
-    if evaluations:
-        body += f"<h2>Benchmarks</h2>{benchmarks(evaluations)}"
-    watched = [surgery(run, i) for i, run in enumerate(runs) if run.surgery[1:]]
+        body += f"<pre>{html.escape(note)}</pre>"
+    if tables:
+        body += f"<h2>Benchmarks, right in %</h2>{tables}"
+    watched = [surgery(run) for run in runs if run["surgery"][1:]]
     if watched:
         body += f"""<h2>Surgery on one pair</h2><p>Choose how many steps are done: the next update
 raises the probability of <b>blue</b> tokens and lowers that of <b>orange</b> ones, the more the
 stronger the colour (the coefficient ∂L/∂log p, on each run's own scale). <del>Struck</del>: not in
 y⁺; <ins>underlined</ins>: not in y⁻. Point at a token for its figures.</p>
 <div class="grid">{"".join(watched)}</div>"""
-    for n in range(max([len(run.surgery) - 1 for run in runs], default=0)):
+    for n in range(max([len(run["surgery"]) - 1 for run in runs], default=0)):
         checked = f".pair:has(label:nth-of-type({n + 1}) :checked)"
         styles += (f"{checked} .snapshot:nth-of-type({n + 1}) {{ display: block }}\n"
                    f"{checked} .tokens * {{ background: var(--c{n}) }}\n")
@@ -2160,8 +1968,7 @@ class EvalOptions(SamplingOptions):
 
     tasks: str = option("", f"comma-separated: {', '.join(TASKS)}, or NAME=FILE.jsonl (required)")
     data: str = option("data/eval", "folder of NAME.jsonl files; connect4 needs none")
-    samples: int = option(0, "answers per question; 0: the paper's (16 for aime24, aime25, amc23, "
-                          "1 for connect4, else 5)")
+    samples: int = option(0, "answers per question; 0: the paper's number")
     limit: int = option(0, "only the first that many questions of each task; 0: all")
     show: int = option(0, "print the first answers to that many questions of each task, graded")
 
@@ -2178,7 +1985,7 @@ class CompareOptions:
 class RetentionOptions:
     """how far a model went from its base"""
 
-    model: str = option("", "checkpoint folder or hub id (required)")
+    model: str = option("", "checkpoint folder (required)")
     base: str = option("", "the model before training (required)")
     texts: str = option("", "JSONL with \"text\", or a pair file, whose y+ is scored (required)")
     max_length: int = option(4096, "tokens of a text; the rest is cut off")
@@ -2195,7 +2002,6 @@ class ReportOptions:
 
 
 def run_evaluation(o: EvalOptions, ranks: Ranks):
-    """From options to results."""
     with ranks.together():
         tasks = [load_task(spec.strip(), o.data) for spec in o.tasks.split(",") if spec.strip()]
         if not tasks or len({task.name for task in tasks}) < len(tasks):
@@ -2217,29 +2023,26 @@ def show_answers(task: Task, folder: str, count: int):
     for name, messages, gold in task.rows[:count]:
         record = answers.get(f"{name}/0", {"error": "not asked"})
         print(f"\n--- {task.name} {name}: question\n{messages[-1]['content']}\n--- answer")
+        verdict = f"none, {record.get('error')}"
         if "text" in record:
             grades = task.grade(record["text"], gold)
-            grades = ", ".join(f"{name} {float(v):g}" for name, v in grades.items())
-            print(f"{record['text']}\n--- gold: {gold}\n--- verdict: {grades}")
-        else:
-            print(f"--- gold: {gold}\n--- verdict: none, {record['error']}")
+            verdict = ", ".join(f"{metric} {float(x):g}" for metric, x in grades.items())
+        print(f"{record.get('text', '')}\n--- gold: {gold}\n--- verdict: {verdict}")
 
 
 def run_comparison(o: CompareOptions, ranks: Ranks):
-    """From options to a printed table."""
-    with ranks.together():
-        if ranks.main:
-            print(compare_runs([o.a, o.b]))
+    ranks.main_only(lambda: print(compare_runs([o.a, o.b])))
 
 
 def run_retention(o: RetentionOptions, ranks: Ranks):
-    """From options to one printed line of JSON."""
     with ranks.together():
         dtype = getattr(torch, o.dtype)
         model, base = (open_local_model(name, dtype, ranks.device) for name in (o.model, o.base))
-        vocabularies = [m.chat.tokenizer.get_vocab(with_added_tokens=True) for m in (model, base)]
+        vocabularies = [(m.model.config.vocab_size, m.chat.tokenizer.get_vocab(True))
+                        for m in (model, base)]
         if vocabularies[0] != vocabularies[1]:
-            raise UserError(f"{o.model} and {o.base} have different tokenizers: no KL between them")
+            raise UserError(f"{o.model} and {o.base} have different tokenizers or numbers of "
+                            "tokens: no KL between them")
         sequences, summary = read_sequences(o.texts, base.chat, o.max_length)
         ranks.say(summary)
         figures = retention(model.model, base.model, sequences, ranks)
@@ -2248,13 +2051,8 @@ def run_retention(o: RetentionOptions, ranks: Ranks):
 
 
 def run_report(o: ReportOptions, ranks: Ranks):
-    """From options to a file."""
     out = o.out or os.path.join(o.runs[0] if len(o.runs) == 1 else "", "report.html")
-    with ranks.together():
-        if os.path.isdir(out):
-            raise UserError(f"--out {out}: the name of a file expected, found a folder")
-        if ranks.main:
-            report(o.runs, out)
+    ranks.main_only(report, o.runs, out)
     ranks.say(f"written: {out}")
 
 
@@ -2299,14 +2097,9 @@ def parse_command(argv: list, commands: dict = COMMANDS, description: str = __do
 
 def main(commands: dict = COMMANDS, description: str = __doc__) -> int:
     """Command line to exit code: 0 done, 1 failed, 2 options that do not work, 130 stopped."""
-    def parse():
-        return parse_command(sys.argv[1:], commands, description)
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    (run, o), ranks = begin(parse, lambda parsed: open_ranks(getattr(parsed[1], "timeout", 600)))
-    signal.signal(signal.SIGTERM, stop)
+    (run, o), ranks = begin(lambda: parse_command(sys.argv[1:], commands, description),
+                            lambda parsed: open_ranks(getattr(parsed[1], "timeout", 600)))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         run(o, ranks)
     except KeyboardInterrupt:

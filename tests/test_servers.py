@@ -113,14 +113,12 @@ DROPPED = {  # what sampling goes on without
 }
 
 
-def strict(refuse, answer=None):
+def strict(refuse):
     """A server that refuses what `refuse` does, else solves `i + i?` or mends a wrong answer."""
     def behave(body, attempt):
         refused = refuse(body)
         if refused:
             return refused[0], {}, json.dumps(refused[1]).encode()
-        if answer:
-            return answer
         text = body["messages"][-1]["content"]
         if oracle.START in text:
             i = int(text.split("add ")[1].split()[0])
@@ -265,53 +263,6 @@ def test_an_error_that_repeats_the_request_drops_nothing(run):
     assert len(server.requests) == 6 and "refused" not in content(run, "errors/settings.json")
 
 
-def record(answer):
-    with strict(vllm, answer) as server:
-        request = evaluation.request_for("k", [{"role": "user", "content": "?"}], 0)
-        return evaluation.ask(evaluation.Server(server.url, "m"), request, evaluation.Sampling())
-
-
-@pytest.mark.parametrize("ending, finish", [
-    *((ending, "stop") for ending in ("stop", "STOP", "eos", "eos_token", "end_turn", "END_TURN",
-                                      "stop_sequence", "", None)),
-    *((ending, "length") for ending in ("length", "Length", "max_tokens", "MAX_TOKENS"))])
-def test_endings_of_an_answer(ending, finish):
-    expected = {"text": "It is 4.", "finish": finish, "tokens": 8}
-    assert record(completion("It is 4.", ending)) == expected
-
-
-@pytest.mark.parametrize("ending", ["content_filter", "tool_calls", "error", "abort", "SAFETY",
-                                    "content_filter: RECITATION", "function_call", 7])
-def test_other_endings_keep_what_was_said(ending):
-    reason = f"the server ended the answer with {str(ending)!r}"
-    assert record(completion("It is", ending)) == {"error": reason, "partial": "It is"}
-    assert record(completion(None, ending)) == {"error": reason}
-
-
-@pytest.mark.parametrize("text", [None, "", "\n\n"])
-@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
-@pytest.mark.parametrize("ending", ["stop", "length"])
-def test_thoughts_alone_are_no_answer(text, key, ending):
-    found = record(completion(text, ending, **{key: "Let me think: 4."}))
-    assert found["error"].startswith(f"no answer, only {key}: the server's reasoning parser took")
-    assert found["partial"] == "Let me think: 4." and "text" not in found
-
-
-def test_a_refusal_is_no_answer():
-    found = record(completion(None, refusal="I cannot help."))
-    assert found == {"error": "the model refused: I cannot help.", "partial": "I cannot help."}
-
-
-@pytest.mark.parametrize("key", ["reasoning_details", "thinking_blocks", "tool_calls"])
-def test_lists_beside_an_empty_answer_are_none(key):
-    assert record(completion("", **{key: [{"type": "x"}]}))["error"].startswith(f"no answer, only {key}")
-
-
-@pytest.mark.parametrize("usage", [None, {}, {"completion_tokens": "7"}, {"completion_tokens": None}])
-def test_usage_that_is_no_number_counts_nothing(usage):
-    assert record({**completion("It is 4."), "usage": usage})["tokens"] == 0
-
-
 @pytest.mark.parametrize("error, dropped", [
     ({"message": "property 'top_k' is unsupported, did you mean 'top_p'?"}, ["top_k"]),
     ({"message": "Unrecognized argument: top_k. Supported: temperature, top_p, seed"}, ["top_k"]),
@@ -325,16 +276,49 @@ def test_only_refused_keys_are_dropped_not_those_that_an_error_quotes(error, dro
     assert sorted(server.refused) == dropped
 
 
-def test_an_answer_beside_thoughts_is_one():
+# --- what an answer says --------------------------------------------------------------------------
+
+
+read = evaluation.read_completion
+
+
+def test_endings_of_an_answer():
+    for ending in ("stop", "STOP", "eos", "eos_token", "end_turn", "END_TURN", "stop_sequence", "",
+                   None):
+        assert read(completion("Four", ending)) == {"text": "Four", "finish": "stop", "tokens": 4}
+    for ending in ("length", "Length", "max_tokens", "MAX_TOKENS"):
+        assert read(completion("Four", ending))["finish"] == "length"
+    for ending in ("content_filter", "tool_calls", "error", "abort", "SAFETY", "function_call", 7):
+        reason = f"the server ended the answer with {str(ending)!r}"
+        assert read(completion("It is", ending)) == {"error": reason, "partial": "It is"}
+        assert read(completion(None, ending)) == {"error": reason, "partial": ""}
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_thoughts_alone_are_no_answer(key):
+    for text in (None, "", "\n\n"):
+        for ending in ("stop", "length"):
+            found = read(completion(text, ending, **{key: "I think: 4."}))
+            assert found["error"].startswith(f"no answer, only {key}: the server")
+            assert found["partial"] == "I think: 4." and "text" not in found
+    assert read(completion("It is 4.", **{key: "Hm."}))["text"] == "It is 4."
+
+
+def test_refusals_lists_and_parts():
+    found = read(completion(None, refusal="I cannot help."))
+    assert found == {"error": "the model refused: I cannot help.", "partial": "I cannot help."}
+    assert read(completion("It is 4.", refusal=None))["text"] == "It is 4."
+    for key in ("reasoning_details", "thinking_blocks", "tool_calls"):
+        assert f"only {key}" in read(completion("", **{key: [{"type": "x"}]}))["error"]
     thinking = {"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}
     texts = [{"type": "text", "text": "It is "}, {"type": "text", "text": "4."}]
-    for message in (completion("It is 4.", reasoning_content="Hm."),
-                    completion("It is 4.", refusal=None), completion(texts),
-                    completion([thinking, *texts]),
-                    completion([texts[0], {"type": "reasoning", "text": "Hm."}, texts[1]])):
-        assert record(message)["text"] == "It is 4."
-    assert record(completion(""))["text"] == ""  # saying nothing at all is an answer, and wrong
-    assert "no answer, only thinking" in record(completion([thinking]))["error"]
+    for parts in (texts, [thinking, *texts],
+                  [texts[0], {"type": "reasoning", "text": "Hm."}, texts[1]]):
+        assert read(completion(parts))["text"] == "It is 4."
+    assert "no answer, only thinking" in read(completion([thinking]))["error"]
+    assert read(completion(""))["text"] == ""  # saying nothing at all is an answer, and wrong
+    for usage in (None, {}, {"completion_tokens": "7"}, {"completion_tokens": None}):
+        assert read({**completion("It is 4."), "usage": usage})["tokens"] == 0
 
 
 def test_show_prints_graded_conversations(run):

@@ -193,7 +193,7 @@ def test_sampling_killed_on_two_ranks_ends_as_undisturbed(small, tmp_path, name,
     assert code == 0, output
     command = [f"{module.__name__}.py", *options, outs[1]]
     for i in range(kills):  # as a rank keeps its second answer
-        run = launch.Started(command, 2, {i % 2: ("eval.writing", 2, die)})
+        run = launch.Started(command, 2, {i % 2: ("data.append_row", 2, die)})
         assert -signal.SIGKILL in run.wait(), run.said[-3000:]
     launch.run(command, ranks=2)
     assert (outs[0] / result).read_bytes() == (outs[1] / result).read_bytes()
