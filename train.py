@@ -1109,16 +1109,22 @@ def toy_figures(folder, base, seed, ranks) -> dict:
             "kl": toy_kl(policy.model, base, seed, ranks), "sample": texts[0]}
 
 
+@torch.no_grad()
 def toy_kl(policy, base, seed, ranks) -> float:
     """KL(base || policy) in nats a token, on true answers to the other skills' questions."""
-    reference = qwen.load_model(base, device=ranks.device)
-    chat, sequences = data.load_chat(base, reference.config.vocab_size), []
+    models, forks = (qwen.load_model(base, device=ranks.device), policy), []
+    chat = data.load_chat(base, policy.config.vocab_size)
     for (skill, _), questions in toy_tests(seed).items():
         for question in questions[:20]:
             if skill != "Add":
                 prompt = chat.prompt([{"role": "user", "content": question}])
-                sequences.append((prompt + chat.encode(toy_answer(question)), len(prompt)))
-    return evaluation.retention(policy, reference, sequences, ranks)["kl"][0]
+                forks.append(data.make_fork(prompt, chat.encode(toy_answer(question)), None))
+    pack = data.make_pack(forks, range(ranks.rank, len(forks), ranks.world)).to(ranks.device)
+    hidden = [m.norm(m.hidden_states(pack.tokens, pack.positions, pack.forks)) for m in models]
+    q, p = ((h[pack.rows] @ m.head_weight().T).log_softmax(-1) for h, m in zip(hidden, models))
+    sums = torch.stack([(q.exp() * (q - p)).double().sum(), pack.lengths.sum().double()])
+    kl, tokens = ranks.reduce(sums).tolist()
+    return kl / tokens
 
 
 @torch.no_grad()
