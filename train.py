@@ -111,8 +111,8 @@ MAY_BE_0 = ("max_steps", "save_every", "shard_size", "weight_decay", "seed", "ma
 
 
 def parse_options(argv=None) -> Options:
-    """Command line to Options; with --resume, what is not given comes from OUT/config.json. Without
-    --model it is the toy story. Raises UserError that lists every problem."""
+    """Command line to Options; with --resume, what is not given comes from OUT/config.json. Nothing
+    but --out and --seed asks for the toy story. Raises UserError that lists every problem."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, Options)
