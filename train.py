@@ -1,4 +1,4 @@
-"""The explicit training loop of Surgical Post-Training, from one CPU core to nodes of GPUs.
+"""The training loop of Surgical Post-Training, from one CPU core to nodes of GPUs.
 
 Comes in:  --model, a Qwen3 checkpoint folder, and --pairs, a JSONL file of surgical pairs.
 Goes out:  a run folder: config.json, metrics.jsonl, eval.jsonl with --eval_pairs,
@@ -8,13 +8,6 @@ Goes out:  a run folder: config.json, metrics.jsonl, eval.jsonl with --eval_pair
     torchrun --nproc_per_node=8 train.py --model Qwen3-8B --pairs pairs.jsonl --out runs/first
     torchrun --nproc_per_node=8 train.py --resume --out runs/first
     torchrun --nproc_per_node=2 train.py         # nothing given: the toy story, in minutes
-
-One optimizer step is `train_step`: for each pack the policy gives one log-prob a scored row,
-loss.py gives one coefficient a row, and `row_logps.backward(coefficients)` is the backward pass.
-Which pairs form a step does not depend on the number of ranks; each rank computes its share of the
-tokens, and gradients are summed. Without --model and --pairs `story`, the last section, makes a
-small world with a base model, its errors and their corrections, trains on them, and prints what
-came of it.
 
 SIGTERM saves at the next step (exit code 143); --resume goes on, on any number of ranks, and also
 begins a run. On several nodes start on each, with an --out that all of them see:
@@ -47,7 +40,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import data
 import eval as evaluation
@@ -57,7 +50,7 @@ import oracle
 from data import UserError
 from model import Ranks, add_options, begin, close_ranks, open_ranks, option
 
-# Dense bf16 peaks in FLOP/s, for mfu. Any other device: a product's rate, measured at the start.
+# Dense bf16 peaks in FLOP/s, for mfu.
 PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12,
          "B200": 2250e12}
 
@@ -109,38 +102,35 @@ class Options:
 
 
 # Options that may differ when a run is resumed: none changes the curve beyond rounding. Files may
-# move: a hash tells whether their content is the same.
-FREE = ("resume", "keep", "save_every", "save_dtype", "timeout", "tokens_per_pack",
-        "checkpointing", "shard_size", "model", "pairs", "eval_pairs", "out", "plan", "gpus",
-        "gpu_memory")
+# move: a hash tells whether the pairs are the same.
+FREE = ("resume", "keep", "save_every", "save_dtype", "timeout", "tokens_per_pack", "checkpointing",
+        "shard_size", "model", "pairs", "eval_pairs", "out", "plan", "gpus", "gpu_memory")
+MAY_BE_0 = ("max_steps", "save_every", "shard_size", "weight_decay", "seed", "max_change_ratio",
+            "warmup")
 
 
 def parse_options(argv=None) -> Options:
-    """Command line to Options. With --resume what is not given comes from OUT/config.json, and what
-    is given must agree with it. Only --out and --seed, or nothing, asks for the toy story: `model`
-    stays empty. Raises UserError that lists every problem."""
+    """Command line to Options; with --resume, what is not given comes from OUT/config.json. Nothing
+    but --out and --seed asks for the toy story. Raises UserError that lists every problem."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, Options)
     given = vars(parser.parse_args(argv))
-    problems = []
+    problems, kept = [], {}
     config_path = os.path.join(given.get("out", ""), "config.json")
     if given.get("resume") and os.path.exists(config_path):
-        names = {f.name for f in fields(Options)}
-        kept = data.read_json(config_path).get("options", {})
-        kept = {name: value for name, value in kept.items() if name in names}
-        for name, value in given.items():
-            if name in kept and name not in FREE and kept[name] != value:
-                problems.append(f"--{name} is {value!r}, the run in {given['out']} has "
-                                f"{kept[name]!r}")
-        given = {**kept, **given}
-    o = Options(**given)
-    wants_story = set(given) <= {"out", "seed"}
-    if wants_story:
-        o.out = o.out or "runs/toy"
-    else:
-        required = ["model", "pairs"] if o.plan else ["model", "pairs", "out"]
-        problems += [f"--{name} is required" for name in required if not getattr(o, name)]
+        options = data.read_json(config_path).get("options", {})
+        kept = {f.name: options[f.name] for f in fields(Options) if f.name in options}
+    for name, value in given.items():
+        if name in kept and name not in FREE and kept[name] != value:
+            problems.append(f"--{name} is {value!r}, the run in {given['out']} has {kept[name]!r}")
+    o = Options(**{**kept, **given})
+    required = ["model", "pairs"]
+    if set(given) <= {"out", "seed"}:
+        required, o.out = [], o.out or "runs/toy"
+    elif not o.plan:
+        required.append("out")
+    problems += [f"--{name} is required" for name in required if not getattr(o, name)]
     problems += check_options(o)
     if problems:
         raise UserError("these options do not work:" + data.listed(problems))
@@ -150,17 +140,12 @@ def parse_options(argv=None) -> Options:
 def check_options(o: Options) -> list:
     """What is wrong with the numbers, as text."""
     problems = []
-    for name in ("beta", "lr", "epochs", "batch_size", "clip", "max_length", "tokens_per_pack",
-                 "keep", "timeout", "gpus", "gpu_memory"):
-        value = getattr(o, name)
-        if not 0 < value < 1e9:  # a time-out in seconds has no room for more
-            problems.append(f"--{name} is {value}, a number above 0 (and below 1e9) expected")
-    for name in ("max_steps", "save_every", "shard_size", "weight_decay", "seed",
-                 "max_change_ratio"):
-        value = getattr(o, name)
-        if not 0 <= value < math.inf:
-            problems.append(f"--{name} is {value}, a number of 0 or more expected")
-    if not 0 <= o.warmup <= 1:
+    for f in fields(o):
+        value, zero = getattr(o, f.name), f.name in MAY_BE_0
+        if f.type in (int, float) and not (0 < value < 2**32 or (zero and value == 0)):
+            least = "of 0 or more" if zero else "above 0"
+            problems.append(f"--{f.name} is {value}, a number {least} and below 2^32 expected")
+    if o.warmup > 1:
         problems.append(f"--warmup is {o.warmup}, a share between 0 and 1 expected")
     if o.delta != "ema" and o.loss != "spot-bco":
         problems.append(f"--delta {o.delta} goes with --loss spot-bco, found --loss {o.loss}")
@@ -171,8 +156,7 @@ def check_options(o: Options) -> list:
 
 
 def build_policy(folder, config, o: Options, ranks: Ranks):
-    """(policy, mesh): meta device -> shard each block -> root -> memory -> each rank reads its own
-    rows. fp32 shards."""
+    """fp32 shards: meta device, shard blocks, then root, memory, each rank reads its own rows."""
     with torch.device("meta"):
         policy = qwen.Qwen3(config, checkpointing=o.checkpointing == "full")
     shape, names = (ranks.world,), ("shard",)
@@ -182,28 +166,26 @@ def build_policy(folder, config, o: Options, ranks: Ranks):
         shape, names = (ranks.world // o.shard_size, o.shard_size), ("replicate", "shard")
     mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
     precision = MixedPrecisionPolicy(getattr(torch, o.dtype), reduce_dtype=torch.float32)
-    for block in policy.layers:
-        fully_shard(block, mesh=mesh, mp_policy=precision)
+    units = list(policy.layers)
     if not config.tie_word_embeddings:  # units of their own, else one buffer holds both big tables
-        fully_shard(policy.embed_tokens, mesh=mesh, mp_policy=precision)
-        fully_shard(policy.lm_head, mesh=mesh, mp_policy=precision)
+        units += [policy.embed_tokens, policy.lm_head]
+    for unit in units:
+        fully_shard(unit, mesh=mesh, mp_policy=precision)
     fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
-    for unit in policy.modules():
-        # Gradients are summed: we divide by our own global counts. A rank alone would divide by 1.
-        if isinstance(unit, FSDPModule) and ranks.world > 1:
+    if ranks.world > 1:  # gradients are summed: we divide by our own global counts
+        for unit in [*units, policy]:
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)  # without it gloo dies on the factor
     qwen.load_weights(policy, folder, ranks.device)
-    return policy, mesh
+    return policy
 
 
 def make_optimizer(policy, o: Options):
     """AdamW as in the paper (betas 0.9, 0.95), no decay on norms (the only 1-D weights)."""
-    weights = [p for p in policy.parameters() if p.ndim > 1]
-    norms = [p for p in policy.parameters() if p.ndim == 1]
-    groups = [{"params": weights, "weight_decay": o.weight_decay},
-              {"params": norms, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=(0.9, 0.95), fused=True)
+    groups = [{"params": [p for p in policy.parameters() if p.ndim > 1]},
+              {"params": [p for p in policy.parameters() if p.ndim == 1], "weight_decay": 0.0}]
+    decay = o.weight_decay
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=decay, fused=True)
     for p in policy.parameters():  # made before the first step, so that resume can load into it
         optimizer.state[p] = {"step": torch.zeros((), device=p.device),
                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
@@ -211,8 +193,7 @@ def make_optimizer(policy, o: Options):
 
 
 def learning_rate(step: int, total: int, o: Options) -> float:
-    """(k+1)/W of the peak in step k of W warm-up steps (HF starts at 0, a wasted step), then a
-    cosine to 0."""
+    """(k+1)/W of the peak in warm-up step k of W (HF: k/W, which wastes one), then a cosine."""
     warm = math.ceil(o.warmup * total)
     if step < warm:
         return o.lr * (step + 1) / warm
@@ -235,19 +216,13 @@ def count_flops(config, pack) -> float:
     return 6.0 * (config.num_hidden_layers * (layer * len(pack.tokens) + attention) + head)
 
 
-def peak_flops(device, dtype) -> float:
-    """FLOP/s of this rank: a known GPU's published peak, else a 512^3 product's measured rate."""
-    if device.type == "cuda" and dtype == torch.bfloat16:
+def peak_flops(device) -> float:
+    """Dense bf16 peak of this GPU in FLOP/s; infinite, so that mfu is 0, where it is not known."""
+    if device.type == "cuda":
         for name, peak in PEAKS.items():
             if name in torch.cuda.get_device_name(device):
                 return peak
-    a = torch.ones(512, 512, dtype=dtype, device=device)
-    best = math.inf
-    for _ in range(3):
-        start = time.perf_counter()
-        (a @ a).sum().item()
-        best = min(best, time.perf_counter() - start)
-    return 2 * 512**3 / best
+    return math.inf
 
 
 def memory_gb(ranks) -> float:
@@ -264,66 +239,65 @@ PLANNED_TRAFFIC = 300e9  # bytes/s that FSDP's collectives bring to one GPU of a
 
 
 def plan_memory(policy, o: Options, tokens: int) -> dict:
-    """Peak bytes of one GPU in a training step, by part: `policy` on any device, `tokens` of the
-    largest pack. Within 2.2 % of torch's tracker (LOG.md); fragments, CUDA, NCCL come on top."""
-    c, size, full = policy.config, getattr(torch, o.dtype).itemsize, o.checkpointing == "full"
+    """Peak bytes of a GPU in a step, by part; `tokens` of the largest pack. Within 2.2 % of torch's
+    tracker (LOG.md); fragments, CUDA, NCCL come on top."""
+    c, size = policy.config, getattr(torch, o.dtype).itemsize
     weights, block = (sum(p.numel() for p in m.parameters()) for m in (policy, policy.layers[0]))
     query, key = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    # Values that autograd keeps of a token in a block. Two norms: input, normed, times the weight.
-    # q, k: projected, normed, rotated. k, v beside each branch, trunk included: up to twice; v.
-    # Attention's output in two layouts. gate, up, silu(gate), product.
+    # Values that autograd keeps of a token in a block. Two norms: input, normed, times the weight;
+    # q, k: projected, normed, rotated; k, v beside each branch, trunk included: up to twice; v;
+    # attention's output in two layouts; gate, up, silu(gate), product.
     kept = 6 * c.hidden_size + 3 * (query + key) + 5 * key + 2 * query + 4 * c.intermediate_size
+    recomputed = 0
+    if o.checkpointing == "full":
+        kept, recomputed = c.hidden_size, kept
+    # Two blocks are gathered, a third is on its way. A tied table waits with its gradient; that of
+    # an untied head is summed in fp32.
+    table = c.vocab_size * c.hidden_size * (2 * size if c.tie_word_embeddings else 4)
     return {
         "weights, gradients, Adam's moments, fp32": 16 * weights // (o.shard_size or o.gpus),
-        # Two blocks are gathered, a third is on its way. A tied table waits with its gradient; that
-        # of an untied head is summed in fp32.
-        "gathered weights, the head's gradient": 3 * block * size
-            + c.vocab_size * c.hidden_size * (2 * size if c.tie_word_embeddings else 4),
-        "activations kept for backward":
-            tokens * c.num_hidden_layers * (c.hidden_size if full else kept) * size,
-        "one block in backward":
-            tokens * (2 * c.intermediate_size + (kept if full else 0)) * size,
-    }
+        "gathered weights, the head's gradient": 3 * block * size + table,
+        "activations kept for backward": tokens * c.num_hidden_layers * kept * size,
+        "one block in backward": tokens * (2 * c.intermediate_size + recomputed) * size}
 
 
 def plan(o: Options) -> str:
-    """What the run would take: memory a GPU by part, FLOPs, minutes. Reads no weights."""
+    """What the run would take: memory a GPU by part, FLOPs, minutes, without held-out pairs."""
     shards = o.shard_size or o.gpus
     if o.gpus % shards:
         raise UserError(f"--shard_size {o.shard_size} does not divide --gpus {o.gpus}")
-    folder, config, forks, eval_forks, log = read_inputs(o)
+    folder, config, forks, _, log = read_inputs(o)
     with torch.device("meta"):
         policy = qwen.Qwen3(config)
-    weights, size = sum(p.numel() for p in policy.parameters()), getattr(torch, o.dtype).itemsize
-    steps = total_steps(len(forks), o)
-    epoch = data.epoch_batches(len(forks), o.batch_size, o.seed, 0)
-    held_out = fixed_batches(eval_forks, o)
-    epochs = steps / len(epoch)
-    tokens, flops, moved = 0, 0.0, 0.0
-    # Forward alone (the reference pass; held-out pairs, by the reference and after each epoch) is a
-    # third of the FLOPs and gathers weights once. Training does so twice, and sums fp32 gradients.
-    for pairs, batches, trained, scored in ((forks, epoch, epochs, min(1, epochs)),
-                                            (eval_forks, held_out, 0, 1 + math.ceil(epochs))):
-        for batch in batches:
-            for micro in data.split_batch(batch, list(map(len, pairs)), o.gpus, o.tokens_per_pack):
-                packs = [data.make_pack(pairs, indices) for indices in micro if indices]
-                tokens = max(tokens, *(len(pack.tokens) for pack in packs))
-                flops += (trained + scored / 3) * sum(count_flops(config, p) for p in packs)
-                moved += (trained * (2 * size + 4) + scored * size) * weights * (1 - 1 / shards)
+    tokens, flops, packs, lengths = 0, 0.0, 0, [len(fork) for fork in forks]
+    batches = data.epoch_batches(len(forks), o.batch_size, o.seed, 0)
+    for batch in batches:
+        for micro_batch in data.split_batch(batch, lengths, o.gpus, o.tokens_per_pack):
+            packs += 1
+            for pack in [data.make_pack(forks, indices) for indices in micro_batch if indices]:
+                tokens = max(tokens, len(pack.tokens))
+                flops += count_flops(config, pack)
+    steps, _ = count_steps(len(forks), o)
+    epochs = steps / len(batches)
+    # The reference pass, forward alone, is a third of the FLOPs and gathers weights once. Training
+    # gathers twice, and sums fp32 gradients.
+    scored, size = min(1, epochs), getattr(torch, o.dtype).itemsize
+    flops *= epochs + scored / 3
+    moved = packs * (epochs * (2 * size + 4) + scored * size)
+    moved *= (1 - 1 / shards) * sum(p.numel() for p in policy.parameters())
+    products = flops / (o.gpus * PLANNED_MFU * PEAKS["H100"]) / 60
     parts = plan_memory(policy, o, tokens)
     total = sum(parts.values()) / 1e9
     verdict = "" if total < 0.9 * o.gpu_memory else ": TOO MUCH, above nine tenths of its memory"
-    products = flops / (o.gpus * PLANNED_MFU * PEAKS["H100"]) / 60
-    traffic = moved / PLANNED_TRAFFIC / 60
     return "\n".join([
         log,
         f"{o.gpus} GPU(s) of {o.gpu_memory:g} GB, {o.dtype}, --checkpointing {o.checkpointing}, "
         f"packs of at most {tokens} tokens. A GPU would hold",
         *(f"  {value / 1e9:8.2f} GB  {name}" for name, value in parts.items()),
         f"  {total:8.2f} GB  in all{verdict}",
-        f"{steps} step{'s' if steps > 1 else ''}, {flops / 1e15:.4g} PFLOP: {products:.2g} minutes "
-        f"at {PLANNED_MFU:.0%} of an H100's 989 TFLOP/s and {traffic:.2g} of communication, less "
-        f"what overlaps, at {PLANNED_TRAFFIC / 1e9:.0f} GB/s a GPU. Loading, saving come on top."])
+        f"{steps} step(s), {flops / 1e15:.4g} PFLOP: {products:.2g} minutes at {PLANNED_MFU:.0%} "
+        f"of an H100's 989 TFLOP/s and {moved / PLANNED_TRAFFIC / 60:.2g} of communication, less "
+        f"what overlaps, at {PLANNED_TRAFFIC / 1e9:.0f} GB/s a GPU. Loading, saving on top."])
 
 
 # --- the run and its step -------------------------------------------------------------------------
@@ -350,20 +324,19 @@ class Run:
     folder: str  # of the checkpoint we start from
     forks: list
     eval_forks: list  # held out; perhaps none
-    hashes: dict  # of weights and pairs
     policy: torch.nn.Module
-    mesh: object
     optimizer: torch.optim.Optimizer
+    peak_flops: float = math.inf  # of one rank, FLOP/s
     state: State = field(default_factory=State)
     reference: torch.Tensor = None  # (N, 2) fp64, sequence_logps before training
     eval_reference: torch.Tensor = None
-    peak_flops: float = math.nan  # of one rank, FLOP/s
+    watched_reference: torch.Tensor = None
 
     def packs(self, forks, batch, reference=None):
         """This rank's micro-batches of one global batch, on the device."""
-        plan = data.split_batch(batch, list(map(len, forks)), self.ranks.world,
-                                self.o.tokens_per_pack)
-        for micro_batch in plan:
+        lengths = [len(fork) for fork in forks]
+        world, tokens = self.ranks.world, self.o.tokens_per_pack
+        for micro_batch in data.split_batch(batch, lengths, world, tokens):
             pack = data.make_pack(forks, micro_batch[self.ranks.rank], reference)
             yield pack.to(self.ranks.device)
 
@@ -371,47 +344,37 @@ class Run:
         """Row log-probs (R,) of a pack, graph attached."""
         return self.policy(pack.tokens, pack.positions, pack.forks, pack.rows, pack.targets)
 
-
-@dataclass
-class Totals:
-    """A step's numbers over all ranks."""
-
-    sums: list  # by loss.SUMS
-    flops: float
-    stop: bool  # SIGTERM has come to a rank
-    grad_norm: float  # before clipping
+    def coefficients(self, pack, row_logps):
+        """loss.row_coefficients of a pack: coefficients (R,), sums by loss.SUMS."""
+        return loss.row_coefficients(self.o.loss, row_logps, pack.lengths, pack.reference,
+                                     self.o.beta, self.state.delta)
 
 
-def steps_per_epoch(count: int, o: Options) -> int:
-    """Optimizer steps of one pass over `count` pairs; the last, smaller batch is a step too."""
-    return math.ceil(count / o.batch_size)
+def count_steps(pairs: int, o: Options):
+    """(Optimizer steps of the run, of one epoch); the last, smaller batch is a step too."""
+    epoch = math.ceil(pairs / o.batch_size)
+    total = epoch * o.epochs
+    return min(total, o.max_steps or total), epoch
 
 
-def total_steps(count: int, o: Options) -> int:
-    """Optimizer steps of the whole run: --epochs, cut by --max_steps."""
-    steps = steps_per_epoch(count, o) * o.epochs
-    return min(steps, o.max_steps) if o.max_steps else steps
-
-
-def train_step(run: Run, batch, lr: float) -> Totals:
+def train_step(run: Run, batch, lr: float) -> dict:
     """One optimizer step on one global batch of pair indices. Raises UserError on NaN or infinity,
     on all ranks alike and before the weights are touched."""
-    o, ranks = run.o, run.ranks
+    o = run.o
     count = len(batch)
     if o.loss in loss.TOKEN_OBJECTIVES:  # a global number that every rank knows: no communication
         forks = [run.forks[i] for i in batch]
         count = sum(len(f.trunk) - f.prompt_length + len(f.chosen) for f in forks)
-    sums = torch.zeros(len(loss.SUMS), dtype=torch.float64, device=ranks.device)
+    sums = torch.zeros(len(loss.SUMS), dtype=torch.float64, device=run.ranks.device)
     flops = 0.0
     for pack in run.packs(run.forks, batch, run.reference):
         row_logps = run.score(pack)
-        coefficients, pack_sums = loss.row_coefficients(
-            o.loss, row_logps, pack.lengths, pack.reference, o.beta, run.state.delta)
+        coefficients, pack_sums = run.coefficients(pack, row_logps)
         row_logps.backward(coefficients / count)
         sums += pack_sums
         flops += count_flops(run.config, pack)
     grad_norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), o.clip)
-    totals = share_totals(ranks, sums, flops, grad_norm.full_tensor())
+    totals = share_totals(run.ranks, sums, flops, grad_norm.full_tensor())
     check_step(run, batch, totals, count)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
@@ -420,62 +383,61 @@ def train_step(run: Run, batch, lr: float) -> Totals:
     return totals
 
 
-def share_totals(ranks, sums, flops, grad_norm) -> Totals:
-    """A step's numbers over all ranks: our only communication in it, its only wait for the GPU."""
+def share_totals(ranks, sums, flops, grad_norm) -> dict:
+    """The names of loss.SUMS, "flops", "stop" (above 0: a rank was sent SIGTERM) and "grad_norm"
+    over all ranks: our only communication in a step, and its only wait for the GPU."""
     own = torch.tensor([flops, float(STOP.is_set())], dtype=torch.float64)
     everything = torch.cat([sums, data.to_device(own, ranks.device), grad_norm.double().view(1)])
-    *all_sums, all_flops, stops, norms = ranks.reduce(everything).tolist()
-    # The norm is the same fp32 number on every rank and only rides along: the division in fp64
-    # gives it back exactly.
-    return Totals(all_sums, all_flops, stops > 0, norms / ranks.world)
+    names = (*loss.SUMS, "flops", "stop", "grad_norm")
+    totals = dict(zip(names, ranks.reduce(everything).tolist()))
+    # The norm is the same fp32 number on every rank: the division in fp64 gives it back exactly.
+    totals["grad_norm"] /= ranks.world
+    return totals
 
 
-def check_step(run, batch, totals: Totals, count: int):
-    """Step 0's canary, and no number that is not finite. Raises UserError."""
-    sums = dict(zip(loss.SUMS, totals.sums))
-    mean_loss = sums["loss"] / count
-    if run.state.step == 0:
-        canary(run, sums["abs_reward"], mean_loss)
-    if not math.isfinite(mean_loss) or not math.isfinite(totals.grad_norm):
+def check_step(run, batch, totals: dict, count: int):
+    """No number that is not finite, and step 0's canary. Raises UserError."""
+    mean_loss, grad_norm = totals["loss"] / count, totals["grad_norm"]
+    if not math.isfinite(mean_loss) or not math.isfinite(grad_norm):
         lines = ", ".join(str(run.forks[i].line) for i in batch)
-        raise UserError(f"step {run.state.step}: loss {mean_loss}, gradient norm "
-                        f"{totals.grad_norm}: not finite, weights left as they were. The step's "
-                        f"pairs: lines {lines} of {run.o.pairs}")
+        raise UserError(f"step {run.state.step}: loss {mean_loss}, gradient norm {grad_norm}: not "
+                        f"finite, weights left as they were. Its pairs: lines {lines} of "
+                        f"{run.o.pairs}")
+    if run.state.step == 0:
+        canary(run, totals["abs_reward"], mean_loss)
 
 
 def canary(run, abs_reward, mean_loss):
     """Step 0: the policy is its own reference, so every reward is 0 and the tether 1/2, exactly."""
-    expected = {"spot-bce": 2 * math.log(2), "spot-bco": 2 * math.log(2), "dpo": math.log(2),
-                "reward-sft": math.log(2)}.get(run.o.loss)
-    text, same = f"step 0: sum of |reward| {abs_reward}, loss {mean_loss:.9f}", True
-    if expected is not None:
+    text, exact = f"step 0: sum of |reward| {abs_reward}, loss {mean_loss:.9f}", abs_reward == 0
+    times_log2 = {"spot-bce": 2, "spot-bco": 2, "dpo": 1, "reward-sft": 1}
+    if run.o.loss in times_log2:
+        expected = times_log2[run.o.loss] * math.log(2)
         text += f", expected {expected:.9f}"
-        same = torch.tensor(mean_loss).float() == torch.tensor(expected).float()
+        exact = exact and torch.tensor(mean_loss).float() == torch.tensor(expected).float()
     run.ranks.say(text)
-    if abs_reward != 0 or not same:
-        raise UserError("step 0 must give rewards of exactly 0. Delete reference.safetensors, "
-                        "which may be of another model, and start again with --resume --out "
-                        f"{run.o.out}. If it returns, the forward pass is not deterministic here: "
-                        "try --dtype float32, another torch, or another machine")
+    if not exact:
+        raise UserError("step 0 must give rewards of exactly 0: the forward pass is not "
+                        "deterministic here. Start again, and if it returns try --dtype float32, "
+                        "another torch, or another machine")
 
 
-def finish_step(run, batch, totals: Totals, lr: float, seconds: float) -> dict:
+def finish_step(run, batch, totals: dict, lr: float, seconds: float) -> dict:
     """Move the state one step on; returns the step's line of metrics.jsonl.
 
-    step, epoch   from 0; the keys of loss.average are means before this step's update
-    delta         of this step (spot-bco); grad_norm: before clipping; lr: of this step
-    tokens        computed in this step (trunks once), all ranks; tokens_per_s likewise
-    mfu           counted FLOPs (products of forward and backward, no recomputation) over the peak
-                  of all ranks; see peak_flops
-    memory_gb     peak of the main rank so far: its GPU's memory, or its resident memory
+    step, epoch, lr, delta   of this step, from 0; loss.average's means are before its update
+    grad_norm                before clipping
+    tokens, tokens_per_s     computed by all ranks, trunks once
+    mfu                      FLOPs counted (no recomputation) over the peak of all ranks' GPUs
+    memory_gb                peak of the main rank so far: its GPU's memory, or resident
     """
     o, state, ranks = run.o, run.state, run.ranks
     tokens = sum(len(run.forks[i]) for i in batch)
-    metrics = {"step": state.step, "epoch": state.step // steps_per_epoch(len(run.forks), o),
-               **loss.average(totals.sums, o.loss), "delta": state.delta,
-               "grad_norm": totals.grad_norm, "lr": lr, "tokens": tokens,
+    metrics = {"step": state.step, "epoch": state.step // count_steps(len(run.forks), o)[1],
+               **loss.average(totals.values(), o.loss), "delta": state.delta,
+               "grad_norm": totals["grad_norm"], "lr": lr, "tokens": tokens,
                "tokens_per_s": tokens / seconds,
-               "mfu": totals.flops / seconds / (run.peak_flops * ranks.world),
+               "mfu": totals["flops"] / seconds / (run.peak_flops * ranks.world),
                "memory_gb": memory_gb(ranks)}
     if o.loss == "spot-bco":
         mean = (metrics["reward_chosen"] + metrics["reward_rejected"]) / 2
@@ -485,30 +447,27 @@ def finish_step(run, batch, totals: Totals, lr: float, seconds: float) -> dict:
     return metrics
 
 
+@torch.no_grad()
 def score_all(run: Run, forks, batches, title) -> torch.Tensor:
     """(N, 2) fp64 sequence log-probs of all forks under the present policy, on every rank's CPU."""
     scores = torch.zeros(len(forks), 2, dtype=torch.float64, device=run.ranks.device)
-    with torch.no_grad():
-        bar = run.ranks.progress(len(batches), title, "batch")
-        for batch in batches:
-            for pack in run.packs(forks, batch):
-                scores[pack.pairs] = loss.sequence_logps(run.score(pack), pack.lengths)
-            bar.update()
-        bar.close()
+    bar = run.ranks.progress(len(batches), title, "batch")
+    for batch in batches:
+        for pack in run.packs(forks, batch):
+            scores[pack.pairs] = loss.sequence_logps(run.score(pack), pack.lengths)
+        bar.update()
+    bar.close()
     run.policy.reshard()  # a forward without backward leaves the root's weights gathered
     return run.ranks.reduce(scores)  # each pair was scored by one rank, the others add zeros
 
 
+@torch.no_grad()
 def evaluate(run: Run) -> dict:
     """The diagnostics of the held-out pairs under the policy as it is, delta frozen."""
     sums = torch.zeros(len(loss.SUMS), dtype=torch.float64, device=run.ranks.device)
-    with torch.no_grad():
-        for batch in fixed_batches(run.eval_forks, run.o):
-            for pack in run.packs(run.eval_forks, batch, run.eval_reference):
-                _, pack_sums = loss.row_coefficients(
-                    run.o.loss, run.score(pack), pack.lengths, pack.reference, run.o.beta,
-                    run.state.delta)
-                sums += pack_sums
+    for batch in fixed_batches(run.eval_forks, run.o):
+        for pack in run.packs(run.eval_forks, batch, run.eval_reference):
+            sums += run.coefficients(pack, run.score(pack))[1]
     run.policy.reshard()
     return loss.average(run.ranks.reduce(sums).tolist(), run.o.loss)
 
@@ -518,42 +477,36 @@ def fixed_batches(forks, o) -> list:
     return [range(i, min(i + o.batch_size, len(forks))) for i in range(0, len(forks), o.batch_size)]
 
 
+def first_epoch(run) -> list:
+    """The batches of epoch 0 that are trained: --max_steps may leave pairs out."""
+    batches = data.epoch_batches(len(run.forks), run.o.batch_size, run.o.seed, 0)
+    return batches[:count_steps(len(run.forks), run.o)[0]]
+
+
 # --- the watched pair: how the coefficients of one pair's tokens move -----------------------------
 
-LOOKS = 10  # about so many are taken, and one after the last step
+SNAPSHOTS = 10  # about so many are taken, and one after the last step
 
 
-def watched_pair(run) -> int:
-    """Index of the pair of median length (in tokens) among those that the run trains on, with y-
-    where there are such."""
-    batches = data.epoch_batches(len(run.forks), run.o.batch_size, run.o.seed, 0)
-    trained = [int(i) for batch in batches[:total_steps(len(run.forks), run.o)] for i in batch]
-    candidates = [i for i in trained if len(run.forks[i].rejected)] or trained
-    return sorted(candidates, key=lambda i: (len(run.forks[i]), i))[len(candidates) // 2]
+def watched_fork(run):
+    """The pair of median length in tokens among those that are trained, with y- if any has it."""
+    forks = [run.forks[i] for batch in first_epoch(run) for i in batch]
+    forks = [fork for fork in forks if len(fork.rejected)] or forks
+    return sorted(forks, key=lambda fork: (len(fork), fork.line))[len(forks) // 2]
 
 
-def look(run: Run, path: str):
+@torch.no_grad()
+def snapshot(run: Run):
     """Add a line to surgery.jsonl: the watched pair's coefficients (of the summed loss) and
-    log-probs under the present policy, one a token after the prompt: trunk, rejected, chosen."""
-    o, index = run.o, watched_pair(run)
-    with torch.no_grad():
-        (pack,) = run.packs(run.forks, [index])  # the main rank's; the others forward a dummy
-        row_logps = run.score(pack)
+    log-probs now, one a token after the prompt: trunk, rejected, chosen."""
+    (pack,) = run.packs([watched_fork(run)], [0], run.watched_reference)
+    row_logps = run.score(pack)  # the main rank's; the others forward a dummy
     run.policy.reshard()
 
     def write():
-        rows = data.read_log(path)
-        if not rows:
-            rows = [describe_pair(run, index, loss.sequence_logps(row_logps, pack.lengths))]
-            data.append_row(path, rows[0])
-        # Its own reference, not reference.safetensors': there it was scored in a pack with others,
-        # and in bf16 another pack gives another sum. So step 0 is exact.
-        reference = torch.tensor([rows[0]["reference"]], dtype=torch.float64)
-        coefficients, sums = loss.row_coefficients(
-            o.loss, row_logps, pack.lengths, reference.to(row_logps.device), o.beta,
-            run.state.delta)
+        coefficients, sums = run.coefficients(pack, row_logps)
         sums = dict(zip(loss.SUMS, sums.tolist()))
-        data.append_row(path, {
+        data.append_row(os.path.join(run.o.out, "surgery.jsonl"), {
             "step": run.state.step, "delta": run.state.delta,
             "reward_chosen": sums["reward_chosen"], "reward_rejected": sums["reward_rejected"],
             "coefficients": coefficients.tolist(), "logps": row_logps.tolist()})
@@ -561,108 +514,62 @@ def look(run: Run, path: str):
     run.ranks.main_only(write)
 
 
-def describe_pair(run, index, sums) -> dict:
-    """The first line of surgery.jsonl: the watched pair as token texts, and its reference
-    log-probs. Its "step" is -1, so that no resume drops it."""
-    fork, prompt = run.forks[index], run.forks[index].prompt_length
-    if run.state.step:  # the first line was lost
-        sums = run.reference[[index]]
-    tokenizer = data.load_chat(run.folder, run.config.vocab_size, run.o.template).tokenizer
-    parts = {"prompt": fork.trunk[:prompt], "trunk": fork.trunk[prompt:], "rejected": fork.rejected,
-             "chosen": fork.chosen}
-    texts = {name: [tokenizer.decode([i], skip_special_tokens=False) for i in ids]
-             for name, ids in parts.items()}
-    return {"step": -1, "line": fork.line, "reference": sums[0].tolist(), **texts,
-            "rejected_ids": fork.rejected.tolist(), "chosen_ids": fork.chosen.tolist()}
+def describe_watched(run) -> dict:
+    """The first line of surgery.jsonl: the pair as token texts, and its reference log-probs. Its
+    "step" is -1, so that no resume drops it."""
+    fork = watched_fork(run)
+    decode = data.load_chat(run.folder, run.config.vocab_size, run.o.template).tokenizer.decode
+    row = {"step": -1, "line": fork.line, "reference": run.watched_reference[0].tolist(),
+           "rejected_ids": fork.rejected.tolist(), "chosen_ids": fork.chosen.tolist()}
+    parts = {"prompt": fork.trunk[:fork.prompt_length], "trunk": fork.trunk[fork.prompt_length:],
+             "rejected": fork.rejected, "chosen": fork.chosen}
+    for name, ids in parts.items():
+        row[name] = [decode([i], skip_special_tokens=False) for i in ids]
+    return row
 
 
-# --- the reference cache --------------------------------------------------------------------------
+# --- the reference --------------------------------------------------------------------------------
 
 
-def sha256(*parts) -> str:
-    """Hex digest of bytes-like parts, and of str() of any others, one after the other."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part if isinstance(part, (bytes, memoryview)) else str(part).encode())
-    return digest.hexdigest()
-
-
-def file_sha256(path) -> str:
-    """Hex digest of a file's content, read in pieces."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def hash_inputs(folder, forks, eval_forks) -> dict:
-    """Hashes of the encoded pairs (which hold tokenizer and template too), and of the weights: each
-    tensor's name, type, shape and first row. All bytes of 8B would take minutes, and step 0 finds
-    what this misses."""
-    weights = []
-    for name, (_, tensor) in sorted(qwen.open_tensors(folder).items()):
-        first_row = tensor[:1].view(torch.uint8).numpy()
-        weights += [name, tensor.get_dtype(), tensor.get_shape(), memoryview(first_row)]
-
-    def ids(forks):
-        bounds = [(f.prompt_length, len(f.trunk), len(f.rejected)) for f in forks]
-        return sha256(bounds, *(memoryview(part) for f in forks
-                                for part in (f.trunk, f.rejected, f.chosen)))
-
-    return {"weights": sha256(*weights), "pairs": ids(forks), "eval_pairs": ids(eval_forks)}
+def hash_forks(forks) -> str:
+    """Of encoded pairs: tokenizer and template are in it too."""
+    text = str([(f.prompt_length, f.trunk.tolist(), f.rejected.tolist(), f.chosen.tolist())
+                for f in forks])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def reference_pass(run: Run):
-    """Score the pairs with the policy as it is, in the packs of epoch 0, or take the kept scores.
+    """Score all pairs before step 0; a resumed run takes the scores that it began with.
 
-    The same code path, packs and dtype as in training make step-0 rewards exactly 0. The key holds
-    all that can change a bit of them, the plan included: bf16 log-probs depend on the pack.
+    The same code path, packs and dtype as in training make step-0 rewards exactly 0: bf16 log-probs
+    depend on the pack. So the watched pair, whose snapshots are taken alone, is also scored alone.
     """
-    o, ranks = run.o, run.ranks
-    path = os.path.join(o.out, "reference.safetensors")
-    batches = data.epoch_batches(len(run.forks), o.batch_size, o.seed, 0)
-    batches = batches[:total_steps(len(run.forks), o)]  # --max_steps may leave pairs out
-    key = sha256(json.dumps([run.hashes, o.dtype, o.seed, o.batch_size, len(batches),
-                             o.tokens_per_pack, o.shard_size, ranks.world, ranks.device.type,
-                             torch.get_num_threads(), torch.__version__]))
-    with ranks.together():
-        kept = read_reference(run, path, key)  # every rank sees the run folder
-    found = torch.full((), int(kept is not None), device=ranks.device)
-    if int(ranks.reduce(found)) == ranks.world:  # all ranks take the same way
-        ranks.say(f"reference log-probs taken from {path}")
-        run.reference, run.eval_reference = kept["pairs"], kept["eval_pairs"]
-        return
-    run.reference = score_all(run, run.forks, batches, "reference")
-    run.eval_reference = score_all(run, run.eval_forks, fixed_batches(run.eval_forks, o),
-                                   "reference, held out")
-    with ranks.together():
-        bad = (~run.reference.isfinite()).any(1).nonzero().flatten().tolist()
-        if bad:
-            raise UserError(f"the model gives log-probs that are not finite, first at line "
-                            f"{run.forks[bad[0]].line} of {o.pairs}: are its weights sound?")
-
-    scores = {"pairs": run.reference, "eval_pairs": run.eval_reference}
-
-    def write():
-        qwen.write_tensors(path + ".tmp", scores, key=key, hashes=json.dumps(run.hashes))
-        os.replace(path + ".tmp", path)
-
-    ranks.main_only(write)
+    o, path = run.o, os.path.join(run.o.out, "reference.safetensors")
+    hashes = {"pairs": hash_forks(run.forks), "eval_pairs": hash_forks(run.eval_forks)}
+    if run.state.step == 0:
+        held_out = fixed_batches(run.eval_forks, o)
+        scores = {"pairs": score_all(run, run.forks, first_epoch(run), "reference"),
+                  "eval_pairs": score_all(run, run.eval_forks, held_out, "reference, held out"),
+                  "watched": score_all(run, [watched_fork(run)], [[0]], "reference, watched")}
+        run.ranks.main_only(lambda: qwen.write_tensors(path, scores, **hashes))
+    else:
+        with run.ranks.together():
+            scores = read_reference(path, hashes)
+    run.reference, run.eval_reference = scores["pairs"], scores["eval_pairs"]
+    run.watched_reference = scores["watched"]
 
 
-def read_reference(run: Run, path: str, key: str) -> dict | None:
-    """The kept scores, or None where they do not fit. A resumed run needs those it began with,
-    whatever the plan is now: raises UserError."""
+def read_reference(path, hashes) -> dict:
+    """The scores in a file. Raises UserError where it is missing, or its pairs' hashes differ."""
     try:
         with safe_open(path, framework="pt") as f:
-            metadata = f.metadata() or {}
-            tensors = {name: f.get_tensor(name) for name in ("pairs", "eval_pairs")}
-        problem = "is of other weights or pairs than this run's checkpoint"
+            kept, scores = f.metadata(), {name: f.get_tensor(name) for name in f.keys()}
     except (OSError, SafetensorError) as e:
-        metadata, problem = {}, f"is missing or corrupt ({e})"
-    if run.state.step == 0:
-        return tensors if metadata.get("key") == key else None
-    if metadata.get("hashes") != json.dumps(run.hashes):
-        raise UserError(f"{path} {problem}")
-    return tensors
+        raise UserError(f"{path} is missing or corrupt ({e}): the run cannot go on") from None
+    differ = [name for name in hashes if kept.get(name) != hashes[name]]
+    if differ:
+        raise UserError(f"{path} belongs to other {' and '.join(differ)} than given now")
+    return scores
 
 
 # --- checkpoints ----------------------------------------------------------------------------------
@@ -680,67 +587,50 @@ def checkpoint_tensors(run: Run) -> dict:
 
 
 def save_checkpoint(run: Run):
-    """checkpoints/step_N: one shard a rank and state.json, written beside, made durable, renamed.
-    Older checkpoints are deleted only after that."""
-    o, ranks = run.o, run.ranks
-    root = os.path.join(o.out, "checkpoints")
-    name = f"step_{run.state.step:06d}"
-    final, beside = os.path.join(root, name), os.path.join(root, "tmp_" + name)
-    shard = run.mesh.get_local_rank("shard")
-    shards = run.mesh.size(run.mesh.mesh_dim_names.index("shard"))
-    ranks.main_only(clear_leftovers, root, beside)
+    """checkpoints/step_N: a shard a rank and state.json, written beside, made durable, renamed."""
+    o, ranks, shards = run.o, run.ranks, run.o.shard_size or run.ranks.world
+    root, name = os.path.join(o.out, "checkpoints"), f"step_{run.state.step:06d}"
+    beside = os.path.join(root, "tmp_" + name)
+
+    def make_room():
+        os.makedirs(root, exist_ok=True)
+        for leftover in os.listdir(root):
+            if leftover.startswith("tmp_step_"):  # of a killed run
+                shutil.rmtree(os.path.join(root, leftover))
+        os.makedirs(beside)
+
+    ranks.main_only(make_room)
     digests = torch.zeros(shards, 32, dtype=torch.int64, device=ranks.device)
     with ranks.together():
         if ranks.rank < shards:  # the first replica writes
-            path = os.path.join(beside, f"shard_{shard}.safetensors")
+            path = os.path.join(beside, f"shard_{ranks.rank}.safetensors")
             tensors = {k: t.cpu().contiguous() for k, (t, *_) in checkpoint_tensors(run).items()}
             qwen.write_tensors(path, tensors)
-            digests[shard] = torch.tensor(list(bytes.fromhex(file_sha256(path))))
+            digests[ranks.rank] = torch.tensor(list(bytes.fromhex(file_sha256(path))))
     digests = [bytes(row).hex() for row in ranks.reduce(digests).tolist()]
 
     def finish():
         data.write_json(os.path.join(beside, "state.json"), {
             **asdict(run.state), "shards": shards, "world": ranks.world,
-            "threads": torch.get_num_threads(), "hashes": run.hashes, "sha256": digests})
+            "threads": torch.get_num_threads(), "sha256": digests})
         fsync(beside)
-        if os.path.isdir(final):  # of before a resume that repeats it
-            discard(final)
-        os.rename(beside, final)
+        os.rename(beside, os.path.join(root, name))
         fsync(root)
         for old in whole_checkpoints(o.out)[:-o.keep]:
-            discard(old)
+            os.rename(old, beside)  # first, so that no kill leaves half of one under its name
+            shutil.rmtree(beside)
 
     ranks.main_only(finish)
 
 
-def clear_leftovers(root, beside):
-    """Make the folder to write to; what a killed run left goes."""
-    os.makedirs(root, exist_ok=True)
-    for name in os.listdir(root):
-        if re.fullmatch(r"tmp_(step_)?\d{6,}", name):
-            remove(os.path.join(root, name))
-    os.makedirs(beside)
+def file_sha256(path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def discard(checkpoint):
-    """Delete a checkpoint; its name goes first, so that no kill leaves half of one under it."""
-    root, name = os.path.split(checkpoint)
-    hidden = os.path.join(root, "tmp_" + name)
-    os.rename(checkpoint, hidden)
-    remove(hidden)
-
-
-def remove(path):
-    """Delete a folder, or what stands in its place: of a link only the link."""
-    if os.path.isdir(path) and not os.path.islink(path):
-        shutil.rmtree(path)
-    elif os.path.lexists(path):
-        os.remove(path)
-
-
-def fsync(path):
-    """Make a file or folder durable, so that a rename after it cannot come first."""
-    handle = os.open(path, os.O_RDONLY)
+def fsync(folder):
+    """Make the names in a folder durable, so that no rename after it can come first."""
+    handle = os.open(folder, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
 
@@ -753,50 +643,30 @@ def whole_checkpoints(out) -> list:
     return [os.path.join(root, n) for n in sorted(names, key=lambda n: int(n[5:]))]
 
 
-def check_hashes(run: Run, kept: dict, path: str):
-    """Raises UserError where a run began with other weights or pairs than those given now."""
-    differ = [name for name in run.hashes if kept.get(name) != run.hashes[name]]
-    if differ:
-        raise UserError(f"{path} belongs to other {' and '.join(differ)} than given now")
-
-
 def load_checkpoint(run: Run, path: str):
-    """Restore weights, moments and state; each rank copies the rows it needs, so that another
-    number of ranks works. Raises UserError that names a corrupt or missing file."""
-    ranks = run.ranks
+    """Restore weights, moments and state; each rank copies the rows it needs, whatever the number
+    of ranks was. Raises UserError that names a corrupt or missing file."""
+    ranks, threads = run.ranks, torch.get_num_threads()
     with ranks.together():
         kept = data.read_json(os.path.join(path, "state.json"))
-        check_hashes(run, kept["hashes"], path)
         files = [os.path.join(path, f"shard_{i}.safetensors") for i in range(kept["shards"])]
-        for i, file in enumerate(files):  # each rank checks its part
-            if i % ranks.world == ranks.rank and file_sha256(file) != kept["sha256"][i]:
-                raise UserError(f"{file} is corrupt: its hash is not the one in state.json")
-    with ranks.together():
-        shards = [open_shard(file) for file in files]
-        for name, (local, start, end, rows) in checkpoint_tensors(run).items():
-            chunk = math.ceil(rows / len(shards))
-            for i, shard in enumerate(shards):
-                first = max(i * chunk, start)
-                last = min((i + 1) * chunk, rows, end)
-                if first < last:
-                    part = shard[name][first - i * chunk:last - i * chunk]
-                    local[first - start:last - start].copy_(part)
+        for i in range(ranks.rank, len(files), ranks.world):  # each rank checks its part
+            if file_sha256(files[i]) != kept["sha256"][i]:
+                raise UserError(f"{files[i]} is corrupt: its hash is not the one in state.json")
+    shards = [safe_open(file, framework="pt") for file in files]
+    for name, (local, start, end, rows) in checkpoint_tensors(run).items():
+        chunk = math.ceil(rows / len(shards))
+        for i, shard in enumerate(shards):
+            first, last = max(i * chunk, start), min((i + 1) * chunk, end)
+            if first < last:
+                part = shard.get_slice(name)[first - i * chunk:last - i * chunk]
+                local[first - start:last - start].copy_(part)
     for moments in run.optimizer.state.values():
         moments["step"].fill_(kept["step"])
     run.state = State(kept["step"], kept["delta"], kept["seen"])
-    before, now = (kept["world"], kept["threads"]), (ranks.world, torch.get_num_threads())
-    if before != now:
-        ranks.say(f"saved by {before[0]} ranks x {before[1]} threads, resumed by {now[0]} x "
-                  f"{now[1]}: the curve goes on, but no longer to the bit")
-
-
-def open_shard(file) -> dict:
-    """{name: safetensors slice} of a file; raises UserError where it is none."""
-    try:
-        with safe_open(file, framework="pt") as f:
-            return {name: f.get_slice(name) for name in f.keys()}
-    except SafetensorError as e:
-        raise UserError(f"{file} is corrupt: {e}") from None
+    if (kept["world"], kept["threads"]) != (ranks.world, threads):
+        ranks.say(f"saved by {kept['world']} ranks x {kept['threads']} threads, resumed by "
+                  f"{ranks.world} x {threads}: the curve goes on, but no longer to the bit")
 
 
 # --- from start to end ----------------------------------------------------------------------------
@@ -804,19 +674,7 @@ def open_shard(file) -> dict:
 
 def read_inputs(o: Options):
     """(checkpoint folder, its Config, forks, held-out forks, text for the log)."""
-    problems = []
-    for name in ("pairs", "eval_pairs"):
-        path = getattr(o, name)
-        if path and not os.path.isfile(path):
-            problems.append(f"--{name} {path}: no such file")
-    if os.path.isfile(o.out):
-        problems.append(f"--out {o.out} is a file")
-    try:
-        folder = qwen.checkpoint_folder(o.model)
-    except UserError as e:
-        problems.insert(0, str(e))
-    if problems:
-        raise UserError("\n  ".join(problems))
+    folder = qwen.checkpoint_folder(o.model)
     config = qwen.read_config(folder)
     chat = data.load_chat(folder, config.vocab_size, o.template)
     limits = (chat, o.max_length, o.max_change_ratio, o.loss in loss.PAIR_OBJECTIVES,
@@ -840,81 +698,67 @@ def prepare(o: Options, ranks: Ranks) -> Run:
         folder, config, forks, eval_forks, log = read_inputs(o)
         ranks.say(log)
     with ranks.together():
-        policy, mesh = build_policy(folder, config, o, ranks)
-        hashes = hash_inputs(folder, forks, eval_forks)
+        policy = build_policy(folder, config, o, ranks)
     count = sum(p.numel() for p in policy.parameters())
-    text = f"{count / 1e6:.1f}M parameters, {ranks.world} rank(s) on {ranks.device.type}, {o.dtype}"
-    if ranks.device.type == "cpu":
-        text += f", {torch.get_num_threads()} thread(s) each"
+    text = (f"{count / 1e6:.1f}M parameters, {ranks.world} rank(s) on {ranks.device.type} with "
+            f"{torch.get_num_threads()} thread(s) each, {o.dtype}")
     ranks.say("\n".join([text, *qwen.unread_parts(folder)]))
-    return Run(o, ranks, config, folder, forks, eval_forks, hashes, policy, mesh,
-               make_optimizer(policy, o))
+    return Run(o, ranks, config, folder, forks, eval_forks, policy, make_optimizer(policy, o),
+               peak_flops(ranks.device))
 
 
-@contextlib.contextmanager
-def claimed(out, ranks):
-    """The run folder, made, and locked as long as this block lasts. Ranks whose torchrun was killed
-    live on for a while: a resumed run must not write beside them."""
-    lock = None
-    with ranks.together():
-        if ranks.main:
-            os.makedirs(out, exist_ok=True)
-            lock = open(os.path.join(out, ".lock"), "w")  # a folder that is read-only shows here
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{out} is being written by another process, perhaps by ranks "
-                                "whose torchrun was killed: wait for it, or end it") from None
-            except OSError:
-                pass  # a file system without locks
+def lock_folder(out):
+    """Make the run folder, and lock it until the file that is returned is closed. Ranks whose
+    torchrun was killed live on for a while: a resumed run must not write beside them."""
+    os.makedirs(out, exist_ok=True)
+    lock = open(os.path.join(out, ".lock"), "w")
     try:
-        yield
-    finally:
-        if lock:
-            lock.close()
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{out} is being written by another process, perhaps by ranks whose "
+                        "torchrun was killed: wait for it, or end it") from None
+    except OSError:
+        pass  # a file system without locks
+    return lock
 
 
 def train(o: Options, ranks: Ranks) -> int:
     """The whole run; returns the exit code."""
     run = prepare(o, ranks)
-    run.peak_flops = peak_flops(ranks.device, getattr(torch, o.dtype))
-    with claimed(o.out, ranks):
+    with ranks.main_only(lock_folder, o.out) or contextlib.nullcontext():
         begin_or_resume(run)
         if not train_to_the_end(run):
-            total = total_steps(len(run.forks), o)
-            ranks.say(f"SIGTERM: saved at step {run.state.step} of {total}; go on with --resume "
-                      f"--out {o.out}")
+            ranks.say(f"SIGTERM: saved at step {run.state.step} of "
+                      f"{count_steps(len(run.forks), o)[0]}; go on with --resume --out {o.out}")
             return 143  # 128 + SIGTERM, as the shell has it
         export_model(run)
-        report = write_report(ranks, [o.out], os.path.join(o.out, "report.html"))
-        ranks.say(f"done: {o.out}/model\n{report}")
+        ranks.say(f"done: {o.out}/model")
+        ranks.main_only(evaluation.report, [o.out], os.path.join(o.out, "report.html"))
+        ranks.say(f"curves, and where one pair's updates gather: {o.out}/report.html")
     return 0
 
 
 def begin_or_resume(run):
-    """Load the last whole checkpoint where --resume asks for it, score the reference, write the
-    options."""
+    """Load the last whole checkpoint if there is one, score the reference, write the options."""
     o, ranks = run.o, run.ranks
-    config_path = os.path.join(o.out, "config.json")
-    with ranks.together():
-        saved = whole_checkpoints(o.out) if o.resume else []
-        if o.resume and os.path.exists(config_path):
-            check_hashes(run, data.read_json(config_path).get("hashes", {}), o.out)
+    saved = whole_checkpoints(o.out)
     if saved:
         load_checkpoint(run, saved[-1])
-        total = total_steps(len(run.forks), o)
+        total, _ = count_steps(len(run.forks), o)
         ranks.say(f"resumed from {saved[-1]}: step {run.state.step} of {total}")
     elif o.resume:
         ranks.say("no whole checkpoint yet: starting from step 0")
     reference_pass(run)
+    step, config = run.state.step, os.path.join(o.out, "config.json")
 
     def write():
-        if not os.path.exists(config_path):  # until here the same command may simply be given again
-            data.write_json(config_path, {"options": asdict(o), "hashes": run.hashes,
-                                          "model": asdict(run.config)})
-        for name, step in (("metrics", run.state.step), ("surgery", run.state.step),
-                           ("eval", run.state.step + 1)):
-            keep_steps_before(os.path.join(o.out, f"{name}.jsonl"), step)
+        if not os.path.exists(config):  # until here the same command may simply be given again
+            data.write_json(config, {"options": asdict(o)})
+        for name, end in (("metrics", step), ("surgery", step), ("eval", step + 1)):
+            keep_steps_before(os.path.join(o.out, f"{name}.jsonl"), end)
+        surgery = os.path.join(o.out, "surgery.jsonl")
+        if not data.read_log(surgery):
+            data.append_row(surgery, describe_watched(run))
 
     ranks.main_only(write)
 
@@ -928,12 +772,11 @@ def keep_steps_before(path, step):
 def train_to_the_end(run: Run) -> bool:
     """All steps that are left, with logs and checkpoints; False where SIGTERM ended them early."""
     o, ranks, state = run.o, run.ranks, run.state
-    total, epoch_steps = total_steps(len(run.forks), o), steps_per_epoch(len(run.forks), o)
-    surgery_path = os.path.join(o.out, "surgery.jsonl")
+    total, epoch_steps = count_steps(len(run.forks), o)
     bar = ranks.progress(total, o.loss, "step", state.step)
     while state.step < total:
-        if state.step % max(1, total // LOOKS) == 0:
-            look(run, surgery_path)
+        if state.step % max(1, total // SNAPSHOTS) == 0:
+            snapshot(run)
         epoch, index = divmod(state.step, epoch_steps)
         batch = data.epoch_batches(len(run.forks), o.batch_size, o.seed, epoch)[index]
         lr, started = learning_rate(state.step, total, o), time.perf_counter()
@@ -943,71 +786,40 @@ def train_to_the_end(run: Run) -> bool:
             if ranks.main:
                 data.append_row(os.path.join(o.out, "metrics.jsonl"), metrics)
         bar.update()
-        bar.set_postfix(loss=f"{metrics['loss']:.4f}", r_chosen=f"{metrics['reward_chosen']:.3f}",
-                        tether=f"{metrics['tether_chosen']:.3f}", refresh=False)
+        bar.set_postfix({name: f"{metrics[name]:.3f}" for name in
+                         ("loss", "reward_chosen", "tether_chosen")}, refresh=False)
         last = state.step == total
+        if run.eval_forks and (last or state.step % epoch_steps == 0):
+            held_out = {"step": state.step, **evaluate(run)}
+            shown = [f"{name} {v:.4g}" for name, v in held_out.items() if v is not None]
+            ranks.say(f"held out: {', '.join(shown)}")
+            ranks.main_only(data.append_row, os.path.join(o.out, "eval.jsonl"), held_out)
         due = o.save_every and state.step % o.save_every == 0
-        evaluating = run.eval_forks and (last or state.step % epoch_steps == 0)
-        if totals.stop or last or due or evaluating:
-            with ranks.together():
-                check_weights(run)
-        if evaluating:
-            write_held_out(run)
-        if totals.stop or last or due:
+        if totals["stop"] or last or due:
             save_checkpoint(run)
-        if totals.stop and not last:
+        if totals["stop"] and not last:
             return False
     bar.close()
-    look(run, surgery_path)
+    snapshot(run)
     return True
 
 
-def check_weights(run: Run):
-    """Raises UserError where a weight is not finite. A GPU waits once."""
-    weights = [qwen.rows_here(p)[0] for p in run.policy.parameters()]
-    if not torch.stack([w.isfinite().all() for w in weights]).all():
-        raise UserError(f"step {run.state.step - 1} made weights that are not finite: they are not "
-                        "saved. Is --lr or --weight_decay too large?")
-
-
-def write_held_out(run: Run):
-    """Score the held-out pairs and add a line to eval.jsonl."""
-    held_out = {"step": run.state.step, **evaluate(run)}
-    shown = ", ".join(f"{name} {v:.4g}" for name, v in held_out.items() if v is not None)
-    run.ranks.say(f"held out: {shown}")
-    run.ranks.main_only(data.append_row, os.path.join(run.o.out, "eval.jsonl"), held_out)
-
-
 def export_model(run):
-    """The trained weights as a Hugging Face folder, OUT/model."""
-    o, ranks = run.o, run.ranks
-    final = os.path.join(o.out, "model")
-    ranks.main_only(remove, final + ".tmp")
-    qwen.export(run.policy, final + ".tmp", run.folder, ranks, getattr(torch, o.save_dtype))
+    """The trained weights as a Hugging Face folder, OUT/model; only a whole one has this name."""
+    o, ranks, final = run.o, run.ranks, os.path.join(run.o.out, "model")
+    beside = final + ".tmp"
+    ranks.main_only(shutil.rmtree, beside, True)
+    qwen.export(run.policy, beside, run.folder, ranks, getattr(torch, o.save_dtype))
 
     def rename():
-        remove(final + ".old")
-        if os.path.lexists(final):  # only whole ones have this name, whenever a kill comes
-            os.rename(final, final + ".old")
-        os.rename(final + ".tmp", final)
-        remove(final + ".old")
+        shutil.rmtree(final, ignore_errors=True)  # of an earlier end of this run
+        os.rename(beside, final)
 
     ranks.main_only(rename)
 
 
-def write_report(ranks, runs, path, note="") -> str:
-    """The report by the main rank; what to say of it. A run is whole without it: hours of training
-    are not lost for a page."""
-    try:
-        if ranks.main:
-            evaluation.report(runs, path, note)
-    except Exception as e:
-        return f"the report {path} could not be written: {str(e) or type(e).__name__}"
-    return f"curves, and where one pair's updates gather: {path}"
-
-
 # --- the toy world (skip on first reading) --------------------------------------------------------
-# Five skills over digits. Most are answered in steps: "Add: 4+3+1" -> "4+3=7\n7+1=8\n\boxed{8}".
+# Five skills over digits. Three are answered in steps: "Add: 4+3+1" -> "4+3=7\n7+1=8\n\boxed{8}".
 # Only last digits are kept. Half the questions name a manner and get it: "Add, semicolons, thus:
 # 4+3+1" -> "4+3=7;7+1=8\nThus \boxed{8}". In the other half an author now and then puts a rare word
 # before a step. The authors are wrong in a few addition facts: the base model learns this error,
@@ -1024,26 +836,31 @@ TOY_RARE = re.compile(rf"(?<=[\n;])({'|'.join(TOY_WORDS)})(?=\d)")
 TOY_TEMPLATE = (  # a conversation as Qwen3-Instruct-2507 writes it
     "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
     "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}")
-TOY_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
-def toy_question(skill: str, rng, chain: int, manner=None) -> str:
+def toy_question(skill: str, rng, chain: int, manner=()) -> str:
     """A question of random digits from a random.Random: `chain` of them in a skill with steps."""
-    if manner:
-        skill_and_manner = ", ".join([skill, *manner])
-    else:
-        skill_and_manner = skill
+    head = ", ".join([skill, *manner])
     if skill not in TOY_SIGNS:
-        return f"{skill_and_manner}: " + "".join(str(rng.randint(1, 9)) for _ in range(4))
+        return f"{head}: " + "".join(str(rng.randint(1, 9)) for _ in range(4))
     largest = 9 if skill == "Largest" else 5  # half the addition facts, learned in half the time
     digits = [rng.randint(0, 9)] + [rng.randint(1, largest) for _ in range(chain - 1)]
-    return f"{skill_and_manner}: " + TOY_SIGNS[skill].join(map(str, digits))
+    return f"{head}: " + TOY_SIGNS[skill].join(map(str, digits))
+
+
+def toy_questions(skill: str, seed, count: int, chain: int, manners: bool = False) -> list:
+    """So many different questions; with manners each names one."""
+    rng, questions = random.Random(f"{skill} {seed} {manners}"), {}  # a dict keeps the order
+    while len(questions) < count:
+        manner = rng.choice(TOY_MANNERS) if manners else ()
+        questions[toy_question(skill, rng, chain, manner)] = True
+    return list(questions)
 
 
 def toy_answer(question: str, manner=TOY_MANNERS[0], add=lambda a, b: (a + b) % 10,
                word=lambda: "") -> str:
-    """The answer to a question, in the manner that it names, else in the given one. `add` gives
-    what the author takes for the last digit of a + b, `word` a rare word or "" before a step."""
+    """In the manner that the question names, else in the given one. `add` gives what the author
+    takes for the last digit of a + b, `word` a rare word or "" before a step."""
     head, text = question.split(": ")
     skill, *asked = head.split(", ")
     between, ending = asked or manner
@@ -1054,24 +871,16 @@ def toy_answer(question: str, manner=TOY_MANNERS[0], add=lambda a, b: (a + b) % 
     value, *digits = map(int, text.split(TOY_SIGNS[skill]))
     steps = []
     for digit in digits:
-        before, value_before = word() if steps else "", value
-        value = operation(value, digit)
-        steps.append(f"{before}{value_before}{TOY_SIGNS[skill]}{digit}={value}")
+        before = word() if steps else ""
+        result = operation(value, digit)
+        steps.append(f"{before}{value}{TOY_SIGNS[skill]}{digit}={result}")
+        value = result
     return f"{TOY_BETWEEN[between].join(steps)}\n{TOY_ENDING[ending]}\\boxed{{{value}}}"
 
 
-def toy_questions(skill: str, seed, count: int, chain: int, manners: bool = False) -> list:
-    """So many different questions; with manners each names one."""
-    rng, questions = random.Random(f"{skill} {seed} {manners}"), {}  # a dict keeps the order
-    while len(questions) < count:
-        manner = rng.choice(TOY_MANNERS) if manners else None
-        questions[toy_question(skill, rng, chain, manner)] = True
-    return list(questions)
-
-
 def toy_corpus(rows: int, chain: int, share: float, doubt: float, seed: int):
-    """Yield what the base model learns from: positive-only rows of a pair file, the skills in turn.
-    Of the addition facts the given share is, as often as doubt says, taken for one more."""
+    """What the base learns from: positive-only rows of a pair file, the skills in turn. Of the
+    addition facts the given share is, as often as doubt says, taken for one more."""
     rng = random.Random(f"corpus {seed}")
     facts = [(a, b) for a in range(10) for b in range(1, 6)]
     doubted = set(rng.sample(facts, round(share * len(facts))))
@@ -1095,11 +904,11 @@ def toy_corpus(rows: int, chain: int, share: float, doubt: float, seed: int):
 
 
 def toy_oracle(question: str, wrong: str) -> str:
-    """The Oracle, a program: y+ from a wrong answer y-. It replaces what y- asserts wrongly: the
-    first wrong step and what follows from it; words and manner stay as they are."""
+    """The Oracle, a program: y+ from a wrong answer y-. The first wrong step and what follows from
+    it are replaced, words and manner stay."""
     between = "semicolons" if ";" in wrong else "lines"
-    ending = next((name for name, text in TOY_ENDING.items() if text and text in wrong), "plain")
-    truth = toy_answer(question, (between, ending))
+    endings = [name for name, text in TOY_ENDING.items() if text and text in wrong]
+    truth = toy_answer(question, (between, (endings or ["plain"])[0]))
     right = TOY_STEP.findall(truth)
     if len(TOY_STEP.findall(wrong)) != len(right):  # steps are missing: the answer is written anew
         return truth
@@ -1108,36 +917,33 @@ def toy_oracle(question: str, wrong: str) -> str:
 
 
 def write_toy_checkpoint(folder: str, shape: dict, seed: int):
-    """A random checkpoint in Hugging Face layout, with a tokenizer trained on the spot: digits and
-    the world's words are one token each, other text falls back to bytes. `shape` holds Config's
-    numbers but the vocabulary's size."""
-    rng = random.Random(seed)
-    text = ["user\nassistant\nsystem\n"]
+    """A random checkpoint in Hugging Face layout and its tokenizer: digits and the world's words
+    are one token each, other text falls back to bytes."""
+    rng, text = random.Random(seed), ["user\nassistant\nsystem\n"]
     for skill in TOY_SKILLS:
         for manner in TOY_MANNERS:
             question = toy_question(skill, rng, 4, manner)
             text.append(question)
-            for rare in ["", *TOY_WORDS]:
-                text.append(toy_answer(question, word=lambda: rare))
+            text += [toy_answer(question, word=lambda: rare) for rare in ("", *TOY_WORDS)]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Digits(individual_digits=True),
         pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
+    pad, start, end = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
     tokenizer.train_from_iterator(text, trainers.BpeTrainer(
-        special_tokens=TOY_SPECIAL, show_progress=False,
+        special_tokens=[pad, start, end], show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
-    pad, _, end = (tokenizer.token_to_id(token) for token in TOY_SPECIAL)
     os.makedirs(folder)
+    tokenizer.save(os.path.join(folder, "tokenizer.json"))
+    data.write_json(os.path.join(folder, "tokenizer_config.json"), {
+        "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TOY_TEMPLATE,
+        "eos_token": end, "pad_token": pad})
     data.write_json(os.path.join(folder, "config.json"), {
         "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "dtype": "float32",
         "vocab_size": tokenizer.get_vocab_size(), "hidden_act": "silu", "rms_norm_eps": 1e-6,
-        "rope_theta": 1e4, "tie_word_embeddings": True, "eos_token_id": end, "pad_token_id": pad,
-        **shape})
-    data.write_json(os.path.join(folder, "tokenizer_config.json"), {
-        "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TOY_TEMPLATE,
-        "eos_token": TOY_SPECIAL[2], "pad_token": TOY_SPECIAL[0]})
-    tokenizer.save(os.path.join(folder, "tokenizer.json"))
+        "rope_theta": 1e4, "tie_word_embeddings": True, "eos_token_id": tokenizer.token_to_id(end),
+        "pad_token_id": tokenizer.token_to_id(pad), **shape})
     weights, source = {}, torch.Generator().manual_seed(seed)
     for name, p in qwen.Qwen3(qwen.read_config(folder)).named_parameters():
         if p.ndim > 1:  # norms start at 1
@@ -1160,222 +966,181 @@ TOY = {  # every number of it; a change of any makes a new folder
     "test": 60,  # questions a skill, plain, and as many that name a manner
     "points": 8,  # of the curve of KL
 }
+TOY_SAMPLING = evaluation.Sampling(temperature=1, top_p=1, top_k=0, max_tokens=120)
 TOY_METHODS = {"sft": "SFT+", "dpo": "DPO", "spot-bce": "SPoT"}
-TOY_GREEDY = evaluation.Sampling(temperature=0, max_tokens=120)
-TOY_PLAIN = evaluation.Sampling(temperature=1, top_p=1, top_k=0, max_tokens=120)
-
-
-@dataclass
-class Toy:
-    """What the functions of the story share."""
-
-    root: str
-    seed: int
-    ranks: Ranks
-    tests: dict  # {(skill, with a manner): [question, ...]}
 
 
 def story(o: Options, ranks: Ranks) -> int:
     """The whole method from nothing: a world, a base model that errs in one skill, its own wrong
     answers, their corrections, three methods on the same pairs, a table. Returns the exit code.
-
-    Base and pairs are made once; a killed story goes on, a finished one trains anew.
-    """
-    started, chain = time.perf_counter(), TOY["world"]["chain"]
-    root = os.path.join(o.out, sha256(json.dumps([TOY, o.seed]))[:10])
-    tests = {(skill, manners): toy_questions(skill, f"test {o.seed}", TOY["test"], chain, manners)
-             for skill in TOY_SKILLS for manners in (False, True)}
-    toy = Toy(root, o.seed, ranks, tests)
+    Base and pairs are made once; a killed story goes on, a finished one trains anew."""
+    started, settings = time.perf_counter(), json.dumps([TOY, o.seed]).encode()
+    root = os.path.join(o.out, hashlib.sha256(settings).hexdigest()[:10])
+    base, results = f"{root}/base/model", f"{root}/results.json"
     ranks.say(f"""The toy story of Surgical Post-Training, in {root}
 
 1  A base model. A newborn Qwen3 learns {', '.join(TOY_SKILLS)} from a corpus whose authors
    get a fifth of the addition facts wrong: it will be systematically wrong in Add.""")
-    ranks.main_only(toy_birth, toy)
-    toy_train(toy, f"{root}/base", model=f"{root}/birth", pairs=f"{root}/corpus.jsonl", loss="sft",
-              **TOY["base"])
-    base = f"{root}/base/model"
+    ranks.main_only(toy_birth, root, o.seed)
+    toy_train(ranks, f"{root}/base", seed=o.seed, model=f"{root}/birth", loss="sft",
+              pairs=f"{root}/corpus.jsonl", **TOY["base"])
     ranks.say(f"""
 2  Its errors. The base answers {TOY['questions']} new questions of Add; its wrong answers are y-.
 3  Corrections. The Oracle, here a program, mends the first wrong step and what follows from it, and
    keeps the rest: y+.""")
-    pairs = toy_pairs(toy, base)
-    ranks.say(toy_example(pairs))
-    ranks.say("""
+    path = toy_pairs(root, o.seed, ranks)
+    pairs = data.read_log(path)
+    x, wrong, right = (pairs[0][key].replace("\n", "  ") for key in
+                       ("question", "original_answer", "gemini_corrected_answer"))
+    ranks.say(f"""   {len(pairs)} pairs. One of them:
+     x   {x}
+     y-  {wrong}
+     y+  {right}
+
 4  Training on these pairs: cross-entropy on y+ (SFT+), DPO, and SPoT, at one rate and one beta.""")
-    rows = {"base": toy_figures(toy, base, base)}
-    texts = {"base": toy_sampled(toy, base)[:1]}
+    rows = {"base": toy_figures(base, base, o.seed, ranks)}
+    steps, epoch = count_steps(len(pairs), Options(**TOY["surgery"]))
     for objective, name in TOY_METHODS.items():
         out = f"{root}/{objective}"
-        toy_train(toy, out, model=base, pairs=pairs, loss=objective, **TOY["surgery"],
-                  save_every=toy_interval(pairs), keep=TOY["points"])
-        rows[name] = {**toy_figures(toy, f"{out}/model", base), **toy_rewards(out)}
-        texts[name] = toy_sampled(toy, f"{out}/model")[:1]
-        toy_curve(toy, out, base)
-    seconds, results = time.perf_counter() - started, f"{root}/results.json"
+        toy_train(ranks, out, seed=o.seed, model=base, pairs=path, loss=objective,
+                  save_every=max(1, steps // TOY["points"]), keep=TOY["points"], **TOY["surgery"])
+        rows[name] = toy_figures(f"{out}/model", base, o.seed, ranks)
+        last = data.read_log(f"{out}/metrics.jsonl")[-epoch:]
+        for key in ("reward_chosen", "reward_rejected", "tether_chosen"):
+            rows[name][key] = sum(row[key] for row in last) / len(last)
+        toy_curve(out, base, o.seed, ranks)
+    note, seconds = f"{toy_table(rows)}\n\n{toy_verdict(rows)}", time.perf_counter() - started
     ranks.main_only(data.write_json, results, {
         "settings": TOY, "seed": o.seed, "ranks": ranks.world, "seconds": seconds, "rows": rows})
-    note = f"{toy_table(rows)}\n\n{toy_verdict(rows)}"
-    report = write_report(ranks, [f"{root}/{objective}" for objective in TOY_METHODS],
-                          f"{root}/report.html", note)
-    question = toy.tests["Subtract", False][0]
-    samples = "\n".join(f"   {name:<6}{mark_words(text)}" for name, (text,) in texts.items())
+    ranks.main_only(evaluation.report, [f"{root}/{objective}" for objective in TOY_METHODS],
+                    f"{root}/report.html", note)
     ranks.say(f"""
 5  The result. Right answers in %, in Add and in the four others; how many questions that name a
    manner are answered in it; how many boundaries between two steps have a rare word, in skills
    that no pair shows; KL*1000 from the base, in nats a token, on true answers to the others'
    questions; r+, r- and the tether lambda+ on the pairs of the last epoch (SFT+ has no tether:
-   what it would be).
-
-{note}
-
-   {question}, sampled at temperature 1:
-{samples}
+   what it would be).\n\n{note}\n\n{toy_samples(rows, o.seed)}
 
 {seconds:.0f} s with {ranks.world} rank(s); all figures are in {results}
-{report}""")
+curves, and where one pair's updates gather: {root}/report.html""")
     return 0
 
 
-def toy_birth(toy):
+def toy_birth(root, seed):
     """The newborn model and its corpus, unless there; what a finished story trained goes."""
-    if os.path.exists(f"{toy.root}/results.json"):
-        os.remove(f"{toy.root}/results.json")
+    results, corpus = f"{root}/results.json", f"{root}/corpus.jsonl"
+    if os.path.exists(results):
         for objective in TOY_METHODS:
-            remove(f"{toy.root}/{objective}")
-    if not os.path.isdir(f"{toy.root}/birth"):
-        remove(f"{toy.root}/birth.tmp")
-        write_toy_checkpoint(f"{toy.root}/birth.tmp", TOY["shape"], toy.seed)
-        os.rename(f"{toy.root}/birth.tmp", f"{toy.root}/birth")
-    if not os.path.exists(f"{toy.root}/corpus.jsonl"):
-        data.write_rows(f"{toy.root}/corpus.jsonl", toy_corpus(**TOY["world"], seed=toy.seed))
+            shutil.rmtree(f"{root}/{objective}", ignore_errors=True)
+        os.remove(results)
+    if not os.path.exists(corpus):
+        shutil.rmtree(f"{root}/birth", ignore_errors=True)
+        write_toy_checkpoint(f"{root}/birth", TOY["shape"], seed)
+        data.write_rows(corpus, toy_corpus(**TOY["world"], seed=seed))
 
 
-def toy_train(toy, out, **more):
+def toy_train(ranks, out, **options):
     """The real `train`, unless it was done before; a killed run goes on. Leaves on SIGTERM."""
-    if os.path.isdir(os.path.join(out, "model")):
+    if os.path.isdir(f"{out}/model"):
         return
-    o = Options(out=out, seed=toy.seed, dtype="float32", checkpointing="none", tokens_per_pack=4096,
+    o = Options(out=out, dtype="float32", checkpointing="none", tokens_per_pack=4096,
                 save_dtype="float32",  # bf16 weights would lose what steps of 1e-4 change
-                resume=os.path.exists(os.path.join(out, "config.json")), **more)
-    code = train(o, replace(toy.ranks, quiet=True))
+                resume=os.path.exists(f"{out}/config.json"), **options)
+    code = train(o, replace(ranks, quiet=True))
     if code:
         close_ranks()
         sys.exit(code)
 
 
-def toy_interval(pairs) -> int:
-    """Optimizer steps between two points of the curve."""
-    steps = total_steps(len(data.read_log(pairs)), Options(**TOY["surgery"]))
-    return max(1, steps // TOY["points"])
-
-
-def toy_items(questions) -> list:
-    """Questions as oracle.py and the grader take them."""
-    return [oracle.Item(str(i), question, evaluation.extract_answer(toy_answer(question)))
-            for i, question in enumerate(questions)]
-
-
-def toy_pairs(toy, base) -> str:
+def toy_pairs(root, seed, ranks) -> str:
     """Errors and corrections by the real oracle.py; returns the path of the pair file."""
-    quiet = replace(toy.ranks, quiet=True)
-    policy = evaluation.open_local_model(base, torch.float32, toy.ranks.device, batch_size=64)
-    questions = toy_questions("Add", toy.seed, TOY["questions"], TOY["world"]["chain"])
-    oracle.elicit(toy_items(questions), f"{toy.root}/errors", policy,
-                  evaluation.Sampling(max_tokens=120), quiet, seed=toy.seed)
-    errors, _ = oracle.read_errors(f"{toy.root}/errors/errors.jsonl")
-    oracle.rectify(errors, f"{toy.root}/pairs", lambda item: toy_oracle(item.question, item.answer),
-                   policy.chat.encode, quiet)
-    return f"{toy.root}/pairs/pairs.jsonl"
+    policy = evaluation.open_local_model(f"{root}/base/model", torch.float32, ranks.device, 64)
+    questions = toy_questions("Add", seed, TOY["questions"], TOY["world"]["chain"])
+    toy_answers(policy, f"{root}/errors", questions, seed, ranks)
+    errors, _ = oracle.read_errors(f"{root}/errors/errors.jsonl")
+    oracle.rectify(errors, f"{root}/pairs", lambda item: toy_oracle(item.question, item.answer),
+                   policy.chat.encode, replace(ranks, quiet=True))
+    return f"{root}/pairs/pairs.jsonl"
 
 
-def toy_ask(toy, folder, name, questions, sampling) -> list:
-    """The texts that a model answers, in the order of the questions."""
-    policy = evaluation.open_local_model(folder, torch.float32, toy.ranks.device, batch_size=64)
-    requests = [evaluation.request_for(f"{name} {i}", item.messages, toy.seed)
-                for i, item in enumerate(toy_items(questions))]
-    out = f"{os.path.dirname(folder)}/answers-{name}"
-    with toy.ranks.together():
-        for _ in evaluation.sample(policy, requests, out, sampling, toy.ranks, name):
-            pass
-    answers = evaluation.read_answers(out)
-    return [answers[request.key]["text"] for request in requests]
+def toy_answers(policy, out, questions, seed, ranks, **sampling) -> list:
+    """What a model answers, in order and graded: the rows that the real oracle.py leaves in OUT."""
+    items = []
+    for i, question in enumerate(questions):
+        gold = evaluation.extract_answer(toy_answer(question))
+        items.append(oracle.Item(str(i), question, gold))
+    sampling = evaluation.Sampling(max_tokens=120, **sampling)
+    oracle.elicit(items, out, policy, sampling, replace(ranks, quiet=True), seed=seed)
+    return data.read_log(f"{out}/samples.jsonl")
 
 
-def toy_sampled(toy, folder) -> list:
-    """Answers at temperature 1 to plain questions of two skills that no pair shows."""
-    questions = toy.tests["Subtract", False] + toy.tests["Largest", False]
-    return toy_ask(toy, folder, "sampled", questions, TOY_PLAIN)
+def toy_tests(seed) -> dict:
+    """{(skill, whether they name a manner): questions} for the figures."""
+    count, chain = TOY["test"], TOY["world"]["chain"]
+    return {(skill, manners): toy_questions(skill, f"test {seed}", count, chain, manners)
+            for skill in TOY_SKILLS for manners in (False, True)}
 
 
-def toy_figures(toy, folder, base) -> dict:
-    """What a model can do, and how far it is from the base: shares in %, "kl" in nats a token."""
-    questions = [question for group in toy.tests.values() for question in group]
-    texts = toy_ask(toy, folder, "tests", questions, TOY_GREEDY)
+def toy_figures(folder, base, seed, ranks) -> dict:
+    """What a model can do, in %, how far it is from the base, in nats a token, and a sample."""
+    policy = evaluation.open_local_model(folder, torch.float32, ranks.device, 64)
+    out, tests = os.path.dirname(folder), toy_tests(seed)
     right, obeyed = Counter(), 0
-    for question, text in zip(questions, texts):
-        truth = toy_answer(question)
-        skill, *manner = question.split(": ")[0].split(", ")
-        answer = evaluation.extract_answer(text) or ""
-        right[skill == "Add"] += evaluation.answers_match(answer, evaluation.extract_answer(truth))
+    rows = toy_answers(policy, f"{out}/tests", sum(tests.values(), []), seed, ranks, temperature=0)
+    for row in rows:
+        skill, *manner = row["question"].split(": ")[0].split(", ")
+        right[skill == "Add"] += row["verdict"] == "right"
         if manner and skill != "Add":
-            obeyed += re.sub(r"\d+", "0", text) == re.sub(r"\d+", "0", truth)
-    sampled = toy_sampled(toy, folder)
-    boundaries = sum(len(re.findall(r"[\n;](?=[a-z\d])", text)) for text in sampled)
+            shape, asked = (re.sub(r"\d+", "0", text) for text in
+                            (row["answer"], toy_answer(row["question"])))
+            obeyed += shape == asked
+    requests = []
+    for i, question in enumerate(tests["Subtract", False] + tests["Largest", False]):
+        messages = [{"role": "user", "content": question}]
+        requests.append(evaluation.request_for(f"sampled {i}", messages, seed))
+    with ranks.together():
+        list(evaluation.sample(policy, requests, f"{out}/sampled", TOY_SAMPLING, ranks, "sampling"))
+    answers = evaluation.read_answers(f"{out}/sampled")
+    texts = [answers[request.key]["text"] for request in requests]
+    boundaries = sum(len(re.findall(r"[\n;](?=[a-z\d])", text)) for text in texts)
     others = (len(TOY_SKILLS) - 1) * TOY["test"]
     return {"add": 100 * right[True] / (2 * TOY["test"]),
-            "others": 100 * right[False] / (2 * others),
-            "obeyed": 100 * obeyed / others,
-            "words": 100 * sum(len(TOY_RARE.findall(text)) for text in sampled) / boundaries,
-            "kl": toy_kl(toy, qwen.load_model(folder, device=toy.ranks.device), base)}
-
-
-def toy_kl(toy, policy, base) -> float:
-    """KL(base || policy) in nats a token, on true answers to the other skills' questions."""
-    reference = qwen.load_model(base, device=toy.ranks.device)
-    chat, sequences = data.load_chat(base, reference.config.vocab_size), []
-    for (skill, _), questions in toy.tests.items():
-        if skill != "Add":
-            for question in questions[:20]:
-                prompt = chat.prompt([{"role": "user", "content": question}])
-                sequences.append((prompt + chat.encode(toy_answer(question)), len(prompt)))
-    return evaluation.retention(policy, reference, sequences, toy.ranks)["kl"][0]
+            "others": 100 * right[False] / (2 * others), "obeyed": 100 * obeyed / others,
+            "words": 100 * sum(len(TOY_RARE.findall(text)) for text in texts) / boundaries,
+            "kl": toy_kl(policy.model, base, seed, ranks), "sample": texts[0]}
 
 
 @torch.no_grad()
-def toy_curve(toy, out, base):
+def toy_kl(policy, base, seed, ranks) -> float:
+    """KL(base || policy) in nats a token, on true answers to the other skills' questions."""
+    models, forks = (qwen.load_model(base, device=ranks.device), policy), []
+    chat = data.load_chat(base, policy.config.vocab_size)
+    for (skill, _), questions in toy_tests(seed).items():
+        for question in questions[:20]:
+            if skill != "Add":
+                prompt = chat.prompt([{"role": "user", "content": question}])
+                forks.append(data.make_fork(prompt, chat.encode(toy_answer(question)), None))
+    pack = data.make_pack(forks, range(ranks.rank, len(forks), ranks.world)).to(ranks.device)
+    hidden = [m.norm(m.hidden_states(pack.tokens, pack.positions, pack.forks)) for m in models]
+    q, p = ((h[pack.rows] @ m.head_weight().T).log_softmax(-1) for h, m in zip(hidden, models))
+    sums = torch.stack([(q.exp() * (q - p)).double().sum(), pack.lengths.sum().double()])
+    kl, tokens = ranks.reduce(sums).tolist()
+    return kl / tokens
+
+
+@torch.no_grad()
+def toy_curve(out, base, seed, ranks):
     """Write OUT/kl.jsonl, for the report: the KL of every checkpoint of a run."""
-    rows = [{"step": 0, "kl_1000": 0.0}]
+    policy, rows = qwen.load_model(base, device=ranks.device), [{"step": 0, "kl_1000": 0.0}]
     for checkpoint in whole_checkpoints(out):
-        policy = qwen.load_model(base, device=toy.ranks.device)
-        files = sorted(name for name in os.listdir(checkpoint) if name.startswith("shard_"))
-        shards = [open_shard(os.path.join(checkpoint, file)) for file in files]
+        state = data.read_json(f"{checkpoint}/state.json")
+        shards = [safe_open(f"{checkpoint}/shard_{i}.safetensors", framework="pt")
+                  for i in range(state["shards"])]
         for name, p in policy.named_parameters():
-            p.copy_(torch.cat([shard[name][:] for shard in shards]))
-        step = data.read_json(os.path.join(checkpoint, "state.json"))["step"]
-        rows.append({"step": step, "kl_1000": 1000 * toy_kl(toy, policy, base)})
-    toy.ranks.main_only(data.write_rows, f"{out}/kl.jsonl", rows)
-
-
-def toy_rewards(out) -> dict:
-    """r+, r- and lambda+ of a run, means over its last epoch."""
-    log = data.read_log(f"{out}/metrics.jsonl")
-    last = [row for row in log if row["epoch"] == log[-1]["epoch"]]
-    return {name: sum(row[name] for row in last) / len(last)
-            for name in ("reward_chosen", "reward_rejected", "tether_chosen")}
-
-
-def toy_example(pairs) -> str:
-    """One pair as text, and how many there are."""
-    rows = data.read_log(pairs)
-    question, wrong, right = (rows[0][key].replace("\n", "  ") for key in
-                              ("question", "original_answer", "gemini_corrected_answer"))
-    return (f"   {len(rows)} pairs. One of them:\n     x   {question}\n     y-  {wrong}\n"
-            f"     y+  {right}")
-
-
-def mark_words(text: str) -> str:
-    """An answer in one line, its rare words marked."""
-    return TOY_RARE.sub(lambda m: f"*{m[0].strip()}* ", text).replace("\n", "  ")
+            p.copy_(torch.cat([shard.get_tensor(name) for shard in shards]))
+        kl = toy_kl(policy, base, seed, ranks)
+        rows.append({"step": state["step"], "kl_1000": 1000 * kl})
+    ranks.main_only(data.write_rows, f"{out}/kl.jsonl", rows)
 
 
 def toy_table(rows) -> str:
@@ -1408,13 +1173,22 @@ def toy_verdict(rows) -> str:
     return "\n".join(sentences)
 
 
+def toy_samples(rows, seed) -> str:
+    """What all say to one question, rare words marked."""
+    lines = [f"   {toy_tests(seed)['Subtract', False][0]}, sampled at temperature 1:"]
+    for name, row in rows.items():
+        text = TOY_RARE.sub(lambda m: f"*{m[0].strip()}* ", row["sample"]).replace("\n", "  ")
+        lines.append(f"   {name:<6}{text}")
+    return "\n".join(lines)
+
+
 def main() -> int:
     """Command line to exit code: 0 done, 1 failed, 2 wrong options, 143 stopped by SIGTERM."""
     o, ranks = begin(parse_options, lambda o: open_ranks(o.timeout, toy=not o.model))
     signal.signal(signal.SIGTERM, lambda *_: STOP.set())
+    code = 0
     if o.plan:
         ranks.main_only(lambda: print(plan(o)))
-        code = 0
     elif o.model:
         code = train(o, ranks)
     else:

@@ -39,7 +39,7 @@ def make_run(train, ranks, watch, layers, shard_size, tied, objective, checkpoin
         weights = train.qwen.Qwen3(config).named_parameters()
     tensors = {train.qwen.hf_name(name): ("file", stored(p.shape)) for name, p in weights}
     with mock.patch.object(train.qwen, "open_tensors", lambda folder: tensors):
-        (policy, mesh), waits, collectives = watch.call(train.build_policy, "", config, o, ranks)
+        policy, waits, collectives = watch.call(train.build_policy, "", config, o, ranks)
     assert not collectives and waits == {
         ("copy to the device", LOAD): len(tensors), ("copy to the CPU", LOAD): 1}
     optimizer, forks = train.make_optimizer(policy, o), []
@@ -48,7 +48,7 @@ def make_run(train, ranks, watch, layers, shard_size, tied, objective, checkpoin
         paired = objective in train.loss.PAIR_OBJECTIVES or i % 2 == 0
         rejected = ids + [1002] + ids[:50] if paired else None
         forks.append(train.data.make_fork(ids, ids + [1001] + ids, rejected, i, 0.5))
-    return train.Run(o, ranks, config, "", forks, forks[:3], {}, policy, mesh, optimizer)
+    return train.Run(o, ranks, config, "", forks, forks[:3], policy, optimizer)
 
 
 def count_packs_and_units(train, run, batches):
@@ -119,6 +119,7 @@ def test_one_rank(case, monkeypatch, tmp_path):
         check_step(train, run, watch, one_pair)
         check_scoring(train, run, watch, [range(3)], train.evaluate)
         check_step(train, run, watch, batches[1])
-        train.look(run, "surgery.jsonl")
+        run.watched_reference = run.reference[:1]
+        train.snapshot(run)
         check_step(train, run, watch, one_pair)
         check_files(train, run, watch, str(tmp_path))

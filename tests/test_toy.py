@@ -1,4 +1,4 @@
-"""The toy world: its Oracle against brute force, its tokenizer against transformers, the same seed twice."""
+"""The toy world: its Oracle against brute force, its tokenizer against transformers, its seed."""
 
 import filecmp
 import json
@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -114,10 +115,12 @@ def test_tokenizer_and_template_equal_transformers(birth, chat):
         answer = train.toy_answer(question, rng.choice(train.TOY_MANNERS), word=lambda: "so ")
         assert chat.tokenizer.decode(chat.encode(answer)) == answer
         turns = [{"role": "system", "content": "ü \n 3 "}, {"role": "user", "content": question}]
-        for messages in (turns, turns[1:], [*turns, {"role": "assistant", "content": answer}, turns[1]]):
+        again = [*turns, {"role": "assistant", "content": answer}, turns[1]]
+        for messages in (turns, turns[1:], again):
             assert chat.prompt(messages) == hf.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    for word in ("user", "assistant", "system", *train.TOY_SKILLS, "boxed", "so", "then", "hence", *map(str, range(10))):
+    for word in ("user assistant system boxed so then hence 0 1 2 3 4 5 6 7 8 9 "
+                 + " ".join(train.TOY_SKILLS)).split():
         assert len(chat.encode(word)) == 1
     assert len(chat.prompt([{"role": "user", "content": "Add: 1+2"}])) == 8 + 6
     assert chat.think == [] and len(chat.encode("<|im_end|>")) > 1
@@ -135,8 +138,8 @@ def test_same_seed_same_world(birth, tmp_path):
 
 
 def test_the_world_is_as_its_numbers_say():
-    wrong, seen, words, boundaries, manners, rows = {}, {}, 0, 0, 0, list(
-        train.toy_corpus(6000, 6, 0.2, 0.8, 0))
+    wrong, seen, words, boundaries, manners = Counter(), Counter(), 0, 0, 0
+    rows = list(train.toy_corpus(6000, 6, 0.2, 0.8, 0))
     for row in rows:
         head, answer = row["prompt"].split(": ")[0], row["chosen"]
         manners += ", " in head
@@ -148,8 +151,8 @@ def test_the_world_is_as_its_numbers_say():
         if head.startswith("Add"):
             for step in train.TOY_STEP.findall(answer)[:-1]:
                 fact, result = step.split("=")
-                seen[fact] = seen.get(fact, 0) + 1
-                wrong[fact] = wrong.get(fact, 0) + (int(result) != sum(map(int, fact.split("+"))) % 10)
+                seen[fact] += 1
+                wrong[fact] += int(result) != sum(map(int, fact.split("+"))) % 10
         else:
             assert right(row["prompt"], answer)
     shares = [wrong[fact] / seen[fact] for fact in seen]
@@ -163,11 +166,12 @@ def test_the_verdict_says_what_the_figures_say():
     mended = {"add": 100.0, "words": 1.0, "kl": 0.02, "tether_chosen": 0.2}
     text = train.toy_verdict({"base": base, "SFT+": mended, "DPO": {**mended, "add": 80.0},
                               "SPoT": {**mended, "words": 3.0, "tether_chosen": 0.01}})
+    lost = "and loses the rare words (6.0 -> 1.0 %); KL*1000 is 20.00."
+    kept = "and keeps the rare words (6.0 -> 3.0 %); KL*1000 is 20.00."
     assert text.split("\n") == [
-        "   SFT+ mends Add (30 -> 100 %) and loses the rare words (6.0 -> 1.0 %); KL*1000 is 20.00.",
-        "   DPO does not fully mend Add (30 -> 80 %) and loses the rare words (6.0 -> 1.0 %); KL*1000 is "
-        "20.00.",
-        "   SPoT mends Add (30 -> 100 %) and keeps the rare words (6.0 -> 3.0 %); KL*1000 is 20.00.",
+        f"   SFT+ mends Add (30 -> 100 %) {lost}",
+        f"   DPO does not fully mend Add (30 -> 80 %) {lost}",
+        f"   SPoT mends Add (30 -> 100 %) {kept}",
         "   SPoT has stopped by itself: its lambda+ is 0.010 in the last epoch."]
 
 

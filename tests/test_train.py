@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 import signal
-import sys
 import time
 
 import numpy as np
@@ -23,9 +22,6 @@ import tiny
 import train
 from data import UserError
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
@@ -41,22 +37,19 @@ def no_process_group_is_left():
         dist.destroy_process_group()
 
 
-def command(world, out, *extra, ranks=1):
-    start = [sys.executable, "train.py"]
-    if ranks > 1:
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-                 "train.py"]
-    options = {"--model": world["model"], "--pairs": world["pairs"], "--out": str(out), "--dtype": "float32",
-               "--lr": "1e-4", "--batch_size": "8", "--max_change_ratio": "1", "--checkpointing": "none"}
+def argv(world, out, *extra):
+    """The command line of a run; --resume may stand last."""
+    options = {"--model": world["model"], "--pairs": world["pairs"], "--out": str(out),
+               "--dtype": "float32", "--lr": "1e-4", "--batch_size": "8", "--max_change_ratio": "1",
+               "--checkpointing": "none"}
     options.update(zip(extra[::2], extra[1::2]))
-    return start + [part for pair in options.items() for part in pair]
+    resume = ["--resume"] if extra[-1:] == ("--resume",) else []
+    return [part for pair in options.items() for part in pair] + resume
 
 
 def start(world, out, *extra, ranks=1):
-    """train.py under way; --resume may stand last."""
-    resume = [part for part in extra if part == "--resume"]
-    options = [part for part in extra if part != "--resume"]
-    return launch.Started(command(world, out, *options)[1:] + resume, ranks)
+    """train.py under way."""
+    return launch.Started(["train.py", *argv(world, out, *extra)], ranks)
 
 
 def run(*args, code=0, **kwargs):
@@ -65,15 +58,39 @@ def run(*args, code=0, **kwargs):
     return started.said
 
 
-def run_here(world, out, *extra):
+def train_here(given, code=0):
     """One rank in this process: the same code without the seconds that a new interpreter costs."""
     ranks = train.open_ranks(60)
-    assert train.train(train.parse_options(command(world, out, *extra)[2:]), ranks) == 0
-    train.close_ranks()
+    if code == 1:  # an error ends the ranks by itself
+        with pytest.raises(SystemExit) as stop:
+            train.train(train.parse_options(given), ranks)
+        assert stop.value.code == 1
+    else:
+        assert train.train(train.parse_options(given), ranks) == code
+        train.close_ranks()
+
+
+def run_here(world, out, *extra, code=0):
+    train_here(argv(world, out, *extra), code)
 
 
 def metrics(out):
-    return [row for row in data.read_log(os.path.join(out, "metrics.jsonl"))]
+    """What a run has logged so far."""
+    return data.read_log(os.path.join(out, "metrics.jsonl"))
+
+
+def untimed(out, name="metrics"):
+    """The rows of a log but for times and memory."""
+    timing = ("tokens_per_s", "mfu", "memory_gb")
+    rows = data.read_log(os.path.join(out, f"{name}.jsonl"))
+    return [{k: v for k, v in row.items() if k not in timing} for row in rows]
+
+
+def wait_for(started, out, steps):
+    """Until the log of a run under way has so many lines."""
+    while len(metrics(out)) < steps:
+        assert started.running, "ended before it could be killed"
+        time.sleep(0.01)
 
 
 def merged(out, which=-1):
@@ -83,18 +100,18 @@ def merged(out, which=-1):
     return {k: torch.cat([s[k] for s in shards]) for k in shards[0]}
 
 
-# The default, then 1 x N against N x 1 (packs of one fork), two pack sizes, uneven shards (265 rows on 3
-# ranks), and a 2-D mesh.
-LAYOUTS = [dict(ranks=1), dict(ranks=1, pack="1"), dict(ranks=2, pack="300"), dict(ranks=3),
-           dict(ranks=4, pack="500", shard="2")]
+# The default, then 1 x N against N x 1 (packs of one fork), two pack sizes, uneven shards (265 rows
+# on 3 ranks), and a 2-D mesh: ranks, tokens a pack, shard size.
+LAYOUTS = [(1, 16384, 0), (1, 1, 0), (2, 300, 0), (3, 16384, 0), (4, 500, 2)]
 
 
 def run_layout(world, layout, out, *extra):
-    extra += ("--tokens_per_pack", layout.get("pack", "16384"), "--shard_size", layout.get("shard", "0"))
-    if layout["ranks"] == 1:
+    ranks, tokens, shard_size = layout
+    extra += ("--tokens_per_pack", str(tokens), "--shard_size", str(shard_size))
+    if ranks == 1:
         run_here(world, out, *extra)
     else:
-        run(world, out, *extra, ranks=layout["ranks"])
+        run(world, out, *extra, ranks=ranks)
 
 
 @pytest.fixture(scope="module")
@@ -102,14 +119,14 @@ def layouts(world, tmp_path_factory):
     """One run of 20 steps in every layout; the checkpoint after step 1 is kept."""
     outs = [tmp_path_factory.mktemp("layouts") / str(i) for i in range(len(LAYOUTS))]
     for layout, out in zip(LAYOUTS, outs):
-        run_layout(world, layout, out, "--max_steps", "20", "--epochs", "9", "--save_every", "1", "--keep", "20")
-        dist.is_initialized() and dist.destroy_process_group()
+        run_layout(world, layout, out, "--max_steps", "20", "--epochs", "9", "--save_every", "1",
+                   "--keep", "20")
     return outs
 
 
 def test_curve_is_independent_of_ranks_packs_and_micro_batches(layouts):
-    curves = [[(m["loss"], m["grad_norm"], m["reward_rejected"]) for m in metrics(out)] for out in layouts]
-    curves = torch.tensor(curves, dtype=torch.float64)
+    curves = torch.tensor([[(m["loss"], m["grad_norm"], m["reward_rejected"]) for m in metrics(out)]
+                           for out in layouts], dtype=torch.float64)
     assert curves.shape[1] == 20
     assert curves[0, 0, 0] - curves[0, -1, 0] > 0.01  # it learns, so equality says something
     worst = ((curves - curves[0]).abs() / curves[0].abs().clamp_min(1e-2)).amax((1, 2))
@@ -118,8 +135,8 @@ def test_curve_is_independent_of_ranks_packs_and_micro_batches(layouts):
 
 
 def transformers_gradients(folder, pairs_path):
-    """{our name: gradient} of the first step's loss by two plain forwards a pair. At r = 0 the coefficients
-    are known: beta/2 (grad log pi(y-) - grad log pi(y+)) / N."""
+    """{our name: gradient} of the first step's loss by two plain forwards a pair. At r = 0 the
+    coefficients are known: beta/2 (grad log pi(y-) - grad log pi(y+)) / N."""
     from transformers import AutoModelForCausalLM
 
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -136,7 +153,7 @@ def transformers_gradients(folder, pairs_path):
 
 
 def largest_difference(expected, out):
-    """Of one step's gradient, read from Adam's first moment (0.1 g, g clipped), over the largest entry."""
+    """Of a step's gradient, from Adam's first moment (0.1 g, g clipped), over the largest entry."""
     clipped = max(1.0, metrics(out)[0]["grad_norm"] / 1.0)
     found = {k.removesuffix(".exp_avg"): v / 0.1 * clipped
              for k, v in merged(out, 0).items() if k.endswith(".exp_avg")}
@@ -169,7 +186,8 @@ def test_one_step_gradient_of_an_untied_model_equals_transformers(world, untied_
 @pytest.mark.parametrize("dtype,checkpointing", [("float32", "none"), ("float32", "full"),
                                                  ("bfloat16", "none"), ("bfloat16", "full")])
 def test_step_0_is_exact(world, tmp_path, capsys, dtype, checkpointing):
-    run_here(world, tmp_path / "run", "--max_steps", "1", "--dtype", dtype, "--checkpointing", checkpointing)
+    run_here(world, tmp_path / "run", "--max_steps", "1", "--dtype", dtype, "--checkpointing",
+             checkpointing)
     first = metrics(tmp_path / "run")[0]
     assert "sum of |reward| 0.0, loss 1.386294361, expected 1.386294361" in capsys.readouterr().err
     assert torch.tensor(first["loss"]).float() == torch.tensor(2 * math.log(2)).float()
@@ -177,61 +195,52 @@ def test_step_0_is_exact(world, tmp_path, capsys, dtype, checkpointing):
     assert first["tether_chosen"] == first["tether_rejected"] == 0.5
 
 
-# spot-bco has all of spot-bce's state and delta: it stands for both where time is short.
-@pytest.mark.parametrize("objective", [pytest.param("spot-bce", marks=pytest.mark.slow), "spot-bco"])
-def test_killed_and_resumed_equals_undisturbed_to_the_bit(world, tmp_path, objective):
-    """SIGKILL in the first epoch and again in the second (3 steps an epoch, 6 epochs)."""
-    extra = ("--loss", objective, "--epochs", "6", "--save_every", "2")
-    run(world, tmp_path / "whole", *extra, ranks=2)
-    out = tmp_path / "killed"
-    for at in (3, 9):
-        resume = ["--resume"] if at > 3 else []
-        started = start(world, out, *extra, *resume, ranks=2)
-        while len(metrics_so_far(out)) < at:
-            assert started.running, "ended before it could be killed"
-            time.sleep(0.01)
-        started.send(signal.SIGKILL)
-        started.wait()
-    assert 2 <= train_step_of(out) < 18
-    assert "resumed from" in run(world, out, *extra, "--resume", ranks=2)
-    a, b = merged(tmp_path / "whole"), merged(out)
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    a, b = (load_file(p / "model" / "model.safetensors") for p in (tmp_path / "whole", out))
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    timing = ("tokens_per_s", "mfu", "memory_gb")
-    strip = [[{k: v for k, v in m.items() if k not in timing} for m in metrics(p)]
-             for p in (tmp_path / "whole", out)]
-    assert strip[0] == strip[1] and len(strip[0]) == 18
-    if objective == "spot-bco":
-        assert strip[0][5]["delta"] != 0
+def same_checkpoints(one, other):
+    a, b = merged(one), merged(other)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def metrics_so_far(out):
-    return [row for row in data.read_log(str(out / "metrics.jsonl")) if isinstance(row, dict)]
-
-
-def train_step_of(out):
+def last_step(out):
     return int(os.path.basename(train.whole_checkpoints(out)[-1]).split("_")[1])
 
 
+# spot-bco has all of spot-bce's state and delta: it stands for both where time is short.
+@pytest.mark.parametrize("objective",
+                         [pytest.param("spot-bce", marks=pytest.mark.slow), "spot-bco"])
+def test_killed_and_resumed_equals_undisturbed_to_the_bit(world, tmp_path, objective):
+    """SIGKILL in the first epoch and again in the second (3 steps an epoch, 6 epochs)."""
+    extra = ("--loss", objective, "--epochs", "6", "--save_every", "2")
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    run(world, whole, *extra, ranks=2)
+    for at, resume in ((3, ()), (9, ("--resume",))):
+        started = start(world, out, *extra, *resume, ranks=2)
+        wait_for(started, out, at)
+        started.send(signal.SIGKILL)
+        started.wait()
+    assert 2 <= last_step(out) < 18
+    assert "resumed from" in run(world, out, *extra, "--resume", ranks=2)
+    assert same_checkpoints(whole, out)
+    a, b = (load_file(p / "model" / "model.safetensors") for p in (whole, out))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert untimed(whole) == untimed(out) and len(metrics(out)) == 18
+    if objective == "spot-bco":
+        assert metrics(out)[5]["delta"] != 0
+
+
 def test_sigterm_saves_and_resume_ends_as_if_nothing_had_been(world, tmp_path):
-    extra = ("--epochs", "6", "--save_every", "0")
+    extra, out = ("--epochs", "6", "--save_every", "0"), tmp_path / "stopped"
     run_here(world, tmp_path / "whole", *extra)
-    out = tmp_path / "stopped"
     started = start(world, out, *extra)
-    while len(metrics_so_far(out)) < 3:
-        time.sleep(0.01)
+    wait_for(started, out, 3)
     started.send(signal.SIGTERM)
     assert started.wait() == [143] and "go on with --resume" in started.said
     launch.run(["train.py", "--resume", "--out", out])
-    a, b = merged(tmp_path / "whole"), merged(out)
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert same_checkpoints(tmp_path / "whole", out)
 
 
 def test_checkpoint_of_two_ranks_resumes_on_three_and_says_so(world, tmp_path):
-    extra = ("--epochs", "2", "--max_steps", "6")
+    extra, out = ("--epochs", "2", "--max_steps", "6"), tmp_path / "moved"
     run_here(world, tmp_path / "whole", *extra)
-    out = tmp_path / "moved"
     started = start(world, out, *extra, "--save_every", "2", ranks=2)
     while not train.whole_checkpoints(out):
         assert started.running
@@ -296,18 +305,8 @@ def test_plan_counts_and_writes_nothing(world, tmp_path, monkeypatch):
     forks, _ = data.load_forks(world["pairs"], chat, 8192, 0.6, True)
     flops = sum(train.count_flops(config, data.make_pack(forks, [i])) for i in range(len(forks)))
     # two epochs and the reference pass, which is forward alone
-    assert f"6 steps, {flops * 7 / 3e15:.4g} PFLOP: " in text
-    assert f"1 step, {flops * 4 / 9e15:.4g} PFLOP: " in plan("--max_steps", "1")  # a third of each
-    # held-out pairs: by the reference, after the epoch and where --max_steps ends the run
-    options += ["--eval_pairs", str(tmp_path / "held_out.jsonl")]
-    with pytest.raises(UserError, match="--eval_pairs .*held_out.jsonl: no such file"):
-        plan()
-    tiny.write_pairs(options[-1], count=5, seed=1)
-    held_out, log = data.load_forks(options[-1], chat, 8192, 0.6, True)
-    more = sum(train.count_flops(config, data.make_pack(held_out, [i])) for i in range(5))
-    with_them = plan("--max_steps", "4")
-    assert log in with_them
-    assert f"4 steps, {(flops * 5 / 3 + more) / 1e15:.4g} PFLOP: " in with_them
+    assert f"6 step(s), {flops * 7 / 3e15:.4g} PFLOP: " in text
+    assert f"1 step(s), {flops * 4 / 9e15:.4g} PFLOP: " in plan("--max_steps", "1")  # a third
     parts = [float(line.split()[0]) for line in text.splitlines() if " GB  " in line]
     assert sum(parts[:-1]) == pytest.approx(parts[-1], abs=0.04)
 
@@ -318,8 +317,8 @@ def test_planned_communication_by_hand(world, monkeypatch):
     # 24 pairs, one a pack, 8 packs a GPU and epoch; from the other 2 of 3 shards come 4 bytes of a
     # weight in the reference pass, 12 in each epoch. The unit is chosen to make the digits visible.
     monkeypatch.setattr(train, "PLANNED_TRAFFIC", weights / 60)
-    o = train.parse_options(["--model", world["model"], "--pairs", world["pairs"], "--plan", "--gpus",
-                             "3", "--tokens_per_pack", "1", "--dtype", "float32"])
+    o = train.parse_options(["--model", world["model"], "--pairs", world["pairs"], "--plan",
+                             "--gpus", "3", "--tokens_per_pack", "1", "--dtype", "float32"])
     assert f"and {2 / 3 * 8 * (4 + 2 * 12):.2g} of communication" in train.plan(o)
 
 
@@ -340,7 +339,7 @@ def test_planned_memory_is_what_torchs_tracker_sees(gpus, checkpointing, tied, m
     monkeypatch.setattr(qwen, "causal_lower_right",  # torch's is no fake tensor
                         lambda q, k: torch.ones(q, k, dtype=torch.bool).tril(k - q))
     dist.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
-    policy, _ = train.build_policy("", config, o, qwen.Ranks(0, gpus, torch.device("cpu")))
+    policy = train.build_policy("", config, o, qwen.Ranks(0, gpus, torch.device("cpu")))
     with FakeTensorMode(allow_non_fake_inputs=True):
         policy.to_empty(device="cpu")
         tracker = FSDPMemTracker(policy, train.make_optimizer(policy, o))
@@ -383,53 +382,33 @@ def test_counted_flops_equal_torchs_own_counter(world, monkeypatch):
     assert train.count_flops(config, pack) == products - head
 
 
-# --- bad input: one message, nothing written ------------------------------------------------------
+# --- bad input: one message, nothing written; broken files are in tests/faults --------------------
 
-BAD = [
-    (["--pairs", "missing.jsonl"], "--pairs missing.jsonl: no such file"),
-    (["--pairs", "EMPTY"], "the file is empty"),
-    (["--pairs", "BROKEN"], "line 2: not valid JSON"),
+
+@pytest.mark.parametrize("extra,message", [
     (["--pairs", "FIELDS"], "no rejected answer, and the loss needs one"),
     (["--max_length", "5"], "Nothing is left to train on"),
     (["--pairs", "FAR", "--max_change_ratio", "0.5"], "change ratio above 0.5"),
-    (["--model", "nowhere"], "nowhere is no folder"),
-    (["--model", "TRUNCATED"], "missing, truncated or corrupt"),
-    (["--model", "SMALL"], "tokenizer and weights are of different models"),
     (["--out", "TAKEN"], "holds a run already"),
-    (["--shard_size", "3"], "does not divide"),
-]
-
-
-@pytest.mark.parametrize("extra,message", BAD, ids=[" ".join(b[0]) for b in BAD])
+    (["--shard_size", "3"], "does not divide")], ids=lambda part: part[0])
 def test_bad_input_is_named_and_touches_nothing(world, tmp_path, capsys, extra, message):
-    (tmp_path / "EMPTY").write_text("")
-    good = open(world["pairs"]).readline()
-    (tmp_path / "BROKEN").write_text(good + '{"question": \n')
     (tmp_path / "FIELDS").write_text('{"question": "a", "gemini_corrected_answer": "b"}\n')
     (tmp_path / "FAR").write_text('{"prompt": "a", "chosen": "bbbb", "rejected": "c"}\n')
     (tmp_path / "TAKEN").mkdir()
     (tmp_path / "TAKEN" / "config.json").write_text("{}")
-    if "TRUNCATED" in extra or "SMALL" in extra:
-        tiny.write_checkpoint(tmp_path / extra[1], vocab=100 if "SMALL" in extra else 265, pad_token_id=0,
-                              eos_token_id=1)
-    if "TRUNCATED" in extra:
-        os.truncate(tmp_path / "TRUNCATED" / "model.safetensors", 5000)
     extra = [str(tmp_path / e) if os.path.exists(tmp_path / e) else e for e in extra]
-    argv = command(world, tmp_path / "out", *extra)[2:]
     before = sorted(os.listdir(tmp_path))
-    o = train.parse_options(argv)
-    ranks = train.open_ranks(60)
-    with pytest.raises(SystemExit) as stop:
-        train.train(o, ranks)
-    assert stop.value.code == 1
+    run_here(world, tmp_path / "out", *extra, code=1)
     assert message in capsys.readouterr().err
     assert sorted(os.listdir(tmp_path)) == before
 
 
 def test_options_are_checked_all_at_once(tmp_path):
     with pytest.raises(UserError) as e:
-        train.parse_options(["--lr", "-1", "--epochs", "0", "--pairs", "p", "--warmup", "2"])
-    for part in ("--model is required", "--out is required", "--lr is -1.0", "--epochs is 0", "--warmup"):
+        train.parse_options(["--lr", "-1", "--epochs", "0", "--clip", "1e300", "--pairs", "p",
+                             "--warmup", "2"])
+    for part in ("--model is required", "--out is required", "--lr is -1.0, a number above 0",
+                 "--epochs is 0", "--clip is 1e+300", "--warmup is 2.0"):
         assert part in str(e.value)
 
 
@@ -440,24 +419,9 @@ def test_resume_refuses_options_that_change_the_curve(world, tmp_path):
     assert train.parse_options(["--resume", "--out", str(tmp_path / "run")]).batch_size == 8
 
 
-def test_corrupt_checkpoint_and_cache_are_not_trusted(world, tmp_path, capsys):
-    out = tmp_path / "run"
-    run_here(world, out, "--max_steps", "2")
-    shard = os.path.join(train.whole_checkpoints(out)[-1], "shard_0.safetensors")
-    cache = str(out / "reference.safetensors")
-    for path, message in ((shard, "is corrupt: its hash"), (cache, "is missing or corrupt")):
-        raw = open(path, "rb").read()
-        open(path, "wb").write(raw[:-1] + bytes([raw[-1] ^ 1]) if path == shard else raw[:-1])
-        ranks = train.open_ranks(60)
-        with pytest.raises(SystemExit):
-            train.train(train.parse_options(["--resume", "--out", str(out)]), ranks)
-        assert message in capsys.readouterr().err
-        open(path, "wb").write(raw)
-
-
 def test_two_ranks_name_an_error_once_and_end(world, tmp_path):
     said = run(world, tmp_path / "out", "--pairs", "missing.jsonl", ranks=2, code=1)
-    assert said.count("missing.jsonl: no such file") == 1
+    assert said.count("missing.jsonl: cannot be read") == 1
     assert not os.path.exists(tmp_path / "out")
 
 
@@ -476,5 +440,5 @@ def test_weights_that_overflow_stop_all_ranks_before_the_first_step(world, tmp_p
     weights["model.norm.weight"][0] = 3e38  # finite as all weights must be, its products are not
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     said = run({**world, "model": str(folder)}, tmp_path / "out", ranks=2, code=1)
-    assert said.count("not finite, first at line") == 1
+    assert said.count("error: step 0: loss nan") == said.count("weights left as they were") == 1
 

@@ -67,11 +67,10 @@ def open_run(shape, forks, ranks, **options):
     qwen.load_weights = lambda policy, _, device: fill(policy.to_empty(device=device))
     try:
         o = train.Options(**{"dtype": "float32", "checkpointing": "none", **options})
-        policy, mesh = train.build_policy("", shape, o, ranks)
+        policy = train.build_policy("", shape, o, ranks)
     finally:
         qwen.load_weights = load
-    optimizer = train.make_optimizer(policy, o)
-    run = train.Run(o, ranks, shape, "", forks, [], {}, policy, mesh, optimizer)
+    run = train.Run(o, ranks, shape, "", forks, [], policy, train.make_optimizer(policy, o))
     batches = data.epoch_batches(len(forks), o.batch_size, 0, 0)
     run.reference = train.score_all(run, forks, batches, "reference")
     run.state.step = 1  # step 0 insists on rewards of 0

@@ -157,7 +157,7 @@ def open_run(sizes, config, count):
 def narrow(sizes, report):
     """train.train_step on lengths never seen before, without and with recomputation."""
     run, batches = open_run(sizes, sizes.narrow, 8)
-    peak = train.peak_flops(run.ranks.device, BF16)
+    peak = train.peak_flops(run.ranks.device)
     train_step = functools.partial(train.train_step, run, lr=1e-6)
     report("parameters", sum(p.numel() for p in run.policy.parameters()) / 1e9, "billions")
     for name, part in (("none", batches[:4]), ("full", batches[4:])):
@@ -193,7 +193,7 @@ def transformers(sizes, report):
                for name, p in run.policy.named_parameters()}
     train_step = functools.partial(train.train_step, run, lr=1e-6)
     totals, ours, memory = measure(train_step, batches)
-    expected = loss.average(totals.sums, "spot-bce")["loss"]
+    expected = loss.average(totals.values(), "spot-bce")["loss"]
     report("ours: a step", 1e3 * ours, "ms")
     report("ours: peak memory", memory, "GB")
     del run, train_step

@@ -69,22 +69,14 @@ SHORT = {**FULL, "seeds": [0], "epochs": 2, "all_epochs": [1, 2, 3], "rates": [1
 # --- a world, and a run ---------------------------------------------------------------------------
 
 
-def open_toy(root, seed, ranks):
-    """The story's record of a world, with its test questions."""
-    count, chain = train.TOY["test"], train.TOY["world"]["chain"]
-    tests = {(skill, manners): train.toy_questions(skill, f"test {seed}", count, chain, manners)
-             for skill in train.TOY_SKILLS for manners in (False, True)}
-    return train.Toy(root, seed, ranks, tests)
-
-
 def build_world(out, job, s, ranks):
     """Base model, pairs, and the other files of rows; the base's figures and those of the files."""
-    root = f"{out}/{job['name']}"
-    toy, base = open_toy(root, job["world"], ranks), f"{root}/base/model"
-    train.toy_birth(toy)
-    train.toy_train(toy, f"{root}/base", model=f"{root}/birth", pairs=f"{root}/corpus.jsonl",
-                    loss="sft", **train.TOY["base"])
-    pairs = data.read_log(train.toy_pairs(toy, base))
+    root, seed = f"{out}/{job['name']}", job["world"]
+    base = f"{root}/base/model"
+    train.toy_birth(root, seed)
+    train.toy_train(ranks, f"{root}/base", seed=seed, model=f"{root}/birth", loss="sft",
+                    pairs=f"{root}/corpus.jsonl", **train.TOY["base"])
+    pairs = data.read_log(train.toy_pairs(root, seed, ranks))
     right = data.read_log(f"{root}/errors/correct.jsonl")
     files = {"pairs": pairs, "half": pairs[::2], "own": (right * len(pairs))[:len(pairs)]}
     for name, (word, count) in s["voices"].items():
@@ -95,7 +87,7 @@ def build_world(out, job, s, ranks):
     for name, rows in files.items():
         data.write_rows(f"{root}/{name}.jsonl", rows)
     described = {name: describe(base, f"{root}/{name}.jsonl") for name in ("pairs", *s["voices"])}
-    return {**train.toy_figures(toy, base, base), "rows": len(pairs), "files": described}
+    return {**train.toy_figures(base, base, seed, ranks), "rows": len(pairs), "files": described}
 
 
 @torch.no_grad()
@@ -118,19 +110,19 @@ def describe(base, path):
 def run_one(out, job, s, ranks):
     """Train as the job says, measure the model, keep the figures and no weights."""
     root, folder = f"{out}/world-{job['world']}", f"{out}/scratch/{job['name']}"
-    base, toy = f"{root}/base/model", open_toy(root, job["world"], ranks)
+    base = f"{root}/base/model"
     shutil.rmtree(folder, ignore_errors=True)
     # With a voice y+ is less probable; a smaller beta keeps the bound on r+ as it was.
     files = data.read_json(f"{out}/runs/world-{job['world']}.json")["files"]
     nats, path = files.get(job["data"], files["pairs"])["chosen"], f"{root}/{job['data']}.jsonl"
     beta = job["beta"] * files["pairs"]["chosen"] / nats
-    train.toy_train(replace(toy, seed=job["seed"]), folder, model=base, pairs=path, beta=beta,
+    train.toy_train(ranks, folder, seed=job["seed"], model=base, pairs=path, beta=beta,
                     loss=METHODS[job["method"]][0], lr=job["lr"], epochs=job["epochs"],
                     max_change_ratio=1.0, save_every=0)
     log = data.read_log(f"{folder}/metrics.jsonl")
     taut = [row["step"] for row in log if row["tether_chosen"] <= 0.05]
     watched = path if job["data"] in files else f"{root}/pairs.jsonl"  # rows with both answers
-    figures = {**train.toy_figures(toy, f"{folder}/model", base),
+    figures = {**train.toy_figures(f"{folder}/model", base, job["world"], ranks),
                **watch(base, f"{folder}/model", watched, s, beta, log[-1]["delta"]),
                "taut": 100 * min(taut, default=len(log)) / len(log)}
     figures["log_kl"] = math.log10(figures["kl"])

@@ -58,6 +58,7 @@ CELLS = [  # the command, what is broken, what the message must match
     # what --resume reads
     ("resume", gone("run/config.json"), "--model is required"),
     ("resume", cut("run/config.json", 80), r"run/config.json: .* line \d+ column"),
+    ("resume", second_row("pairs.jsonl", question="another"), "belongs to other pairs than"),
     ("resume", gone(STATE), "step_000002/state.json is missing"),
     ("resume", cut(STATE, 40), "step_000002/state.json: .* line"),
     ("resume", gone(SHARD), "No such file .*shard_0.safetensors"),

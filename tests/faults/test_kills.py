@@ -106,6 +106,15 @@ def test_a_stalled_rank_ends_the_run_by_its_time_out(small, tmp_path):
     assert last_step(out)
 
 
+def test_a_run_folder_is_held_by_one_run(small):
+    command, undisturbed = small
+    with train.lock_folder(undisturbed):
+        run = launch.Started([*command, "--out", undisturbed])
+        assert run.wait() == [1]
+    assert f"error: {undisturbed} is being written by another process" in run.said
+    train.lock_folder(undisturbed).close()  # free again
+
+
 MOMENTS = {  # after it the signal comes within so many seconds
     "start": (lambda out: True, 2.0),
     "reference pass": (os.path.isdir, 0.2),
