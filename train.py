@@ -67,11 +67,14 @@ class Options:
     out: str = option("", "run folder to write (required)")
     loss: str = option("spot-bce", "objective", loss.OBJECTIVES)
     beta: float = option(0.1, "reward scale: r = beta * (log pi - log pi_ref). r+ cannot exceed "
-                         "-beta log pi_ref(y+): raise it where lambda+ settles above 0.05")
+                         "-beta log pi_ref(y+), which the log says before step 1; 20 or more let the "
+                         "tether hold. Raise it where lambda+ settles above 0.05")
     delta: str = option("ema", "running mean of spot-bco: moving (0.9) or of all",
                         ("ema", "cumulative"))
-    lr: float = option(1e-6, "peak learning rate (SFT in the paper: 5e-6)")
-    epochs: int = option(2, "passes over the pairs")
+    lr: float = option(1e-6, "peak learning rate (SFT in the paper: 5e-6). Too high where r- falls "
+                       "faster than r+ rises")
+    epochs: int = option(2, "passes over the pairs; a tether that holds makes more of them harmless "
+                         "(lambda+ near 0), sft never stops")
     max_steps: int = option(0, "optimizer steps at most, schedule included; 0: all of the epochs'")
     batch_size: int = option(32, "pairs per optimizer step, over all ranks")
     warmup: float = option(0.05, "share of the steps with rising rate; a cosine to 0 follows")
@@ -331,6 +334,8 @@ class Run:
     reference: torch.Tensor = None  # (N, 2) fp64, sequence_logps before training
     eval_reference: torch.Tensor = None
     watched_reference: torch.Tensor = None
+    rejected_nats: float = math.inf  # median of -log pi_ref(y-)
+    warned: set = field(default_factory=set)  # by watch_tether
 
     def packs(self, forks, batch, reference=None):
         """This rank's micro-batches of one global batch, on the device."""
@@ -572,6 +577,60 @@ def read_reference(path, hashes) -> dict:
     return scores
 
 
+# --- what the log warns of (figures: tests/bench/STUDY.md) ----------------------------------------
+
+TETHERED = ("spot-bce", "spot-bco", "reward-sft")
+LET_GO = 0.05  # a lambda+ below this has let its pair go: r+ is 3 or more
+BOUND = 20.0  # a bound on r+ of 13 did not keep the model near its base, one of 43 did
+
+
+def describe_reference(run: Run) -> str:
+    """What is known before step 1: nats of the answers, hence the bound on r+; which y+ the policy
+    finds least probable beside its own y-; what is likely to go wrong."""
+    o, trained = run.o, [i for batch in first_epoch(run) for i in batch.tolist()]
+    pairs = [i for i in trained if len(run.forks[i].rejected)]
+    chosen, rejected = -run.reference[trained, 0], -run.reference[pairs, 1]
+    median, bound = chosen.median().item(), o.beta * chosen.median().item()
+    lines = [f"-log pi_ref(y+): median {median:.1f}, 90th percentile {chosen.quantile(0.9):.1f} "
+             f"nats; r+ cannot exceed beta times that: {bound:.1f} at the median"]
+    if o.loss in TETHERED and bound < BOUND:
+        lines.append(f"warning: the tether will not hold, as r+ is bounded by {bound:.1f}. With "
+                     f"--beta {2 * BOUND / median:.2g} it is bounded by {2 * BOUND:.0f}")
+    if pairs:
+        lines.append(f"-log pi_ref(y-): median {rejected.median():.1f}, 90th percentile "
+                     f"{rejected.quantile(0.9):.1f} nats")
+        gaps = -run.reference[pairs, 0] - rejected
+        worst = gaps.argsort(descending=True)[:10].tolist()
+        shown = ", ".join(f"{run.forks[pairs[i]].line} ({gaps[i]:+.1f})" for i in worst)
+        lines.append(f"nats of y+ beyond those of y- are most in lines {shown}")
+        run.rejected_nats = rejected.median().item()
+        if median > 5 * run.rejected_nats:
+            lines.append("warning: y+ has more than 5 times the nats of y-: the reward will be "
+                         "spent on the Oracle's wording. It should change less")
+    return "\n".join(lines)
+
+
+def watch_tether(run: Run, metrics: dict):
+    """Say, once a run, what went before a model was harmed, with its figures."""
+    o, step, total = run.o, metrics["step"], count_steps(len(run.forks), run.o)[0]
+    chosen, rejected = metrics["tether_chosen"], metrics["tether_rejected"]
+    texts = {}
+    if rejected is not None:
+        lost = -metrics["reward_rejected"] / o.beta
+        if chosen > LET_GO and lost > 2 * run.rejected_nats:
+            texts["y-"] = (f"y- has lost {lost:.1f} nats, it had {run.rejected_nats:.1f}, and "
+                           f"lambda+ is {chosen:.2f}: other skills will suffer. Raise --beta")
+        if chosen <= LET_GO and rejected > 0.25 and step < total / 10:
+            texts["y+"] = (f"lambda+ is {chosen:.3f} already, lambda- is {rejected:.2f}: y+ is "
+                           "learned and the error is not. Does the Oracle rewrite too much?")
+    if step == total - 1 and chosen > LET_GO:
+        texts["end"] = (f"lambda+ ends at {chosen:.2f}: the pairs still pull. Train longer, or "
+                        "raise --beta if r+ is near its bound")
+    for name in texts.keys() - run.warned:
+        run.ranks.say(f"warning: step {step}: {texts[name]}")
+        run.warned.add(name)
+
+
 # --- checkpoints ----------------------------------------------------------------------------------
 
 
@@ -749,6 +808,7 @@ def begin_or_resume(run):
     elif o.resume:
         ranks.say("no whole checkpoint yet: starting from step 0")
     reference_pass(run)
+    ranks.say(describe_reference(run))
     step, config = run.state.step, os.path.join(o.out, "config.json")
 
     def write():
@@ -785,6 +845,8 @@ def train_to_the_end(run: Run) -> bool:
             metrics = finish_step(run, batch, totals, lr, time.perf_counter() - started)
             if ranks.main:
                 data.append_row(os.path.join(o.out, "metrics.jsonl"), metrics)
+        if o.loss in TETHERED:
+            watch_tether(run, metrics)
         bar.update()
         bar.set_postfix({name: f"{metrics[name]:.3f}" for name in
                          ("loss", "reward_chosen", "tether_chosen")}, refresh=False)

@@ -6,10 +6,13 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import data
 import launch
 import model as qwen
 import tiny
+import train
 
 
 @pytest.fixture(scope="module")
@@ -51,3 +54,60 @@ def test_on_a_terminal_it_is_a_bar(capsys, monkeypatch):
     bar.update(3)
     bar.close()
     assert "\r" in capsys.readouterr().err
+
+
+# --- warnings -------------------------------------------------------------------------------------
+
+
+def test_the_reference_in_nats_by_hand(command, tmp_path):
+    """The log of a run beside its own reference file."""
+    said = launch.run([*command, tmp_path / "out", "--beta", 0.5])
+    pairs = -load_file(tmp_path / "out/reference.safetensors")["pairs"]
+    chosen, rejected = pairs.T.tolist()
+    assert len(pairs) == 24
+    for name, nats in (("y+", chosen), ("y-", rejected)):
+        nats = sorted(nats)
+        ninetieth = nats[20] + 0.7 * (nats[21] - nats[20])  # 0.9 of the way from 0 to 23
+        assert (f"-log pi_ref({name}): median {nats[11]:.1f}, 90th percentile {ninetieth:.1f} nats"
+                in said)
+    assert f"{0.5 * sorted(chosen)[11]:.1f} at the median" in said
+    gaps = {i + 1: a - b for i, (a, b) in enumerate(zip(chosen, rejected))}
+    worst = sorted(gaps, key=gaps.get, reverse=True)[:10]
+    shown = ", ".join(f"{line} ({gaps[line]:+.1f})" for line in worst)
+    assert f"nats of y+ beyond those of y- are most in lines {shown}" in said
+    assert "the tether will not hold" not in said and "Oracle's wording" not in said
+
+
+def test_a_small_beta_is_warned_of_before_and_after(command, tmp_path):
+    said = launch.run([*command, tmp_path / "out", "--beta", 0.01])
+    median = sorted((-load_file(tmp_path / "out/reference.safetensors")["pairs"][:, 0]).tolist())[11]
+    assert (f"warning: the tether will not hold, as r+ is bounded by {0.01 * median:.1f}. With --beta "
+            f"{40 / median:.2g} it is bounded by 40") in said
+    assert "warning: step 5: lambda+ ends at 0.50: the pairs still pull" in said
+    said = launch.run([*command, tmp_path / "sft", "--beta", 0.01, "--loss", "sft"])
+    assert "warning" not in said  # it has no tether
+
+
+def test_an_oracle_of_many_words_is_warned_of(command, tmp_path):
+    rows = [{"question": f"q {i}", "original_answer": "ab", "gemini_corrected_answer":
+             "ab and then many more words of its own"} for i in range(8)]
+    data.write_rows(str(tmp_path / "pairs.jsonl"), rows)
+    said = launch.run([*command, tmp_path / "out", "--pairs", tmp_path / "pairs.jsonl"])
+    assert "warning: y+ has more than 5 times the nats of y-" in said
+
+
+@pytest.mark.parametrize("figures,expected", [
+    ((0.50, 0.50, 0.0, 0), ""), ((0.10, 0.05, -9.9, 5), ""), ((0.03, 0.05, -30.0, 0), ""),
+    ((0.10, 0.05, -10.1, 5), "y- has lost 10.1 nats, it had 5.0, and lambda+ is 0.10"),
+    ((0.03, 0.30, -1.0, 1), "lambda+ is 0.030 already, lambda- is 0.30"),
+    ((0.03, 0.30, -1.0, 10), ""), ((0.03, 0.30, -1.0, 99), ""),
+    ((0.06, 0.01, -1.0, 99), "lambda+ ends at 0.06")])
+def test_each_warning_comes_once(figures, expected, capsys):
+    o = train.Options(beta=1.0, batch_size=1, epochs=1)
+    ranks = qwen.Ranks(0, 1, torch.device("cpu"))
+    run = train.Run(o, ranks, None, "", [None] * 100, [], None, None, rejected_nats=5.0)
+    names = ("tether_chosen", "tether_rejected", "reward_rejected", "step")
+    for _ in range(2):
+        train.watch_tether(run, dict(zip(names, figures)))
+    said = capsys.readouterr().err
+    assert said.count("warning: ") == bool(expected) and expected in said
