@@ -67,14 +67,14 @@ class Options:
     out: str = option("", "run folder to write (required)")
     loss: str = option("spot-bce", "objective", loss.OBJECTIVES)
     beta: float = option(0.1, "reward scale: r = beta * (log pi - log pi_ref). r+ cannot exceed "
-                         "-beta log pi_ref(y+), which the log says before step 1; 20 or more let the "
-                         "tether hold. Raise it where lambda+ settles above 0.05")
+                         "-beta log pi_ref(y+), which the log says before step 1: the tether holds "
+                         "from 20 on. Raise it where lambda+ settles above 0.05")
     delta: str = option("ema", "running mean of spot-bco: moving (0.9) or of all",
                         ("ema", "cumulative"))
     lr: float = option(1e-6, "peak learning rate (SFT in the paper: 5e-6). Too high where r- falls "
-                       "faster than r+ rises")
-    epochs: int = option(2, "passes over the pairs; a tether that holds makes more of them harmless "
-                         "(lambda+ near 0), sft never stops")
+                       "much faster than r+ rises")
+    epochs: int = option(2, "passes over the pairs. Where lambda+ is near 0, more of them change "
+                         "little; sft never stops")
     max_steps: int = option(0, "optimizer steps at most, schedule included; 0: all of the epochs'")
     batch_size: int = option(32, "pairs per optimizer step, over all ranks")
     warmup: float = option(0.05, "share of the steps with rising rate; a cosine to 0 follows")
