@@ -639,7 +639,7 @@ class Ranks:
         """The main rank's progress bar. Where stderr is no terminal: a plain line at the start, every
         30 seconds, and at the end (quiet: of long work). TQDM_DISABLE=1 leaves what is said."""
         options = {"total": total, "desc": title, "unit": unit, "initial": done}
-        if not self.main or done == total:
+        if not self.main or total - done < 2:
             options["disable"] = True
         elif sys.stderr.isatty():
             options["leave"] = not self.quiet
