@@ -29,7 +29,7 @@ def test_in_a_file_progress_is_plain_lines(command, tmp_path):
     bars = [line for line in lines if " of " in line and " in 0" in line]
     assert [bar.split(" in ")[0] for bar in bars] == [
         "reference: 0 of 3", "reference: 3 of 3", "spot-bce: 0 of 6", "spot-bce: 6 of 6"]
-    assert "loss=" in bars[-1] and "tether=0." in bars[-1] and "step/s" in bars[-1]
+    assert "loss=" in bars[-1] and "tether_chosen=0." in bars[-1] and "step/s" in bars[-1]
 
 
 def test_without_bars_the_results_are_said(command, tmp_path):
