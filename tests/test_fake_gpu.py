@@ -17,7 +17,7 @@ CASES = [  # layers, rank, ranks, --shard_size, tied, --loss, --checkpointing
     pytest.param((36, 0, 8, 0, False, "spot-bce", "full"), marks=pytest.mark.slow),
     pytest.param((36, 7, 8, 0, False, "spot-bce", "full"), marks=pytest.mark.slow),
 ]
-LOAD, SUMS = "build_policy > load_weights", ("copy to the CPU", "share_totals > reduce")
+LOAD, SUMS = "build_policy > load_weights", ("copy to the CPU", "sum_over_ranks > reduce")
 # All that a step waits for: the sums over ranks, and, after the update, whether a rank failed.
 STEP = Counter({SUMS: 1, ("copy to the CPU", "together > reduce"): 1})
 
