@@ -65,7 +65,8 @@ class Options:
     model: str = option("", "checkpoint folder in Hugging Face layout (required)")
     pairs: str = option("", "pair file, .jsonl or .jsonl.gz (required)")
     out: str = option("", "run folder to write (required)")
-    loss: str = option("spot-bce", "objective", loss.OBJECTIVES)
+    loss: str = option("spot-bce", "objective: SPoT as in the paper or with a running mean, its peers",
+                       loss.OBJECTIVES)
     beta: float = option(0.1, "reward scale: r = beta * (log pi - log pi_ref). r+ cannot exceed "
                          "-beta log pi_ref(y+), which the log says before step 1: the tether holds "
                          "from 20 on. Raise it where lambda+ settles above 0.05")
@@ -727,7 +728,7 @@ def load_checkpoint(run: Run, path: str):
                 local[first - start:last - start].copy_(part)
     for moments in run.optimizer.state.values():
         moments["step"].fill_(kept["step"])
-    run.state = State(kept["step"], kept["delta"], kept["seen"])
+    run.state = State(**{f.name: kept[f.name] for f in fields(State)})
     if (kept["world"], kept["threads"]) != (ranks.world, threads):
         ranks.say(f"saved by {kept['world']} ranks x {kept['threads']} threads, resumed by "
                   f"{ranks.world} x {threads}: the curve goes on, but no longer to the bit")
