@@ -117,7 +117,7 @@ def test_one_rank(case, monkeypatch, tmp_path):
         check_step(train, run, watch, batches[0])
         assert rank == 0 or [len(pack.rows) for pack in run.packs(run.forks, one_pair)] == [0]
         check_step(train, run, watch, one_pair)
-        check_scoring(train, run, watch, [range(3)], train.evaluate)
+        check_scoring(train, run, watch, [range(3)], train.score_held_out)
         check_step(train, run, watch, batches[1])
         run.watched_reference = run.reference[:1]
         train.snapshot(run)
