@@ -94,15 +94,15 @@ class LocalModel:
     batch_size: int = 32
 
 
-def open_local_model(folder: str, dtype, device, batch_size: int = 32,
-                     template: str = "") -> LocalModel:
-    """From a checkpoint folder. <|im_end|> and generation_config.json end answers."""
+def open_local_model(folder: str, dtype, device, batch_size: int = 32, template: str = ""):
+    """A LocalModel of a checkpoint folder. <|im_end|> and generation_config.json end answers."""
     folder = qwen.checkpoint_folder(folder)
     chat = data.load_chat(folder, qwen.read_config(folder).vocab_size, template)
     end, path = {chat.im_end}, os.path.join(folder, "generation_config.json")
     if os.path.exists(path):
         ids = read_json(path).get("eos_token_id")
-        end.update(ids if isinstance(ids, list) else [ids])
+        if ids is not None:
+            end.update(ids if isinstance(ids, list) else [ids])
     return LocalModel(qwen.load_model(folder, dtype, device), chat, end, batch_size)
 
 
@@ -136,7 +136,7 @@ def open_server(url: str, model: str = "", **settings) -> Server:
     server = Server(url, model, key, **settings)
     if not model:
         try:
-            names = [str(listed["id"]) for listed in fetch_json(server, "/models")["data"]]
+            names = [str(entry["id"]) for entry in fetch_json(server, "/models")["data"]]
         except (UserError, RequestFailed, KeyError, TypeError) as e:
             raise UserError(f"{url}/models: {e}; name the model with --server_model") from None
         if len(names) != 1:
@@ -181,11 +181,15 @@ def fetch_json(server: Server, path: str, body: dict | None = None) -> dict:
         try:
             with OPENER.open(request, timeout=server.timeout) as answer:
                 value = json.loads(hide_key(server, answer.read().decode()))
-            if not isinstance(value, dict) or "error" not in value or "choices" in value:
+            if isinstance(value, dict) and "error" in value and "choices" not in value:
+                problem = f"HTTP 200 with an error: {value['error']}"
+            else:
                 return value
-            problem = f"HTTP 200 with an error: {value['error']}"
         except urllib.error.HTTPError as e:
-            detail = hide_key(server, " ".join(e.read().decode(errors="replace").split()))
+            try:
+                detail = hide_key(server, " ".join(e.read().decode(errors="replace").split()))
+            except (OSError, HTTPException):  # it breaks off: the status is enough
+                detail = ""
             problem = f"HTTP {e.code}: {detail[:300]}"
             if e.code in FATAL:
                 raise UserError(f"{server.url}{path}: {FATAL[e.code]} ({problem})") from None
@@ -215,8 +219,10 @@ def ask(server: Server, request: Request, sampling: Sampling) -> dict:
     while True:
         own = {**asdict(sampling), "seed": request.seed, **server.extras}
         for key, new_name in server.refused.items():
-            own[new_name] = own.pop(key, None)
-        own = {k: v for k, v in own.items() if k and v is not None and k not in server.body}
+            value = own.pop(key, None)
+            if new_name:
+                own[new_name] = value
+        own = {k: v for k, v in own.items() if v is not None and k not in server.body}
         body = {"model": server.model, "messages": request.messages, **own, **server.body}
         body = {k: v for k, v in body.items() if v is not None}
         try:
@@ -354,10 +360,9 @@ def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks
     records   {"key", "text", "finish", "tokens"} or {"key", "error"}
 
     Each answer is added to folder/raw-RANK.jsonl as it comes: a kill loses at most what is under
-    way, and the same call goes on. Failed requests are asked again by the next call. Collective at
-    its start; consume it, or break off, inside `ranks.together()`, after which `read_answers` has
-    what all ranks got. Raises UserError as fetch_json and read_answers do.
-    """
+    way, and the same call goes on, failed requests too. Collective at its start; consume it, or
+    break off, inside `ranks.together()`, after which `read_answers` has what all ranks got.
+    Raises UserError as fetch_json and read_answers do."""
     path = os.path.join(folder, f"raw-{ranks.rank}.jsonl")
     with ranks.together():
         if isinstance(policy, Server) and ranks.world > 1:
@@ -382,9 +387,8 @@ def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks
         return record
 
     def answer(request):
-        if isinstance(policy, Server):
-            return keep(request, ask(policy, request, sampling))
-        return keep(request, policy(request))
+        is_server = isinstance(policy, Server)
+        return keep(request, ask(policy, request, sampling) if is_server else policy(request))
 
     with bar:
         yield from answers.values()
@@ -452,11 +456,9 @@ def check_sampling_options(o: SamplingOptions) -> list:
     if not 0 < o.top_p <= 1:
         problems.append(f"--top_p is {o.top_p}, a share above 0 and up to 1 expected")
     try:
-        body = json.loads(o.body or "{}")
-    except ValueError:
-        body = None
-    if not isinstance(body, dict):
-        problems.append(f"--body is {o.body!r:.60}, a JSON object expected")
+        data.parse_object((o.body or "{}").encode(errors="replace"))
+    except UserError as e:
+        problems.append(f"--body is {o.body!r:.60}: {e}")
     return problems
 
 
@@ -466,7 +468,7 @@ def open_policy(o: SamplingOptions, device, non_thinking: bool = True):
         return open_local_model(o.model, getattr(torch, o.dtype), device, o.batch_size, o.template)
     extras = {"chat_template_kwargs": {"enable_thinking": False}} if non_thinking else {}
     body = json.loads(o.body or "{}")
-    given = {"temperature", "top_p", "top_k", "max_tokens", "seed"} & set(o.given) | body.keys()
+    given = body.keys() | ({"temperature", "top_p", "top_k", "max_tokens", "seed"} & set(o.given))
     if "max_tokens" in given:
         given.add("max_completion_tokens")  # its new name
     return open_server(o.server, o.server_model, workers=o.workers, timeout=o.request_timeout,
@@ -475,13 +477,14 @@ def open_policy(o: SamplingOptions, device, non_thinking: bool = True):
 
 def identity(policy, o: SamplingOptions) -> str:
     """Whose answers these are: a server's model name and --body, or a local model's folder name, a
-    hash of its tensors' first rows (two trainings of one base differ there) and its dtype."""
+    hash of its tensors' first rows (two trainings of one base differ there), dtype, template."""
     if isinstance(policy, Server):
         return f"{policy.model} {json.dumps(policy.body, sort_keys=True)}"
     digest, folder = hashlib.sha256(), qwen.checkpoint_folder(o.model)
     for name, (_, tensor) in sorted(qwen.open_tensors(folder).items()):
         digest.update(name.encode() + tensor[:1].float().numpy().tobytes())
-    return f"{os.path.basename(os.path.abspath(folder))} {digest.hexdigest()[:16]} {o.dtype}"
+    basename = os.path.basename(os.path.abspath(folder))
+    return f"{basename} {digest.hexdigest()[:16]} {o.dtype} {o.template}".rstrip()
 
 
 def claim_folder(out: str, settings: dict, ranks: Ranks, policy=None):
@@ -508,10 +511,10 @@ def claim_folder(out: str, settings: dict, ranks: Ranks, policy=None):
 
 # --- grading: which answer does a text commit itself to? ------------------------------------------
 
-# `tokenize` turns spellings into canonical tokens by two tables. `read` takes lists, tuples and
-# relations apart. The expressions that remain are computed at POINTS and compared: exact fractions
-# where possible, else floats within 1e-11 of the larger one. A float that has lost its digits
-# (sin pi, 1 - cos 10^-9) equals nothing but the same text.
+# `tokenize` turns spellings into canonical tokens by two tables. `parse_answer` takes lists, tuples
+# and relations apart. Expressions are computed at POINTS and compared: exact fractions where
+# possible, else floats within 1e-11 of the larger one. A float that has lost its digits (sin pi,
+# 1 - cos 10^-9) equals nothing but the same text.
 #
 # This differs from math-verify on purpose. A decimal equals an exact value only as its rounding to
 # six or more digits (0.333 is not 1/3), and another decimal only exactly. 10_2 is 2. Factorials,
@@ -532,7 +535,7 @@ def extract_answer(text: str) -> str | None:
     """What the last box of a response holds, else what its last "answer is", "Answer:" or "####"
     states. None if there is neither, or if the text ends inside <think> or its last box."""
     text = after_thinking(text)
-    answer = last_boxed(text)
+    answer = last_boxed(text)  # None: no box; "": one that never closes
     stated = list(STATED.finditer(text))
     if answer is None and stated:
         rest = text[stated[-1].end():]
@@ -540,8 +543,7 @@ def extract_answer(text: str) -> str | None:
             answer = formula[formula.lastindex]
         else:
             line = rest.split("\n")[0].split("<|")[0]
-            mark = re.search(r"[*`_]+\Z", text[:stated[-1].end()])  # **18** apples
-            if mark:
+            if mark := re.search(r"[*`_]+\Z", text[:stated[-1].end()]):  # **18** apples
                 line = line.split(mark[0])[0]
             answer = re.split(r"[.;]\s|,?\s(?:because|since)\b", line)[0].strip(".*`_ ")
     return (answer or "").strip() or None
@@ -590,13 +592,10 @@ REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in [
     (TEXT + r"\{\s*\\[td]?frac\{([^{}]*)\}\{([^{}]*)\}\s*\}", r"\\mathrm{\1/\2}"),
     (r"(\{\s*)(?:\{\})?\^\s*(?:\{\s*\\circ\s*\}|\\circ)\s*(?=[CF]\b)", r"\1°"),
     (r'(?<=[\d"}])((?:\s|\\[,;:! ])*)\\Omega(?![A-Za-z])', r'\1 "Omega" '),
-    (r"[⁻⁰¹²³⁴-⁹]+", lambda m: "^{" + m[0].translate(SUPERSCRIPTS) + "}"),
-    (r"[µμ]", r"\\mu "),
-    (r"\b(?:square|sq)\s+([a-z]+)", r"\1^2"),
-    (r"\bcubic\s+([a-z]+)", r"\1^3"),
+    (r"[⁻⁰¹²³⁴-⁹]+", lambda m: "^{" + m[0].translate(SUPERSCRIPTS) + "}"), (r"[µμ]", r"\\mu "),
+    (r"\b(?:square|sq)\s+([a-z]+)", r"\1^2"), (r"\bcubic\s+([a-z]+)", r"\1^3"),
     (TEXT + r"\{(" + UNIT_TEXT + r"+)\}", lambda m: WORD.sub(r' "\1\2" ', m[1].strip(" ."))),
-    (TEXT + r"\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1 "),
-    (r'\\mu\s*(?=")', ' "mu" '),
+    (TEXT + r"\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1 "), (r'\\mu\s*(?=")', ' "mu" '),
     # thousands: 10{,}000   11,\! 111   1\,000
     (r"(?<=\d)(?:\{,\}|,\\!|\\[,! ])\s*(?=\d{3}(?!\d))", ""),
     # layout
@@ -610,8 +609,7 @@ REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in [
     (r"(?<=[\d}])\s*([kcm]?m|ft|mi)\s*/\s*(s|h|hr|min)\b", r' "\1"/"\2"'),
     # a matrix is ⟦(1,2),(3,4)⟧
     (r"\\begin" + MATRIX + r"(?:\s*\{[^{}]*\})?", "⟦("),
-    (r"(?:\\\\\s*)?\\end" + MATRIX, ")⟧"),
-    (r"\\\\", "),("),
+    (r"(?:\\\\\s*)?\\end" + MATRIX, ")⟧"), (r"\\\\", "),("),
     # functions that are written as brackets
     (r"(?:\||\\[lr]?vert\b)(.*?)(?:\||\\[lr]?vert\b)", r" abs(\1)"),
     (r"\\l(floor|ceil)\b(.*?)\\r\1\b", r" \1(\2)"),
@@ -620,8 +618,7 @@ REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in [
     (r"\s*([_^])\s*", r"\1"),
     (r"(log|ln)_(\{[^{}]*\}|\w)", r"\1 _{\2}"),
     (r"\^(?:\{\s*\\circ\s*\}|\\circ)", "°"),
-    (r"\\prime\s*", "'"),
-    (r"\^\{?('+)\}?", r"\1"),
+    (r"\\prime\s*", "'"), (r"\^\{?('+)\}?", r"\1"),
     (r"\^(\{[^{}]*\}|\w)_(\{[^{}]*\}|\w)", r"_\2^\1"),  # v^2_0
     (r"(?<![A-Za-z\\_^])([A-Za-z])\((\d+)\)", r"\1_{\2}"),  # I(0) is no product
     (r"\((\d+)\)_", r"\1_"),
@@ -687,7 +684,7 @@ def depths(tokens):
     return list(itertools.accumulate((t in CLOSE) - (t in CLOSE.values()) for t in tokens))
 
 
-def split(tokens, separators):
+def split_tokens(tokens, separators):
     """The non-empty parts between separators outside brackets, and these separators."""
     parts, cuts = [[]], []
     for token, depth in zip(tokens, depths(tokens)):
@@ -704,7 +701,7 @@ def split(tokens, separators):
 
 def power(x, n):
     """x^n over the reals: x^(1/3) of a negative x is negative, x^(1/2) of it is undefined."""
-    if isinstance(x, Fraction) and bits(x) * abs(n) > 2 * MAX_BITS:
+    if isinstance(x, Fraction) and fraction_bits(x) * abs(n) > 2 * MAX_BITS:
         x = float(x)
     if isinstance(x + n, complex) or x >= 0 or n % 1 == 0:
         return x ** n
@@ -714,7 +711,7 @@ def power(x, n):
     return -((-x) ** float(n))
 
 
-def bits(x):  # the cost to compute with a fraction
+def fraction_bits(x):  # the cost to compute with a fraction
     return max(abs(x.numerator), x.denominator).bit_length()
 
 
@@ -757,12 +754,13 @@ def operate(op, *args):
         value, scale = getattr(library, op)(args[0]), min(1, abs(args[0]))
     else:
         value = OPERATIONS[op](*args)
-        if op in "+-":
+        if op in ("+", "-"):
             scale = max(abs(x) for x in args)
     if isinstance(value, Fraction):
-        return value if bits(value) <= MAX_BITS else float(value)
-    lost = abs(value) < 1e-4 * scale or value == 0 and all(args)
-    if lost or not cmath.isfinite(value) or op in ("sin", "cos", "tan") and abs(args[0]) > 1e5:
+        return value if fraction_bits(value) <= MAX_BITS else float(value)
+    lost = abs(value) < 1e-4 * scale or (value == 0 and all(args))
+    too_large = op in ("sin", "cos", "tan") and abs(args[0]) > 1e5
+    if lost or too_large or not cmath.isfinite(value):
         raise ArithmeticError("digits lost")
     return value
 
@@ -800,7 +798,7 @@ def atom(tokens, point):
         if tokens.pop() != CLOSE[token]:
             raise ValueError("a bracket is open")
         return value
-    if token[0].isdigit() or token[0] == "." and len(token) > 1:
+    if token[0].isdigit() or (token[0] == "." and len(token) > 1):
         digits, _, base = token.partition("_")
         return Fraction(int(digits, int(base.strip("{}"))) if base else digits)
     if token == "sqrt":
@@ -809,7 +807,7 @@ def atom(tokens, point):
     if token in ("frac", "binom"):
         return operate(token, expression(tokens, point, ATOM), expression(tokens, point, ATOM))
     if token in FUNCTIONS:
-        return function(token, tokens, point)
+        return apply_function(token, tokens, point)
     if name in CONSTANTS:
         return CONSTANTS[name]
     if not name[:1].isalpha():
@@ -819,7 +817,7 @@ def atom(tokens, point):
     return Fraction(chance.randint(low, high), denominator)
 
 
-def function(name, tokens, point):
+def apply_function(name, tokens, point):
     """sin^2 x, sin^{-1} x, log_2 8. Without brackets the argument is a product: sin 2 t cos t."""
     marks = {}
     while tokens[-1] in ("^", "_"):
@@ -872,19 +870,21 @@ PROSE = re.compile(r"(?=[^$\\]*?[A-Za-z]{2})[^\d\\$]+(\$.*\$|\\\(.*\\\)|\\\[.*\\
 
 
 class Answer(NamedTuple):
-    """`kind` is "leaf" (an expression or words), "list" (without order), the brackets of a tuple,
-    interval or matrix, or a relation, whose `values` are left minus right. A relation that says
-    what a name is (x = 5; x < 5: x is in (-oo, 5)) is "=": the name in `text`, the rest in `items`.
-    """
+    """kind            text       items          values at all points
+    "leaf"          its text                  of the expression; [None] of words
+    "list"                     in any order
+    its brackets               in order       (a tuple, interval or matrix)
+    "=" of a name   the name   [what it is]   left minus right; () of x < 5: x is in (-oo, 5)
+    a relation                                left minus right"""
 
     kind: str
     text: str = ""
-    items: list = []
-    values: list = []
-    unit: str = ""
+    items: list | tuple = ()
+    values: list | tuple = ()
+    unit: str = ""  # of a leaf
 
 
-def read(tokens: list) -> Answer:
+def parse_answer(tokens: list) -> Answer:
     """Tokens to an answer, outermost structure first; raises ValueError where a part is empty."""
     while tokens and tokens[-1] in (".", ",", ";", ":"):
         tokens = tokens[:-1]
@@ -893,20 +893,20 @@ def read(tokens: list) -> Answer:
     inside, brackets = tokens[1:-1], tokens[0] + tokens[-1]
     enclosed = inside and tokens[0] in CLOSE and min(depths(tokens)[:-1]) > 0
     if enclosed and brackets in ("{}", r"\{\}"):
-        return read(inside)
-    parts, _ = split(tokens, ";")
+        return parse_answer(inside)
+    parts, _ = split_tokens(tokens, ";")
     if len(parts) == 1 and r"\{" not in tokens and {"±", "∓"} & set(tokens):  # both answers
         upper = [{"±": "+", "∓": "-"}.get(t, t) for t in tokens]
         lower = [{"±": "-", "∓": "+"}.get(t, t) for t in tokens]
-        return read([*upper, ",", *lower])
+        return parse_answer([*upper, ",", *lower])
     if len(parts) == 1:
-        parts, _ = split(tokens, ",")
+        parts, _ = split_tokens(tokens, ",")
     if len(parts) > 1:
-        return Answer("list", items=[read(p) for p in parts])
-    if split(tokens, RELATIONS)[1]:
+        return Answer("list", items=[parse_answer(p) for p in parts])
+    if split_tokens(tokens, RELATIONS)[1]:
         return read_relation(tokens)
     if enclosed and brackets in ("()", "[]", "(]", "[)", "⟦⟧"):
-        items = [read(p) for p in split(inside, ",;")[0]]
+        items = [parse_answer(p) for p in split_tokens(inside, ",;")[0]]
         if brackets == "⟦⟧" or len(items) == 2:
             return Answer(brackets, items=items)
         return items[0] if len(items) == 1 else Answer("()", items=items)  # [1,2,3] is (1,2,3)
@@ -915,7 +915,7 @@ def read(tokens: list) -> Answer:
 
 def read_relation(tokens):
     """x = 5, 5 = x, a = b = 5, 2 + 3 = 5, 2x + y = 5, x in (0, 1), x < 5, 1 <= x < 5, 2x + y < 5"""
-    sides, signs = split(tokens, RELATIONS)
+    sides, signs = split_tokens(tokens, RELATIONS)
     if len(sides) != len(signs) + 1 or not any(set(signs) <= chain for chain in CHAINS):
         raise ValueError("a side is empty, or relations are mixed")
     if signs[0] in (">", "≥"):
@@ -938,9 +938,9 @@ def read_relation(tokens):
         values = []  # N < n is not N = n
     else:
         constant = len({*compute(name)} - {None}) == 1
-        if signs[0] == "≠" or len(sides) == 2 and not is_name(name) and not constant:
+        if signs[0] == "≠" or (len(sides) == 2 and not is_name(name) and not constant):
             return Answer(signs[0], values=values)
-    return Answer("=", "".join(name).replace('"', ""), [read(rest)], values)
+    return Answer("=", "".join(name).replace('"', ""), [parse_answer(rest)], values)
 
 
 def is_name(tokens):
@@ -966,9 +966,11 @@ def answers_match(pred: str, gold: str, tolerance=0) -> bool:
     pred, gold = bare_answer(pred), bare_answer(gold)
     try:
         pred, gold = tokenize(pred), tokenize(gold)
-        return bool(pred and gold) and (pred == gold or same(read(pred), read(gold), tolerance))
+        if pred != gold:
+            return same_answer(parse_answer(pred), parse_answer(gold), tolerance)
     except (ValueError, ArithmeticError, RecursionError):  # or a value that no float can hold
-        return bool(pred) and pred == gold
+        pass  # only the same text is equal
+    return bool(pred) and pred == gold
 
 
 def bare_answer(text):
@@ -978,19 +980,23 @@ def bare_answer(text):
     return (formula[1] if formula else text).lstrip("*`_ \t\n").rstrip("*`_. \t\n")
 
 
-def same(a, b, tolerance=0) -> bool:
+def same_answer(a, b, tolerance=0) -> bool:
     """Whether two answers are equal. In lists each member must have its like on the other side. An
     equation is any multiple of itself, an inequality any positive one."""
-    equal = functools.partial(same, tolerance=tolerance)
+    equal = functools.partial(same_answer, tolerance=tolerance)
+
+    def equal_in_order():
+        return len(a.items) == len(b.items) and all(map(equal, a.items, b.items))
+
     if a.kind == b.kind == "leaf":
         return same_leaf(a, b, tolerance)
     if a.kind == b.kind != "list" and a.text == b.text and a.items and b.items:
-        return len(a.items) == len(b.items) and all(map(equal, a.items, b.items))
+        return equal_in_order()
     if a.kind in RELATIONS and b.kind in RELATIONS:
         ratios = [x / y for x, y in zip(a.values, b.values) if x and y]
-        constant = a.kind == b.kind and agree(ratios, ratios[:1] * len(ratios))
+        constant = a.kind == b.kind and equal_at_points(ratios, ratios[:1] * len(ratios))
         return constant and (a.kind in ("=", "≠") or ratios[0].real > 0)
-    if b.kind in RELATIONS or b.kind != "list" and a.kind not in RELATIONS:
+    if b.kind in RELATIONS or (b.kind != "list" and a.kind not in RELATIONS):
         a, b = b, a
     if a.kind in RELATIONS:  # x = 5 is 5
         return bool(a.items) and equal(a.items[0], b)
@@ -998,7 +1004,7 @@ def same(a, b, tolerance=0) -> bool:
         return False
     names = {x.text for x in b.items if x.kind == "=" and x.items}
     if a.kind not in ("list", "leaf") and len(names) == len(b.items) > 1:  # x = 2, y = 3 is (2, 3)
-        return len(a.items) == len(b.items) and all(map(equal, a.items, b.items))
+        return equal_in_order()
     xs, ys = a.items if a.kind == "list" else [a], b.items
     return (all(any(equal(x, y) for y in ys) for x in xs)
             and all(any(equal(x, y) for x in xs) for y in ys))
@@ -1008,24 +1014,25 @@ def same_leaf(a, b, tolerance):
     """Words by their letters; values at all points, where a percent sign, a missing unit, and the
     rounding of an exact value to six or more digits are forgiven."""
     if a.unit and b.unit and a.unit != b.unit:
-        if not agree(compute(a.unit.split()), compute(b.unit.split())):
+        if not equal_at_points(compute(a.unit.split()), compute(b.unit.split())):
             return False
     decimals = [x.text for x in (a, b) if "." in x.text]
     if len(decimals) == 1 and re.fullmatch(r"[+-]? ?[0.]*[1-9](\.?\d){5,}", decimals[0]):
-        half_a_digit = Fraction(50001, 100000 * 10 ** len(decimals[0].partition(".")[2]))
-        tolerance = max(tolerance, half_a_digit)
-    if a.text == b.text or agree(a.values, b.values, tolerance):
+        places = len(decimals[0].partition(".")[2])  # up to half a digit, and a bit for rounding
+        tolerance = max(tolerance, Fraction(50001, 10**(places + 5)))
+    if a.text == b.text or equal_at_points(a.values, b.values, tolerance):
         return True
     if (a.unit == '"%') != (b.unit == '"%'):
         share, other = (a, b) if a.unit == '"%' else (b, a)
-        return agree(share.values, [x and 100 * x for x in other.values])
+        percents = [None if x is None else 100 * x for x in other.values]
+        return equal_at_points(share.values, percents)
     if [None] not in (a.values, b.values):
         return False
     letters = a.text.replace(" ", "").casefold()
     return letters.isalpha() and letters == b.text.replace(" ", "").casefold()
 
 
-def agree(u, v, tolerance=0):
+def equal_at_points(u, v, tolerance=0):
     """Whether two values are equal at all points where both are defined, two at least."""
     pairs = [(x, y) for x, y in zip(u, v) if x is not None and y is not None]
     for x, y in pairs:
@@ -1134,7 +1141,8 @@ def nth_paragraph_starts(text, num_paragraphs, nth_paragraph, first_word):
     return re.split("[.,?!'\"]", word)[0].lower() == first_word.lower()
 
 
-def holds(count, relation, threshold):
+def compare_count(count, relation, threshold):
+    """A comparison by its name in the files; KeyError for any other."""
     return {"less than": count < threshold, "at least": count >= threshold}[relation]
 
 
@@ -1147,9 +1155,9 @@ POSTSCRIPTS = {"P.S.": r"p\.\s?s\.", "P.P.S": r"p\.\s?p\.\s?s"}
 # Instruction: its check. The parameters after `text` have the names of its arguments in the files.
 # Some patterns are written anew: the official ones match the same, in quadratic time.
 CHECKS = {
-    "change_case:capital_word_frequency": lambda text, capital_frequency, capital_relation: holds(
-        sum(word.isupper() for word in re.findall(r"[\w./-]+", text)),
-        capital_relation, capital_frequency),
+    "change_case:capital_word_frequency": lambda text, capital_frequency, capital_relation:
+        compare_count(sum(word.isupper() for word in re.findall(r"[\w./-]+", text)),
+                      capital_relation, capital_frequency),
     "change_case:english_capital": lambda text: text.isupper() and is_language(text, "en"),
     "change_case:english_lowercase": lambda text: text.islower() and is_language(text, "en"),
     "combination:repeat_prompt": lambda text, prompt_to_repeat:
@@ -1173,31 +1181,29 @@ CHECKS = {
     "detectable_format:title": lambda text: any(
         line.partition("<<")[2].rpartition(">>")[0].lstrip("<").rstrip(">").strip()
         for line in text.split("\n")),
-    "keywords:existence": lambda text, keywords:
-        all([keyword.lower() in text.lower() for keyword in keywords]),
+    # Lists, not generators, in all and any: read_ifeval must meet every keyword's type.
+    "keywords:existence": lambda text, keywords: all([k.lower() in text.lower() for k in keywords]),
     "keywords:forbidden_words": lambda text, forbidden_words:
         not any([occurrences(rf"\b{re.escape(word)}\b", text) for word in forbidden_words]),
     "keywords:frequency": lambda text, keyword, frequency, relation:
-        holds(text.lower().count(keyword.strip().lower()), relation, frequency),
+        compare_count(text.lower().count(keyword.strip().lower()), relation, frequency),
     "keywords:letter_frequency": lambda text, letter, let_frequency, let_relation:
-        holds(text.lower().count(letter.lower()), let_relation, let_frequency),
+        compare_count(text.lower().count(letter.lower()), let_relation, let_frequency),
     "language:response_language": is_language,
     "length_constraints:nth_paragraph_first_word": nth_paragraph_starts,
     "length_constraints:number_paragraphs": lambda text, num_paragraphs:
         len(split_parts(text, "***")) == num_paragraphs,
     "length_constraints:number_sentences": lambda text, num_sentences, relation:
-        holds(count_sentences(text), relation, num_sentences),
+        compare_count(count_sentences(text), relation, num_sentences),
     "length_constraints:number_words": lambda text, num_words, relation:
-        holds(occurrences(r"\w+", text), relation, num_words),
+        compare_count(occurrences(r"\w+", text), relation, num_words),
     "punctuation:no_comma": lambda text: "," not in text,
     "startend:end_checker": lambda text, end_phrase:
         text.strip().strip('"').lower().endswith(end_phrase.strip().lower()),
-    "startend:quotation": lambda text:
-        len(text.strip()) > 1 and text.strip()[0] == text.strip()[-1] == '"'}
+    "startend:quotation": lambda text: bool(re.fullmatch('".*"', text.strip(), re.DOTALL))}
 
 
-def ifeval_verdicts(response: str, instruction_ids: list[str], kwargs: list[dict]
-                    ) -> tuple[list[bool], list[bool]]:
+def ifeval_verdicts(response: str, instruction_ids: list, kwargs: list) -> tuple[list, list]:
     """Strict and loose verdict of each instruction on a response. Loose: on any of eight texts: the
     response whole, without its first line, its last, or both, and each also without `*`. An empty
     text follows nothing. Raises UserError for an unknown instruction and for wrong arguments."""
@@ -1220,8 +1226,9 @@ def ifeval_verdicts(response: str, instruction_ids: list[str], kwargs: list[dict
 def read_ifeval(row, prompt):
     """A row of IFEval: (messages, (instructions, their arguments)); raises UserError."""
     ids, arguments = row.get("instruction_id_list"), row.get("kwargs")
-    if not isinstance(ids, list) or not isinstance(arguments, list) or len(ids) != len(arguments):
-        raise UserError("'instruction_id_list' and 'kwargs': two lists of one length expected")
+    are_lists = isinstance(ids, list) and isinstance(arguments, list)
+    if not are_lists or not ids or len(ids) != len(arguments):
+        raise UserError("'instruction_id_list', 'kwargs': two filled lists of one length expected")
     ifeval_verdicts("x", ids, arguments)  # raises for what it does not know
     return user_turn(prompt, data.check_text(row.get("prompt"), "'prompt'")), (ids, arguments)
 
@@ -1279,7 +1286,7 @@ def math_gold(row: dict) -> Gold:
     unit = str(row.get("unit") or "").strip("$ ")
     if unit and "\\" not in unit:
         unit = rf"\text{{{unit}}}"
-    several = row.get("is_multiple_answer") is True or isinstance(parts, list) and len(parts) > 1
+    several = row.get("is_multiple_answer") is True or (isinstance(parts, list) and len(parts) > 1)
     if several:
         text = space_commas(text)
     return Gold(f"{text} {unit}".strip(), several, tolerance)
@@ -1297,17 +1304,20 @@ def grade_math(text: str, gold: Gold) -> bool:
         return False
     if gold.several:
         lines = [line for line in after_thinking(text).split("\n") if BOX.search(line)]
-        starts = [box.start() for line in lines[-1:] for box in BOX.finditer(line)]
-        boxes = [last_boxed(lines[-1][i:j]) for i, j in itertools.pairwise([*starts, None])]
+        line = lines[-1] if lines else ""
+        starts = [box.start() for box in BOX.finditer(line)]
+        boxes = [last_boxed(line[i:j]) for i, j in zip(starts, [*starts[1:], None])]
         answers = [space_commas(answers[0]), space_commas(", ".join(boxes))]
     return any(answers_match(answer, gold.text, gold.tolerance) for answer in answers)
 
 
 def read_math(row, prompt):
+    """A row with a gold answer: (messages, Gold); raises UserError."""
     return question_messages(row, prompt), math_gold(row)
 
 
 def score_math(text, gold):
+    """Whether it is right, and which forms of an answer a response lacks."""
     return {"accuracy": grade_math(text, gold), "no answer": extract_answer(text) is None,
             "no box": last_boxed(after_thinking(text)) is None}
 
@@ -1346,15 +1356,11 @@ def valid_moves(board):
 
 def wins(board, row, col, player):
     """Whether a disc of the player at this cell makes four or more in a row."""
+    board = [cells[:] for cells in board]
+    board[row][col] = player
     for dr, dc in ((0, 1), (1, 0), (1, 1), (1, -1)):
-        line = ""
-        for k in range(-3, 4):
-            r, c = row + k * dr, col + k * dc
-            if k == 0:
-                line += player
-            elif 0 <= r < 6 and 0 <= c < 7:
-                line += board[r][c]
-        if player * 4 in line:
+        line = [(row + k * dr, col + k * dc) for k in range(-3, 4)]
+        if player * 4 in "".join(board[r][c] for r, c in line if 0 <= r < 6 and 0 <= c < 7):
             return True
     return False
 
@@ -1384,7 +1390,8 @@ def connect4_rows(count: int, seed: int) -> list[dict]:
         row = connect4_row(*rng.choice(positions))
         is_empty = row["answer"] == [[], []]
         if row["state"] not in rows and not (is_empty and 5 * (empty + 1) > len(rows) + 1):
-            empty += is_empty
+            if is_empty:
+                empty += 1
             rows[row["state"]] = row
     return list(rows.values())
 
@@ -1407,15 +1414,16 @@ def grade_connect4(text: str, answer: list) -> dict:
     """Scores of a response. As in the published scorer upper case does not matter, the first result
     of each kind counts, and cells are multisets. Different from it: thinking is dropped, (r, c) may
     have spaces, and a result with neither cells nor None is wrong."""
-    text, right, missing = after_thinking(text).lower(), [], 0
+    text, right, found = after_thinking(text).lower(), [], []
     for number, moves in enumerate(answer, 1):
         result = re.search(rf"intermediate thinking results {number} *:([^\]\n]{{0,1000}})\]", text)
         written = result[1] if result else ""
         cells = re.findall(r"\(\s*(\d+)\s*,\s*(\d+)\s*\)", written)
         is_clear = ("none" in written) != (cells != [])
-        right.append(int(is_clear and sorted([int(r), int(c)] for r, c in cells) == sorted(moves)))
-        missing |= result is None
-    return {"joint": min(right), "mine": right[0], "opponent": right[1], "no answer": missing}
+        right.append(is_clear and sorted([int(r), int(c)] for r, c in cells) == sorted(moves))
+        found.append(result is not None)
+    return {"joint": all(right), "mine": right[0], "opponent": right[1],
+            "no answer": not all(found)}
 
 
 # --- GPQA -----------------------------------------------------------------------------------------
@@ -1516,11 +1524,20 @@ def item_id(row, line):
     return str(line)
 
 
+def refuse_repeated(ids: list, path: str):
+    """Raise UserError if an id occurs twice."""
+    repeated = [ascii(name) for name, count in Counter(ids).items() if count > 1]
+    if repeated:
+        raise UserError(f"{path}: {len(repeated)} ids occur more than once, first "
+                        f"{', '.join(repeated[:5])}: make the field id (or index) unique, or "
+                        "remove it")
+
+
 def load_task(spec: str, folder: str) -> Task:
     """A task with its rows: NAME, from folder/NAME.jsonl, or NAME=FILE. Any other NAME=FILE is a
     math set of the user's own. Raises UserError naming file and line."""
     name, given, path = spec.partition("=")
-    if name not in TASKS and not given or not re.fullmatch(r"[\w-]+", name):
+    if (name not in TASKS and not given) or not re.fullmatch(r"[\w-]+", name):
         raise UserError(f"--tasks: {name!r} is no name or unknown; {', '.join(TASKS)} or "
                         "NAME=FILE.jsonl expected")
     task = TASKS.get(name) or replace(TASKS["gsm8k"], name=name)
@@ -1533,11 +1550,7 @@ def load_task(spec: str, folder: str) -> Task:
         rows = [parse(row, i) for i, row in enumerate(connect4_rows(500, seed=0))]
     else:
         rows, _ = data.read_rows(path, parse)
-    repeated = [k for k, n in Counter(row[0] for row in rows).items() if n > 1]
-    if repeated:
-        raise UserError(f"{path}: {len(repeated)} ids occur more than once, first "
-                        f"{', '.join(map(ascii, repeated[:5]))} (a row without an id has its "
-                        "line's number)")
+    refuse_repeated([name for name, *_ in rows], path)
     return replace(task, rows=rows)
 
 
@@ -1550,8 +1563,7 @@ def clustered(scores: list, weights: list | None = None) -> tuple[float, float |
     The samples of one question are not independent, so the error is that of n questions: the
     cluster-robust error with its n / (n - 1) correction (Miller 2024, arXiv 2411.00640, eq. 4).
     Every question counts once, however many samples it has. With weights, one a question, it is
-    the weighted mean and the error of a ratio. The error of a single question is None.
-    """
+    the weighted mean and the error of a ratio. The error of a single question is None."""
     n = len(scores)
     means = np.array([fmean(row) for row in scores])
     weights = np.ones(n) if weights is None else np.array(weights, dtype=float)
@@ -1611,10 +1623,12 @@ def evaluate(policy, tasks: list, out: str, sampling: Sampling, ranks: Ranks, sa
             if ranks.main:
                 records = read_answers(folder)
                 by_row = [[records.get(r.key, {}) for r in row] for row in wanted]
-                results[task.name] = score_task(task, by_row)
+                result = results[task.name] = score_task(task, by_row)
                 if isinstance(policy, Server) and policy.refused:
-                    results[task.name]["refused"] = list(policy.refused)  # keys of the request
-                ranks.say(f"{task.name}: " + describe(results[task.name]))
+                    result["refused"] = list(policy.refused)  # keys of the request
+                shown = [f"{name} {percent(*x)}" for name, x in result["metrics"].items()]
+                shown += [f"{k} {x:.3g}" for k, x in result.items() if isinstance(x, int | float)]
+                ranks.say(f"{task.name}: {', '.join(shown)}")
                 write_json(path, results)
                 write_text(os.path.join(out, "results.md"), [results_table(results), "\n"])
     ranks.say("\n" + results_table(results))
@@ -1636,33 +1650,25 @@ def score_task(task: Task, records: list) -> dict:
         why = errors.most_common(1)[0][0]
         raise UserError(f"{task.name}: not one answer arrived ({why:.200}); start again to retry")
     metrics, scores = {}, {}
-    for metric in graded[0][2][0]:
+    _, _, first_row = graded[0]
+    for metric in first_row[0]:  # the headline comes first
         by_row = {name: [float(g[metric]) for g in grades] for name, _, grades in graded}
         weight = task.weights.get(metric, lambda gold: 1)
         metrics[metric] = clustered(list(by_row.values()), [weight(gold) for _, gold, _ in graded])
-        scores = scores or by_row  # of the headline
+        if not scores:
+            scores = by_row
     k = min(len(row) for row in scores.values())
     pass_k = [pass_at_k(len(row), round(sum(row)), k) for row in scores.values()]
-
-    def share(values):
-        return sum(values) / len(answers)
-
     return {"questions": len(task.rows), "samples": max(len(row) for row in records),
             "metrics": metrics, f"pass@{k}": sum(pass_k) / len(pass_k),
-            "cut off": share(r["finish"] == "length" for r in answers),
-            "empty": share(not r["text"].strip() for r in answers),
-            "tokens": share(r["tokens"] for r in answers),
-            "unanswered": sum(len(row) for row in records) - len(answers),
-            "scores": scores}
+            "cut off": fmean(r["finish"] == "length" for r in answers),
+            "empty": fmean(not r["text"].strip() for r in answers),
+            "tokens": fmean(r["tokens"] for r in answers),
+            "unanswered": sum(len(row) for row in records) - len(answers), "scores": scores}
 
 
-def describe(result):
-    shown = [f"{name} {figure(*value)}" for name, value in result["metrics"].items()]
-    shown += [f"{key} {x:.3g}" for key, x in result.items() if isinstance(x, int | float)]
-    return ", ".join(shown)
-
-
-def figure(mean, error):
+def percent(mean, error):
+    """A share from 0 to 1 and its standard error, or None, in %."""
     return f"{100 * mean:.1f}" if error is None else f"{100 * mean:.1f} ± {100 * error:.1f}"
 
 
@@ -1673,12 +1679,12 @@ def results_table(results: dict) -> str:
     group_of = {task.name: task.group for task in TASKS.values() if task.group}
     ordered = [name for name in group_of if name in headline]
     ordered += [name for name in headline if name not in group_of]
-    columns = [(name, "---", figure(*headline[name])) for name in ordered]
+    columns = [(name, "---", percent(*headline[name])) for name in ordered]
     for group in ("in-domain", "OOD", "overall"):
         names = [name for name in group_of if group in ("overall", group_of[name])]
         if all(name in headline for name in names):
             mean = sum(headline[name][0] for name in names) / len(names)
-            columns.append((group, "---", figure(mean, None)))
+            columns.append((group, "---", percent(mean, None)))
     return "\n".join("| " + " | ".join(row) + " |" for row in zip(*columns))
 
 
@@ -1700,8 +1706,9 @@ def compare_runs(folders: list, seed: int = 0) -> str:
             continue
         scores = [{q: run[task]["scores"][q] for q in both} for run in (a, b)]
         means = [100 * clustered(list(run.values()))[0] for run in scores]
-        difference, low, high, p = (100 * x for x in paired_bootstrap(*scores, seed))
-        p = f"{p / 100:.3f}" if len(both) >= 20 else "-"
+        *points, p = paired_bootstrap(*scores, seed)
+        difference, low, high = (100 * x for x in points)
+        p = f"{p:.3f}" if len(both) >= 20 else "-"
         rows.append(f"| {task} | {len(both)} | {means[0]:.1f} | {means[1]:.1f} | {difference:+.1f} "
                     f"| {low:+.1f} to {high:+.1f} | {p} |")
         alone = [run[task]["questions"] - len(both) for run in (a, b)]
@@ -1751,8 +1758,7 @@ def retention(model: qwen.Qwen3, base: qwen.Qwen3, sequences: list, ranks: Ranks
     sequences  [(ids, first)]: ids[first:] are scored, first >= 1; each rank takes a share
     returns    {"tokens", "logp", "logp_base", "kl"}: mean log-probability of the given tokens, and
                mean KL(base || model) of the next-token distributions, both in nats a token, as
-               (mean, standard error clustered by sequence)
-    """
+               (mean, standard error clustered by sequence)"""
     # In fp32 always: logits rounded to bf16 would add half as much again to a small KL.
     heads = [m.head_weight().float() for m in (model, base)]
     sums = torch.zeros(len(sequences), 3, dtype=torch.float64)
@@ -1761,9 +1767,10 @@ def retention(model: qwen.Qwen3, base: qwen.Qwen3, sequences: list, ranks: Ranks
     for i in mine:
         ids, first = sequences[i]
         tokens = torch.tensor(ids, device=ranks.device)
-        positions, layout = torch.arange(len(ids), device=ranks.device), [(0, *[len(ids)] * 3)]
+        positions, length = torch.arange(len(ids), device=ranks.device), len(ids)
+        layout = [(0, length, length, length)]  # one plain sequence
         hidden = [m.norm(m.hidden_states(tokens, positions, layout)) for m in (model, base)]
-        for at in range(first, len(ids), ROWS_AT_ONCE):
+        for at in range(first, length, ROWS_AT_ONCE):
             target = tokens[at:at + ROWS_AT_ONCE, None]
             p, q = [(h[at - 1:at - 1 + len(target)].float() @ w.T).log_softmax(-1)
                     for h, w in zip(hidden, heads)]
@@ -1787,8 +1794,7 @@ CHARTS = {  # title: the figure drawn solid, and the one drawn dashed
     "1000 × KL from the base, nats a token": ("kl_1000",),  # only of the toy story
     "Rewards: r⁺ solid, r⁻ dashed": ("reward_chosen", "reward_rejected"),
     "SPoT's tether: λ⁺ solid, λ⁻ dashed": ("tether_chosen", "tether_rejected"),
-    "Margin r⁺ − r⁻": ("margin",),
-    "Accuracy: share of pairs with r⁺ > r⁻": ("accuracy",),
+    "Margin r⁺ − r⁻": ("margin",), "Accuracy: share of pairs with r⁺ > r⁻": ("accuracy",),
     "Loss of a pair (sft, dft: of a token)": ("loss",)}
 COLOURS = ("#1f88cf", "#d9661a", "#12936c", "#c0589a", "#94800f", "#7f78d8")  # on white and black
 MAX_SHOWN = 400  # points of a line, and tokens on either side of a pair's fork
@@ -1823,14 +1829,6 @@ def number(x: float | None) -> str:
     return "–" if x is None or math.isnan(x) else f"{x + 0.0:.3g}".replace("-", "−")
 
 
-def html_table(rows: list) -> str:
-    """A table from cells that are HTML; the first row and the first cell of a row are titles."""
-    lines = "".join(f"<th>{cell}</th>" for cell in rows[0])
-    for title, *cells in rows[1:]:
-        lines += f"</tr>\n<tr><th>{title}</th>" + "".join(f"<td>{cell}</td>" for cell in cells)
-    return f"<table><tr>{lines}</tr></table>"
-
-
 def line_chart(title: str, keys: tuple, runs: list) -> str:
     """An SVG figure of the metrics `keys`, a colour for each run; "" where no run has them. The x
     axis begins at step 0, the y axis includes 0."""
@@ -1840,7 +1838,8 @@ def line_chart(title: str, keys: tuple, runs: list) -> str:
         for key, dashes in zip(keys, ("none", "7 6")):
             points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
             style = f'stroke="{run["colour"]}" stroke-dasharray="{dashes}"'
-            lines.append((points[::1 + len(points) // MAX_SHOWN], style))
+            step = 1 + len(points) // MAX_SHOWN
+            lines.append((points[:-1:step] + points[-1:], style))
     steps = [step for points, _ in lines for step, _ in points]
     values = [value for points, _ in lines for _, value in points]
     if not values:
@@ -1870,16 +1869,16 @@ def line_chart(title: str, keys: tuple, runs: list) -> str:
 
 def before_after(runs: list) -> str:
     """A table of every run's first and last figures, in training and on held-out pairs."""
-    rows = [["", *(escape(run["name"]) for run in runs)]]
+    table = "<th></th>" + "".join(f"<th>{escape(run['name'])}</th>" for run in runs)
     for title, log in ("", "metrics"), ("held out: ", "eval"):
         if not any(run[log] for run in runs):
             continue
         for key, name in FIGURES.items():
-            rows.append([title + name])
+            table += f"</tr>\n<tr><th>{title}{name}</th>"
             for run in runs:
                 first, last = (run[log][0], run[log][-1]) if run[log] else ({}, {})
-                rows[-1].append(f"{number(first.get(key))} → {number(last.get(key))}")
-    return html_table(rows)
+                table += f"<td>{number(first.get(key))} → {number(last.get(key))}</td>"
+    return f"<table><tr>{table}</tr></table>"
 
 
 def surgery(run: dict) -> str:
@@ -1893,9 +1892,8 @@ def surgery(run: dict) -> str:
         tags[fork + i] = tags[end + j] = "span"
     spans, before = [], snapshots[0]["logps"]
     for i, (tag, text) in enumerate(zip(tags, texts)):
-        style, title = "", "step: coefficient, log p"
-        if before[i] < -RARE_NATS:
-            style = "font-weight:bold;"
+        style = "font-weight:bold;" if before[i] < -RARE_NATS else ""
+        title = "step: coefficient, log p"
         for n, snapshot in enumerate(snapshots):
             coefficient, logp = snapshot["coefficients"][i], snapshot["logps"][i]
             colour = "#1f88cf" if coefficient < 0 else "#e0690a"
@@ -1940,8 +1938,7 @@ def report(folders: list, out: str, note: str = ""):
         body += """<p>Look first at the rewards, where r⁺ should rise above 0 and stay above r⁻,
 then at the coloured pair: a surgical update leaves the trunk, both answers' start, pale.</p>"""
         for run in runs:
-            options = run["options"]
-            options = ", ".join(f"{key} {options.get(key)}" for key in ("loss", "lr", "beta"))
+            options = ", ".join(f"{k} {run['options'].get(k)}" for k in ("loss", "lr", "beta"))
             body += (f'<div><b style="color:{run["colour"]}">▬</b> {escape(run["name"])}: '
                      f"{escape(options)}</div>")
         charts = "".join(line_chart(title, keys, runs) for title, keys in CHARTS.items())
@@ -1955,8 +1952,8 @@ then at the coloured pair: a surgical update leaves the trunk, both answers' sta
         body += f"""<h2>Surgery on one pair</h2><p>Choose how many steps are done: the next update
 raises the probability of <b>blue</b> tokens and lowers that of <b>orange</b> ones, the more the
 stronger the colour (the coefficient ∂L/∂log p, on each run's own scale). <del>Struck</del>: not in
-y⁺; <ins>underlined</ins>: not in y⁻. Bold: more than 3 nats
-before training. Point at a token for its figures.</p>
+y⁺; <ins>underlined</ins>: not in y⁻. Bold: more than 3 nats before training. Point at a token for
+its figures.</p>
 <div class="grid">{"".join(watched)}</div>"""
     for n in range(max([len(run["surgery"]) - 1 for run in runs], default=0)):
         checked = f".pair:has(label:nth-of-type({n + 1}) :checked)"
@@ -2067,7 +2064,7 @@ COMMANDS = {  # name: what it runs, its options, the required ones
     "compare": (run_comparison, CompareOptions, ("a", "b")),
     "retention": (run_retention, RetentionOptions, ("model", "base", "texts")),
     "report": (run_report, ReportOptions, ())}
-LEAST = {  # values of options, oracle.py's too
+LEAST_VALUES = {  # values of options, oracle.py's too
     "workers": 1, "request_timeout": 1e-3, "tries": 1, "temperature": 0, "top_k": 0, "seed": 0,
     "max_tokens": 1, "batch_size": 1, "timeout": 1, "samples": 0, "limit": 0, "show": 0,
     "max_length": 2, "target": 0, "max_change_ratio": 0}
@@ -2089,10 +2086,10 @@ def parse_command(argv: list, commands: dict = COMMANDS, description: str = __do
     run, record, required = commands[given.pop("command")]
     o = record(**given)
     problems = [f"--{name} is required" for name in required if not getattr(o, name)]
-    for name, least in LEAST.items():
+    for name, least in LEAST_VALUES.items():
         value = getattr(o, name, least)
         if not least <= value < 1e9:
-            problems.append(f"--{name} is {value}, a number of at least {least} expected")
+            problems.append(f"--{name} is {value}, at least {least} and below 10^9 expected")
     if isinstance(o, SamplingOptions):
         o.given = tuple(given)
         problems += check_sampling_options(o)

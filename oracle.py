@@ -27,8 +27,8 @@ import model as qwen
 from data import END, START, Drop, UserError
 from eval import (INSTRUCTION, LAST_LINE, LocalModel, Sampling, SamplingOptions, Server,
                   after_thinking, answers_match, claim_folder, extract_answer, gold_answer,
-                  identity, item_id, open_policy, question_messages, read_answers, request_for,
-                  sample)
+                  identity, item_id, open_policy, question_messages, read_answers,
+                  refuse_repeated, request_for, sample)
 from model import Ranks, option
 
 _REPAIR = r"""Below are a problem and a student's solution, which ends in a wrong answer.{given}
@@ -82,12 +82,7 @@ class Item:
 def read_items(path, parse, skip_malformed=False):
     """All rows of a file by `parse(row, line)`, ids unique. Returns (items, dropped Counter)."""
     items, dropped = data.read_rows(path, parse, skip_malformed)
-    counts = Counter(item.id for item in items)
-    repeated = [ascii(name) for name, count in counts.items() if count > 1]
-    if repeated:
-        raise UserError(f"{path}: {len(repeated)} ids occur more than once, first "
-                        f"{', '.join(repeated[:5])}: make the field id (or index) unique, or "
-                        "remove it")
+    refuse_repeated([item.id for item in items], path)
     if not items:
         raise UserError(f"{path}: no usable row ({dict(dropped)})")
     return items, dropped
@@ -114,7 +109,7 @@ def read_errors(path):
     """Rows of errors.jsonl: question, original_answer, ground_truth (or a field of gold_answer)."""
     def parse(row, line):
         question = row.get("question")
-        data.prompt_messages(question, "question")
+        data.prompt_messages(question, "question")  # raises if it is no prompt
         answer = data.check_text(row.get("original_answer"), "'original_answer'")
         return Item(item_id(row, line), question, gold_answer(row), answer)
 
@@ -122,10 +117,10 @@ def read_errors(path):
 
 
 @contextlib.contextmanager
-def concluded(policy, asked, out, ranks, sort):
-    """Run a block that samples the keys of `asked` into `out`. Then, and also where Ctrl-C or an
-    error ends it, sort what has arrived: sort([(asked[key], record), ...]) gives {file name: rows}
-    and a summary."""
+def sorted_at_the_end(policy, asked, out, ranks, sort):
+    """Run a block that samples the keys of `asked` into `out`, then write what arrived, also after
+    Ctrl-C or an error. sort([(asked[key], record), ...]) returns {file name: rows} and a summary.
+    """
     def conclude():
         answers = read_answers(out, asked)
         files, summary = sort([(asked[key], answers[key]) for key in asked if key in answers])
@@ -161,8 +156,7 @@ def elicit(items: list, out: str, policy: LocalModel | Server, sampling: Samplin
     Writes samples.jsonl (all answers with their verdicts), errors.jsonl (the wrong ones, for
     `rectify`), correct.jsonl (the right ones as positive-only rows: RFT data for train.py) and
     summary.json (counts by verdict). An answer cut off at max_tokens has no end that could be
-    trained: it is counted, and kept in samples.jsonl alone.
-    """
+    trained: it is counted, and kept in samples.jsonl alone."""
     requests, asked = [], {}
     for item in items:
         for i in range(samples):
@@ -189,7 +183,7 @@ def elicit(items: list, out: str, policy: LocalModel | Server, sampling: Samplin
         files = {"samples": graded, "errors": errors, "correct": correct}
         return files, {"answers wanted": len(asked), **counts}
 
-    with concluded(policy, asked, out, ranks, sort):
+    with sorted_at_the_end(policy, asked, out, ranks, sort):
         for _ in sample(policy, requests, out, sampling, ranks, "eliciting"):
             pass  # each is in the log
 
@@ -217,7 +211,7 @@ def rectify(items: list, out: str, oracle, encode, ranks: Ranks, prompt: str = "
     oracle  a Server or LocalModel, asked with PROMPTS[prompt], sampling and seed; or a function
             (Item) -> corrected text, which raises where it has none
     encode  text -> token ids, for the change ratio
-    target  stop asking at that many pairs (those under way still count); 0: ask for all
+    target  stop asking at that many pairs of a rank (those under way still count); 0: ask for all
     Writes pairs.jsonl (official row format), rejected.jsonl (every other answer with its reason)
     and summary.json (counts by outcome).
     """
@@ -251,12 +245,15 @@ def rectify(items: list, out: str, oracle, encode, ranks: Ranks, prompt: str = "
         summary = {"errors given": len(items), "not asked": len(items) - len(answers), **counts}
         return {"pairs": pairs, "rejected": rejected}, summary
 
-    with concluded(oracle, asked, out, ranks, sort):
-        policy, count = call if by_function else oracle, 0
+    with sorted_at_the_end(oracle, asked, out, ranks, sort):
+        policy = call if by_function else oracle
         at_once = 512 if target else 0
+        count = 0
         for record in sample(policy, requests, out, sampling, ranks, "rectifying", at_once):
-            if target and judge(asked[record["key"]], record)[0] == "pairs":
-                count += 1
+            if target:
+                _, pair = judge(asked[record["key"]], record)
+                if pair:
+                    count += 1
                 if count == target:
                     break
 
@@ -296,7 +293,8 @@ def judge_correction(item, record, encode, prompt, by_function, max_change_ratio
             "is_correct": True}
     if prompt == "direct":  # no correction of y-: the paper's SFT data
         return "pairs", {"original_answer": "", "policy_answer": item.answer, **pair}
-    wrong, right = encode(data.strip_markers(item.answer)), encode(text)
+    wrong = encode(data.strip_markers(item.answer))  # it has markers only in files made by hand
+    right = encode(text)
     if wrong == right:
         return "nothing was changed", None
     ratio = data.change_ratio(wrong, right)
@@ -313,7 +311,7 @@ def python_function(spec: str):
         function = runpy.run_path(path).get(name)
         with open(path, "rb") as f:
             digest = hashlib.sha256(f.read()).hexdigest()[:16]
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise UserError(f"--function {spec!r}, FILE.py:NAME expected, cannot be loaded: "
                         f"{type(e).__name__}: {e}") from None
     if not callable(function):
@@ -385,6 +383,8 @@ def run_rectify(o: RectifyOptions, ranks: Ranks):
     """From options to files."""
     sampling, seed = o.sampling, o.seed
     with ranks.together():
+        if ranks.world > 1 and (o.target or o.edited):
+            raise UserError("--target and --edited need one process: use python, not torchrun")
         if not o.tokenizer and not o.model:
             raise UserError("--tokenizer is required: the policy's folder, whose tokens the change "
                             "ratio counts")
@@ -405,7 +405,7 @@ def run_rectify(o: RectifyOptions, ranks: Ranks):
     settings = {"command": "rectify", "seed": seed, "prompt": o.prompt, "asked": name,
                 "sampling": asdict(sampling)}
     claim_folder(o.out, settings, ranks, oracle)
-    if ranks.main and o.edited:  # the edited file is the record
+    if o.edited:  # the edited file is the record
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(o.out, "raw-0.jsonl"))
     rectify(items, o.out, oracle, encode, ranks, o.prompt, o.max_change_ratio, o.target, sampling,

@@ -1,0 +1,207 @@
+"""Faults that were found by reading, each as a test of its whole kind."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import socket
+import socketserver
+import struct
+import sys
+import threading
+
+import pytest
+import launch
+import tiny
+
+import eval as evaluation
+import oracle
+from data import UserError
+from test_report import Page, make_run, write
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """`python MODULE.py ...` in this process, in an empty folder: (exit code, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(module, *argv):
+        monkeypatch.setattr(sys, "argv", ["x.py", *map(str, argv)])
+        try:
+            code = module.main()
+        except SystemExit as e:
+            code = e.code
+        return code, capsys.readouterr().err
+
+    return run
+
+
+# --- a server's error answer breaks off -----------------------------------------------------------
+
+
+@contextlib.contextmanager
+def torn_errors(status, how):
+    """(address, requests so far) of a server whose error answers break off after 4 bytes of 99:
+    they end, are reset, or stall."""
+    stop, requests = threading.Event(), []
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self):
+            requests.append(self.request.recv(65536))
+            answer = f"HTTP/1.1 {status} no\r\nContent-Length: 99\r\n\r\nhalf"
+            self.request.sendall(answer.encode())
+            if how == "stalls":
+                stop.wait(20)
+            if how == "reset":
+                stop.wait(0.1)  # the client reads the head
+                linger = struct.pack("ii", 1, 0)
+                self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                self.request.close()
+
+        def finish(self):
+            with contextlib.suppress(OSError):
+                self.request.shutdown(socket.SHUT_RDWR)
+
+    server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/v1", requests
+    stop.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("how", ["ends", "reset", "stalls"])
+@pytest.mark.parametrize("status, times", [(429, 3), (500, 3), (400, 1)])
+def test_a_torn_error_fails_its_request_alone(status, times, how, monkeypatch):
+    monkeypatch.setattr(evaluation.time, "sleep", lambda _: None)
+    with torn_errors(status, how) as (url, requests):
+        server = evaluation.Server(url, "m", timeout=0.5, tries=3)
+        request = evaluation.Request("k", [{"role": "user", "content": "q"}], 1)
+        record = evaluation.ask(server, request, evaluation.Sampling())
+    assert list(record) == ["error"] and record["error"].startswith(f"HTTP {status}: ")
+    assert len(requests) == times
+
+
+@pytest.mark.parametrize("how", ["ends", "reset", "stalls"])
+def test_a_torn_refusal_still_ends_the_run_with_its_reason(how):
+    with torn_errors(401, how) as (url, _):
+        server = evaluation.Server(url, "m", timeout=0.5)
+        with pytest.raises(UserError, match="OPENAI_API_KEY is missing or wrong"):
+            evaluation.fetch_json(server, "/models")
+
+
+# --- rows and options -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ids, arguments", [
+    ([], []), (["punctuation:no_comma"], []), ([], [{}]), (None, None), ("", ""), ({}, {})])
+def test_ifeval_rows_without_instructions_are_refused(ids, arguments, tmp_path):
+    good = {"prompt": "p", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    write(tmp_path / "i.jsonl", good, {**good, "instruction_id_list": ids, "kwargs": arguments})
+    with pytest.raises(UserError, match="(?s)line 2: .*two filled lists of one length"):
+        evaluation.load_task(f"ifeval={tmp_path}/i.jsonl", "")
+
+
+@pytest.mark.parametrize("name", evaluation.LEAST_VALUES)
+def test_a_number_out_of_bounds_is_told_both_bounds(name):
+    least = evaluation.LEAST_VALUES[name]
+    for module, required in ((evaluation, "evaluate --out o --tasks t --server s"),
+                             (evaluation, "retention --model m --base b --texts t"),
+                             (oracle, "rectify --out o --errors e --server s")):
+        _, record, _ = module.COMMANDS[required.split()[0]]
+        for value in ("2000000000", "-1"):
+            if name in {field.name for field in dataclasses.fields(record)}:
+                with pytest.raises(UserError, match=f"--{name} is .*at least {least} and below 10"):
+                    evaluation.parse_command([*required.split(), f"--{name}", value],
+                                             module.COMMANDS)
+
+
+CHANGES = {  # options that change what a local model answers: another value
+    "template": "instruct", "dtype": "bfloat16", "temperature": 0.5, "top_p": 0.5, "top_k": 5,
+    "max_tokens": 3, "seed": 1}
+KEEPS = {"batch_size": 1, "timeout": 99}
+OTHERS = {"out", "model", "server", "server_model", "body", "workers", "request_timeout", "tries",
+          "given"}
+
+
+def test_every_option_that_changes_an_answer_is_part_of_the_settings(run, checkpoint, tmp_path):
+    options = {field.name for field in dataclasses.fields(evaluation.SamplingOptions)}
+    assert options == CHANGES.keys() | KEEPS.keys() | OTHERS
+    write(tmp_path / "q.jsonl", {"question": "1 + 1?", "answer": "2"})
+    base = ("--tasks", "own=q.jsonl", "--samples", 1, "--model", checkpoint, "--out", "out",
+            "--template", "hybrid", "--dtype", "float32", "--max_tokens", 2)
+    code, err = run(evaluation, *base)
+    assert code == 0, err
+    kept = (tmp_path / "out/own/raw-0.jsonl").read_bytes()
+    for name, value in (CHANGES | KEEPS).items():
+        code, err = run(evaluation, *base, f"--{name}", value)
+        assert (code == 1 and "other settings" in err) == (name in CHANGES), (name, err)
+    assert (tmp_path / "out/own/raw-0.jsonl").read_bytes() == kept
+
+
+# --- rectify on several ranks ---------------------------------------------------------------------
+
+
+def test_what_one_rank_alone_can_do_is_refused_on_two(checkpoint, tmp_path):
+    write(tmp_path / "e.jsonl", *({"id": i, "question": f"{i}?", "original_answer": "It is 1.",
+                                   "ground_truth": "2"} for i in range(5)))
+    base = ["oracle.py", "rectify", "--errors", tmp_path / "e.jsonl", "--tokenizer", checkpoint]
+    local = ["--model", checkpoint, "--dtype", "float32", "--max_tokens", 8]
+    for more in ([*local, "--target", 2], ["--edited", tmp_path / "e.jsonl"]):
+        started = launch.Started([*base, *more, "--out", tmp_path / "no"], ranks=2)
+        assert started.wait()[0] == 1 and "need one process" in started.said
+        assert started.said.count("error:") == 1 and not (tmp_path / "no").exists()
+    for ranks in (1, 2):  # a local Oracle without a target may have more
+        launch.run([*base, *local, "--out", tmp_path / f"out{ranks}"], ranks)
+    rejected = [(tmp_path / f"out{ranks}/rejected.jsonl").read_text() for ranks in (1, 2)]
+    assert rejected[0] == rejected[1] and rejected[0].count("\n") == 5
+
+
+@pytest.mark.parametrize("line", ["import sys; sys.exit()", "exit('done')", "raise SystemExit(0)",
+                                  "import none_such", "1 / 0", "def fix("])
+def test_a_function_file_that_ends_early_is_named(line, run, checkpoint, tmp_path):
+    write(tmp_path / "e.jsonl", {"question": "q", "original_answer": "a", "ground_truth": "2"})
+    (tmp_path / "mine.py").write_text(f"{line}\ndef fix(item):\n    return item.gold\n")
+    code, err = run(oracle, "rectify", "--errors", "e.jsonl", "--tokenizer", checkpoint, "--out",
+                    "out", "--function", "mine.py:fix")
+    assert code == 1 and "'mine.py:fix', FILE.py:NAME expected, cannot be loaded" in err, err
+
+
+# --- files of others, and charts ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content, ids", [
+    ({"eos_token_id": None}, set()), ({}, set()), ({"eos_token_id": 0}, {0}),
+    ({"eos_token_id": 7}, {7}), ({"eos_token_id": [0, 9]}, {0, 9}), ({"eos_token_id": []}, set())])
+def test_ids_that_end_an_answer(content, ids, checkpoint):
+    path = os.path.join(checkpoint, "generation_config.json")
+    with open(path) as f:
+        before = f.read()
+    with open(path, "w") as f:
+        json.dump(content, f)
+    local = evaluation.open_local_model(checkpoint, None, "cpu")
+    with open(path, "w") as f:
+        f.write(before)
+    assert local.end == ids | {local.chat.im_end}
+
+
+@pytest.mark.parametrize("count", [1, 2, 399, 400, 401, 799, 800, 1199, 10_000])
+def test_a_chart_has_the_first_and_the_last_step_of_any_run(count, tmp_path):
+    folder = make_run(tmp_path / "run")
+    write(folder / "metrics.jsonl", *({"step": i, "loss": 1 + i} for i in range(count)))
+    evaluation.report([str(folder)], str(tmp_path / "r.html"))
+    page = Page(tmp_path / "r.html")
+    points = page.paths()[0].removeprefix("M").split("L")
+    first, last = (tuple(map(float, points[i].split(","))) for i in (0, -1))
+    # the plot is (60, 10) to (450, 220), the values go from 0 to `count`, the steps to the last one
+    assert first == (60, pytest.approx(220 - 210 / count, abs=0.06))
+    assert last == (450 if count > 1 else 60, 10) and f">{count - 1}</text>" in page.source
+    assert min(count, 200) <= len(points) <= evaluation.MAX_SHOWN + 1
