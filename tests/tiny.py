@@ -6,6 +6,7 @@ import os
 import random
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -13,6 +14,8 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 TEMPLATES = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
 TEMPLATE, INSTRUCT = ((TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")  # as published
                       for name in ("qwen3", "qwen3_instruct_2507"))
+SHARED = Path(__file__).parents[2] / "shared" / "data"  # public files, in no repository
+needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the public data sets are not here")
 
 
 def write_tokenizer(folder):

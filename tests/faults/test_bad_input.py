@@ -9,8 +9,9 @@ import re
 import shutil
 
 import pytest
-from breaking import (COMMANDS, build, cut, files, flip, gone, holds, replaced, run_command,
-                      second_line, second_row)
+from breaking import (COMMANDS, build, cut, flip, gone, holds, replaced, run_command, second_line,
+                      second_row)
+from launch import files
 
 import data
 

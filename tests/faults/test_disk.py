@@ -13,7 +13,8 @@ from contextlib import contextmanager
 import launch
 import pytest
 import tiny
-from breaking import SETTINGS, assert_same_end, program
+from breaking import SETTINGS
+from launch import assert_same_end, program
 from misbehaving import Misbehaving, completion
 
 import data

@@ -16,8 +16,7 @@ import time
 import launch
 import pytest
 import tiny
-from breaking import assert_same_end, metrics, program
-from launch import die
+from launch import assert_same_end, die, metrics, program
 
 import data
 import eval as evaluation

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import tiny
-from breaking import ROWS, files, program
+from breaking import ROWS
+from launch import files, program
 from misbehaving import Misbehaving, completion
 
 import data
