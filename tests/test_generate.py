@@ -27,22 +27,12 @@ def make_prompts(lengths, seed=0):
     return [[rng.randrange(VOCAB) for _ in range(n)] for n in lengths]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Products this small gain nothing from a second thread, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory):
     return qwen.load_model(checkpoint(tmp_path_factory.mktemp("checkpoint"), SHAPES[0]))
 
 
 # --- greedy, against transformers one prompt at a time --------------------------------------------
-
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("cells", [256, 4])
@@ -93,7 +83,6 @@ def test_bf16_picks_a_largest_logit(tmp_path):
 
 # --- a sample depends on its seed and prompt ------------------------------------------------------
 
-
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "top_p": 1, "top_k": 0},
                                       {"temperature": 1.3, "top_p": 0.9, "top_k": 0}], ids=str)
 def test_a_sample_depends_on_its_seed_and_prompt_alone(ours, settings):
@@ -116,7 +105,6 @@ def test_a_sample_depends_on_its_seed_and_prompt_alone(ours, settings):
 
 
 # --- filters, against transformers' warpers -------------------------------------------------------
-
 
 def warped(logits, temperature, top_p, top_k):
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -160,7 +148,6 @@ def test_sampling_is_the_inverse_of_the_distribution_function():
 
 
 # --- continuous batching --------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("batch_size", [2, 6])
 def test_a_long_sample_holds_up_nobody_and_memory_follows_the_rows(ours, monkeypatch, batch_size):

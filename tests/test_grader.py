@@ -1,20 +1,17 @@
 """The math grader: tables of answers by rule, real cases and golds, random and hostile strings."""
 
-import json
 import random
 import re
 import time
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import SHARED, needs_data
 
 import eval as grader
+from data import read_log
 from eval import answers_match, extract_answer
-
-SHARED = Path(__file__).parents[2] / "shared" / "data"
-needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the public data sets are not here")
 
 # Verdicts written by hand before the grader was asked. Between ‖ is a case, around ≡ its two sides.
 EQUAL = r"""
@@ -258,8 +255,7 @@ def test_answers_in_displays_on_later_lines_and_in_markup(form):
 
 @needs_data
 def test_shared_cases():
-    rows = [json.loads(x) for x in (SHARED / "grader/cases.jsonl").read_text().split("\n") if x]
-    wrong = []
+    rows, wrong = read_log(f"{SHARED}/grader/cases.jsonl"), []
     for row in rows:
         pred = (extract_answer(row["pred"]) or "") if row["kind"] == "response" else row["pred"]
         verdicts = {answers_match(pred, row["gold"]), answers_match(row["gold"], pred)}
@@ -272,9 +268,7 @@ def test_shared_cases():
 def test_golds_match_themselves_and_nothing_else():
     golds = []
     for name in ("math500", "aime24", "amc23", "minerva_math", "olympiadbench"):
-        for line in (SHARED / f"math/{name}.jsonl").read_text().split("\n"):
-            if line:
-                golds.append(grader.gold_answer(json.loads(line)))
+        golds += map(grader.gold_answer, read_log(f"{SHARED}/math/{name}.jsonl"))
     assert len(golds) == 1517
     for gold in golds:  # spread out, so that the same text is not simply seen to be the same
         assert answers_match(gold, f"$\\boxed{{ {gold.strip('$ ')} }}$"), gold

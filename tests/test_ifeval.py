@@ -1,15 +1,10 @@
 """IFEval's 25 kinds of instruction: cases by hand, official verdicts, bad arguments."""
 
-import json
-from pathlib import Path
-
 import pytest
+from tiny import SHARED, needs_data
 
+from data import UserError, read_log
 from eval import CHECKS, count_sentences, ifeval_verdicts, is_language
-from data import UserError
-
-SHARED = Path(__file__).parents[2] / "shared" / "data"
-OFFICIAL = SHARED / "ifeval" / "half_with_official_verdicts.jsonl"
 
 LESS, LEAST = "less than", "at least"
 NTH = {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "Moon"}
@@ -132,12 +127,11 @@ LANGUAGE = {
     "fa": "من نمی دانم که او کجا رفته است.", "ur": "مجھے نہیں معلوم کہ وہ کہاں گیا ہے۔",
     "hi": "मुझे नहीं पता कि वह कहाँ गया है।", "mr": "मला माहीत नाही की तो कुठे गेला आहे.",
     "ne": "मलाई थाहा छैन ऊ कहाँ गयो, तर घर यहाँ छ।", "he": "אני לא יודע איפה הספר.",
-    "bn": "আমি জানি না সে কোথায়।",
-    "pa": "ਮੈਨੂੰ ਨਹੀਂ ਪਤਾ ਉਹ ਕਿੱਥੇ ਹੈ।", "gu": "મને ખબર નથી તે ક્યાં છે.",
-    "ta": "அவன் எங்கே என்று தெரியவில்லை.",
+    "bn": "আমি জানি না সে কোথায়।", "pa": "ਮੈਨੂੰ ਨਹੀਂ ਪਤਾ ਉਹ ਕਿੱਥੇ ਹੈ।",
+    "gu": "મને ખબર નથી તે ક્યાં છે.", "ta": "அவன் எங்கே என்று தெரியவில்லை.",
     "te": "అతను ఎక్కడ ఉన్నాడో నాకు తెలియదు.", "kn": "ಅವನು ಎಲ್ಲಿದ್ದಾನೆ ಎಂದು ನನಗೆ ಗೊತ್ತಿಲ್ಲ.",
-    "ml": "അവൻ എവിടെയാണെന്ന് എനിക്കറിയില്ല.",
-    "th": "ฉันไม่รู้ว่าเขาอยู่ที่ไหน", "ja": "彼がどこにいるのか分かりません。", "ko": "그가 어디에 있는지 모르겠어요.",
+    "ml": "അവൻ എവിടെയാണെന്ന് എനിക്കറിയില്ല.", "th": "ฉันไม่รู้ว่าเขาอยู่ที่ไหน",
+    "ja": "彼がどこにいるのか分かりません。", "ko": "그가 어디에 있는지 모르겠어요.",
 }
 
 
@@ -158,10 +152,7 @@ LOOSE = [
     ("punctuation:no_comma", {}, "a\nb\nBye, x", True),
     ("punctuation:no_comma", {}, "Hi, you\na\nBye, x", True),
     ("punctuation:no_comma", {}, "a\nb, c\nd", False), ("punctuation:no_comma", {}, "a, b", False),
-    ("startend:quotation", {}, '*"a"*', True),
-    ("startend:quotation", {}, 'Sure:\n*"a"*\nBye', True),
-    ("startend:quotation", {}, 'Sure:\n\n\n  "a" \n\nBye', True),
-    ("startend:quotation", {}, 'a\nb\n"c"\nd', False),
+    ("startend:quotation", {}, 'Sure:\n\n\n  *"a"* \n\nBye', True),
     ("detectable_format:number_bullet_lists", {"num_bullets": 1}, "- a\n- b", True),
     ("keywords:existence", {"keywords": ["ab"]}, "a*b", True),
     ("length_constraints:number_words", {"num_words": 9, "relation": LESS}, "", False)]
@@ -180,9 +171,10 @@ def test_several_instructions_and_none():
     assert ifeval_verdicts("x", [], []) == ([], [])
 
 
-@pytest.mark.skipif(not OFFICIAL.is_file(), reason="the public data sets are not here")
+@needs_data
 def test_official_verdicts():
-    rows, different, total = [json.loads(line) for line in OFFICIAL.open()], [], 0
+    rows, different = read_log(f"{SHARED}/ifeval/half_with_official_verdicts.jsonl"), []
+    total = 0
     for row in rows:
         verdicts = ifeval_verdicts(row["response"], row["instruction_id_list"], row["kwargs"])
         total += len(row["kwargs"])
@@ -196,13 +188,11 @@ def test_official_verdicts():
 BAD = [
     ("keywords:exist", {}, "keywords:exist"), (None, {}, "None"),
     ("punctuation:no_comma", {"comma": 1}, "'comma': 1"),
-    ("keywords:existence", {"keywords": None}, "'keywords'"),
     ("keywords:existence", {"keywords": [1]}, r"\[1\]"),
     ("length_constraints:number_words", {"num_words": 3}, "'relation'"),
     ("length_constraints:number_words", {"num_words": 3, "relation": "at most"}, "at most"),
     ("length_constraints:number_words", {"num_words": "3", "relation": LESS}, "'3'"),
-    ("language:response_language", {"language": "xx"}, "'xx'"),
-    ("startend:end_checker", {"end_phrase": ["a"]}, r"\['a'\]")]
+    ("language:response_language", {"language": "xx"}, "'xx'")]
 
 
 @pytest.mark.parametrize("kind, arguments, named", BAD)

@@ -53,7 +53,6 @@ def named(sums):
 
 # --- the head -------------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("at_once", [2**25, 40, 7])
 def test_linear_logps_passes_gradcheck(monkeypatch, at_once):
     monkeypatch.setattr(loss, "LOGITS_AT_ONCE", at_once)  # 7 / 5 rows: one vocabulary entry a block
@@ -129,7 +128,6 @@ def test_the_head_never_holds_full_logits(monkeypatch):
 
 # --- sequences and rewards ------------------------------------------------------------------------
 
-
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(*[st.integers(0, 5)] * 3), max_size=6), st.integers(0, 99))
 def test_sequence_logps_equals_python_sums(lengths, seed):
@@ -158,7 +156,6 @@ def test_tether():
 
 
 # --- objectives and coefficients ------------------------------------------------------------------
-
 
 def trl_loss_and_gradients(kind, rows, lengths, reference):
     """TRL's own DPOTrainer._compute_loss on a fake model that returns our log-probs as its own."""
@@ -286,7 +283,6 @@ def test_wrong_objectives_are_refused():
 
 
 # --- delta and diagnostics ------------------------------------------------------------------------
-
 
 def test_delta_by_hand():
     assert loss.update_delta(0.0, 2.0, 8, 0) == pytest.approx(0.2)

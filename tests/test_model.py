@@ -87,7 +87,6 @@ def test_half_precision_files_load_exactly(tmp_path):
 
 # --- attention ------------------------------------------------------------------------------------
 
-
 FORKS = [(0, 5, 9, 12), (12, 13, 14, 15), (15, 40, 40, 47), (47, 130, 131, 200)]
 
 
@@ -143,26 +142,21 @@ def test_a_dummy_token_without_rows_gives_zero_gradients(tmp_path):
 # --- what is read and what is refused -------------------------------------------------------------
 
 REFUSED = [
-    {"model_type": "llama"}, {"model_type": "qwen3_moe"}, {"use_sliding_window": True},
-    {"is_causal": False}, {"layer_types": ["full_attention", "sliding_attention"]},
-    {"layer_types": 5}, {"attention_bias": True}, {"hidden_act": "gelu"},
-    {"rope_scaling": {"type": "yarn", "factor": 4}}, {"rope_scaling": {"rope_type": "linear"}},
+    {"model_type": "qwen3_moe"}, {"use_sliding_window": True}, {"is_causal": False},
+    {"layer_types": ["full_attention", "sliding_attention"]}, {"attention_bias": True},
+    {"hidden_act": "gelu"}, {"rope_scaling": {"type": "yarn", "factor": 4}},
     {"rope_scaling": {"rope_type": "default", "factor": 2}}, {"rope_scaling": "default"},
     {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "factor": 2}},
-    {"rope_parameters": None}, {"rope_parameters": 5}, {"quantization_config": {"bits": 4}},
-    {"quantization": {"bits": 4}}, {"num_experts": 8}, {"auto_map": {"AutoModel": "x.py"}},
-    {"use_qk_norm": True}, {"logit_scale": 0.5}, {"layer_scales": [1, 2]}, {"hidden_size": "32"},
-    {"hidden_size": 32.0}, {"hidden_size": -1}, {"hidden_size": True},
+    {"rope_parameters": None}, {"quantization_config": {"bits": 4}}, {"num_experts": 8},
+    {"auto_map": {"AutoModel": "x.py"}}, {"logit_scale": 0.5}, {"layer_scales": [1, 2]},
+    {"hidden_size": "32"}, {"hidden_size": -1}, {"hidden_size": True},
     {"rms_norm_eps": float("nan")}, {"tie_word_embeddings": 1}, {"vocab_size": None},
-    {"head_dim": []},
 ]
 BOOKKEEPING = {
-    "_name_or_path": "x", "_commit_hash": "x", "_flag": True, "_number": 3.5, "unsloth_fixed": True,
-    "unsloth_version": "2025.4.1", "transformers_version": "4.51.0", "axolotl_config": {"lr": 1e-5},
-    "transformers.js_config": {"dtype": "q4"}, "llamafactory_version": 1, "mergekit_parts": [1, 2],
-    "base_model": "Qwen/Qwen3-8B", "license": "mit", "training_date": "2025-07-01",
-    "sep_token_id": 3, "temperature": 0.6, "do_sample": True, "torch_dtype": "bfloat16",
-    "mlp_bias": False, "num_experts": None, "pruned_heads": {}, "rope_scaling": None,
+    "_name_or_path": "x", "_flag": True, "unsloth_version": "2025.4.1", "axolotl_config": {"a": 1},
+    "transformers.js_config": {"dtype": "q4"}, "mergekit_parts": [1, 2], "license": "mit",
+    "base_model": "Qwen/Qwen3-8B", "sep_token_id": 3, "temperature": 0.6, "do_sample": True,
+    "torch_dtype": "bfloat16", "mlp_bias": False, "num_experts": None, "rope_scaling": None,
 }
 
 
@@ -265,14 +259,6 @@ def test_weights_that_do_not_fit_are_listed_all_at_once(checkpoint, tmp_path):
                  "wrong shape: model.layers.0.mlp.up_proj",
                  "wrong type: model.layers.1.self_attn.q_norm"):
         assert part in str(e.value)
-    for size in (0, 4, 100, os.path.getsize(path) - 1):
-        os.truncate(path, size)
-        with pytest.raises(UserError, match="truncated or corrupt"):
-            qwen.load_model(str(tmp_path))
-        save_file(weights, path)
-    os.remove(path)
-    with pytest.raises(UserError, match="missing, .* pickle formats are not read"):
-        qwen.load_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("change", ["the same", "other type", "one number", "other", "wrong shape"])
@@ -365,7 +351,6 @@ def test_a_weight_that_is_no_number_is_named(checkpoint, tmp_path):
 
 
 # --- processes ------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("environment", [
     {"RANK": "0"}, {"RANK": ""}, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},

@@ -1,37 +1,27 @@
 """The tasks beside the sampler: gold answers, Connect4, GPQA; the statistics, by brute force."""
 
 import itertools
-import json
 import math
 import random
 from collections import Counter
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import SHARED, needs_data
 
 import eval as tasks
 import oracle
 from eval import (choice_letter, clustered, connect4_rows, connect4_state, grade_connect4,
                   grade_math, load_task, math_gold, paired_bootstrap, pass_at_k, winning_moves)
-from data import UserError
-
-SHARED = Path(__file__).parents[2] / "shared" / "data"
-needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the public data sets are not here")
-
+from data import UserError, read_log, write_rows
 
 def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_rows(str(path), rows)
     return str(path)
 
 
-def read_jsonl(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-
 # --- math: gold answers ---------------------------------------------------------------------------
-
 
 def olympiad(answer, several=False, **fields):
     return {"question": "q", "solution": ["a proof"], "final_answer": [answer],
@@ -90,7 +80,7 @@ def test_bad_math_rows(row, expected):
 def test_every_shared_gold_is_read_and_right():
     counts = Counter()
     for name in ("aime24", "amc23", "math500", "minerva_math", "olympiadbench"):
-        for row in read_jsonl(SHARED / f"math/{name}.jsonl"):
+        for row in read_log(f"{SHARED}/math/{name}.jsonl"):
             gold = math_gold(row)
             counts[name] += 1
             counts["several"] += gold.several
@@ -160,8 +150,8 @@ def test_solver_equals_brute_force():
 
 @needs_data
 def test_official_states_are_read_solved_and_rendered_exactly():
-    path = SHARED / "connect4/sample20.jsonl"
-    rows, task = read_jsonl(path), load_task(f"connect4={path}", "")
+    path = f"{SHARED}/connect4/sample20.jsonl"
+    rows, task = read_log(path), load_task(f"connect4={path}", "")
     assert len(rows) == len(task.rows) == 20
     for row, (_, _, answer) in zip(rows, task.rows):
         board, player = board_of(row["state"]), row["state"].split("You are player ")[1][0]
@@ -201,10 +191,9 @@ def results(one, two):
 
 
 @pytest.mark.parametrize("text, mine, opponent, missing", [
-    (results("(1,2), (3,4)", "None"), 1, 1, 0), (results("(3,4),(1, 2)", "none."), 1, 1, 0),
-    (results("(1,2)", "None"), 0, 1, 0), (results("(1,2), (3,4), (3,4)", "None"), 0, 1, 0),
-    (results("None", "None"), 0, 1, 0), (results("(1,2), (3,4)", "(1,2)"), 1, 0, 0),
-    (results("(1,2), (3,4)", "(r,c)"), 1, 0, 0), (results("(1,2), (3,4)", ""), 1, 0, 0),
+    (results("(3,4),(1, 2)", "none."), 1, 1, 0), (results("(1,2)", "None"), 0, 1, 0),
+    (results("(1,2), (3,4), (3,4)", "None"), 0, 1, 0), (results("None", "None"), 0, 1, 0),
+    (results("(1,2), (3,4)", "(1,2)"), 1, 0, 0), (results("(1,2), (3,4)", "(r,c)"), 1, 0, 0),
     (results("(1,2), (3,4), None", "None"), 0, 1, 0), ("", 0, 0, 1), ("None", 0, 0, 1),
     ("[Intermediate Thinking Results 1: (1,2), (3,4)]", 1, 0, 1),
     ("[Intermediate Thinking Results 2: None]", 0, 1, 1),
@@ -227,7 +216,6 @@ def test_connect4_answers_of_the_solver():
 
 
 # --- GPQA -----------------------------------------------------------------------------------------
-
 
 def hub_row(question, right, *wrong):
     row = {f"Incorrect Answer {k}": text for k, text in enumerate(wrong, 1)}
@@ -266,23 +254,18 @@ def test_bad_gpqa_rows(row, expected, tmp_path):
     ('"Answer": "C"', "C"), ('I first thought "Answer": "A".\n"Answer": "D"', "D"),
     ('{"answer": "B"}', "B"), ('"Answer": "C" though \\boxed{D}', "C"), ('"Answer": "(B)"', "B"),
     ('"Answer": C', "C"), ('"Answer": "$\\boxed{B}$"', "B"), ('"Answer": "C) 3 mol"', "C"),
-    ("**Answer:** C", "C"), ("**Answer**: **(D)**", "D"), ("answer is (C)", "C"),
-    ("The correct answer is: B.", "B"), ("The answer is option **B**", "B"),
-    ("The final answer is $\\boxed{\\text{(A)}}$.", "A"), ("\\boxed{\\textbf{D}}", "D"),
+    ("**Answer**: **(D)**", "D"), ("answer is (C)", "C"), ("The correct answer is: B.", "B"),
+    ("The answer is option **B**", "B"), ("The final answer is $\\boxed{\\text{(A)}}$.", "A"),
     ("\\boxed{B) 3 mol}", "B"), ("The answer is\n\nC", "C"), ("The answer is A because it is", "A"),
     ("so\n(C)", "C"), ("so\n**B.**\n", "B"), ("C", "C"), ("The answer is: \\(C\\)", "C"),
-    ("The correct option is C.", "C"), ("The correct choice is (C).", "C"),
-    ("The answer would be C", "C"), ("'Answer': 'C'", "C"), ("“Answer”: “C”", "C"),
-    ('<think>"Answer": "C"</think>\n"Answer": "A"', "A"),
-    ('"Answer": "The correct option is C"', "C"),
-    ("The answer is A good question", None), ("The answer is B cells", None),
-    ("The answer is C-H", None), ("The answer is (c)", None), ('"Answer": "E"', None), ("", None),
-    ("A and B are wrong", None), ("\\boxed{B = 3}", None), ("\\boxed{42}", None),
-    ("\\boxed{A, B}", None), ("an answer: none", None), ("C\nis it", None),
-    ('<think>"Answer": "C"', None), ('<think>"Answer": "C"</think>so', None),
-    ("The answer is Above", None), ("vitamin\nD3", None), ('"Answer": "A, B"', None),
-    ("Answer: A/B", None), ("The answer is (A)(B)", None), ("Answer: A, B", None),
-    ("Option C is not correct", None)])
+    ("The correct option is C.", "C"), ("The answer would be C", "C"), ("“Answer”: “C”", "C"),
+    ('<think>"Answer": "C"</think>\n"Answer": "A"', "A"), ('<think>"Answer": "C"', None),
+    ("The answer is A good question", None), ("The answer is C-H", None), ("", None),
+    ("The answer is (c)", None), ('"Answer": "E"', None), ("A and B are wrong", None),
+    ("\\boxed{B = 3}", None), ("\\boxed{42}", None), ("\\boxed{A, B}", None),
+    ("an answer: none", None), ("C\nis it", None), ('"Answer": "A, B"', None),
+    ("The answer is Above", None), ("vitamin\nD3", None), ("Answer: A/B", None),
+    ("The answer is (A)(B)", None), ("Option C is not correct", None)])
 def test_choice_letters(text, letter):
     assert choice_letter(text) == letter
 
@@ -339,7 +322,6 @@ def test_public_files_are_read_by_tasks_and_elicit_alike(file, count):
 
 
 # --- statistics -----------------------------------------------------------------------------------
-
 
 def test_standard_error_equals_the_textbook_formula():
     """Cluster-robust error of the mean of all samples, by pairs of samples, and its n / (n - 1)."""

@@ -7,7 +7,6 @@
     training      step 0 of train.py in bf16; a run stopped and resumed
     narrow        an optimizer step of Qwen3-0.6B: tokens/s, MFU, memory; its kernels on stderr
     wide          the same at Qwen3-8B's width, 12 layers of 36, which take some 110 GB
-    transformers  the same step as a user of transformers writes it, on padded pairs
     head          linear_logps against full logits
     generation    greedy answers against full forwards on the CPU; tokens/s
 
@@ -19,7 +18,6 @@ alone. Each figure is a row of a Markdown table on stdout; all else goes to stde
 import argparse
 import copy
 import functools
-import gc
 import math
 import multiprocessing
 import os
@@ -27,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import namedtuple
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -75,7 +73,6 @@ def recorded(run, *arguments):
 
 
 # --- correctness ----------------------------------------------------------------------------------
-
 
 def error(found, wanted) -> float:
     """The largest difference over the largest wanted number."""
@@ -184,66 +181,6 @@ def wide(sizes, report):
     narrow(sizes._replace(narrow=sizes.wide), report)
 
 
-def transformers(sizes, report):
-    from transformers import AutoModelForCausalLM, Qwen3Config
-
-    run, batches = open_run(sizes, sizes.narrow, 5)
-    forks, reference = run.forks, run.reference.to(sizes.device)
-    weights = {qwen.hf_name(name): p.detach().full_tensor().cpu()
-               for name, p in run.policy.named_parameters()}
-    train_step = functools.partial(train.train_step, run, lr=1e-6)
-    totals, ours, memory = measure(train_step, batches)
-    expected = loss.average(totals.values(), "spot-bce")["loss"]
-    report("ours: a step", 1e3 * ours, "ms")
-    report("ours: peak memory", memory, "GB")
-    del run, train_step
-    gc.collect()
-    torch.cuda.empty_cache()
-    shape = Qwen3Config(**asdict(sizes.narrow))
-    hf = AutoModelForCausalLM.from_config(shape, dtype=FP32, attn_implementation="sdpa")
-    hf.load_state_dict(weights, strict=False)  # but for the tied head, which is the embedding
-    hf.to(sizes.device).train()
-    optimizer = torch.optim.AdamW(hf.parameters(), lr=1e-6, betas=(0.9, 0.95), fused=True)
-    first, theirs, memory = measure(lambda batch: padded_step(
-        hf, optimizer, [forks[i] for i in batch], reference[batch]), batches)
-    report("transformers: first loss, to ours", abs(first - expected), "nats", 0.1)
-    report("transformers: a step", 1e3 * theirs, "ms")
-    report("transformers: peak memory", memory, "GB")
-    report("transformers: time, to ours", theirs / ours, "times")
-    qwen.close_ranks()
-
-
-def padded_step(hf, optimizer, forks, reference, micro=4):
-    """SPoT-BCE in bf16 autocast, `micro` pairs at a time; the mean loss."""
-    total = 0.0
-    for i in range(0, len(forks), micro):
-        logps = padded_logps(hf, forks[i:i + micro])
-        rewards = 0.1 * (logps - reference[i:i + micro])
-        mean = loss.spot_bce(*rewards.T).sum() / len(forks)
-        mean.backward()
-        total += mean.item()
-    torch.nn.utils.clip_grad_norm_(hf.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    return total
-
-
-def padded_logps(hf, forks):
-    """(pairs, 2) log-probs of the chosen and the rejected answers: padded on the right, full
-    logits, log_softmax, gather."""
-    rows = [torch.from_numpy(np.concatenate([f.trunk, branch])).long()
-            for f in forks for branch in (f.chosen, f.rejected)]
-    lengths = torch.tensor([[len(row)] for row in rows], device=hf.device)
-    prompts = torch.tensor([[f.prompt_length] for f in forks for _ in range(2)], device=hf.device)
-    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(hf.device)
-    place = torch.arange(tokens.shape[1], device=hf.device)
-    mask = (place < lengths).long()
-    with torch.autocast(hf.device.type, BF16):
-        logits = hf(input_ids=tokens, attention_mask=mask, use_cache=False).logits[:, :-1]
-    logps = logits.float().log_softmax(-1).gather(2, tokens[:, 1:, None]).squeeze(2)
-    return (logps * (mask * (place >= prompts))[:, 1:]).sum(1).view(-1, 2)
-
-
 def head(sizes, report):
     rows, vocab, width = 8192, sizes.wide.vocab_size, sizes.wide.hidden_size
     device, gradients = sizes.device, []
@@ -285,8 +222,7 @@ def generation(sizes, report):
 
 # --- one process a part ---------------------------------------------------------------------------
 
-PARTS = {part.__name__: part for part in (model, training, narrow, wide, transformers, head,
-                                          generation)}
+PARTS = {part.__name__: part for part in (model, training, narrow, wide, head, generation)}
 
 
 def run_part(name, sizes):

@@ -88,7 +88,6 @@ def split_weights(folder):
 
 # --- breakages: each makes a function of the world's folder ---------------------------------------
 
-
 def gone(path):
     """The file or folder is not there."""
     def breakage(w):

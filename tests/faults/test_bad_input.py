@@ -4,6 +4,7 @@ damaged or of something else. The program names file, place and finding, and not
 The readers' own tests (test_data, test_model, test_tasks, ...) go through the fields.
 """
 
+import gzip
 import json
 import re
 import shutil
@@ -19,6 +20,7 @@ MODEL, INDEX = "model/model.safetensors", "sharded/model.safetensors.index.json"
 STEP, CACHE = "run/checkpoints/step_000002/", "run/reference.safetensors"
 SHARD, STATE, RAW = STEP + "shard_0.safetensors", STEP + "state.json", "a/own/raw-0.jsonl"
 SECOND = "sharded/model-00002-of-00002.safetensors"
+PAIR = {"prompt": "q", "chosen": "ab", "rejected": "ac"}
 BAD_WEIGHTS = "model.safetensors is missing, truncated or corrupt"
 
 CELLS = [  # the command, what is broken, what the message must match
@@ -60,6 +62,8 @@ CELLS = [  # the command, what is broken, what the message must match
     ("resume", gone("run/config.json"), "--model is required"),
     ("resume", cut("run/config.json", 80), r"run/config.json: .* line \d+ column"),
     ("resume", second_row("pairs.jsonl", question="another"), "belongs to other pairs than"),
+    ("resume", holds("held.jsonl.gz", gzip.compress(json.dumps(PAIR).encode())),
+     "belongs to other eval_pairs than"),
     ("resume", gone(STATE), "step_000002/state.json is missing"),
     ("resume", cut(STATE, 40), "step_000002/state.json: .* line"),
     ("resume", gone(SHARD), "No such file .*shard_0.safetensors"),
