@@ -15,7 +15,7 @@ import tiny
 import torch
 from launch import assert_same_end, last_step, metrics
 from safetensors.torch import load_file
-from test_train import argv, here, merged, run, run_here, start
+from test_train import argv, both_logps, here, merged, run, run_here, start
 
 import data
 import train
@@ -34,16 +34,6 @@ def run_and_stop(monkeypatch, at, world, out, *extra):
         run_here(world, out, *extra, code=143)
     train.STOP.clear()
     assert last_step(out) == at + 2 and not os.path.exists(out / "model")
-
-
-def both_logps(hf, chat, pairs):
-    """(N, 2) log pi of y+ and y- by one plain forward of transformers an answer, differentiable."""
-    def logp(messages, text):
-        prompt, answer = chat.prompt(messages), chat.encode(text) + [chat.im_end]
-        logits = hf(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1:-1]
-        return logits.double().log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum()
-    return torch.stack([torch.stack([logp(p.messages, p.chosen), logp(p.messages, p.rejected)])
-                        for p in pairs])
 
 
 def with_weights(hf, weights):

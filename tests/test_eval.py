@@ -98,11 +98,6 @@ def test_every_task_goes_from_end_to_end(alone):
     assert table[0] == "| aime24 | olympiadbench | gpqa | connect4 | ifeval | own | OOD |"
 
 
-def test_two_ranks_give_the_same(alone, talker, sets, tmp_path):
-    launch.run(["eval.py", "--model", talker, "--out", tmp_path / "out", *greedy(sets)], ranks=2)
-    assert results(tmp_path / "out") == results(alone)
-
-
 def test_a_server_gives_the_same(alone, talker, sets, tmp_path, ask):
     own = evaluation.open_local_model(str(talker), torch.float32, "cpu")
 
@@ -150,14 +145,6 @@ def test_instruction_level_counts_instructions(tmp_path, ask):
     metrics = results(tmp_path / "out")["ifeval"]["metrics"]  # no comma, no quotation marks
     assert metrics["prompt strict"][0] == 0.5
     assert metrics["instruction strict"][0] == pytest.approx(2 / 3)
-
-
-def test_two_evaluations_are_compared(tmp_path, ask):
-    for name, number in (("a", 7), ("b", 2)):
-        ask(says(f"\\boxed{{{number}}}"), tmp_path / name, "--tasks", "aime24", "--samples", 2)
-    table = evaluation.compare_runs([str(tmp_path / "a"), str(tmp_path / "b")])
-    assert "| aime24 | 3 | 0.0 | 33.3 | +33.3 | +0.0 to +100.0 | - |" in table
-    assert "differs" not in table
 
 
 def test_what_cannot_be_compared_is_said(sets, tmp_path, ask):

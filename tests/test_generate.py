@@ -59,28 +59,6 @@ def test_greedy_equals_transformers(tmp_path, monkeypatch, shape, cells):
     assert qwen.generate(ours, prompts, [0] * 6, end=end, **settings) == wanted
 
 
-def test_the_last_allowed_token_may_be_the_end(ours):
-    prompt = make_prompts([5])
-    free, _ = qwen.generate(ours, prompt, [0], max_tokens=8, temperature=0)[0]
-    stop = next(i for i in range(7, -1, -1) if free[i] not in free[:i])
-    assert stop > 0
-    for max_tokens, ended in ((stop + 1, True), (stop, False)):
-        found = qwen.generate(ours, prompt, [0], max_tokens=max_tokens, temperature=0,
-                              end=(free[stop],))
-        assert found == [(free[:stop], ended)]
-
-
-@torch.no_grad()
-def test_bf16_picks_a_largest_logit(tmp_path):
-    ours = qwen.load_model(checkpoint(tmp_path, SHAPES[3]), torch.bfloat16)
-    prompts = make_prompts([4, 30, 11])
-    results = qwen.generate(ours, prompts, [0] * 3, max_tokens=20, temperature=0)
-    for prompt, (ids, _) in zip(prompts, results):
-        logits = tiny.logits(ours, torch.tensor(prompt + ids))[len(prompt) - 1:-1].float()
-        picked = logits.gather(1, torch.tensor(ids)[:, None]).squeeze(1)
-        assert len(ids) == 20 and (logits.amax(1) - picked).max() <= 0.05 * logits.abs().max()
-
-
 # --- a sample depends on its seed and prompt ------------------------------------------------------
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "top_p": 1, "top_k": 0},

@@ -83,19 +83,11 @@ def test_linear_logps_equals_log_softmax(monkeypatch, dtype, tolerance, at_once)
         assert (found - wanted).abs().max() <= tolerance * 5 * wanted.abs().max()
 
 
-def test_linear_logps_corners():
+def test_linear_logps_corners(monkeypatch):
     h, w = torch.zeros(0, 8, requires_grad=True), torch.randn(9, 8, requires_grad=True)
     out = loss.linear_logps(h, w, torch.zeros(0, dtype=torch.int64))
     out.backward(torch.zeros(0))
     assert out.shape == (0,) and h.grad.shape == (0, 8) and not w.grad.any()
-    sure, at = 1e4 * torch.eye(8), torch.arange(8)  # a perfect predictor
-    assert torch.equal(loss.linear_logps(sure, torch.eye(8), at), torch.zeros(8))
-    assert loss.linear_logps(sure, torch.eye(8), at.flip(0)).tolist() == [-1e4] * 8
-    low = loss.linear_logps(torch.full((2, 1), -1e4), torch.ones(8, 1), torch.tensor([0, 7]))
-    assert low.tolist() == pytest.approx([-math.log(8)] * 2, abs=2e-3)  # fp32's grid at 1e4 is 1e-3
-
-
-def test_linear_logps_extremes_are_finite_with_finite_gradients(monkeypatch):
     monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 12)  # so that the running maximum moves by 1e4
     w, t = torch.eye(8).requires_grad_(), torch.tensor([0, 7, 2, 5])
     for scale in (1e4, -1e4):
@@ -226,25 +218,12 @@ def test_dft_equals_trls_own_code():
 
 
 @pytest.mark.parametrize("objective", loss.OBJECTIVES)
-def test_coefficients_equal_closed_forms_and_finite_differences(objective):
+def test_coefficients_equal_finite_differences_of_the_definition(objective):
     one_branch = objective not in loss.PAIR_OBJECTIVES
     rows, lengths, reference = random_rows(one_branch=one_branch)
     found, sums = loss.row_coefficients(objective, rows, lengths, reference, BETA, DELTA)
     expected = summed_loss(objective, rows.tolist(), lengths, reference)
     assert named(sums)["loss"] == pytest.approx(expected, rel=1e-12)
-    up, down = (BETA * (loss.sequence_logps(rows, lengths) - reference)).unbind(1)
-    sigma = torch.sigmoid
-    plus, minus = {
-        "spot-bce": (-BETA * (1 - sigma(up)), BETA * sigma(down)),
-        "spot-bco": (-BETA * (1 - sigma(up - DELTA)), BETA * sigma(down - DELTA)),
-        "dpo": (-BETA * (1 - sigma(up - down)), BETA * (1 - sigma(up - down))),
-        "reward-sft": (-BETA * (1 - sigma(up)), 0 * up),
-    }.get(objective, (-torch.ones_like(up), 0 * up))
-    closed = torch.stack([plus + minus, minus, plus], 1).flatten()
-    closed = closed.repeat_interleave(lengths.flatten())
-    if objective == "dft":
-        closed = closed * rows.exp()
-    assert (found - closed).abs().max() <= 1e-12
     if objective == "dft":  # its weight is a stop-gradient: differences of SFT, times the weight
         objective, found = "sft", found / rows.exp()
     for i in range(len(rows)):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import data
 import model as qwen
 import tiny
 from data import UserError
@@ -76,15 +77,6 @@ def test_gradients_of_a_plain_sequence_equal_transformers(tmp_path, shape):
         assert (p.grad - wanted[name]).abs().max() <= 1e-5 * wanted[name].abs().max(), name
 
 
-def test_half_precision_files_load_exactly(tmp_path):
-    hf_pair(tmp_path, SHAPES[0])
-    weights = load_file(tmp_path / "model.safetensors")
-    for dtype in (torch.bfloat16, torch.float16):
-        save_file({k: v.to(dtype) for k, v in weights.items()}, tmp_path / "model.safetensors")
-        for name, p in qwen.load_model(str(tmp_path)).named_parameters():
-            assert torch.equal(p, weights[qwen.hf_name(name)].to(dtype).float())
-
-
 # --- attention ------------------------------------------------------------------------------------
 
 FORKS = [(0, 5, 9, 12), (12, 13, 14, 15), (15, 40, 40, 47), (47, 130, 131, 200)]
@@ -127,16 +119,6 @@ def test_checkpointing_changes_no_bit(tmp_path):
         outs.append(out)
     assert torch.equal(*outs)
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters(), saving.parameters()))
-
-
-def test_a_dummy_token_without_rows_gives_zero_gradients(tmp_path):
-    _, ours = hf_pair(tmp_path, SHAPES[1])
-    none = torch.zeros(0, dtype=torch.int64)
-    one = torch.zeros(1, dtype=torch.int64)
-    out = ours(one, one, [(0, 1, 1, 1)], none, none)
-    out.backward(torch.zeros(0))
-    assert out.shape == (0,)
-    assert all(p.grad is not None and not p.grad.any() for p in ours.parameters())
 
 
 # --- what is read and what is refused -------------------------------------------------------------
@@ -187,10 +169,9 @@ def distance_from_transformers(folder):
 @pytest.mark.parametrize("change", REFUSED, ids=str)
 def test_configs_that_change_the_computation_are_refused_by_name(checkpoint, tmp_path, change):
     folder = with_config(checkpoint, tmp_path / "model", change)
-    with pytest.raises(UserError) as e:
-        qwen.read_config(folder)
     name = next(iter(change)).replace("rope_parameters", "rope_")
-    assert folder in str(e.value) and f'"{name}' in str(e.value)
+    with pytest.raises(UserError, match=f'{folder}.*(?s:.*)"{name}'):
+        qwen.read_config(folder)
 
 
 def test_bookkeeping_of_a_config_is_ignored_and_named_in_one_line(checkpoint, tmp_path):
@@ -203,13 +184,9 @@ def test_bookkeeping_of_a_config_is_ignored_and_named_in_one_line(checkpoint, tm
 
 
 @pytest.mark.parametrize("rope", [
-    {"rope_scaling": {"type": "default"}, "rope_theta": 3e4},
     {"rope_scaling": {"rope_type": "default"}, "rope_parameters": None, "rope_theta": 3e4},
-    {"rope_scaling": {"rope_type": "default", "rope_theta": 3e4}, "rope_parameters": None},
-    {"rope_parameters": {"rope_theta": 3e4}},
-    {"rope_parameters": {"rope_type": "default", "rope_theta": 3e4}, "rope_theta": 1e6},
-    {"rope_parameters": {"type": "default", "rope_type": "default"}, "rope_theta": 3e4}], ids=str)
-def test_default_rope_in_every_spelling_equals_transformers(checkpoint, tmp_path, rope):
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 3e4}, "rope_theta": 1e6}], ids=str)
+def test_default_rope_in_either_spelling_equals_transformers(checkpoint, tmp_path, rope):
     folder = with_config(checkpoint, tmp_path / "model", rope)
     assert qwen.read_config(folder).rope_theta == 3e4
     assert distance_from_transformers(folder) <= 1e-5
@@ -261,53 +238,36 @@ def test_weights_that_do_not_fit_are_listed_all_at_once(checkpoint, tmp_path):
         assert part in str(e.value)
 
 
-@pytest.mark.parametrize("change", ["the same", "other type", "one number", "other", "wrong shape"])
+@pytest.mark.parametrize("change", ["the same", "other type", "one number", "wrong shape"])
 def test_a_head_beside_tied_embeddings_must_be_the_embedding(checkpoint, tmp_path, change):
     folder = with_config(checkpoint, tmp_path / "model", {})
     weights = load_file(f"{folder}/model.safetensors")
     embedding = weights["model.embed_tokens.weight"]
     embedding.copy_(embedding.bfloat16())
-    head = {"other type": embedding.bfloat16(), "other": torch.randn(265, 32),
-            "wrong shape": embedding[:-1].clone()}.get(change, embedding.clone())
+    head = embedding.bfloat16() if change == "other type" else embedding.clone()
     if change == "one number":
         head[264, 31] += 0.5
+    if change == "wrong shape":
+        head = head[:-1].clone()
     save_file(weights | {"lm_head.weight": head}, f"{folder}/model.safetensors", {"format": "pt"})
     if change in ("the same", "other type"):
         assert distance_from_transformers(folder) <= 1e-5
-        return
-    with pytest.raises(UserError, match="lm_head.weight"):
-        qwen.load_model(folder)
-    if change == "other":  # transformers unties them, with a warning
-        raw = json.load(open(f"{folder}/config.json")) | {"tie_word_embeddings": False}
-        json.dump(raw, open(f"{folder}/config.json", "w"))
-        assert distance_from_transformers(folder) <= 1e-5
-
-
-@pytest.mark.parametrize("single,index", [
-    ("alive", "alive"), ("alive", "dead"), ("dead", "alive"), (None, "alive"), (None, "dead")])
-def test_of_a_single_file_and_an_index_the_one_that_transformers_reads_is_read(
-        checkpoint, tmp_path, single, index):
-    from transformers import AutoModelForCausalLM
-
-    folder = with_config(checkpoint, tmp_path / "model", {})
-    one = load_file(f"{folder}/model.safetensors")
-    two = {name: tensor + 1 for name, tensor in one.items()}
-    if single is None:
-        os.remove(f"{folder}/model.safetensors")
-    elif single == "dead":
-        os.truncate(f"{folder}/model.safetensors", 99)
-    json.dump({"metadata": {}, "weight_map": dict.fromkeys(two, "model-00001.safetensors")},
-              open(f"{folder}/model.safetensors.index.json", "w"))
-    if index == "alive":
-        save_file(two, f"{folder}/model-00001.safetensors", {"format": "pt"})
-    assert len(qwen.unread_parts(folder)) == bool(single)
-    try:
-        AutoModelForCausalLM.from_pretrained(folder)
-    except Exception:
-        with pytest.raises(UserError, match="model.*safetensors"):
-            qwen.load_model(folder)
     else:
-        assert distance_from_transformers(folder) <= 1e-4
+        with pytest.raises(UserError, match="lm_head.weight"):
+            qwen.load_model(folder)
+
+
+def test_beside_an_index_a_single_file_is_read_as_in_transformers(checkpoint, tmp_path):
+    folder = with_config(checkpoint, tmp_path / "model", {})
+    other = {name: t + 1 for name, t in load_file(f"{folder}/model.safetensors").items()}
+    save_file(other, f"{folder}/model-00001.safetensors", {"format": "pt"})
+    data.write_json(f"{folder}/model.safetensors.index.json", {
+        "metadata": {}, "weight_map": dict.fromkeys(other, "model-00001.safetensors")})
+    assert len(qwen.unread_parts(folder)) == 1
+    assert distance_from_transformers(folder) <= 1e-5
+    os.remove(f"{folder}/model.safetensors")
+    assert qwen.unread_parts(folder) == []
+    assert distance_from_transformers(folder) <= 1e-4
 
 
 def test_a_lora_folder_says_merge_it_first(checkpoint, tmp_path):
@@ -353,8 +313,7 @@ def test_a_weight_that_is_no_number_is_named(checkpoint, tmp_path):
 # --- processes ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("environment", [
-    {"RANK": "0"}, {"RANK": ""}, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},
-    {"RANK": "x", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}], ids=str)
+    {"RANK": "0"}, {"RANK": "x", "WORLD_SIZE": "1", "MASTER_ADDR": "h", "MASTER_PORT": "1"}], ids=str)
 def test_half_a_launchers_environment_is_one_sentence(monkeypatch, capsys, environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -79,10 +79,9 @@ def ask(server, timeout):
 
 
 ONCE = {
-    "429": (429, {"Retry-After": "7"}, b'{"error": "slow down"}'), "500": (500, {}, b"oops"),
+    "429": (429, {"Retry-After": "7"}, b'{"error": "slow down"}'), "truncated": "truncated",
     "503 html": (503, {"Retry-After": email.utils.formatdate(0)}, b"<html>"), "drop": "drop",
-    "truncated": "truncated", "no JSON": b"<html>busy</html>", "hang": "hang",
-    "bad UTF-8": b'{"a": "\xff"}',
+    "hang": "hang", "bad UTF-8": b'{"a": "\xff"}',
 }
 
 
@@ -99,13 +98,11 @@ def test_a_fault_that_passes_is_retried(fault, pauses):
     assert server.requests[0][1]["seed"] == 1 and "Authorization" not in server.requests[0][0]
 
 
-LASTING = {
+LASTING = {  # what the server does, the error, the number of tries
     "429": ((429, {}, b"slow down"), r"HTTP 429: slow down \(tried 3 times\)", 3),
-    "500": ((500, {}, b"oops"), r"HTTP 500: oops \(tried 3 times\)", 3),
     "400": ((400, {}, b"too long"), "HTTP 400: too long", 1),
     "302": ((302, {"Location": "http://127.0.0.1:9/"}, b""), "HTTP 302: ", 1),
     "drop": ("drop", r"RemoteDisconnected: .*\(tried 3 times\)", 3),
-    "truncated": ("truncated", r"IncompleteRead: .*\(tried 3 times\)", 3),
     "hang": ("hang", r"TimeoutError: timed out \(tried 3 times\)", 3),
     "no JSON": (b"<html>", r"JSONDecodeError: .*\(tried 3 times\)", 3),
     "error in a 200": ({"error": {"code": 503}},
@@ -135,34 +132,15 @@ def test_the_only_model_of_a_server_is_found(monkeypatch):
             evaluation.open_server(server.url)
 
 
-@pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://x/v1", "http://user:pw@host/v1"])
-def test_addresses_that_cannot_work_are_refused(url):
-    with pytest.raises(UserError, match="--server is") as refused:
-        evaluation.open_server(url, "m")
-    assert "pw" not in str(refused.value)
-
-
-def test_a_key_that_no_header_can_carry_is_refused(monkeypatch):
+def test_addresses_and_keys_that_cannot_work_are_refused(monkeypatch):
+    for url in ("", "localhost:8000", "ftp://x/v1", "http://user:pw@host/v1"):
+        with pytest.raises(UserError, match="--server is") as refused:
+            evaluation.open_server(url, "m")
+        assert "pw" not in str(refused.value)
     monkeypatch.setenv("OPENAI_API_KEY", "k€y")
     with pytest.raises(UserError, match="no HTTP header can carry") as refused:
         evaluation.open_server("http://x/v1", "m")
     assert "k€y" not in str(refused.value)
-
-
-def test_in_parallel_takes_items_as_needed_and_waits_for_those_under_way():
-    left, ended, gate = iter(range(100)), [], threading.Event()
-
-    def square(i):
-        if i > 5:
-            gate.wait(10)
-        ended.append(i)
-        return i * i
-
-    results = evaluation.in_parallel(square, left, 4)
-    assert sorted(next(results) for _ in range(6)) == [i * i for i in range(6)]
-    threading.Timer(0.05, gate.set).start()
-    results.close()
-    assert len(ended) <= 6 + 4 and sorted(ended) == list(range(next(left)))
 
 
 # --- rectify --------------------------------------------------------------------------------------
@@ -174,8 +152,7 @@ def test_rectify_makes_pairs_that_train_reads(monkeypatch):
         code, err = rectify(server)
         assert code == 0, err
         assert all(h["Authorization"] == f"Bearer {KEY}" for h, _ in server.requests)
-        assert all(b["model"] == "stand-in" and "temperature" not in b
-                   for _, b in server.requests)
+        assert all(b["model"] == "stand-in" and "temperature" not in b for _, b in server.requests)
         assert all(r["question"] in p and r["original_answer"] in p
                    for r, p in zip(given, sorted(server.asked)))
         code, err = rectify(server)  # nothing left to ask
@@ -204,8 +181,6 @@ def test_failing_functions_are_outcomes():
     assert all(part in reason for reason, part in zip(reasons, parts, strict=True))
     mine.write_text("def fix(item):\n    return item.gold\n")
     code, err = run(*base, "--function", "mine.py:fix")  # another one in the folder of the first
-    assert code == 1 and "other settings" in err
-    code, err = run(*base, "--edited", "errors.jsonl")
     assert code == 1 and "other settings" in err and len(rows("out/raw-0.jsonl")) == len(given)
     code, err = run(*base, "--function", "mine.py:nope")
     assert code == 1 and "defines no function 'nope'" in err
@@ -288,8 +263,6 @@ def test_the_prompts_carry_what_they_should():
     (message,) = oracle.oracle_messages(item, "correct_with_answer")
     assert message["content"].count("GOLD") == 1 and oracle.LAST_LINE in message["content"]
     assert oracle.oracle_messages(item, "direct") == item.messages
-    for text in oracle.PROMPTS.values():
-        assert not {"given", "first"} & set(re.findall(r"\{(\w+)\}", text))
 
 
 def test_401_stops_at_once():
@@ -362,9 +335,8 @@ def test_contradictory_options_are_refused():
         ("elicit",): (2, "--out is required", "--questions is required", "exactly one of --model"),
         ("rectify", *asked, "--errors", "e", "--model", "m"):
             (2, "exactly one of --model, --server, --function, --edited expected, found 2"),
-        ("elicit", "--out", "o", "--questions", "q", "--model", "m", "--top_p", 0, "--workers", 0,
-         "--body", "[]", "--timeout", 10**16):
-            (2, "--top_p is 0.0", "--workers is 0", "--body", "--timeout"),
+        ("elicit", *asked, "--questions", "q", "--top_p", 0, "--workers", 0, "--body", "[]"):
+            (2, "--top_p is 0.0", "--workers is 0", "--body"),
         ("rectify", *asked, "--errors", "e"): (1, "--tokenizer is required"),
         ("elicit", *asked, "--questions", "q", "--instruction", "x"): (1, "lacks {question}"),
     }
@@ -373,35 +345,11 @@ def test_contradictory_options_are_refused():
         assert code == expected and all(message in err for message in messages), err
 
 
-def test_gold_answers_of_all_kinds_of_files():
-    golds = [({"answer": "Tom has 3.\n#### 72"}, "72"), ({"solution": "34", "prompt": "p"}, "34"),
-             ({"solution": "so $\\boxed{\\frac{1}{2}}$"}, "\\frac{1}{2}"),
-             ({"ground_truth": 25}, "25"), ({"label": 27.0}, "27.0"),
-             ({"reward_model": {"ground_truth": "7"}}, "7"), ({"answer": None, "label": "x"}, "x")]
-    for row, gold in golds:
-        assert oracle.gold_answer(row) == gold
-    for row in ({}, {"answer": {}}, {"answer": ""}, {"answer": True}, {"answer": "\\boxed{"}):
-        with pytest.raises(UserError):
-            oracle.gold_answer(row)
-
-
-def test_what_is_sent_is_what_is_stored():
-    system = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
-    write_rows("q.jsonl", [
-        {"id": 1, "question": "2+2?", "answer": "4"}, {"id": 2, "prompt": system, "answer": "4"},
-        {"id": 3, "prompt": system[1:], "answer": "4"},
-        {"id": 4, "problem": "2+2?", "answer": "4"}])
-    items, dropped = oracle.read_questions("q.jsonl", "Do {question} now")
-    assert [i.question for i in items] == ["Do 2+2? now", system, "u"]
-    assert dropped == {"the same question again": 1}
-    assert [i.messages[-1]["content"] for i in items] == ["Do 2+2? now", "u", "u"]
-
 
 # --- elicit ---------------------------------------------------------------------------------------
 
 def write_questions(count):
-    write_rows("q.jsonl", [{"question": f"{i} + {i}?", "answer": str(2 * i)}
-                           for i in range(count)])
+    write_rows("q.jsonl", [{"question": f"{i} + {i}?", "answer": f"{2 * i}"} for i in range(count)])
 
 
 def test_elicit_sorts_the_answers_of_a_server():
@@ -434,7 +382,7 @@ def test_elicit_sorts_the_answers_of_a_server():
 def test_sampled_texts_do_not_depend_on_ranks_or_batch(tmp_path):
     write_questions(256)
     shared = ("elicit", "--questions", tmp_path / "q.jsonl", "--model", tmp_path / "policy",
-              "--dtype", "float32", "--max_tokens", 12, "--instruction", "{question}", "--out")
+              "--dtype", "float32", "--max_tokens", 8, "--instruction", "{question}", "--out")
     for out, batch in (("a", 16), ("b", 1)):
         code, err = run(*shared, out, "--batch_size", batch)
         assert code == 0, err

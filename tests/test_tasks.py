@@ -30,32 +30,25 @@ def olympiad(answer, several=False, **fields):
 
 GRADED = [  # row, responses that are right, responses that are wrong
     ({"answer": "025"}, [r"\boxed{25}", r"\boxed{025}"], [r"\boxed{250}"]),  # AIME
-    ({"answer": "27.0"}, [r"\boxed{27}"], [r"\boxed{27.1}", "27"]),  # AMC
-    ({"answer": 27.0}, [r"\boxed{27}"], [r"\boxed{2.70}"]),
+    ({"answer": 27.0}, [r"\boxed{27}"], [r"\boxed{27.1}", r"\boxed{2.70}", "27"]),  # AMC
     # fields of OlympiadBench mean nothing without final_answer
     ({"solution": r"so \boxed{4.5e33} erg", "error": 3, "unit": {}},
      [r"\boxed{4.5 \times 10^{33}}"], [r"\boxed{4.5}"]),  # Minerva
     (olympiad("$69$,$84$", True),
-     [r"\boxed{84, 69}", r"\boxed{69} and \boxed{84}", r"\boxed{69 \text{ or } 84}",
-      "\\boxed{5}\n\\boxed{\\{69,84\\}}"],
+     [r"\boxed{84, 69}", r"\boxed{69} and \boxed{84}", "\\boxed{5}\n\\boxed{\\{69,84\\}}"],
      [r"\boxed{69}", r"\boxed{69, 84, 85}", "\\boxed{69}\n\\boxed{84}", r"\boxed{69}, \boxed{85}",
       r"\boxed{69} or \boxed{84", r"<think>\boxed{69} \boxed{84}", "69, 84"]),
-    (olympiad("5,150", True), [r"\boxed{150,5}", r"\boxed{5,150}"],
-     [r"\boxed{5150}", r"\boxed{5}"]),
+    (olympiad("5,150", True), [r"\boxed{150,5}"], [r"\boxed{5150}", r"\boxed{5}"]),
     (olympiad("5,150"), [r"\boxed{5150}", r"\boxed{5,150}"], [r"\boxed{5}"]),
-    (olympiad("$(1,2),(3,4)$", True), [r"\boxed{(3,4),(1,2)}", r"$\boxed{(3,4)}$, $\boxed{(1,2)}$"],
+    (olympiad("$(1,2),(3,4)$", True), [r"$\boxed{(3,4)}$, $\boxed{(1,2)}$"],
      [r"\boxed{(2,1),(3,4)}", r"\boxed{(1,2)}"]),
     (olympiad("69", final_answer=["$69$", "$84$"]), [r"\boxed{84,69}"], [r"\boxed{69}"]),
     (olympiad("3"), [r"\boxed{3}"], [r"\boxed{2} and \boxed{5}", r"\boxed{3, 5}"]),
-    (olympiad("4.2", error="1e-1", unit="%"), [r"\boxed{4.2}", r"\boxed{4.1\%}", r"\boxed{4.3}",
-                                               r"\boxed{x = \frac{21}{5}}", r"\boxed{0.042}"],
-     [r"\boxed{4.31}", r"\boxed{4.0999}", r"\boxed{4.2, 5}", r"\boxed{cat}", r"\boxed{2\pi}",
-      "4.2"]),
-    (olympiad(r"\pi", error=0.01), [r"\boxed{3.14}"], [r"\boxed{3.1}"]),
+    (olympiad("4.2", error="1e-1", unit="%"), [r"\boxed{4.1\%}", r"\boxed{4.3}", r"\boxed{0.042}"],
+     [r"\boxed{4.31}", r"\boxed{4.0999}", r"\boxed{4.2, 5}", r"\boxed{2\pi}", "4.2"]),
     (olympiad("1,2", True, error=0.1), [r"\boxed{2.05,1}"], [r"\boxed{2.05}", r"\boxed{1,2,3}"]),
     (olympiad("5", unit="$cm^2$"), [r"\boxed{5}", r"\boxed{5 \text{ cm}^2}"],
      [r"\boxed{5\text{ m}^2}", r"\boxed{5\text{ kg}}"]),
-    (olympiad("90", unit=r"^{\circ}"), [r"\boxed{90^\circ}", r"\boxed{90}"], [r"\boxed{91}"]),
 ]
 
 
@@ -67,10 +60,9 @@ def test_math_rows(row, right, wrong):
 
 
 @pytest.mark.parametrize("row, expected", [
-    (olympiad("1", error="small"), "'error'"), (olympiad("1", error=[0.1]), "'error'"),
-    (olympiad("1", final_answer=[]), "'final_answer'"), (olympiad(" "), "'final_answer'"),
-    (olympiad("1", final_answer=None), "a string or a number"),
-    ({"answer": math.nan}, "a gold answer"), ({}, "a gold answer expected")])
+    (olympiad("1", error="small"), "'error'"), (olympiad("1", final_answer=[]), "'final_answer'"),
+    (olympiad("1", final_answer=None), "a string or a number"), ({}, "a gold answer expected"),
+    ({"answer": True}, "a gold answer"), ({"answer": "\\boxed{"}, "no final answer in it")])
 def test_bad_math_rows(row, expected):
     with pytest.raises(UserError, match=expected):
         math_gold(row)
@@ -176,10 +168,8 @@ def test_generated_states_meet_the_filter(tmp_path):
     assert connect4_rows(100, seed=0) == rows[:100] and connect4_rows(100, seed=1) != rows[:100]
     made, read = load_task("connect4", str(tmp_path)), write_jsonl(tmp_path / "c.jsonl", rows)
     assert [r[1:] for r in load_task(f"connect4={read}", "").rows] == [r[1:] for r in made.rows]
-    wrong = {**rows[1], "answer": [[[0, 0]], [[5, 5]]]}
-    spoilt = [{**rows[1], "state": rows[1]["state"].replace(*change)}
-              for change in ((":X", ":Y"), (" \n", "\n"), ("moves", "move"), ("(0,0)", "(0,9)"))]
-    for bad in (wrong, *spoilt, {"state": rows[0]["state"]}, {"answer": [[], []]}, {"state": ""}):
+    for bad in ({**rows[1], "answer": [[[0, 0]], [[5, 5]]]}, {"state": rows[0]["state"]},
+                {**rows[1], "state": rows[1]["state"].replace(":X", ":Y")}, {"answer": [[], []]}):
         path = write_jsonl(tmp_path / "c.jsonl", [rows[0], bad, rows[2]])
         with pytest.raises(UserError, match="(?s)1 malformed.*line 2: '(answer|state)'"):
             load_task(f"connect4={path}", "")
@@ -208,13 +198,6 @@ def test_connect4_grades(text, mine, opponent, missing):
                      "no answer": missing}
 
 
-def test_connect4_answers_of_the_solver():
-    task = load_task("connect4", "")
-    for _, messages, answer in task.rows:
-        cells = [", ".join(f"({r},{c})" for r, c in moves) or "None" for moves in answer]
-        assert grade_connect4(results(*cells), answer)["joint"] == 1
-
-
 # --- GPQA -----------------------------------------------------------------------------------------
 
 def hub_row(question, right, *wrong):
@@ -241,9 +224,8 @@ def test_gpqa_rows(tmp_path):
 
 @pytest.mark.parametrize("row, expected", [
     (hub_row("q", "a", "b", "c"), "'Incorrect Answer 3': a string expected"),
-    (hub_row("q", "a", "b", "c", 4), "'Incorrect Answer 3'"),
-    (hub_row("q", "a", "b", "c", "a "), "twice"), (hub_row(" ", "a", "b", "c", "d"), "empty"),
-    (hub_row("q", "a", "b", "", "d"), "empty"), ({"problem": "q"}, "'Question': a string")])
+    (hub_row("q", "a", "b", "c", "a "), "twice"), (hub_row("q", "a", "b", "", "d"), "empty"),
+    ({"problem": "q"}, "'Question': a string")])
 def test_bad_gpqa_rows(row, expected, tmp_path):
     good = hub_row("q", "a", "b", "c", "d")
     with pytest.raises(UserError, match=f"(?s)line 2: .*{expected}"):
@@ -271,8 +253,7 @@ def test_choice_letters(text, letter):
 
 
 @pytest.mark.parametrize("piece", [
-    "\n", " ", "*", "answer is ", "answer: ", '"Answer": "', "\\boxed{ ", "(", "$", "\\boxed{1} ",
-    "answer", "(1,", "option ", "intermediate thinking results 1: "])
+    "\n", " ", "*", "answer is ", '"Answer": "', "\\boxed{ ", "(", "$", "\\boxed{1} ", "(1,"])
 def test_endless_repetition(piece):
     """Models do get stuck; a quadratic pattern would hang here."""
     endless = piece * (200_000 // len(piece))
@@ -303,22 +284,9 @@ def test_a_set_of_the_user_s_own(tmp_path):
     assert [messages for _, messages, _ in task.rows] == [messages for _, messages in QUESTIONS]
     assert {gold.text for *_, gold in task.rows} == {"4"}
     assert [name for name, *_ in task.rows] == list("123456") and task.samples == 5
-    for row, messages in QUESTIONS:
-        one = write_jsonl(tmp_path / "one.jsonl", [row])
-        assert oracle.read_questions(one, tasks.INSTRUCTION)[0][0].messages == messages
-
-
-@needs_data
-@pytest.mark.parametrize("file, count", [
-    ("dapo/dapo_math_17k_sample6", 6), ("math/aime24", 30), ("math/amc23", 40),
-    ("math/math500", 500), ("math/minerva_math", 272), ("math/olympiadbench", 675),
-    ("gsm8k/test", 1319)])
-def test_public_files_are_read_by_tasks_and_elicit_alike(file, count):
-    path = str(SHARED / f"{file}.jsonl")
-    items, dropped = oracle.read_questions(path, tasks.INSTRUCTION)  # drops repeated questions
-    rows = {name: messages for name, messages, _ in load_task(f"own={path}", "").rows}
-    assert len(rows) == len(items) + dropped.total() == count
-    assert all(rows[item.id] == item.messages for item in items)
+    items, dropped = oracle.read_questions(path, tasks.INSTRUCTION)
+    assert [item.messages for item in items] == [WRAPPED, [USER], TURNS]
+    assert dropped == {"the same question again": 3}
 
 
 # --- statistics -----------------------------------------------------------------------------------
