@@ -1792,6 +1792,7 @@ CHARTS = {  # title: the figure drawn solid, and the one drawn dashed
     "Loss of a pair (sft, dft: of a token)": ("loss",)}
 COLOURS = ("#1f88cf", "#d9661a", "#12936c", "#c0589a", "#94800f", "#7f78d8")  # on white and black
 MAX_SHOWN = 400  # points of a line, and tokens on either side of a pair's fork
+RARE_NATS = 3.0  # a token less probable than e^-3 before training is bold
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
@@ -1890,9 +1891,11 @@ def surgery(run: dict) -> str:
     tags = ["span"] * fork + ["del"] * (end - fork) + ["ins"] * (len(texts) - end)
     for i, j in data.lcs_matches(pair["rejected_ids"], pair["chosen_ids"]):
         tags[fork + i] = tags[end + j] = "span"
-    spans = []
+    spans, before = [], snapshots[0]["logps"]
     for i, (tag, text) in enumerate(zip(tags, texts)):
         style, title = "", "step: coefficient, log p"
+        if before[i] < -RARE_NATS:
+            style = "font-weight:bold;"
         for n, snapshot in enumerate(snapshots):
             coefficient, logp = snapshot["coefficients"][i], snapshot["logps"][i]
             colour = "#1f88cf" if coefficient < 0 else "#e0690a"
@@ -1907,9 +1910,11 @@ def surgery(run: dict) -> str:
     for snapshot in snapshots:
         body += (f'<p class="snapshot">r⁺ {number(snapshot["reward_chosen"])}, '
                  f'r⁻ {number(snapshot["reward_rejected"])}</p>')
+    nats = [-sum(part) for part in (before[:fork], before[fork:end], before[end:])]
     for title, tokens in (("prompt", [escape(text) for text in pair["prompt"]][-MAX_SHOWN:]),
-                          ("trunk", spans[:fork][-MAX_SHOWN:]), ("y⁻", spans[fork:end][:MAX_SHOWN]),
-                          ("y⁺", spans[end:][:MAX_SHOWN])):
+                          (f"trunk, {nats[0]:.1f} nats", spans[:fork][-MAX_SHOWN:]),
+                          (f"y⁻, {nats[1]:.1f} nats", spans[fork:end][:MAX_SHOWN]),
+                          (f"y⁺, {nats[2]:.1f} nats", spans[end:][:MAX_SHOWN])):
         body += f'{title}<div class="tokens">{"".join(tokens)}</div>'
     return f'<div class="pair">{body}</div>'
 
@@ -1950,7 +1955,8 @@ then at the coloured pair: a surgical update leaves the trunk, both answers' sta
         body += f"""<h2>Surgery on one pair</h2><p>Choose how many steps are done: the next update
 raises the probability of <b>blue</b> tokens and lowers that of <b>orange</b> ones, the more the
 stronger the colour (the coefficient ∂L/∂log p, on each run's own scale). <del>Struck</del>: not in
-y⁺; <ins>underlined</ins>: not in y⁻. Point at a token for its figures.</p>
+y⁺; <ins>underlined</ins>: not in y⁻. Bold: more than 3 nats
+before training. Point at a token for its figures.</p>
 <div class="grid">{"".join(watched)}</div>"""
     for n in range(max([len(run["surgery"]) - 1 for run in runs], default=0)):
         checked = f".pair:has(label:nth-of-type({n + 1}) :checked)"

@@ -150,7 +150,15 @@ def test_other_formats_are_named_with_a_command_that_converts_them(tmp_path, con
     command = str(e.value).splitlines()[-1].strip()
     if "parquet" not in message:
         subprocess.run(command, shell=True, check=True, cwd=tmp_path)
-        assert data.read_log(str(tmp_path / "rows.jsonl")) in ([TRL], [TRL, TRL])
+        assert data.read_log(f"{path}.jsonl") in ([TRL], [TRL, TRL])
+        assert path.read_text() == content  # the user's file is as it was
+
+
+def test_a_log_that_was_cut_inside_a_character_ends_before_that_line(tmp_path):
+    lines = [b'{"a": 1}\n', '{"a": "é"}'.encode()]
+    for end in range(1, len(lines[1]) + 1):
+        (tmp_path / "log").write_bytes(lines[0] + lines[1][:end])
+        assert data.read_log(str(tmp_path / "log")) == [{"a": 1}]
 
 
 def test_of_many_malformed_rows_twenty_are_named(tmp_path):

@@ -29,7 +29,7 @@ def test_in_a_file_progress_is_plain_lines(command, tmp_path):
     bars = [line for line in lines if " of " in line and " in 0" in line]
     assert [bar.split(" in ")[0] for bar in bars] == [
         "reference: 0 of 3", "reference: 3 of 3", "spot-bce: 0 of 6", "spot-bce: 6 of 6"]
-    assert "loss=" in bars[-1] and "tether=0." in bars[-1] and "step/s" in bars[-1]
+    assert "loss=" in bars[-1] and "tether_chosen=0." in bars[-1] and "step/s" in bars[-1]
 
 
 def test_without_bars_the_results_are_said(command, tmp_path):
@@ -83,7 +83,7 @@ def test_a_small_beta_is_warned_of_before_and_after(command, tmp_path):
     nats = -load_file(tmp_path / "out/reference.safetensors")["pairs"][:, 0]
     median = sorted(nats.tolist())[11]
     assert (f"warning: the tether will not hold, as r+ is bounded by {0.01 * median:.1f}. With "
-            f"--beta {40 / median:.2g} it is bounded by 40") in said
+            f"--beta {40 / median:.2g} the bound is 40") in said
     assert "warning: step 5: lambda+ ends at 0.50: the pairs still pull" in said
     said = launch.run([*command, tmp_path / "sft", "--beta", 0.01, "--loss", "sft"])
     assert "warning" not in said  # it has no tether
