@@ -15,7 +15,7 @@ import tiny
 import torch
 from launch import assert_same_end, last_step, metrics
 from safetensors.torch import load_file
-from test_train import argv, both_logps, here, merged, run, run_here, start
+from test_train import argv, both_logps, here, merged, run, run_here
 
 import data
 import train
@@ -194,7 +194,7 @@ def test_held_out_numbers_equal_transformers(world, tmp_path):
 def test_sigterm_to_one_rank_stops_both_at_the_same_step(world, tmp_path):
     extra, out = ("--epochs", "10", "--save_every", "0"), tmp_path / "stopped"
     run(world, tmp_path / "whole", *extra, ranks=2)
-    started = start(world, out, *extra, ranks=2)
+    started = launch.Started(["train.py", *argv(world, out, *extra)], 2)
     while len(metrics(out)) < 3:
         assert started.running, started.said
         time.sleep(0.01)
@@ -208,14 +208,6 @@ def test_sigterm_to_one_rank_stops_both_at_the_same_step(world, tmp_path):
     assert [m["step"] for m in metrics(out)] == list(range(step))
     assert f"step_{step:06d}: step {step} of 30" in run(world, out, *extra, "--resume", ranks=2)
     assert_same_end(tmp_path / "whole", out)
-
-
-def test_checkpoints_come_in_order_of_their_steps(tmp_path):
-    for name in ("step_999999", "step_1000000", "step_000002", "tmp_1000001", "step_x", "step_12"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    found = [os.path.basename(p) for p in train.whole_checkpoints(tmp_path)]
-    assert found == ["step_000002", "step_999999", "step_1000000"]
-    assert train.whole_checkpoints(tmp_path / "none") == []
 
 
 def test_two_ranks_say_once_what_is_wrong_with_the_options(world, tmp_path):

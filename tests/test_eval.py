@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from misbehaving import Misbehaving, completion
+from tiny import write_rows
 
 import data
 import eval as evaluation
@@ -25,25 +26,20 @@ def talker(tmp_path_factory):
     return folder
 
 
-def write(path, rows):
-    data.write_rows(str(path), rows)
-    return path
-
-
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
     folder, comma = tmp_path_factory.mktemp("sets"), "punctuation:no_comma"
-    write(folder / "aime24.jsonl", [{"id": i, "problem": f"{i} + {i}?", "answer": f"{2 * i:03}"}
-                                    for i in range(3)])
-    write(folder / "olympiadbench.jsonl", [
+    write_rows(folder / "aime24.jsonl", [
+        {"id": i, "problem": f"{i} + {i}?", "answer": f"{2 * i:03}"} for i in range(3)])
+    write_rows(folder / "olympiadbench.jsonl", [
         {"id": 1, "question": "roots?", "final_answer": ["$1$", "$2$"], "is_multiple_answer": True,
          "unit": None, "error": None}])
-    write(folder / "gpqa.jsonl", [tiny.gpqa_row(i) for i in range(3)])
-    write(folder / "ifeval.jsonl", [
+    write_rows(folder / "gpqa.jsonl", [tiny.gpqa_row(i) for i in range(3)])
+    write_rows(folder / "ifeval.jsonl", [
         {"key": 1, "prompt": "p", "instruction_id_list": [comma], "kwargs": [{}]},
         {"key": 2, "prompt": "q", "instruction_id_list": [comma, "startend:quotation"],
          "kwargs": [{}, {}]}])
-    write(folder / "own.jsonl", [{"question": "2 + 2?", "answer": "so 4\n#### 4"}])
+    write_rows(folder / "own.jsonl", [{"question": "2 + 2?", "answer": "so 4\n#### 4"}])
     return folder
 
 
@@ -149,9 +145,9 @@ def test_instruction_level_counts_instructions(tmp_path, ask):
 
 def test_what_cannot_be_compared_is_said(sets, tmp_path, ask):
     """Other questions under the same ids, a task of one question, another seed."""
-    rows = [{"question": f"{i}?", "answer": i} for i in range(4)]
-    files = [write(tmp_path / "a.jsonl", rows[:3]),
-             write(tmp_path / "b.jsonl", [*rows[:2], {"question": "other?", "answer": 7}, rows[3]])]
+    a, b, c, d = ({"question": f"{i}?", "answer": i} for i in range(4))
+    files = [write_rows(tmp_path / "a.jsonl", [a, b, c]),
+             write_rows(tmp_path / "b.jsonl", [a, b, {"question": "other?", "answer": 7}, d])]
     for name, file, number in (("a", files[0], 1), ("b", files[1], 7)):
         code, err = ask(says(f"\\boxed{{{number}}}"), tmp_path / name, "--samples", 1, "--seed",
                         number, "--tasks", f"x={file},own={sets / 'own.jsonl'}")
@@ -160,15 +156,6 @@ def test_what_cannot_be_compared_is_said(sets, tmp_path, ask):
     assert "| x | 2 | 50.0 | 0.0 | -50.0 |" in table and "seed differs: 1 and 7" in table
     assert "x: 1 questions of A and 2 of B have no partner" in table
     assert "own is left out: 1 " in table
-
-
-def test_a_second_task_joins_the_first(tmp_path, ask):
-    for task in ("aime24", "gpqa"):
-        ask(says("\ud800 The answer is 2"), tmp_path / "out", "--tasks", task, "--samples", 1)
-    assert list(results(tmp_path / "out")) == ["aime24", "gpqa"]
-    assert "| aime24 | gpqa |" in (tmp_path / "out" / "results.md").read_text()
-    metrics = results(tmp_path / "out")["aime24"]["metrics"]
-    assert metrics["no box"][0] == 1 and metrics["no answer"][0] == 0 and metrics["accuracy"][0] > 0
 
 
 def test_a_dead_server_says_why(tmp_path, ask):
@@ -189,7 +176,7 @@ BAD = [
 @pytest.mark.parametrize("given, expected", BAD, ids=lambda part: str(part)[:40])
 def test_bad_tasks_are_refused_before_anything_is_asked(given, expected, tmp_path, ask):
     if isinstance(given, dict):
-        given = ["--tasks", f"mine={write(tmp_path / 'mine.jsonl', [given, given])}"]
+        given = ["--tasks", f"mine={write_rows(tmp_path / 'mine.jsonl', [given, given])}"]
     code, err = ask(says(""), tmp_path / "out", *given)
     assert code == 1 and expected in err and "Traceback" not in err, err
     assert not ask.requests and not (tmp_path / "out").exists()
@@ -207,13 +194,11 @@ def test_another_models_folder_is_refused(alone, talker, sets, tmp_path):
     assert results(out) == results(alone)
 
 
-# --- retention ------------------------------------------------------------------------------------
-
 def test_retention_equals_a_direct_computation(talker, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
     other = tiny.write_checkpoint(tmp_path / "other", seed=1)
-    texts = write(tmp_path / "texts.jsonl", [
+    texts = write_rows(tmp_path / "texts.jsonl", [
         {"text": "The quick brown fox"}, {"text": "a" * 40},
         {"prompt": "1 + 1?", "chosen": "It is 2.", "rejected": "It is 3."}, {"text": "x"}])
     monkeypatch.setattr(evaluation, "ROWS_AT_ONCE", 7)
@@ -276,7 +261,7 @@ def test_retention_refuses_another_tokenizer(talker, tmp_path):
     path = tmp_path / "other" / "tokenizer.json"
     swapped = path.read_text().replace('"<think>"', '"<swap>"').replace('"</think>"', '"<think>"')
     path.write_text(swapped.replace('"<swap>"', '"</think>"'))
-    texts = write(tmp_path / "texts.jsonl", [{"text": "The quick brown fox"}])
+    texts = write_rows(tmp_path / "texts.jsonl", [{"text": "The quick brown fox"}])
     for model in (other, wider):
         code, err = run("retention", "--model", model, "--base", talker, "--texts", texts,
                         "--dtype", "float32")

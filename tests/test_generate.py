@@ -32,8 +32,6 @@ def ours(tmp_path_factory):
     return qwen.load_model(checkpoint(tmp_path_factory.mktemp("checkpoint"), SHAPES[0]))
 
 
-# --- greedy, against transformers one prompt at a time --------------------------------------------
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("cells", [256, 4])
 def test_greedy_equals_transformers(tmp_path, monkeypatch, shape, cells):
@@ -59,8 +57,6 @@ def test_greedy_equals_transformers(tmp_path, monkeypatch, shape, cells):
     assert qwen.generate(ours, prompts, [0] * 6, end=end, **settings) == wanted
 
 
-# --- a sample depends on its seed and prompt ------------------------------------------------------
-
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "top_p": 1, "top_k": 0},
                                       {"temperature": 1.3, "top_p": 0.9, "top_k": 0}], ids=str)
 def test_a_sample_depends_on_its_seed_and_prompt_alone(ours, settings):
@@ -81,8 +77,6 @@ def test_a_sample_depends_on_its_seed_and_prompt_alone(ours, settings):
     other = qwen.generate(ours, prompts, [s + 100 for s in seeds], batch_size=16, **more)
     assert sum(a != b for a, b in zip(other, wanted)) >= 13
 
-
-# --- filters, against transformers' warpers -------------------------------------------------------
 
 def warped(logits, temperature, top_p, top_k):
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -124,8 +118,6 @@ def test_sampling_is_the_inverse_of_the_distribution_function():
     probs = warped(logits, 0.7, 0.8, 20)[0]
     assert probs[first] == probs.max() and 0 < probs[last] == probs[probs > 0].min()
 
-
-# --- continuous batching --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("batch_size", [2, 6])
 def test_a_long_sample_holds_up_nobody_and_memory_follows_the_rows(ours, monkeypatch, batch_size):

@@ -138,11 +138,12 @@ def test_sequence_logps_refuses_what_does_not_add_up():
         loss.sequence_logps(torch.zeros(5), torch.tensor([[1, 2, 3]]))
 
 
-def test_tether():
+def test_tether_and_loss_of_large_rewards():
     r = torch.tensor([-3.0, 0.0, 10.0, 50.0], dtype=torch.float64)
     assert loss.tether(r).tolist() == pytest.approx([1 / (1 + math.exp(x)) for x in r.tolist()])
     assert loss.tether(r)[1] == 0.5
     assert loss.tether(r)[2] == pytest.approx(4.54e-5, rel=1e-2)
+    assert loss.spot_bce(torch.tensor([-1e4]), torch.tensor([1e4])).item() == 2e4  # no overflow
     # 1 - sigmoid would give 0; abs=0, since approx's own 1e-12 would let 0 pass
     assert loss.tether(r)[3].item() == pytest.approx(math.exp(-50), rel=1e-12, abs=0)
 
@@ -218,12 +219,25 @@ def test_dft_equals_trls_own_code():
 
 
 @pytest.mark.parametrize("objective", loss.OBJECTIVES)
-def test_coefficients_equal_finite_differences_of_the_definition(objective):
+def test_coefficients_equal_closed_forms_and_finite_differences(objective):
     one_branch = objective not in loss.PAIR_OBJECTIVES
     rows, lengths, reference = random_rows(one_branch=one_branch)
     found, sums = loss.row_coefficients(objective, rows, lengths, reference, BETA, DELTA)
     expected = summed_loss(objective, rows.tolist(), lengths, reference)
     assert named(sums)["loss"] == pytest.approx(expected, rel=1e-12)
+    up, down = (BETA * (loss.sequence_logps(rows, lengths) - reference)).unbind(1)
+    sigma = torch.sigmoid
+    plus, minus = {
+        "spot-bce": (-BETA * (1 - sigma(up)), BETA * sigma(down)),
+        "spot-bco": (-BETA * (1 - sigma(up - DELTA)), BETA * sigma(down - DELTA)),
+        "dpo": (-BETA * (1 - sigma(up - down)), BETA * (1 - sigma(up - down))),
+        "reward-sft": (-BETA * (1 - sigma(up)), 0 * up),
+    }.get(objective, (-torch.ones_like(up), 0 * up))
+    closed = torch.stack([plus + minus, minus, plus], 1).flatten()
+    closed = closed.repeat_interleave(lengths.flatten())
+    if objective == "dft":
+        closed = closed * rows.exp()
+    assert (found - closed).abs().max() <= 1e-12
     if objective == "dft":  # its weight is a stop-gradient: differences of SFT, times the weight
         objective, found = "sft", found / rows.exp()
     for i in range(len(rows)):
@@ -247,10 +261,6 @@ def test_step_0_is_exact():
         expected = math.log(2) * (1 if objective == "dpo" else 2)
         assert torch.tensor(mean["loss"]).float() == torch.tensor(expected).float()
         assert set(coefficients.tolist()) == {0.0, *torch.tensor([0.05, -0.05]).tolist()}
-
-
-def test_losses_of_large_rewards_do_not_overflow():
-    assert loss.spot_bce(torch.tensor([-1e4]), torch.tensor([1e4])).item() == 2e4
 
 
 def test_wrong_objectives_are_refused():

@@ -21,6 +21,7 @@ SHAPES = [
     (4, 4, 16, 64, True, "new", "5GB"), (4, 2, 16, 32, False, "new", "5GB"),
     (8, 1, 8, 32, True, "old", "5GB"), (2, 1, 64, 48, False, "old", "20KB"),
     (6, 2, 32, 40, True, "new", "20KB"), (3, 3, 24, 56, True, "old", "30KB"),
+    (4, 1, 32, 64, False, "new", "5GB"), (8, 4, 16, 96, True, "old", "5GB"),
 ]
 
 
@@ -66,17 +67,6 @@ def test_bf16_is_within_bf16_rounding(tmp_path):
     assert found.square().mean() <= 1.2 * theirs.square().mean()
 
 
-@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
-def test_gradients_of_a_plain_sequence_equal_transformers(tmp_path, shape):
-    hf, ours = hf_pair(tmp_path, shape)
-    tokens = torch.randint(0, 131, (60,))
-    for m, logits in ((hf, hf(tokens[None]).logits[0]), (ours, tiny.logits(ours, tokens))):
-        torch.nn.functional.cross_entropy(logits[:-1], tokens[1:]).backward()
-    wanted = {n.removeprefix("model."): p.grad for n, p in hf.named_parameters()}
-    for name, p in ours.named_parameters():
-        assert (p.grad - wanted[name]).abs().max() <= 1e-5 * wanted[name].abs().max(), name
-
-
 # --- attention ------------------------------------------------------------------------------------
 
 FORKS = [(0, 5, 9, 12), (12, 13, 14, 15), (15, 40, 40, 47), (47, 130, 131, 200)]
@@ -104,21 +94,6 @@ def test_attention_over_forks_equals_a_dense_mask(dtype, allowed):
                for out in (wanted, qwen.fork_attention(q, k, v, FORKS))]
     for a, b in zip(*results):
         assert (a - b).abs().max() <= allowed
-
-
-def test_checkpointing_changes_no_bit(tmp_path):
-    _, plain = hf_pair(tmp_path, SHAPES[1])
-    saving = qwen.load_model(str(tmp_path))
-    for block in saving.layers:
-        block.checkpointing = True
-    tokens = torch.randint(0, 131, (30,))
-    outs = []
-    for m in (plain, saving):
-        out = m(tokens, torch.arange(30), [(0, 30, 30, 30)], torch.arange(10, 29), tokens[11:])
-        out.sum().backward()
-        outs.append(out)
-    assert torch.equal(*outs)
-    assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters(), saving.parameters()))
 
 
 # --- what is read and what is refused -------------------------------------------------------------
@@ -213,14 +188,6 @@ def test_every_key_that_transformers_knows_is_computed_or_refused(checkpoint, tm
     assert not refused & {"rms_norm_eps", "use_cache", "eos_token_id", "max_position_embeddings"}
 
 
-def test_all_problems_of_a_config_are_listed_at_once(tmp_path):
-    (tmp_path / "config.json").write_text('{"attention_bias": true, "num_experts": 4}')
-    with pytest.raises(UserError) as e:
-        qwen.read_config(str(tmp_path))
-    for name in ("attention_bias", "num_experts", "vocab_size", "model_type", "rope_theta"):
-        assert f'"{name}"' in str(e.value)
-
-
 def test_weights_that_do_not_fit_are_listed_all_at_once(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "model.safetensors"
@@ -313,7 +280,7 @@ def test_a_weight_that_is_no_number_is_named(checkpoint, tmp_path):
 # --- processes ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("environment", [
-    {"RANK": "0"}, {"RANK": "x", "WORLD_SIZE": "1", "MASTER_ADDR": "h", "MASTER_PORT": "1"}], ids=str)
+    {"RANK": "0"}, {"RANK": "x", "WORLD_SIZE": "1", "MASTER_ADDR": "h", "MASTER_PORT": "1"}])
 def test_half_a_launchers_environment_is_one_sentence(monkeypatch, capsys, environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -321,12 +288,6 @@ def test_half_a_launchers_environment_is_one_sentence(monkeypatch, capsys, envir
         qwen.begin(lambda: 60, qwen.open_ranks)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and "start with torchrun" in error
-
-
-def test_a_local_rank_alone_is_no_launcher(monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "")
-    assert qwen.open_ranks(60).world == 1
-    qwen.close_ranks()
 
 
 def test_main_only_gives_the_result_or_ends_the_run(capsys):
@@ -337,22 +298,10 @@ def test_main_only_gives_the_result_or_ends_the_run(capsys):
     assert stop.value.code == 1 and capsys.readouterr().err.count("'not/there'") == 1
 
 
-FIRST_CALLS = """
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-seen = set()
-class Watch(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if args and isinstance(args[0], torch.Tensor) and args[0].numel() < 100:
-            seen.add((function._schema.name, args[0].dtype))
-        return function(*args, **(kwargs or {}))
-with Watch():
-    import model
-wanted = {(f"aten::{name}", dtype) for name in ("cos", "sin", "exp", "log")
-          for dtype in (torch.float32, torch.float64)}
-assert wanted <= seen, wanted - seen
-"""
-
-
 def test_importing_the_model_makes_the_first_call_of_every_mkl_function():
-    subprocess.run([sys.executable, "-c", FIRST_CALLS], check=True)
+    source = ("from torch.profiler import profile\nwith profile() as seen:\n    import model\n"
+              "print(*[event.name for event in seen.events()])")
+    called = subprocess.run([sys.executable, "-c", source], cwd=os.path.dirname(qwen.__file__),
+                            check=True, capture_output=True, text=True).stdout.split()
+    for name in ("cos", "sin", "exp", "log"):
+        assert called.count(f"aten::{name}") == 2  # fp32 and fp64

@@ -54,8 +54,6 @@ def page_of(out, *folders):
     return Page(out)
 
 
-# --- the watched pair -----------------------------------------------------------------------------
-
 @pytest.fixture(scope="module")
 def watched(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("watched") / "run"
@@ -65,8 +63,8 @@ def watched(world, tmp_path_factory):
 
 def test_watched_pair_is_the_same_on_one_and_two_ranks(world, watched, tmp_path):
     run(world, tmp_path / "two", *STEPS, ranks=2)
-    (pair, *rows), (other, *more) = (metrics(out, "surgery")
-                                     for out in (watched, tmp_path / "two"))
+    pair, *rows = metrics(watched, "surgery")
+    other, *more = metrics(tmp_path / "two", "surgery")
     assert [row["step"] for row in rows] == [row["step"] for row in more] == [0, 1, 2, 3, 4]
     assert pair.keys() == other.keys()
     assert all(pair[key] == other[key] for key in pair if key != "reference")
@@ -106,18 +104,6 @@ def test_snapshots_survive_a_stop_and_do_not_touch_training(world, watched, tmp_
     assert_same_end(tmp_path / "blind", watched)
     assert "Surgery on one pair" not in Page(tmp_path / "blind" / "report.html").text
 
-
-def test_positive_only_pairs_are_watched_too(world, tmp_path):
-    positive = {**world, "pairs": str(tmp_path / "pairs.jsonl")}
-    rows = data.read_log(world["pairs"])
-    write(tmp_path / "pairs.jsonl", *(row | {"original_answer": ""} for row in rows))
-    run_here(positive, tmp_path / "run", "--loss", "sft", "--max_steps", "1")
-    pair, first, *_ = metrics(tmp_path / "run", "surgery")
-    assert pair["rejected"] == pair["trunk"] == [] and set(first["coefficients"]) == {-1.0}
-    assert "sft, lr 0.0001, beta 0.1" in Page(tmp_path / "run" / "report.html").text
-
-
-# --- the page -------------------------------------------------------------------------------------
 
 def write(path, *rows):
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -233,8 +233,6 @@ def test_only_refused_keys_are_dropped_not_those_that_an_error_quotes(error, dro
     assert sorted(server.refused) == dropped
 
 
-# --- what an answer says --------------------------------------------------------------------------
-
 read = evaluation.read_completion
 
 

@@ -8,18 +8,13 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from tiny import SHARED, needs_data
+from tiny import SHARED, needs_data, write_rows
 
 import eval as tasks
 import oracle
 from eval import (choice_letter, clustered, connect4_rows, connect4_state, grade_connect4,
                   grade_math, load_task, math_gold, paired_bootstrap, pass_at_k, winning_moves)
-from data import UserError, read_log, write_rows
-
-def write_jsonl(path, rows):
-    write_rows(str(path), rows)
-    return str(path)
-
+from data import UserError, read_log
 
 # --- math: gold answers ---------------------------------------------------------------------------
 
@@ -166,11 +161,11 @@ def test_generated_states_meet_the_filter(tmp_path):
         assert not has_four(board, "X") and not has_four(board, "O")
         assert row["state"] == connect4_state(board, player)
     assert connect4_rows(100, seed=0) == rows[:100] and connect4_rows(100, seed=1) != rows[:100]
-    made, read = load_task("connect4", str(tmp_path)), write_jsonl(tmp_path / "c.jsonl", rows)
+    made, read = load_task("connect4", str(tmp_path)), write_rows(tmp_path / "c.jsonl", rows)
     assert [r[1:] for r in load_task(f"connect4={read}", "").rows] == [r[1:] for r in made.rows]
     for bad in ({**rows[1], "answer": [[[0, 0]], [[5, 5]]]}, {"state": rows[0]["state"]},
                 {**rows[1], "state": rows[1]["state"].replace(":X", ":Y")}, {"answer": [[], []]}):
-        path = write_jsonl(tmp_path / "c.jsonl", [rows[0], bad, rows[2]])
+        path = write_rows(tmp_path / "c.jsonl", [rows[0], bad, rows[2]])
         with pytest.raises(UserError, match="(?s)1 malformed.*line 2: '(answer|state)'"):
             load_task(f"connect4={path}", "")
 
@@ -190,7 +185,6 @@ def results(one, two):
     ("[Intermediate Thinking Results 2: None", 0, 0, 1),
     (results("(1,2), (3,4)", "None") + results("None", "(1,1)"), 1, 1, 0),  # the first counts
     (f"<think>{results('None', '(0,0)')}</think>{results('(1,2), (3,4)', 'None')}", 1, 1, 0),
-    (f"<think>{results('(1,2), (3,4)', 'None')}", 0, 0, 1),
 ])
 def test_connect4_grades(text, mine, opponent, missing):
     grade = grade_connect4(text, [[[1, 2], [3, 4]], []])
@@ -200,16 +194,12 @@ def test_connect4_grades(text, mine, opponent, missing):
 
 # --- GPQA -----------------------------------------------------------------------------------------
 
-def hub_row(question, right, *wrong):
-    row = {f"Incorrect Answer {k}": text for k, text in enumerate(wrong, 1)}
-    return {"Question": question, "Correct Answer": right, **row, "Record ID": question[-20:]}
-
-
 def test_gpqa_rows(tmp_path):
-    hub = [hub_row(f"Question {i}? {{question}}", f"right {i}\n", "w 1", "w 2", "w 3")
+    wrong = {f"Incorrect Answer {k}": f"w {k}" for k in (1, 2, 3)}
+    hub = [{"Question": f"Question {i}? {{question}}", "Correct Answer": f"right {i}\n", **wrong}
            for i in range(400)]
     places, orders = Counter(), set()
-    task = load_task(f"gpqa={write_jsonl(tmp_path / 'hub.jsonl', hub)}", "")
+    task = load_task(f"gpqa={write_rows(tmp_path / 'hub.jsonl', hub)}", "")
     for i, (_, (message,), answer) in enumerate(task.rows):
         lines = message["content"].split("\n")
         shown = dict(line.split(") ") for line in lines[-4:])
@@ -222,32 +212,18 @@ def test_gpqa_rows(tmp_path):
     assert len(orders) == 24
 
 
-@pytest.mark.parametrize("row, expected", [
-    (hub_row("q", "a", "b", "c"), "'Incorrect Answer 3': a string expected"),
-    (hub_row("q", "a", "b", "c", "a "), "twice"), (hub_row("q", "a", "b", "", "d"), "empty"),
-    ({"problem": "q"}, "'Question': a string")])
-def test_bad_gpqa_rows(row, expected, tmp_path):
-    good = hub_row("q", "a", "b", "c", "d")
-    with pytest.raises(UserError, match=f"(?s)line 2: .*{expected}"):
-        load_task(f"gpqa={write_jsonl(tmp_path / 'g.jsonl', [good, row])}", "")
-
-
 @pytest.mark.parametrize("text, letter", [
-    ('"Answer": "C"', "C"), ('I first thought "Answer": "A".\n"Answer": "D"', "D"),
-    ('{"answer": "B"}', "B"), ('"Answer": "C" though \\boxed{D}', "C"), ('"Answer": "(B)"', "B"),
-    ('"Answer": C', "C"), ('"Answer": "$\\boxed{B}$"', "B"), ('"Answer": "C) 3 mol"', "C"),
-    ("**Answer**: **(D)**", "D"), ("answer is (C)", "C"), ("The correct answer is: B.", "B"),
-    ("The answer is option **B**", "B"), ("The final answer is $\\boxed{\\text{(A)}}$.", "A"),
-    ("\\boxed{B) 3 mol}", "B"), ("The answer is\n\nC", "C"), ("The answer is A because it is", "A"),
-    ("so\n(C)", "C"), ("so\n**B.**\n", "B"), ("C", "C"), ("The answer is: \\(C\\)", "C"),
-    ("The correct option is C.", "C"), ("The answer would be C", "C"), ("“Answer”: “C”", "C"),
-    ('<think>"Answer": "C"</think>\n"Answer": "A"', "A"), ('<think>"Answer": "C"', None),
-    ("The answer is A good question", None), ("The answer is C-H", None), ("", None),
+    ('I first thought "Answer": "A".\n"Answer": "D"', "D"), ('{"answer": "B"}', "B"),
+    ('"Answer": "C" though \\boxed{D}', "C"), ('"Answer": "(B)"', "B"), ('"Answer": C', "C"),
+    ('"Answer": "$\\boxed{B}$"', "B"), ('"Answer": "C) 3 mol"', "C"), ("**Answer**: **(D)**", "D"),
+    ("The correct answer is: B.", "B"), ("The answer is option **B**", "B"),
+    ("The final answer is $\\boxed{\\text{(A)}}$.", "A"), ("The answer is\n\nC", "C"),
+    ("so\n**B.**\n", "B"), ("C", "C"), ("The correct option is C.", "C"), ("“Answer”: “C”", "C"),
+    ('<think>"Answer": "C"</think>\n"Answer": "A"', "A"), ("", None),
+    ("The answer is A good question", None), ("The answer is C-H", None), ("C\nis it", None),
     ("The answer is (c)", None), ('"Answer": "E"', None), ("A and B are wrong", None),
-    ("\\boxed{B = 3}", None), ("\\boxed{42}", None), ("\\boxed{A, B}", None),
-    ("an answer: none", None), ("C\nis it", None), ('"Answer": "A, B"', None),
-    ("The answer is Above", None), ("vitamin\nD3", None), ("Answer: A/B", None),
-    ("The answer is (A)(B)", None), ("Option C is not correct", None)])
+    ("\\boxed{B = 3}", None), ("\\boxed{A, B}", None), ('"Answer": "A, B"', None),
+    ("vitamin\nD3", None), ("The answer is (A)(B)", None), ("Option C is not correct", None)])
 def test_choice_letters(text, letter):
     assert choice_letter(text) == letter
 
@@ -279,7 +255,7 @@ QUESTIONS = [  # fields of a row, messages
 
 def test_a_set_of_the_user_s_own(tmp_path):
     """Rows of every kind that `elicit` reads, in one file, read alike."""
-    path = write_jsonl(tmp_path / "own.jsonl", [row for row, _ in QUESTIONS])
+    path = write_rows(tmp_path / "own.jsonl", [row for row, _ in QUESTIONS])
     task = load_task(f"own={path}", "")
     assert [messages for _, messages, _ in task.rows] == [messages for _, messages in QUESTIONS]
     assert {gold.text for *_, gold in task.rows} == {"4"}

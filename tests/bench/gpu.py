@@ -9,9 +9,8 @@
     wide        the same at Qwen3-8B's width, 12 layers of 36, which take some 110 GB
     generation  greedy answers against full forwards on the CPU
 
-All weights are random. Each part is a process of its own: an error or a timeout costs that part
-alone. Each figure is a row of a Markdown table on stdout; all else goes to stderr. The exit code is
-1 where a part failed or a figure is beyond its limit. Needs requirements-dev.txt.
+All weights are random. Each part is a process of its own, each figure a row of a Markdown table on
+stdout. The exit code is 1 where a part failed or a figure is beyond its limit.
 """
 
 import argparse
