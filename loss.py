@@ -16,8 +16,8 @@ in nothing but the coefficient c = dL/d log pi that a sequence (sft, dft: a toke
     reward-sft           -beta (1 - sigma(r+))              0
     sft, dft             -1, -pi(token)                     0
 Rows of the shared trunk belong to both sequences and get c+ + c-: 0 under spot-bce at r+ = r- = 0,
-always 0 under dpo. A new objective is a function beside `dpo` below, its name in OBJECTIVES and what
-else applies to it there, and a branch in row_coefficients: --loss then knows it.
+always 0 under dpo. A new objective is a function beside `dpo` below, its name in OBJECTIVES (and in
+what else stands there), and a branch in row_coefficients: --loss then knows it.
 
 Shapes: R scored rows (one token each whose log-prob counts), F forks (a pair of answers as a shared
 trunk and two branches), V vocabulary, D hidden width.

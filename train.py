@@ -65,7 +65,7 @@ class Options:
     model: str = option("", "checkpoint folder in Hugging Face layout (required)")
     pairs: str = option("", "pair file, .jsonl or .jsonl.gz (required)")
     out: str = option("", "run folder to write (required)")
-    loss: str = option("spot-bce", "objective: SPoT as in the paper or with a running mean, its peers",
+    loss: str = option("spot-bce", "objective: SPoT without or with a running mean, or a peer",
                        loss.OBJECTIVES)
     beta: float = option(0.1, "reward scale: r = beta * (log pi - log pi_ref). r+ cannot exceed "
                          "-beta log pi_ref(y+), which the log says before step 1: the tether holds "
