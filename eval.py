@@ -360,8 +360,8 @@ def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks
     records   {"key", "text", "finish", "tokens"} or {"key", "error"}
 
     Each answer is added to folder/raw-RANK.jsonl as it comes: a kill loses at most what is under
-    way, and the same call goes on, failed requests too. Collective at its start; consume it, or
-    break off, inside `ranks.together()`, after which `read_answers` has what all ranks got.
+    way. The same call goes on, and asks failed requests again. Collective at its start; consume it,
+    or break off, inside `ranks.together()`, after which `read_answers` has what all ranks got.
     Raises UserError as fetch_json and read_answers do."""
     path = os.path.join(folder, f"raw-{ranks.rank}.jsonl")
     with ranks.together():
