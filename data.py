@@ -98,8 +98,8 @@ def read_log(path: str) -> list:
     newline was cut by a kill and does not count. Raises UserError that names a broken line."""
     if not os.path.exists(path):
         return []
-    with open(path, encoding="utf-8") as f:
-        lines = f.read().split("\n")[:-1]
+    with open(path, "rb") as f:  # a kill may cut a line inside a character
+        lines = f.read().split(b"\n")[:-1]
     rows = []
     for number, line in enumerate(lines, 1):
         try:
@@ -122,10 +122,11 @@ def parse_object(text: bytes) -> dict:
 
 FORMATS = {  # how a file begins: what it is, and a command that makes JSON Lines of it
     b"PAR1": ("a parquet file", "python -c \"import datasets, sys; "
-              "datasets.Dataset.from_parquet(sys.argv[1]).to_json('rows.jsonl')\" {path}"),
+              "datasets.Dataset.from_parquet(sys.argv[1])"
+              ".to_json(sys.argv[1] + '.jsonl')\" {path}"),
     b"[": ("a JSON array", "python -c \"import json, sys; [print(json.dumps(row)) "
-           "for row in json.load(sys.stdin.buffer)]\" < {path} > rows.jsonl"),
-    b"{\n": ("pretty-printed JSON", "python -m json.tool --compact {path} > rows.jsonl")}
+           "for row in json.load(sys.stdin.buffer)]\" < {path} > {path}.jsonl"),
+    b"{\n": ("pretty-printed JSON", "python -m json.tool --compact {path} > {path}.jsonl")}
 
 
 def read_rows(path: str, parse, skip_malformed: bool = False) -> tuple[list, Counter]:
@@ -258,8 +259,8 @@ def read_messages(value, key: str, role: str) -> list:
     turns = []
     for i, message in enumerate(value):
         name = f"{key!r}, message {i}"
-        role = message.get("role") if isinstance(message, dict) else None
-        if role not in ("system", "user", "assistant"):
+        speaker = message.get("role") if isinstance(message, dict) else None
+        if speaker not in ("system", "user", "assistant"):
             raise UserError(f"{name}: role system, user or assistant expected, found "
                             f"{message!r:.80}")
         refuse_unrendered(message, name)
@@ -269,7 +270,7 @@ def read_messages(value, key: str, role: str) -> list:
             if not isinstance(part, dict) or part.get("type") != "text":
                 raise UserError(f"{name}: parts of type text expected, found {part!r:.80}")
         text = "".join(check_text(part.get("text"), name) for part in parts)
-        turns.append({"role": role, "content": text})
+        turns.append({"role": speaker, "content": text})
     return turns
 
 
@@ -370,7 +371,7 @@ def load_chat(folder: str, vocab_size: int, template: str = "") -> Chat:
         raise UserError(f"{path}: holds token id {largest}, but the model's vocabulary has "
                         f"{vocab_size} rows: tokenizer and weights are of different models")
     chat = Chat(tokenizer, ids[0], ids[1], [])
-    if len(ids) == 4:
+    if "<think>" in names:
         blank = chat.encode("\n\n")
         chat.think = [ids[2], *blank, ids[3], *blank]
     return chat
@@ -405,7 +406,8 @@ def known_template(folder: str) -> str:
     else:
         path = os.path.join(folder, "tokenizer_config.json")
         template = read_json(path).get("chat_template")
-    # Jinja renders what stands behind the last tag, but for one newline.
+    # Two newlines at the end change nothing: Jinja drops the last, transformers' trim_blocks the
+    # one behind a tag.
     text = str(template).replace("\r\n", "\n").lstrip().removesuffix("\n").removesuffix("\n")
     known = TEMPLATES.get(hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16])
     if known is None:
@@ -493,13 +495,13 @@ def pair_to_fork(pair: Pair, chat: Chat, max_length: int, need_rejected: bool) -
     if pair.rejected is None and need_rejected:
         raise Drop("no rejected answer, and the loss needs one")
     prompt, chosen = chat.prompt(pair.messages), chat.encode(pair.chosen)
-    rejected = [] if pair.rejected is None else chat.encode(pair.rejected)
-    if len(prompt) + max(len(chosen), len(rejected)) + 1 > max_length:
+    rejected = None if pair.rejected is None else chat.encode(pair.rejected)
+    if len(prompt) + max(len(chosen), len(rejected or ())) + 1 > max_length:
         raise Drop(f"longer than max_length ({max_length} tokens)")
+    if rejected is None:
+        return make_fork(prompt, chosen + [chat.im_end], None, pair.line)
     if chosen == rejected:
         raise Drop("both answers identical")
-    if pair.rejected is None:
-        return make_fork(prompt, chosen + [chat.im_end], None, pair.line)
     ratio = change_ratio(rejected, chosen)
     return make_fork(prompt, chosen + [chat.im_end], rejected + [chat.im_end], pair.line, ratio)
 
@@ -624,7 +626,8 @@ def make_pack(forks: list, indices: list, reference=None) -> Pack:
             spans.append((start, trunk_end, rejected_end, end))
         else:  # without y- prompt and answer are one plain sequence
             spans.append((start, end, end, end))
-        # A token is predicted from the one before it, each branch's first from the trunk's last.
+        # A token is predicted from the one before it. The rest of the trunk and y- follow each
+        # other: one range. The first token of y+ is predicted from the trunk's last.
         rows += [np.arange(start + fork.prompt_length - 1, rejected_end - 1), [trunk_end - 1],
                  np.arange(rejected_end, end - 1)]
         targets += [fork.trunk[fork.prompt_length:], fork.rejected, fork.chosen]
@@ -634,7 +637,7 @@ def make_pack(forks: list, indices: list, reference=None) -> Pack:
         tokens, positions, spans = [[0]], [[0]], [(0, 1, 1, 1)]
 
     def joined(parts):
-        return torch.from_numpy(np.concatenate([[], *parts]).astype(np.int64))
+        return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *parts]))
 
     pairs = torch.tensor(indices, dtype=torch.int64)
     return Pack(joined(tokens), joined(positions), spans, joined(rows), joined(targets),

@@ -16,7 +16,8 @@ in nothing but the coefficient c = dL/d log pi that a sequence (sft, dft: a toke
     reward-sft           -beta (1 - sigma(r+))              0
     sft, dft             -1, -pi(token)                     0
 Rows of the shared trunk belong to both sequences and get c+ + c-: 0 under spot-bce at r+ = r- = 0,
-always 0 under dpo.
+always 0 under dpo. A new objective is a function beside `dpo` below, its name in OBJECTIVES and what
+else applies to it there, and a branch in row_coefficients: --loss then knows it.
 
 Shapes: R scored rows (one token each whose log-prob counts), F forks (a pair of answers as a shared
 trunk and two branches), V vocabulary, D hidden width.
@@ -231,10 +232,10 @@ def update_delta(delta, batch_mean, batch_pairs, seen_pairs, kind="ema") -> floa
     return (delta * seen_pairs + batch_mean * batch_pairs) / (seen_pairs + batch_pairs)
 
 
-COUNTS = {"loss": "examples", "reward_chosen": "examples", "reward_rejected": "pairs",
+COUNT_OF = {"loss": "examples", "reward_chosen": "examples", "reward_rejected": "pairs",
           "margin": "pairs", "accuracy": "pairs", "tether_chosen": "examples",
           "tether_rejected": "pairs", "trunk_coef": "trunk_rows"}
-SUMS = (*COUNTS, "abs_reward", "examples", "pairs", "chosen_tokens", "trunk_rows")
+SUMS = (*COUNT_OF, "abs_reward", "examples", "pairs", "chosen_tokens", "trunk_rows")
 
 
 def diagnose(loss, r, delta, coefficients, lengths) -> torch.Tensor:
@@ -242,18 +243,21 @@ def diagnose(loss, r, delta, coefficients, lengths) -> torch.Tensor:
     r (F, 2) rewards. Quantities of y-, margin and accuracy are summed over forks that have y-."""
     pair = lengths[:, 1] > 0  # y- ends in <|im_end|>, and so has a row at least
     chosen, rejected = r.unbind(1)
-    rejected = torch.where(pair, rejected, 0.0)
+
+    def over_pairs(values):  # values[pair].sum() would wait for the GPU
+        return torch.where(pair, values.double(), 0.0).sum()
+
     on_trunk = row_parts(lengths, len(coefficients)) == 0
     sums = {
         "loss": loss,
         "reward_chosen": chosen.sum(),
-        "reward_rejected": rejected.sum(),
-        "margin": ((chosen - rejected) * pair).sum(),
-        "accuracy": ((chosen > rejected) & pair).sum(),
+        "reward_rejected": over_pairs(rejected),
+        "margin": over_pairs(chosen - rejected),
+        "accuracy": over_pairs(chosen > rejected),
         "tether_chosen": tether(chosen, delta).sum(),
-        "tether_rejected": (torch.sigmoid(rejected - delta) * pair).sum(),
+        "tether_rejected": over_pairs(torch.sigmoid(rejected - delta)),
         "trunk_coef": (coefficients.double().abs() * on_trunk).sum(),
-        "abs_reward": (chosen.abs() + rejected.abs()).sum(),
+        "abs_reward": chosen.abs().sum() + over_pairs(rejected.abs()),
         "examples": r.new_full((), len(r)),
         "pairs": pair.sum(),
         "chosen_tokens": lengths.sum() - lengths[:, 1].sum(),
@@ -263,7 +267,7 @@ def diagnose(loss, r, delta, coefficients, lengths) -> torch.Tensor:
 
 
 def average(sums, objective: str) -> dict:
-    """A step's metrics from its global sums (in the order of SUMS), each over its count in COUNTS.
+    """A step's metrics from its global sums (in the order of SUMS), each over its COUNT_OF.
 
     loss              nats per pair; per token of y+ for sft and dft
     reward_chosen     r+; reward_rejected: r-. A rising r- is pull-up: y+ lifts y-, which is alike
@@ -274,7 +278,7 @@ def average(sums, objective: str) -> dict:
     """
     sums = dict(zip(SUMS, sums))
     metrics = {name: sums[name] / sums[count] if sums[count] else None
-               for name, count in COUNTS.items()}
+               for name, count in COUNT_OF.items()}
     if objective in TOKEN_OBJECTIVES:
         metrics["loss"] = sums["loss"] / sums["chosen_tokens"]
     return metrics

@@ -75,10 +75,11 @@ HARMLESS = set("""
     max_new_tokens num_beams num_return_sequences length_penalty typical_p num_labels
     model_max_length seq_length original_max_position_embeddings pretraining_tp base_model_tp_plan
     torchscript router_aux_loss_coef rope_parameters rope_scaling layer_types""".split())
-TOOLS = ("_", "transformers", "unsloth", "axolotl", "llamafactory", "llama_factory", "swift", "trl",
-         "peft", "mergekit", "vllm", "sglang", "mlx", "deepspeed", "megatron", "nemo", "verl")
+TOOL_PREFIXES = (
+    "_", "transformers", "unsloth", "axolotl", "llamafactory", "llama_factory", "swift", "trl",
+    "peft", "mergekit", "vllm", "sglang", "mlx", "deepspeed", "megatron", "nemo", "verl")
 # Keys that would change it, with the only values this file computes.
-ONLY = {
+SUPPORTED = {
     "model_type": ("qwen3",), "hidden_act": ("silu", None), "attention_bias": (False, None),
     "attention_dropout": (0, None), "use_sliding_window": (False, None), "is_causal": (True, None),
     "quantization_config": (None,),
@@ -89,19 +90,20 @@ EXPECTED = {int: "a whole number above 0", float: "a number above 0", bool: "tru
 def read_config(folder: str) -> Config:
     """Read folder/config.json in either layout (rope_theta at the top, or inside rope_parameters).
 
-    Raises UserError that lists every key that is missing, of a wrong type, or not supported. So is
-    an unknown key, unless it is bookkeeping: a text, a token id, a tool's key, or switched off.
+    Raises UserError that lists every key that is missing, of a wrong type, or not supported. An
+    unknown key is refused too, unless it is a text, a token id, a tool's key, or switched off.
     """
     path = os.path.join(folder, "config.json")
     raw = {"head_dim": 128, "tie_word_embeddings": False, **read_json(path)}  # HF's defaults
     problems = []
-    for key, supported in ONLY.items():
+    for key, supported in SUPPORTED.items():
         value = raw.pop(key, None)
         if value not in supported:
             problems.append(f'"{key}" is {value!r:.60}; only {supported[0]!r} is supported')
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # transformers' order
-    if not isinstance(rope, dict) or (
-            {k for k in rope if rope[k] not in ("default", None)} - {"rope_theta"}):
+    plain = isinstance(rope, dict) and all(
+        key == "rope_theta" or value in ("default", None) for key, value in rope.items())
+    if not plain:
         problems.append(f'"rope_scaling" or "rope_parameters" is {rope!r:.200}; only "rope_type" '
                         '"default" and "rope_theta" are supported')
     elif "rope_theta" in rope:
@@ -113,7 +115,7 @@ def read_config(folder: str) -> Config:
         if type(value) not in types or (f.type is not bool and not 0 < value < math.inf):
             problems.append(f'"{f.name}": {EXPECTED[f.type]} expected, found {value!r:.60}')
     for key, value in raw.items():
-        harmless = key in HARMLESS or key.startswith(TOOLS) or key.endswith("_token_id")
+        harmless = key in HARMLESS or key.startswith(TOOL_PREFIXES) or key.endswith("_token_id")
         if not harmless and not isinstance(value, str) and value not in (None, False, [], {}):
             problems.append(f'"{key}": {value!r:.60} is unknown and might change the computation')
     types = raw.get("layer_types") or []
@@ -279,15 +281,15 @@ def fork_attention(q, k, v, forks):
     # split, because its backward is one cat; that of each slice would fill a whole (H, T, d).
     queries, keys, values = (t[None].split(sizes, 2) for t in (q, k, v))
     pieces = []
-    for trunk in range(0, len(sizes), 3):
+    for first in range(0, len(sizes), 3):  # sizes[first:first + 3]: trunk, rejected, chosen
         pieces.append(F.scaled_dot_product_attention(
-            queries[trunk], keys[trunk], values[trunk], is_causal=True, enable_gqa=True))
-        for branch in (trunk + 1, trunk + 2):
+            queries[first], keys[first], values[first], is_causal=True, enable_gqa=True))
+        for branch in (first + 1, first + 2):
             if sizes[branch] == 0:
                 continue
-            key = torch.cat([keys[trunk], keys[branch]], 2)
-            value = torch.cat([values[trunk], values[branch]], 2)
-            mask = causal_lower_right(sizes[branch], sizes[trunk] + sizes[branch])
+            key = torch.cat([keys[first], keys[branch]], 2)
+            value = torch.cat([values[first], values[branch]], 2)
+            mask = causal_lower_right(sizes[branch], sizes[first] + sizes[branch])
             pieces.append(F.scaled_dot_product_attention(
                 queries[branch], key, value, attn_mask=mask, enable_gqa=True))
     return torch.cat(pieces, 2)[0].to(dtype)
@@ -456,7 +458,7 @@ def checkpoint_folder(name: str) -> str:
 
 def unread_parts(folder: str) -> list:
     """What lies in a checkpoint and is not read, as lines for the log."""
-    known = HARMLESS | ONLY.keys() | {f.name for f in fields(Config)}
+    known = HARMLESS | SUPPORTED.keys() | {f.name for f in fields(Config)}
     keys = sorted(read_json(os.path.join(folder, "config.json")).keys() - known)
     lines = [f"{folder}/config.json: not read: {', '.join(keys)}"] if keys else []
     single = os.path.join(folder, "model.safetensors")
@@ -495,9 +497,9 @@ def rows_here(p):
     in equal chunks, the last ones shorter or empty."""
     if not isinstance(p, DTensor):
         return p.detach(), 0, p.shape[0]
-    dim = next(i for i, placement in enumerate(p.placements) if placement.is_shard())
-    chunk = -(-p.shape[0] // p.device_mesh.size(dim))
-    start = min(p.device_mesh.get_local_rank(dim) * chunk, p.shape[0])
+    mesh_dim = next(i for i, placement in enumerate(p.placements) if placement.is_shard())
+    chunk = -(-p.shape[0] // p.device_mesh.size(mesh_dim))
+    start = min(p.device_mesh.get_local_rank(mesh_dim) * chunk, p.shape[0])
     return p.detach().to_local(), start, min(start + chunk, p.shape[0])
 
 
@@ -524,13 +526,13 @@ def load_weights(model: Qwen3, folder: str, device) -> None:
     if problems:
         raise UserError(f"{folder}: weights do not fit config.json:{listed(problems)}")
     model.to_empty(device=device)
-    finite = []
+    finite = {}
     for name, p in model.named_parameters():
         local, start, end = rows_here(p)
         if end > start:
             local.copy_(found[hf_name(name)][1][start:end])  # casts
-        finite.append(local.isfinite().all())
-    for name, sound in zip(wanted, torch.stack(finite).tolist()):  # a GPU waits here, once
+        finite[hf_name(name)] = local.isfinite().all()
+    for name, sound in zip(finite, torch.stack([*finite.values()]).tolist()):  # a GPU waits, once
         if not sound:
             raise UserError(f"{found[name][0]}: {name} holds NaN or infinity")
     if head_twice:
@@ -607,7 +609,7 @@ def write_tensors(path: str, tensors: dict, **metadata: str):
 
 
 class PlainLines:
-    """stderr for tqdm: each state of a bar is one line, written at once, without carriage returns."""
+    """stderr for tqdm: each state of a bar is a line, written at once."""
 
     def write(self, text):
         text = text.strip()
@@ -636,8 +638,8 @@ class Ranks:
             tqdm.write(text, file=sys.stderr)
 
     def progress(self, total, title, unit, done=0):
-        """The main rank's progress bar. Where stderr is no terminal: a plain line at the start, every
-        30 seconds, and at the end (quiet: of long work). TQDM_DISABLE=1 leaves what is said."""
+        """The main rank's progress bar. Where stderr is no terminal: a plain line at the start,
+        every 30 seconds, and at the end (quiet: of long work). TQDM_DISABLE=1 has none."""
         options = {"total": total, "desc": title, "unit": unit, "initial": done}
         if not self.main or total - done < 2:
             options["disable"] = True
@@ -728,7 +730,7 @@ def begin(parse, join):
         code = 2
         print(f"error: {e}", file=err, flush=True)
     if code and not speaks:
-        time.sleep(30)  # as in `together`
+        time.sleep(30)  # the rank that speaks exits first, and torchrun ends this one
     sys.exit(code)
 
 

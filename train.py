@@ -65,7 +65,8 @@ class Options:
     model: str = option("", "checkpoint folder in Hugging Face layout (required)")
     pairs: str = option("", "pair file, .jsonl or .jsonl.gz (required)")
     out: str = option("", "run folder to write (required)")
-    loss: str = option("spot-bce", "objective", loss.OBJECTIVES)
+    loss: str = option("spot-bce", "objective: SPoT as in the paper or with a running mean, its peers",
+                       loss.OBJECTIVES)
     beta: float = option(0.1, "reward scale: r = beta * (log pi - log pi_ref). r+ cannot exceed "
                          "-beta log pi_ref(y+), which the log says before step 1: the tether holds "
                          "from 20 on. Raise it where lambda+ settles above 0.05")
@@ -121,7 +122,7 @@ def parse_options(argv=None) -> Options:
     given = vars(parser.parse_args(argv))
     problems, kept = [], {}
     config_path = os.path.join(given.get("out", ""), "config.json")
-    if given.get("resume") and os.path.exists(config_path):
+    if given.get("resume") and given.get("out") and os.path.exists(config_path):
         options = data.read_json(config_path).get("options", {})
         kept = {f.name: options[f.name] for f in fields(Options) if f.name in options}
     for name, value in given.items():
@@ -159,7 +160,8 @@ def check_options(o: Options) -> list:
 
 
 def build_policy(folder, config, o: Options, ranks: Ranks):
-    """fp32 shards: meta device, shard blocks, then root, memory, each rank reads its own rows."""
+    """The policy with fp32 weights, sharded: made on the meta device, wrapped block by block and
+    as a whole, given memory, filled; each rank reads its own rows."""
     with torch.device("meta"):
         policy = qwen.Qwen3(config, checkpointing=o.checkpointing == "full")
     shape, names = (ranks.world,), ("shard",)
@@ -280,7 +282,7 @@ def plan(o: Options) -> str:
             for pack in [data.make_pack(forks, indices) for indices in micro_batch if indices]:
                 tokens = max(tokens, len(pack.tokens))
                 flops += count_flops(config, pack)
-    steps, _ = count_steps(len(forks), o)
+    steps = total_steps(len(forks), o)
     epochs = steps / len(batches)
     # The reference pass, forward alone, is a third of the FLOPs and gathers weights once. Training
     # gathers twice, and sums fp32 gradients.
@@ -334,7 +336,7 @@ class Run:
     reference: torch.Tensor = None  # (N, 2) fp64, sequence_logps before training
     eval_reference: torch.Tensor = None
     watched_reference: torch.Tensor = None
-    rejected_nats: float = math.inf  # median of -log pi_ref(y-)
+    rejected_nats: float = math.inf  # median of -log pi_ref(y-), set by describe_reference
     warned: set = field(default_factory=set)  # by watch_tether
 
     def packs(self, forks, batch, reference=None):
@@ -355,11 +357,15 @@ class Run:
                                      self.o.beta, self.state.delta)
 
 
-def count_steps(pairs: int, o: Options):
-    """(Optimizer steps of the run, of one epoch); the last, smaller batch is a step too."""
-    epoch = math.ceil(pairs / o.batch_size)
-    total = epoch * o.epochs
-    return min(total, o.max_steps or total), epoch
+def epoch_steps(pairs: int, o: Options) -> int:
+    """Optimizer steps of one epoch; the last, smaller batch is a step too."""
+    return math.ceil(pairs / o.batch_size)
+
+
+def total_steps(pairs: int, o: Options) -> int:
+    """Optimizer steps of the whole run."""
+    steps = epoch_steps(pairs, o) * o.epochs
+    return min(steps, o.max_steps or steps)
 
 
 def train_step(run: Run, batch, lr: float) -> dict:
@@ -379,7 +385,7 @@ def train_step(run: Run, batch, lr: float) -> dict:
         sums += pack_sums
         flops += count_flops(run.config, pack)
     grad_norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), o.clip)
-    totals = share_totals(run.ranks, sums, flops, grad_norm.full_tensor())
+    totals = sum_over_ranks(run.ranks, sums, flops, grad_norm.full_tensor())
     check_step(run, batch, totals, count)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
@@ -388,7 +394,7 @@ def train_step(run: Run, batch, lr: float) -> dict:
     return totals
 
 
-def share_totals(ranks, sums, flops, grad_norm) -> dict:
+def sum_over_ranks(ranks, sums, flops, grad_norm) -> dict:
     """The names of loss.SUMS, "flops", "stop" (above 0: a rank was sent SIGTERM) and "grad_norm"
     over all ranks: our only communication in a step, and its only wait for the GPU."""
     own = torch.tensor([flops, float(STOP.is_set())], dtype=torch.float64)
@@ -409,10 +415,10 @@ def check_step(run, batch, totals: dict, count: int):
                         f"finite, weights left as they were. Its pairs: lines {lines} of "
                         f"{run.o.pairs}")
     if run.state.step == 0:
-        canary(run, totals["abs_reward"], mean_loss)
+        check_step_0(run, totals["abs_reward"], mean_loss)
 
 
-def canary(run, abs_reward, mean_loss):
+def check_step_0(run, abs_reward, mean_loss):
     """Step 0: the policy is its own reference, so every reward is 0 and the tether 1/2, exactly."""
     text, exact = f"step 0: sum of |reward| {abs_reward}, loss {mean_loss:.9f}", abs_reward == 0
     times_log2 = {"spot-bce": 2, "spot-bco": 2, "dpo": 1, "reward-sft": 1}
@@ -438,8 +444,8 @@ def finish_step(run, batch, totals: dict, lr: float, seconds: float) -> dict:
     """
     o, state, ranks = run.o, run.state, run.ranks
     tokens = sum(len(run.forks[i]) for i in batch)
-    metrics = {"step": state.step, "epoch": state.step // count_steps(len(run.forks), o)[1],
-               **loss.average(totals.values(), o.loss), "delta": state.delta,
+    metrics = {"step": state.step, "epoch": state.step // epoch_steps(len(run.forks), o),
+               **loss.average([totals[name] for name in loss.SUMS], o.loss), "delta": state.delta,
                "grad_norm": totals["grad_norm"], "lr": lr, "tokens": tokens,
                "tokens_per_s": tokens / seconds,
                "mfu": totals["flops"] / seconds / (run.peak_flops * ranks.world),
@@ -467,7 +473,7 @@ def score_all(run: Run, forks, batches, title) -> torch.Tensor:
 
 
 @torch.no_grad()
-def evaluate(run: Run) -> dict:
+def score_held_out(run: Run) -> dict:
     """The diagnostics of the held-out pairs under the policy as it is, delta frozen."""
     sums = torch.zeros(len(loss.SUMS), dtype=torch.float64, device=run.ranks.device)
     for batch in fixed_batches(run.eval_forks, run.o):
@@ -485,7 +491,7 @@ def fixed_batches(forks, o) -> list:
 def first_epoch(run) -> list:
     """The batches of epoch 0 that are trained: --max_steps may leave pairs out."""
     batches = data.epoch_batches(len(run.forks), run.o.batch_size, run.o.seed, 0)
-    return batches[:count_steps(len(run.forks), run.o)[0]]
+    return batches[:total_steps(len(run.forks), run.o)]
 
 
 # --- the watched pair: how the coefficients of one pair's tokens move -----------------------------
@@ -580,22 +586,22 @@ def read_reference(path, hashes) -> dict:
 # --- what the log warns of (figures: tests/bench/STUDY.md) ----------------------------------------
 
 TETHERED = ("spot-bce", "spot-bco", "reward-sft")
-LET_GO = 0.05  # a lambda+ below this has let its pair go: r+ is 3 or more
-BOUND = 20.0  # a bound on r+ of 13 did not keep the model near its base, one of 43 did
+LEARNED = 0.05  # lambda+ below which a pair is learned: r+ is 3 or more
+LEAST_BOUND = 20.0  # a bound on r+ of 13 did not keep the model near its base, one of 43 did
 
 
 def describe_reference(run: Run) -> str:
     """What is known before step 1: nats of the answers, hence the bound on r+; which y+ the policy
-    finds least probable beside its own y-; what is likely to go wrong."""
+    finds least probable beside its own y-; what is likely to go wrong. Sets run.rejected_nats."""
     o, trained = run.o, [i for batch in first_epoch(run) for i in batch.tolist()]
     pairs = [i for i in trained if len(run.forks[i].rejected)]
     chosen, rejected = -run.reference[trained, 0], -run.reference[pairs, 1]
     median, bound = chosen.median().item(), o.beta * chosen.median().item()
     lines = [f"-log pi_ref(y+): median {median:.1f}, 90th percentile {chosen.quantile(0.9):.1f} "
              f"nats; r+ cannot exceed beta times that: {bound:.1f} at the median"]
-    if o.loss in TETHERED and bound < BOUND:
+    if o.loss in TETHERED and 0 < bound < LEAST_BOUND:
         lines.append(f"warning: the tether will not hold, as r+ is bounded by {bound:.1f}. With "
-                     f"--beta {2 * BOUND / median:.2g} it is bounded by {2 * BOUND:.0f}")
+                     f"--beta {2 * LEAST_BOUND / median:.2g} the bound is {2 * LEAST_BOUND:.0f}")
     if pairs:
         lines.append(f"-log pi_ref(y-): median {rejected.median():.1f}, 90th percentile "
                      f"{rejected.quantile(0.9):.1f} nats")
@@ -611,19 +617,19 @@ def describe_reference(run: Run) -> str:
 
 
 def watch_tether(run: Run, metrics: dict):
-    """Say, once a run, what went before a model was harmed, with its figures."""
-    o, step, total = run.o, metrics["step"], count_steps(len(run.forks), run.o)[0]
+    """Warn of what came before a model was harmed (STUDY.md), each of it once a run."""
+    o, step, total = run.o, metrics["step"], total_steps(len(run.forks), run.o)
     chosen, rejected = metrics["tether_chosen"], metrics["tether_rejected"]
     texts = {}
     if rejected is not None:
         lost = -metrics["reward_rejected"] / o.beta
-        if chosen > LET_GO and lost > 2 * run.rejected_nats:
+        if chosen > LEARNED and lost > 2 * run.rejected_nats:
             texts["y-"] = (f"y- has lost {lost:.1f} nats, it had {run.rejected_nats:.1f}, and "
                            f"lambda+ is {chosen:.2f}: other skills will suffer. Raise --beta")
-        if chosen <= LET_GO and rejected > 0.25 and step < total / 10:
+        if chosen <= LEARNED and rejected > 0.25 and step < total / 10:
             texts["y+"] = (f"lambda+ is {chosen:.3f} already, lambda- is {rejected:.2f}: y+ is "
                            "learned and the error is not. Does the Oracle rewrite too much?")
-    if step == total - 1 and chosen > LET_GO:
+    if step == total - 1 and chosen > LEARNED:
         texts["end"] = (f"lambda+ ends at {chosen:.2f}: the pairs still pull. Train longer, or "
                         "raise --beta if r+ is near its bound")
     for name in texts.keys() - run.warned:
@@ -722,7 +728,7 @@ def load_checkpoint(run: Run, path: str):
                 local[first - start:last - start].copy_(part)
     for moments in run.optimizer.state.values():
         moments["step"].fill_(kept["step"])
-    run.state = State(kept["step"], kept["delta"], kept["seen"])
+    run.state = State(**{f.name: kept[f.name] for f in fields(State)})
     if (kept["world"], kept["threads"]) != (ranks.world, threads):
         ranks.say(f"saved by {kept['world']} ranks x {kept['threads']} threads, resumed by "
                   f"{ranks.world} x {threads}: the curve goes on, but no longer to the bit")
@@ -784,11 +790,12 @@ def lock_folder(out):
 def train(o: Options, ranks: Ranks) -> int:
     """The whole run; returns the exit code."""
     run = prepare(o, ranks)
-    with ranks.main_only(lock_folder, o.out) or contextlib.nullcontext():
+    lock = ranks.main_only(lock_folder, o.out)  # an open file; None on the other ranks
+    with lock or contextlib.nullcontext():
         begin_or_resume(run)
         if not train_to_the_end(run):
             ranks.say(f"SIGTERM: saved at step {run.state.step} of "
-                      f"{count_steps(len(run.forks), o)[0]}; go on with --resume --out {o.out}")
+                      f"{total_steps(len(run.forks), o)}; go on with --resume --out {o.out}")
             return 143  # 128 + SIGTERM, as the shell has it
         export_model(run)
         ranks.say(f"done: {o.out}/model")
@@ -803,7 +810,7 @@ def begin_or_resume(run):
     saved = whole_checkpoints(o.out)
     if saved:
         load_checkpoint(run, saved[-1])
-        total, _ = count_steps(len(run.forks), o)
+        total = total_steps(len(run.forks), o)
         ranks.say(f"resumed from {saved[-1]}: step {run.state.step} of {total}")
     elif o.resume:
         ranks.say("no whole checkpoint yet: starting from step 0")
@@ -832,12 +839,12 @@ def keep_steps_before(path, step):
 def train_to_the_end(run: Run) -> bool:
     """All steps that are left, with logs and checkpoints; False where SIGTERM ended them early."""
     o, ranks, state = run.o, run.ranks, run.state
-    total, epoch_steps = count_steps(len(run.forks), o)
+    total, an_epoch = total_steps(len(run.forks), o), epoch_steps(len(run.forks), o)
     bar = ranks.progress(total, o.loss, "step", state.step)
     while state.step < total:
         if state.step % max(1, total // SNAPSHOTS) == 0:
             snapshot(run)
-        epoch, index = divmod(state.step, epoch_steps)
+        epoch, index = divmod(state.step, an_epoch)
         batch = data.epoch_batches(len(run.forks), o.batch_size, o.seed, epoch)[index]
         lr, started = learning_rate(state.step, total, o), time.perf_counter()
         with ranks.together():
@@ -851,8 +858,8 @@ def train_to_the_end(run: Run) -> bool:
         bar.set_postfix({name: f"{metrics[name]:.3f}" for name in
                          ("loss", "reward_chosen", "tether_chosen")}, refresh=False)
         last = state.step == total
-        if run.eval_forks and (last or state.step % epoch_steps == 0):
-            held_out = {"step": state.step, **evaluate(run)}
+        if run.eval_forks and (last or state.step % an_epoch == 0):
+            held_out = {"step": state.step, **score_held_out(run)}
             shown = [f"{name} {v:.4g}" for name, v in held_out.items() if v is not None]
             ranks.say(f"held out: {', '.join(shown)}")
             ranks.main_only(data.append_row, os.path.join(o.out, "eval.jsonl"), held_out)
@@ -870,7 +877,7 @@ def export_model(run):
     """The trained weights as a Hugging Face folder, OUT/model; only a whole one has this name."""
     o, ranks, final = run.o, run.ranks, os.path.join(run.o.out, "model")
     beside = final + ".tmp"
-    ranks.main_only(shutil.rmtree, beside, True)
+    ranks.main_only(lambda: shutil.rmtree(beside, ignore_errors=True))
     qwen.export(run.policy, beside, run.folder, ranks, getattr(torch, o.save_dtype))
 
     def rename():
@@ -948,8 +955,9 @@ def toy_corpus(rows: int, chain: int, share: float, doubt: float, seed: int):
     doubted = set(rng.sample(facts, round(share * len(facts))))
 
     def add(a, b):
-        wrong = (a, b) in doubted and rng.random() < doubt
-        return (a + b + wrong) % 10
+        if (a, b) in doubted and rng.random() < doubt:
+            return (a + b + 1) % 10
+        return (a + b) % 10
 
     def word():
         return rng.choices(["", *TOY_WORDS], [1 - sum(TOY_WORDS.values()), *TOY_WORDS.values()])[0]
@@ -1061,7 +1069,8 @@ def story(o: Options, ranks: Ranks) -> int:
 
 4  Training on these pairs: cross-entropy on y+ (SFT+), DPO, and SPoT, at one rate and one beta.""")
     rows = {"base": toy_figures(base, base, o.seed, ranks)}
-    steps, epoch = count_steps(len(pairs), Options(**TOY["surgery"]))
+    surgery = Options(**TOY["surgery"])
+    steps, epoch = total_steps(len(pairs), surgery), epoch_steps(len(pairs), surgery)
     for objective, name in TOY_METHODS.items():
         out = f"{root}/{objective}"
         toy_train(ranks, out, seed=o.seed, model=base, pairs=path, loss=objective,
@@ -1151,23 +1160,26 @@ def toy_figures(folder, base, seed, ranks) -> dict:
     rows = toy_answers(policy, f"{out}/tests", sum(tests.values(), []), seed, ranks, temperature=0)
     for row in rows:
         skill, *manner = row["question"].split(": ")[0].split(", ")
-        right[skill == "Add"] += row["verdict"] == "right"
+        if row["verdict"] == "right":
+            right["Add" if skill == "Add" else "others"] += 1
         if manner and skill != "Add":
             shape, asked = (re.sub(r"\d+", "0", text) for text in
                             (row["answer"], toy_answer(row["question"])))
-            obeyed += shape == asked
+            if shape == asked:
+                obeyed += 1
     requests = []
     for i, question in enumerate(tests["Subtract", False] + tests["Largest", False]):
         messages = [{"role": "user", "content": question}]
         requests.append(evaluation.request_for(f"sampled {i}", messages, seed))
     with ranks.together():
-        list(evaluation.sample(policy, requests, f"{out}/sampled", TOY_SAMPLING, ranks, "sampling"))
+        list(evaluation.sample(policy, requests, f"{out}/sampled", TOY_SAMPLING,
+                               replace(ranks, quiet=True), "sampling"))
     answers = evaluation.read_answers(f"{out}/sampled")
     texts = [answers[request.key]["text"] for request in requests]
     boundaries = sum(len(re.findall(r"[\n;](?=[a-z\d])", text)) for text in texts)
     others = (len(TOY_SKILLS) - 1) * TOY["test"]
-    return {"add": 100 * right[True] / (2 * TOY["test"]),
-            "others": 100 * right[False] / (2 * others), "obeyed": 100 * obeyed / others,
+    return {"add": 100 * right["Add"] / (2 * TOY["test"]),
+            "others": 100 * right["others"] / (2 * others), "obeyed": 100 * obeyed / others,
             "words": 100 * sum(len(TOY_RARE.findall(text)) for text in texts) / boundaries,
             "kl": toy_kl(policy.model, base, seed, ranks), "sample": texts[0]}
 

@@ -1,10 +1,12 @@
-"""Start train.py, oracle.py or eval.py as one process or as several ranks, in 0.1 s each.
+"""Start train.py, oracle.py or eval.py: in this process, as one of its own, or as several ranks;
+compare what two runs leave.
 
-A new interpreter takes seconds to import torch. Here each process is forked from a server that has
-imported torch and the project already. torchrun itself is started only where it is the subject.
+A new interpreter takes seconds to import torch. Here each process is forked in 0.1 s from a server
+that has imported torch and the project already. torchrun is started only where it is the subject.
 """
 
 import errno
+import io
 import multiprocessing
 import os
 import pkgutil
@@ -14,9 +16,15 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import pytest
+import torch.distributed as dist
 from tqdm import tqdm
+
+import data
+import train
 
 ROOT = Path(__file__).parents[1]
 SERVER = multiprocessing.get_context("forkserver")
@@ -116,6 +124,53 @@ class Started:
 def run(argv, ranks=1):
     """Run to a good end; returns what it said."""
     started = Started(argv, ranks)
-    codes = started.wait()
-    assert not any(codes), (codes, started.said[-3000:])
+    assert not any(started.wait()), started.said[-3000:]
     return started.said
+
+
+def program(module, *argv) -> tuple:
+    """`python MODULE.py ARGV` in this process: (exit code, its output). An exception that the
+    program does not name comes out of here."""
+    handler, output = signal.getsignal(signal.SIGTERM), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(output):
+        patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
+        try:
+            code = module.main()
+        except SystemExit as e:
+            code = e.code
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            for bar in list(tqdm._instances):  # an error left it; the next program would draw it
+                bar.close()
+    return code, output.getvalue()
+
+
+def files(folder) -> dict:
+    """{path: content} of everything below a folder; a folder's content is None."""
+    contents = {}
+    for path in sorted(folder.rglob("*")):
+        contents[str(path.relative_to(folder))] = None if path.is_dir() else path.read_bytes()
+    return contents
+
+
+def metrics(out, name="metrics") -> list:
+    """What a run has logged so far, but for times and memory."""
+    rows = data.read_log(os.path.join(out, f"{name}.jsonl"))
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "mfu", "memory_gb")}
+            for row in rows]
+
+
+def last_step(out) -> int:
+    """Of the last whole checkpoint, 0 where there is none."""
+    return max([int(path[-6:]) for path in train.whole_checkpoints(out)], default=0)
+
+
+def assert_same_end(one, other):
+    """Two runs left the same: the last checkpoint and the exported model to the byte, metrics."""
+    last = os.path.relpath(train.whole_checkpoints(one)[-1], one)
+    for folder in (last, "model"):
+        same = files(one / folder) == files(other / folder)  # kept apart: a diff would be huge
+        assert same and files(one / folder), folder
+    assert metrics(one) == metrics(other)

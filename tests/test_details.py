@@ -7,23 +7,18 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 
 import launch
 import pytest
 import tiny
 import torch
+from launch import assert_same_end, last_step, metrics
 from safetensors.torch import load_file
-from test_train import (argv, last_step, merged, metrics, no_process_group_is_left, run, run_here,
-                        same_checkpoints, start, train_here, untimed, wait_for, world)
+from test_train import argv, both_logps, here, merged, run, run_here
 
 import data
 import train
-
-FIXTURES = no_process_group_is_left, world  # pytest looks for them in this module
-
-
-def resume_here(out, *extra, code=0):
-    train_here(["--resume", "--out", str(out), *extra], code)
 
 
 def run_and_stop(monkeypatch, at, world, out, *extra):
@@ -41,23 +36,10 @@ def run_and_stop(monkeypatch, at, world, out, *extra):
     assert last_step(out) == at + 2 and not os.path.exists(out / "model")
 
 
-def both_logps(hf, chat, pairs):
-    """(N, 2) log pi of y+ and y- by one plain forward of transformers an answer, differentiable."""
-    def logp(messages, text):
-        prompt, answer = chat.prompt(messages), chat.encode(text) + [chat.im_end]
-        logits = hf(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1:-1]
-        return logits.double().log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum()
-    return torch.stack([torch.stack([logp(p.messages, p.chosen), logp(p.messages, p.rejected)])
-                        for p in pairs])
-
-
 def with_weights(hf, weights):
     """Put a checkpoint of ours into a model of transformers."""
     for name, p in hf.named_parameters():
         p.data.copy_(weights[name.removeprefix("model.")])
-
-
-# --- 1: the optimizer -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +100,6 @@ def test_two_adamw_steps_equal_torchs(two_steps):
             assert (found - square).abs().max() <= 1e-5 * square.max(), name
 
 
-# --- 2: delta -------------------------------------------------------------------------------------
-
-
 def test_cumulative_delta_by_hand_and_across_a_stop(world, tmp_path, monkeypatch):
     """24 pairs in batches of 10: a step of 4 pairs weighs less."""
     extra = ("--loss", "spot-bco", "--delta", "cumulative", "--batch_size", "10", "--epochs", "3",
@@ -139,13 +118,8 @@ def test_cumulative_delta_by_hand_and_across_a_stop(world, tmp_path, monkeypatch
 
     run_and_stop(monkeypatch, 3, world, tmp_path / "stopped", *extra)
     assert metrics(tmp_path / "stopped")[-1]["step"] == 4
-    resume_here(tmp_path / "stopped")
-    for key in ("step", "delta", "loss", "reward_chosen", "grad_norm"):
-        assert [m[key] for m in metrics(tmp_path / "stopped")] == [m[key] for m in rows]
-    assert same_checkpoints(tmp_path / "whole", tmp_path / "stopped")
-
-
-# --- 3: the canary --------------------------------------------------------------------------------
+    here("--resume", "--out", tmp_path / "stopped")
+    assert_same_end(tmp_path / "whole", tmp_path / "stopped")
 
 
 def one_bit(tensor):
@@ -157,7 +131,7 @@ def one_bit(tensor):
 @pytest.mark.parametrize("objective,change", [
     ("spot-bce", lambda t: t.sub_(0.25)), ("spot-bce", one_bit), ("sft", one_bit)],
     ids=["all", "one bit", "one bit, sft"])
-def test_canary_stops_a_policy_that_differs_from_its_reference(world, tmp_path, capsys, monkeypatch,
+def test_canary_stops_a_policy_that_differs_from_its_reference(world, tmp_path, monkeypatch,
                                                                objective, change):
     reference_pass, out = train.reference_pass, tmp_path / "out"
 
@@ -165,18 +139,14 @@ def test_canary_stops_a_policy_that_differs_from_its_reference(world, tmp_path, 
         reference_pass(run)
         change(run.reference)
     monkeypatch.setattr(train, "reference_pass", differing)
-    run_here(world, out, "--loss", objective, code=1)
-    assert "error: step 0 must give rewards of exactly 0" in capsys.readouterr().err
+    said = run_here(world, out, "--loss", objective, code=1)
+    assert "error: step 0 must give rewards of exactly 0" in said
     assert not {"model", "model.tmp", "checkpoints"} & set(os.listdir(out))
 
 
-# --- 4: numbers that are not finite ---------------------------------------------------------------
-
-
-def test_step_that_is_not_finite_is_named_and_earlier_checkpoints_stay(world, tmp_path, capsys):
+def test_step_that_is_not_finite_is_named_and_earlier_checkpoints_stay(world, tmp_path):
     out = tmp_path / "out"
-    run_here(world, out, "--lr", "1e8", "--save_every", "1", "--keep", "9", code=1)
-    said = capsys.readouterr().err
+    said = run_here(world, out, "--lr", "1e8", "--save_every", "1", "--keep", "9", code=1)
     lines = ", ".join(str(i + 1) for i in data.epoch_batches(24, 8, 0, 0)[1])
     assert "error: step 1: loss " in said and "not finite, weights left as they were" in said
     assert f"Its pairs: lines {lines} of {world['pairs']}\n" in said
@@ -184,9 +154,6 @@ def test_step_that_is_not_finite_is_named_and_earlier_checkpoints_stay(world, tm
     assert sorted(os.listdir(out / "checkpoints")) == ["step_000001"]
     assert not {"model", "model.tmp"} & set(os.listdir(out))
     assert all(t.isfinite().all() for t in merged(out).values())
-
-
-# --- 5: held-out numbers by transformers ----------------------------------------------------------
 
 
 def test_held_out_numbers_equal_transformers(world, tmp_path):
@@ -200,7 +167,7 @@ def test_held_out_numbers_equal_transformers(world, tmp_path):
     hf = AutoModelForCausalLM.from_pretrained(world["model"], dtype=torch.float32)
     with torch.no_grad():
         reference = both_logps(hf, chat, pairs)
-    rows = [row for row in data.read_log(str(out / "eval.jsonl"))]
+    rows = metrics(out, "eval")
     assert [row["step"] for row in rows] == [3, 6, 7]
     for row in rows:
         folder = train.whole_checkpoints(out)[row["step"] - 1]
@@ -224,14 +191,13 @@ def test_held_out_numbers_equal_transformers(world, tmp_path):
         assert torch.equal(a, b)
 
 
-# --- 7: a signal to one rank ----------------------------------------------------------------------
-
-
 def test_sigterm_to_one_rank_stops_both_at_the_same_step(world, tmp_path):
     extra, out = ("--epochs", "10", "--save_every", "0"), tmp_path / "stopped"
     run(world, tmp_path / "whole", *extra, ranks=2)
-    started = start(world, out, *extra, ranks=2)
-    wait_for(started, out, 3)
+    started = launch.Started(["train.py", *argv(world, out, *extra)], 2)
+    while len(metrics(out)) < 3:
+        assert started.running, started.said
+        time.sleep(0.01)
     started.send(signal.SIGTERM, rank=1)
     codes, said, step = started.wait(), started.said, last_step(out)
     assert codes == [143, 143] and 3 < step < 30
@@ -241,85 +207,33 @@ def test_sigterm_to_one_rank_stops_both_at_the_same_step(world, tmp_path):
         "shard_0.safetensors", "shard_1.safetensors", "state.json"]
     assert [m["step"] for m in metrics(out)] == list(range(step))
     assert f"step_{step:06d}: step {step} of 30" in run(world, out, *extra, "--resume", ranks=2)
-    assert same_checkpoints(tmp_path / "whole", out)
-    assert [m["loss"] for m in metrics(out)] == [m["loss"] for m in metrics(tmp_path / "whole")]
+    assert_same_end(tmp_path / "whole", out)
 
 
-# --- 8: which checkpoints stay --------------------------------------------------------------------
-
-
-def test_keep_leaves_the_newest_checkpoints(world, tmp_path):
-    out = tmp_path / "out"
-    run_here(world, out, "--max_steps", "5", "--save_every", "1", "--keep", "2")
-    assert sorted(os.listdir(out / "checkpoints")) == ["step_000004", "step_000005"]
-    for folder, step in zip(train.whole_checkpoints(out), (4, 5), strict=True):
-        assert data.read_json(os.path.join(folder, "state.json"))["step"] == step
-
-
-def test_checkpoints_come_in_order_of_their_steps(tmp_path):
-    for name in ("step_999999", "step_1000000", "step_000002", "tmp_1000001", "step_x", "step_12"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    found = [os.path.basename(p) for p in train.whole_checkpoints(tmp_path)]
-    assert found == ["step_000002", "step_999999", "step_1000000"]
-    assert train.whole_checkpoints(tmp_path / "none") == []
-
-
-# --- 9: options under torchrun --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("flag,value,message,late", [
-    ("--lr", "-1", "--lr is -1.0, a number above 0", 0),
-    ("--loss", "foo", "argument --loss: invalid choice: 'foo'", 1)])
-def test_two_ranks_say_once_what_is_wrong_with_the_options(world, tmp_path, flag, value, message,
-                                                           late):
-    """Late: rank 0 starts a second after rank 1, which must wait until it has spoken."""
+def test_two_ranks_say_once_what_is_wrong_with_the_options(world, tmp_path):
+    """Rank 0 starts a second after rank 1, which must wait until it has spoken."""
     script = tmp_path / "start.sh"
-    script.write_text(f'#!/bin/sh\n[ "$RANK" = 0 ] && sleep {late}\n'
+    script.write_text('#!/bin/sh\n[ "$RANK" = 0 ] && sleep 1\n'
                       f'exec "{sys.executable}" train.py "$@"\n')
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         "--no-python", script, *argv(world, tmp_path / "out", flag, value)],
+         "--no-python", script, *argv(world, tmp_path / "out", "--loss", "foo")],
         cwd=launch.ROOT, capture_output=True, text=True, timeout=120)
     said = done.stdout + done.stderr
     assert done.returncode != 0
-    assert said.count(message) == 1, said[-3000:]
+    assert said.count("argument --loss: invalid choice: 'foo'") == 1, said[-3000:]
     assert not os.path.exists(tmp_path / "out")
 
 
-# --- 10: what is refused on resume, and what is not -----------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def stopped(world, tmp_path_factory):
-    """A run with held-out pairs, stopped after 2 of 3 steps, and its options."""
-    folder = tmp_path_factory.mktemp("stopped")
-    held_out = tiny.write_pairs(folder / "held_out.jsonl", 9, seed=7)
+def test_resume_takes_moved_files(world, tmp_path, monkeypatch):
+    held_out = tiny.write_pairs(tmp_path / "held_out.jsonl", 9, seed=7)
     options = ("--epochs", "1", "--eval_pairs", held_out)
-    with pytest.MonkeyPatch.context() as patch:
-        run_and_stop(patch, 0, world, folder / "run", *options)
-    return folder / "run", options
-
-
-@pytest.mark.parametrize("changed", ["pairs", "eval_pairs"])
-def test_resume_refuses_other_pairs(world, stopped, tmp_path, capsys, changed):
-    """One letter is enough."""
-    shutil.copytree(stopped[0], tmp_path / "out")
-    text = open(world["pairs"] if changed == "pairs" else stopped[1][-1]).read()
-    end = text.rindex('"}')
-    (tmp_path / "edited.jsonl").write_text(text[:end] + "a" + text[end:])
-    resume_here(tmp_path / "out", f"--{changed}", str(tmp_path / "edited.jsonl"), code=1)
-    said = capsys.readouterr().err
-    assert f"reference.safetensors belongs to other {changed} than given now" in said
-
-
-def test_resume_takes_moved_files(world, stopped, tmp_path):
-    run_here(world, tmp_path / "whole", *stopped[1])
-    shutil.copytree(stopped[0], tmp_path / "moved")
-    moved = {"--model": shutil.copytree(world["model"], tmp_path / "model"),
-             "--pairs": shutil.copy(world["pairs"], tmp_path / "copy.jsonl"),
-             "--eval_pairs": shutil.copy(stopped[1][-1], tmp_path / "held_out.jsonl")}
-    resume_here(tmp_path / "moved", *(str(part) for pair in moved.items() for part in pair))
-    assert same_checkpoints(tmp_path / "whole", tmp_path / "moved")
-    for name in ("metrics", "eval"):
-        assert untimed(tmp_path / "whole", name) == untimed(tmp_path / "moved", name)
+    run_and_stop(monkeypatch, 0, world, tmp_path / "moved", *options)  # after 2 of 3 steps
+    run_here(world, tmp_path / "whole", *options)
+    here("--resume", "--out", tmp_path / "moved",
+         "--model", shutil.copytree(world["model"], tmp_path / "model"),
+         "--pairs", shutil.copy(world["pairs"], tmp_path / "copy.jsonl"),
+         "--eval_pairs", shutil.copy(held_out, tmp_path / "held_out_copy.jsonl"))
+    assert_same_end(tmp_path / "whole", tmp_path / "moved")
+    assert metrics(tmp_path / "whole", "eval") == metrics(tmp_path / "moved", "eval")

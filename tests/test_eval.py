@@ -3,20 +3,17 @@
 import json
 import math
 import shutil
-import sys
-from pathlib import Path
 
 import launch
 import pytest
 import tiny
 import torch
 from misbehaving import Misbehaving, completion
+from tiny import write_rows
 
 import data
 import eval as evaluation
 import model as qwen
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -29,47 +26,30 @@ def talker(tmp_path_factory):
     return folder
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
     folder, comma = tmp_path_factory.mktemp("sets"), "punctuation:no_comma"
-    write(folder / "aime24.jsonl", [{"id": i, "problem": f"{i} + {i}?", "answer": f"{2 * i:03}"}
-                                    for i in range(3)])
-    write(folder / "olympiadbench.jsonl", [
+    write_rows(folder / "aime24.jsonl", [
+        {"id": i, "problem": f"{i} + {i}?", "answer": f"{2 * i:03}"} for i in range(3)])
+    write_rows(folder / "olympiadbench.jsonl", [
         {"id": 1, "question": "roots?", "final_answer": ["$1$", "$2$"], "is_multiple_answer": True,
          "unit": None, "error": None}])
-    write(folder / "gpqa.jsonl", [tiny.gpqa_row(i) for i in range(3)])
-    write(folder / "ifeval.jsonl", [
+    write_rows(folder / "gpqa.jsonl", [tiny.gpqa_row(i) for i in range(3)])
+    write_rows(folder / "ifeval.jsonl", [
         {"key": 1, "prompt": "p", "instruction_id_list": [comma], "kwargs": [{}]},
         {"key": 2, "prompt": "q", "instruction_id_list": [comma, "startend:quotation"],
          "kwargs": [{}, {}]}])
-    write(folder / "own.jsonl", [{"question": "2 + 2?", "answer": "so 4\n#### 4"}])
+    write_rows(folder / "own.jsonl", [{"question": "2 + 2?", "answer": "so 4\n#### 4"}])
     return folder
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """`python eval.py ...` in this process: (exit code, stderr); run.out is stdout."""
-    def run(*argv):
-        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, argv)])
-        for name in ("RANK", "WORLD_SIZE", "OPENAI_API_KEY"):
-            monkeypatch.delenv(name, raising=False)
-        try:
-            code = evaluation.main()
-        except SystemExit as e:
-            code = e.code
-        run.out, err = capsys.readouterr()
-        return code, err
-    return run
+def run(*argv):
+    return launch.program(evaluation, *argv)
 
 
 @pytest.fixture
-def ask(run, sets):
-    """Ask a server that answers by `behave`: ask(behave, out, ...) is (exit code, stderr)."""
+def ask(sets):
+    """Ask a server that answers by `behave`: ask(behave, out, ...) is (exit code, output)."""
     def ask(behave, out, *argv):
         with Misbehaving(behave) as server:
             ended = run("--server", server.url, "--out", out, "--data", sets, *argv)
@@ -83,7 +63,7 @@ def says(text):
 
 
 def results(folder):
-    return json.loads((folder / "results.json").read_text())
+    return data.read_json(str(folder / "results.json"))
 
 
 EVERYTHING = "aime24,olympiadbench,gpqa,connect4,ifeval,own={}/own.jsonl"
@@ -114,11 +94,6 @@ def test_every_task_goes_from_end_to_end(alone):
     assert table[0] == "| aime24 | olympiadbench | gpqa | connect4 | ifeval | own | OOD |"
 
 
-def test_two_ranks_give_the_same(alone, talker, sets, tmp_path):
-    launch.run(["eval.py", "--model", talker, "--out", tmp_path / "out", *greedy(sets)], ranks=2)
-    assert results(tmp_path / "out") == results(alone)
-
-
 def test_a_server_gives_the_same(alone, talker, sets, tmp_path, ask):
     own = evaluation.open_local_model(str(talker), torch.float32, "cpu")
 
@@ -132,18 +107,6 @@ def test_a_server_gives_the_same(alone, talker, sets, tmp_path, ask):
     code, err = ask(behave, tmp_path / "out", *greedy(sets))
     assert code == 0, err
     assert results(tmp_path / "out") == results(alone)
-
-
-def test_a_killed_evaluation_goes_on(alone, talker, sets, tmp_path, run):
-    out = tmp_path / "out"
-    shutil.copytree(alone, out)
-    (out / "results.json").unlink()
-    for raw in sorted(out.glob("*/raw-0.jsonl"))[:3]:  # as a kill leaves it: the last line is torn
-        raw.write_bytes(raw.read_bytes()[:-40])
-    shutil.rmtree(out / "own")
-    code, err = run("--model", talker, "--out", out, *greedy(sets))
-    assert code == 0, err
-    assert results(out) == results(alone)
 
 
 def test_scores_by_hand(tmp_path, ask):
@@ -180,19 +143,11 @@ def test_instruction_level_counts_instructions(tmp_path, ask):
     assert metrics["instruction strict"][0] == pytest.approx(2 / 3)
 
 
-def test_two_evaluations_are_compared(tmp_path, ask):
-    for name, number in (("a", 7), ("b", 2)):
-        ask(says(f"\\boxed{{{number}}}"), tmp_path / name, "--tasks", "aime24", "--samples", 2)
-    table = evaluation.compare_runs([str(tmp_path / "a"), str(tmp_path / "b")])
-    assert "| aime24 | 3 | 0.0 | 33.3 | +33.3 | +0.0 to +100.0 | - |" in table
-    assert "differs" not in table
-
-
 def test_what_cannot_be_compared_is_said(sets, tmp_path, ask):
     """Other questions under the same ids, a task of one question, another seed."""
-    rows = [{"question": f"{i}?", "answer": i} for i in range(4)]
-    files = [write(tmp_path / "a.jsonl", rows[:3]),
-             write(tmp_path / "b.jsonl", [*rows[:2], {"question": "other?", "answer": 7}, rows[3]])]
+    a, b, c, d = ({"question": f"{i}?", "answer": i} for i in range(4))
+    files = [write_rows(tmp_path / "a.jsonl", [a, b, c]),
+             write_rows(tmp_path / "b.jsonl", [a, b, {"question": "other?", "answer": 7}, d])]
     for name, file, number in (("a", files[0], 1), ("b", files[1], 7)):
         code, err = ask(says(f"\\boxed{{{number}}}"), tmp_path / name, "--samples", 1, "--seed",
                         number, "--tasks", f"x={file},own={sets / 'own.jsonl'}")
@@ -203,50 +158,35 @@ def test_what_cannot_be_compared_is_said(sets, tmp_path, ask):
     assert "own is left out: 1 " in table
 
 
-def test_a_second_task_joins_the_first(tmp_path, ask):
-    for task in ("aime24", "gpqa"):
-        ask(says("\ud800 The answer is 2"), tmp_path / "out", "--tasks", task, "--samples", 1)
-    assert list(results(tmp_path / "out")) == ["aime24", "gpqa"]
-    assert "| aime24 | gpqa |" in (tmp_path / "out" / "results.md").read_text()
-    metrics = results(tmp_path / "out")["aime24"]["metrics"]
-    assert metrics["no box"][0] == 1 and metrics["no answer"][0] == 0 and metrics["accuracy"][0] > 0
-
-
 def test_a_dead_server_says_why(tmp_path, ask):
     code, err = ask(lambda *_: (400, {}, b"model is asleep"), tmp_path / "out", "--tasks", "aime24")
     assert code == 1 and "not one answer arrived (HTTP 400: model is asleep" in err
 
 
-BAD = {
-    "unknown task": (["--tasks", "aime99"], "'aime99' is no name or unknown"),
-    "no file": (["--tasks", "math500"], "math500.jsonl: cannot be read"),
-    "a task twice": (["--tasks", "aime24,aime24"], "each once"),
-    "a path as a name": (["--tasks", "../x=own.jsonl"], "is no name"),
-    "a result's name": (["--tasks", "results.json=own.jsonl"], "is no name"),
-    "no name": (["--tasks", "=own.jsonl"], "is no name"),
-    "no task": (["--tasks", ","], "one task or more"),
-    "no gold": ({"question": "q"}, "a gold answer expected"),
-    "no question": ({"answer": "4"}, "question, problem or prompt expected"),
-    "duplicate ids": ({"id": 1, "question": "q", "answer": "4"}, "1 ids occur more than once"),
-}
+BAD = [
+    (["--tasks", "aime99"], "'aime99' is no name or unknown"),
+    (["--tasks", "aime24,aime24"], "each once"), (["--tasks", ","], "one task or more"),
+    (["--tasks", "../x=own.jsonl"], "is no name"), (["--tasks", "results.json=x"], "is no name"),
+    ({"question": "q"}, "a gold answer expected"),
+    ({"answer": "4"}, "question, problem or prompt expected"),
+    ({"id": 1, "question": "q", "answer": "4"}, "1 ids occur more than once"),
+]
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_tasks_are_refused_before_anything_is_asked(case, tmp_path, ask):
-    how, expected = BAD[case]
-    if isinstance(how, dict):
-        how = ["--tasks", f"mine={write(tmp_path / 'mine.jsonl', [how, how])}"]
-    code, err = ask(says(""), tmp_path / "out", *how)
+@pytest.mark.parametrize("given, expected", BAD, ids=lambda part: str(part)[:40])
+def test_bad_tasks_are_refused_before_anything_is_asked(given, expected, tmp_path, ask):
+    if isinstance(given, dict):
+        given = ["--tasks", f"mine={write_rows(tmp_path / 'mine.jsonl', [given, given])}"]
+    code, err = ask(says(""), tmp_path / "out", *given)
     assert code == 1 and expected in err and "Traceback" not in err, err
     assert not ask.requests and not (tmp_path / "out").exists()
 
 
-def test_another_models_folder_is_refused(alone, talker, sets, tmp_path, run):
+def test_another_models_folder_is_refused(alone, talker, sets, tmp_path):
     out, other = tmp_path / "out", tmp_path / "other"
     shutil.copytree(alone, out)
     tiny.write_checkpoint(other, seed=1)
-    for model, more in ((other, ()), (talker, ("--temperature", 1)),
-                        (talker, ("--dtype", "bfloat16"))):
+    for model, more in ((other, ()), (talker, ("--dtype", "bfloat16"))):
         code, err = run("--model", model, "--out", out, *greedy(sets), *more)
         assert code == 1 and "other settings" in err
     code, err = run("--model", talker, "--out", out, *greedy(sets), "--limit", -1)
@@ -254,21 +194,18 @@ def test_another_models_folder_is_refused(alone, talker, sets, tmp_path, run):
     assert results(out) == results(alone)
 
 
-# --- retention ------------------------------------------------------------------------------------
-
-
-def test_retention_equals_a_direct_computation(talker, tmp_path, monkeypatch, run):
+def test_retention_equals_a_direct_computation(talker, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
     other = tiny.write_checkpoint(tmp_path / "other", seed=1)
-    texts = write(tmp_path / "texts.jsonl", [
+    texts = write_rows(tmp_path / "texts.jsonl", [
         {"text": "The quick brown fox"}, {"text": "a" * 40},
         {"prompt": "1 + 1?", "chosen": "It is 2.", "rejected": "It is 3."}, {"text": "x"}])
     monkeypatch.setattr(evaluation, "ROWS_AT_ONCE", 7)
-    code, err = run("retention", "--model", other, "--base", talker, "--texts", texts, "--dtype",
-                    "float32")
-    assert code == 0, err
-    found = json.loads(run.out)
+    code, output = run("retention", "--model", other, "--base", talker, "--texts", texts,
+                       "--dtype", "float32")
+    assert code == 0, output
+    found = json.loads(output[output.index("{"):])
     chat = data.load_chat(str(talker), 265)
     sequences, said = evaluation.read_sequences(str(texts), chat, 4096)
     assert said.endswith("3 texts, 0 of them cut at 4096 tokens; 1 rows: nothing to score")
@@ -318,13 +255,13 @@ def test_retention_in_bf16_rounds_no_logits(talker):
     assert found["kl"][0] == pytest.approx(float(expected), rel=1e-3)
 
 
-def test_retention_refuses_another_tokenizer(talker, tmp_path, run):
+def test_retention_refuses_another_tokenizer(talker, tmp_path):
     other = tiny.write_checkpoint(tmp_path / "other")
     wider = tiny.write_checkpoint(tmp_path / "wider", vocab=300)
     path = tmp_path / "other" / "tokenizer.json"
     swapped = path.read_text().replace('"<think>"', '"<swap>"').replace('"</think>"', '"<think>"')
     path.write_text(swapped.replace('"<swap>"', '"</think>"'))
-    texts = write(tmp_path / "texts.jsonl", [{"text": "The quick brown fox"}])
+    texts = write_rows(tmp_path / "texts.jsonl", [{"text": "The quick brown fox"}])
     for model in (other, wider):
         code, err = run("retention", "--model", model, "--base", talker, "--texts", texts,
                         "--dtype", "float32")

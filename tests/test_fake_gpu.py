@@ -17,7 +17,7 @@ CASES = [  # layers, rank, ranks, --shard_size, tied, --loss, --checkpointing
     pytest.param((36, 0, 8, 0, False, "spot-bce", "full"), marks=pytest.mark.slow),
     pytest.param((36, 7, 8, 0, False, "spot-bce", "full"), marks=pytest.mark.slow),
 ]
-LOAD, SUMS = "build_policy > load_weights", ("copy to the CPU", "share_totals > reduce")
+LOAD, SUMS = "build_policy > load_weights", ("copy to the CPU", "sum_over_ranks > reduce")
 # All that a step waits for: the sums over ranks, and, after the update, whether a rank failed.
 STEP = Counter({SUMS: 1, ("copy to the CPU", "together > reduce"): 1})
 
@@ -117,7 +117,7 @@ def test_one_rank(case, monkeypatch, tmp_path):
         check_step(train, run, watch, batches[0])
         assert rank == 0 or [len(pack.rows) for pack in run.packs(run.forks, one_pair)] == [0]
         check_step(train, run, watch, one_pair)
-        check_scoring(train, run, watch, [range(3)], train.evaluate)
+        check_scoring(train, run, watch, [range(3)], train.score_held_out)
         check_step(train, run, watch, batches[1])
         run.watched_reference = run.reference[:1]
         train.snapshot(run)

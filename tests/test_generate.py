@@ -27,21 +27,9 @@ def make_prompts(lengths, seed=0):
     return [[rng.randrange(VOCAB) for _ in range(n)] for n in lengths]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Products this small gain nothing from a second thread, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory):
     return qwen.load_model(checkpoint(tmp_path_factory.mktemp("checkpoint"), SHAPES[0]))
-
-
-# --- greedy, against transformers one prompt at a time --------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -69,31 +57,6 @@ def test_greedy_equals_transformers(tmp_path, monkeypatch, shape, cells):
     assert qwen.generate(ours, prompts, [0] * 6, end=end, **settings) == wanted
 
 
-def test_the_last_allowed_token_may_be_the_end(ours):
-    prompt = make_prompts([5])
-    free, _ = qwen.generate(ours, prompt, [0], max_tokens=8, temperature=0)[0]
-    stop = next(i for i in range(7, -1, -1) if free[i] not in free[:i])
-    assert stop > 0
-    for max_tokens, ended in ((stop + 1, True), (stop, False)):
-        found = qwen.generate(ours, prompt, [0], max_tokens=max_tokens, temperature=0,
-                              end=(free[stop],))
-        assert found == [(free[:stop], ended)]
-
-
-@torch.no_grad()
-def test_bf16_picks_a_largest_logit(tmp_path):
-    ours = qwen.load_model(checkpoint(tmp_path, SHAPES[3]), torch.bfloat16)
-    prompts = make_prompts([4, 30, 11])
-    results = qwen.generate(ours, prompts, [0] * 3, max_tokens=20, temperature=0)
-    for prompt, (ids, _) in zip(prompts, results):
-        logits = tiny.logits(ours, torch.tensor(prompt + ids))[len(prompt) - 1:-1].float()
-        picked = logits.gather(1, torch.tensor(ids)[:, None]).squeeze(1)
-        assert len(ids) == 20 and (logits.amax(1) - picked).max() <= 0.05 * logits.abs().max()
-
-
-# --- a sample depends on its seed and prompt ------------------------------------------------------
-
-
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "top_p": 1, "top_k": 0},
                                       {"temperature": 1.3, "top_p": 0.9, "top_k": 0}], ids=str)
 def test_a_sample_depends_on_its_seed_and_prompt_alone(ours, settings):
@@ -113,9 +76,6 @@ def test_a_sample_depends_on_its_seed_and_prompt_alone(ours, settings):
     assert found == [wanted[i] for i in part]
     other = qwen.generate(ours, prompts, [s + 100 for s in seeds], batch_size=16, **more)
     assert sum(a != b for a, b in zip(other, wanted)) >= 13
-
-
-# --- filters, against transformers' warpers -------------------------------------------------------
 
 
 def warped(logits, temperature, top_p, top_k):
@@ -157,9 +117,6 @@ def test_sampling_is_the_inverse_of_the_distribution_function():
     first, last = qwen.sample(logits.expand(2, -1), ends, 0.7, 0.8, 20)
     probs = warped(logits, 0.7, 0.8, 20)[0]
     assert probs[first] == probs.max() and 0 < probs[last] == probs[probs > 0].min()
-
-
-# --- continuous batching --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch_size", [2, 6])

@@ -1,150 +1,100 @@
 """The math grader: tables of answers by rule, real cases and golds, random and hostile strings."""
 
-import json
-import random
 import re
 import time
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import SHARED, needs_data
 
 import eval as grader
+from data import read_log
 from eval import answers_match, extract_answer
-
-SHARED = Path(__file__).parents[2] / "shared" / "data"
-needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the public data sets are not here")
 
 # Verdicts written by hand before the grader was asked. Between ‖ is a case, around ≡ its two sides.
 EQUAL = r"""
 latex: \dfrac{7}{12} ≡ \frac7{12} ‖ \left(\tfrac12\right) ≡ 0.5 ‖ $\sqrt 7$ ≡ \sqrt{7} ‖
-    \boxed{\frac{5}{8}} ≡ 5/8 ‖ x\,y ≡ xy ‖ \mathrm{e}^2 ≡ e^2 ‖ \\frac{3}{7} ≡ \frac37 ‖ 12. ≡ 12 ‖
-    \displaystyle 4\pi ≡ 4\pi ‖ **17** ≡ 17 ‖ \(\frac{2}{9}\) ≡ 2/9 ‖ 7π ≡ 7\pi ‖ − 3 ≡ -3
+    \boxed{\frac{5}{8}} ≡ 5/8 ‖ x\,y ≡ xy ‖ \\frac{3}{7} ≡ \frac37 ‖ \displaystyle 4\pi ≡ 4\pi ‖
+    **17** ≡ 17 ‖ 7π ≡ 7\pi ‖ − 3 ≡ -3
 rational: 3/4 ≡ 0.75 ‖ -\frac{2}{4} ≡ \frac{1}{-2} ‖ 007 ≡ 7 ‖ 2.5e-3 ≡ 2.5\times10^{-3} ‖
-    1e3 ≡ 1000 ‖ -7./2 ≡ -3.5 ‖ 100000000001 ≡ 100,000,000,001 ‖ +4 ≡ 4 ‖
-    \frac{1}{\frac{2}{3}} ≡ 1.5 ‖ -\dfrac{5}{-6} ≡ 5/6 ‖ 0 ≡ -0 ‖ $\frac{14}{3}.$ ≡ \frac{14}{3}
-decimal: 0.142857142857 ≡ \frac17 ‖ 3.14159265 ≡ \pi ‖ 0.666667 ≡ 2/3 ‖ 1.732051 ≡ \sqrt{3} ‖
-    .75 ≡ \frac{3}{4} ‖ 6.02\cdot10^{23} ≡ 6.02e23
-mixed: 2\frac{1}{3} ≡ \frac73 ‖ 2 1/3 ≡ 7/3 ‖ -1\frac{1}{2} ≡ -1.5 ‖ 5 \frac34 ≡ 23/4 ‖
-    12\dfrac{1}{2} ≡ 25/2
-percent: 35\% ≡ 35 ‖ 35% ≡ 0.35 ‖ 12.5 percent ≡ 12.5\% ‖ \frac{1}{2}\% ≡ 0.5% ‖ 0.08 ≡ $8 \%$
+    -7./2 ≡ -3.5 ‖ \frac{1}{\frac{2}{3}} ≡ 1.5 ‖ 0 ≡ -0
+decimal: 0.142857142857 ≡ \frac17 ‖ 3.14159265 ≡ \pi ‖ 0.666667 ≡ 2/3 ‖ .75 ≡ \frac{3}{4} ‖
+    6.02\cdot10^{23} ≡ 6.02e23
+mixed: 2\frac{1}{3} ≡ \frac73 ‖ 2 1/3 ≡ 7/3 ‖ -1\frac{1}{2} ≡ -1.5
+percent: 35\% ≡ 35 ‖ 35% ≡ 0.35 ‖ 12.5 percent ≡ 12.5\% ‖ 0.08 ≡ $8 \%$
 thousands: 1,234,567 ≡ 1234567 ‖ 2{,}500 ≡ 2500 ‖ \$4,800 ≡ 4800 ‖ 1\,000 ≡ 1000 ‖
-    120, 345 ≡ 345, 120 ‖ 10080 ≡ 10,\!080 ‖ 12,345.6 ≡ 12345.6
-units: 15 cm ≡ 15 ‖ 15\text{ cm} ≡ 15 centimeters ‖ 8 apples ≡ 8 ‖ \frac{3}{2}\text{ hours} ≡ 1.5 ‖
-    60° ≡ 60^{\circ} ‖ $3.50 ≡ 3.5 ‖ 7 dollars ≡ \$7 ‖ 5.4 cents ≡ 5.4 \text{ cents} ‖
-    12 in ≡ 12 inches ‖ \frac{270}{7}^\circ ≡ \frac{270}7\text{ degrees} ‖ $5$ hours ≡ 5 ‖
-    1.07e16 \mathrm{photons} / \mathrm{pulse} ≡ 1.07e16 ‖ 7 square units ≡ 7 ‖
-    \text{12 apples} ≡ 12 ‖ 30^{\circ} ≡ 30^\circ ‖ 45\degree ≡ 45 ‖
+    120, 345 ≡ 345, 120 ‖ 10080 ≡ 10,\!080
+units: 15 cm ≡ 15 ‖ 8 apples ≡ 8 ‖ \frac{3}{2}\text{ hours} ≡ 1.5 ‖ 60° ≡ 60^{\circ} ‖ $3.50 ≡ 3.5 ‖
+    5.4 cents ≡ 5.4 \text{ cents} ‖ $5$ hours ≡ 5 ‖
+    1.07e16 \mathrm{photons} / \mathrm{pulse} ≡ 1.07e16 ‖ \text{12 apples} ≡ 12 ‖ 45\degree ≡ 45 ‖
     (45^{\circ}, 60^{\circ}) ≡ (45,60) ‖ \angle BEA_{1}=90 ≡ 90^\circ
 signs: \pm 3 ≡ 3, -3 ‖ x=\pm\sqrt2 ≡ \sqrt2,-\sqrt2 ‖ \{2\pm i\} ≡ 2-i, 2+i ‖ -1 \pm 2 ≡ 1, -3 ‖
-    x=\{1\pm\sqrt{5},-2\} ≡ \{1\pm\sqrt{5},-2\} ‖ x=4 \text{ or } x=-4 ≡ \pm4 ‖
-    \{-2, 1-\sqrt5, 1+\sqrt5\} ≡ \{1\pm\sqrt{5},-2\} ‖
-    \frac{-1\pm\sqrt{5}}{2} ≡ \frac{\sqrt5-1}{2}, -\frac{1+\sqrt5}{2}
-lists: 1, 2, 3 ≡ 3, 2, 1 ‖ \{1,2\} ≡ 2,1 ‖ 5 \text{ or } 6 ≡ 6, 5 ‖ 2; 3 ≡ 3,2 ‖
-    (1,2),(3,4) ≡ (3,4), (1,2) ‖ x=1, x=2 ≡ 2, 1 ‖ x=1,y=2 ≡ (1,2) ‖ (x,y)=(3,4) ≡ (3,4) ‖
-    a=1,b=2;a=2,b=1 ≡ (2,1),(1,2) ‖ \emptyset ≡ \varnothing ‖
-    \left(3,\frac{\pi}{2}\right) ≡ (3, pi/2) ‖ \langle 1,2,3\rangle ≡ (1,2,3) ‖
-    $(4, \log _{10} 2)$ ≡ (4,\log_{10}2) ‖ (1,2) and (3,4) ≡ (3,4),(1,2) ‖ P=(1,2) ≡ (1,2) ‖
-    19, 0 and 1 ≡ $19,0,1$ ‖ $69$ and $84$ ≡ $69$,$84$ ‖
+    x=4 \text{ or } x=-4 ≡ \pm4 ‖ \{-2, 1-\sqrt5, 1+\sqrt5\} ≡ \{1\pm\sqrt{5},-2\}
+lists: \{1,2\} ≡ 2,1 ‖ 5 \text{ or } 6 ≡ 6, 5 ‖ 2; 3 ≡ 3,2 ‖ (1,2),(3,4) ≡ (3,4), (1,2) ‖
+    x=1, x=2 ≡ 2, 1 ‖ x=1,y=2 ≡ (1,2) ‖ a=1,b=2;a=2,b=1 ≡ (2,1),(1,2) ‖ \emptyset ≡ \varnothing ‖
+    \langle 1,2,3\rangle ≡ (1,2,3) ‖ P=(1,2) ≡ (1,2) ‖ 19, 0 and 1 ≡ $19,0,1$ ‖
     1, \frac{3 \pm \sqrt{21}}{2} ≡ $1$,$\frac{3 + \sqrt{21}}{2}$,$\frac{3 - \sqrt{21}}{2}$ ‖
-    \{(1,2),(2,1)\} ≡ (2,1),(1,2) ‖ 1, 1, 2 ≡ 1,2 ‖ $10^{100}$,$10^{1 / 100}$ ≡ 10^{1/100}, 10^{100}
+    1, 1, 2 ≡ 1,2 ‖ $10^{100}$,$10^{1 / 100}$ ≡ 10^{1/100}, 10^{100}
 intervals: (1,\infty) ≡ x>1 ‖ [2,5) ≡ 2\le x<5 ‖ x \in (0,1] ≡ (0,1] ‖
     (0,1)\cup(2,3) ≡ (2,3)\cup(0,1) ‖ x<-1 \text{ or } x>1 ≡ (-\infty,-1)\cup(1,\infty) ‖
-    3>x ≡ x<3 ‖ \mathbb{R} ≡ (-\infty,\infty) ‖ \{0\}\cup[1,2] ≡ [1,2]\cup\{0\} ‖
-    -2 <= x <= 7 ≡ x \in [-2,7] ‖
-    \left(\tfrac35,\tfrac83\right] ≡ \left(\frac{3}{5},\frac{8}{3}\right] ‖
-    [\frac{\pi^2}{8},1.25\pi^2] ≡ \left[ \frac{\pi^2}{8}, \frac{5 \pi^2}{4} \right] ‖
-    0 < x < 9 \text{ or } 9<x<36 ≡ (0,9) \cup (9,36) ‖ 7 \geq t > 0 ≡ (0,7]
+    \mathbb{R} ≡ (-\infty,\infty) ‖ \{0\}\cup[1,2] ≡ [1,2]\cup\{0\} ‖ 7 \geq t > 0 ≡ (0,7]
 matrices: \begin{bmatrix}1&2\\3&4\end{bmatrix} ≡ \begin{pmatrix}1 & 2\\ 3 & 4\\ \end{pmatrix} ‖
     \begin{pmatrix}0.5\\1\end{pmatrix} ≡ \left(\begin{array}{c}\frac12\\1\end{array}\right) ‖
-    A = \begin{pmatrix}-1&0\\0&-1\end{pmatrix} ≡ \begin{pmatrix} -1 & 0 \\ 0 & -1 \end{pmatrix} ‖
     \left[\begin{array}{c}x+1\\2y\end{array}\right] ≡ \begin{pmatrix}1+x\\y+y\end{pmatrix}
-bases: 10_2 ≡ 2 ‖ 1011_{2} ≡ 1011_2 ‖ FF ≡ FF ‖ (12)_3 ≡ 12_3 ‖ 17_8 ≡ 1111_2
-equations: y = 2x + 1 ≡ 2x - y + 1 = 0 ‖ x^2+y^2=4 ≡ 2x^2+2y^2-8=0 ‖ 5=x ≡ x=5 ‖
-    a_{n}=3n ≡ a_n = 3 n ‖ 2x+y<4 ≡ 4>y+2x ‖ \angle ABC=40 ≡ 40 ‖ 2+3=5 ≡ 5 ‖ m_{\max}=n^2 ≡ n^2 ‖
-    \frac{AB}{CD}=2 ≡ 2 ‖ x\neq 2 ≡ 2\ne x ‖ y=2x+3 ≡ 2x-y=-3 ‖
-    x^2+y^2=25 ≡ \frac{x^2}{25}+\frac{y^2}{25}=1 ‖ \text{MR}=\text{SRMC} ≡ MR = SRMC ‖
-    -2x ≡ y = -2x ‖ p(x)=\frac{(x-1)(x-2)}{6} ≡ \frac{x^2-3x+2}{6} ‖ m=7 ≡ 7 ‖
-    \theta = \frac{\pi}{3} ≡ \pi/3 ‖ AB=5 ≡ 5 ‖ |r|=2 ≡ 2 ‖ \frac{dx}{dt} = kx - a ≡ kx-a ‖
-    e = 1/2 ≡ 0.5 ‖ x = 6 \cdot 2 = 12 ≡ 12 ‖ \cos A = \frac45 ≡ 0.8 ‖ f^{-1}(x) = 3x ≡ 3x ‖
-    V=36\pi\approx 113.1 ≡ 36\pi ‖ \sqrt{2}\approx1.414 ≡ \sqrt2 ‖ f(x)=x,f(x)=-x ≡ -x, x
-expressions: (x+1)^2 ≡ x^2+2x+1 ‖ \frac{a+b}{2} ≡ \frac a2+\frac b2 ‖ \sin 2t ≡ 2\sin t\cos t ‖
-    \log_2 8 ≡ 3 ‖ \ln e^3 ≡ 3 ‖ 2^{10} ≡ 1024 ‖ \sqrt[3]{-8} ≡ -2 ‖ |x|^2 ≡ x^2 ‖
-    \frac{n!}{(n-1)!} ≡ n ‖ \binom{5}{2} ≡ 10 ‖ \lfloor 7/2 \rfloor ≡ 3 ‖ \cos^2 x ≡ 1-\sin^2 x ‖
-    \tan^{-1} 1 ≡ \frac{\pi}{4} ‖ e^{i\pi} ≡ -1 ‖ (3+4i)/5 ≡ 0.6+0.8i ‖ sqrt(12) ≡ 2\sqrt3 ‖
-    \sqrt{ab} ≡ \sqrt a\sqrt b ‖ 2*x**3 ≡ 2x^3 ‖ \log xy ≡ \log x+\log y ‖ exp(2x) ≡ e^{2x} ‖
-    3ab ≡ 3 b a ‖ \lceil\frac{n}{2}\rceil ≡ \left\lceil n/2\right\rceil ‖
-    \frac{1}{1+\sqrt2} ≡ \sqrt2-1 ‖ 52!/50! ≡ 2652 ‖
-    \frac{n(n+1)(2n+1)}{6} ≡ \frac{2n^3+3n^2+n}{6} ‖
-    2\cos(\pi t+\frac{\pi}{3}) ≡ 2 \cos (\pi t+\pi / 3) ‖ \frac{(2n)!}{(n!)^2} ≡ \binom{2n}{n} ‖
-    \cot x ≡ \frac{\cos x}{\sin x} ‖ \sqrt{x^3} ≡ x\sqrt{x} ‖ 2^{n}\cdot 2 ≡ 2^{n+1} ‖
-    \ln(xy) ≡ \ln x+\ln y ‖ \sqrt[3]{16} ≡ 2\sqrt[3]{2} ‖ 4^{1009} ≡ 2^{2018} ‖
-    -\tau\ln\Delta ≡ \tau \ln(1/\Delta) ‖
-    \omega_n^2 e^{-\zeta\omega_n t} ≡ e^{-\zeta \omega_{n} t} \omega_{n}^{2} ‖
-    \frac{4A}{3(1+i)}e^{it} ≡ \frac{4 A}{3+3 i} e^{i t} ‖ (-1)^{2n}x ≡ x ‖
-    \arctan x ≡ \tan^{-1}(x) ‖ I(0)e^{-t/(RC)} ≡ I(0) e^{-\frac{t}{R C}} ‖
-    \sin^2\theta+\cos^2\theta ≡ 1
-words: Yes ≡ \text{yes} ‖ \text{(B)} ≡ B ‖ (D). ≡ D ‖ No ≡ no ‖ \text{The ellipse} ≡ ellipse ‖
+bases: 10_2 ≡ 2 ‖ FF ≡ FF ‖ (12)_3 ≡ 12_3 ‖ 17_8 ≡ 1111_2
+equations: y = 2x + 1 ≡ 2x - y + 1 = 0 ‖ x^2+y^2=4 ≡ 2x^2+2y^2-8=0 ‖ 5=x ≡ x=5 ‖ 2x+y<4 ≡ 4>y+2x ‖
+    2+3=5 ≡ 5 ‖ m_{\max}=n^2 ≡ n^2 ‖ x\neq 2 ≡ 2\ne x ‖ \text{MR}=\text{SRMC} ≡ MR = SRMC ‖
+    |r|=2 ≡ 2 ‖ x = 6 \cdot 2 = 12 ≡ 12 ‖ f^{-1}(x) = 3x ≡ 3x ‖ V=36\pi\approx 113.1 ≡ 36\pi ‖
+    f(x)=x,f(x)=-x ≡ -x, x
+expressions: (x+1)^2 ≡ x^2+2x+1 ‖ \sin 2t ≡ 2\sin t\cos t ‖ \log_2 8 ≡ 3 ‖ 2^{10} ≡ 1024 ‖
+    \sqrt[3]{-8} ≡ -2 ‖ |x|^2 ≡ x^2 ‖ \frac{n!}{(n-1)!} ≡ n ‖ \binom{5}{2} ≡ 10 ‖
+    \lfloor 7/2 \rfloor ≡ 3 ‖ \tan^{-1} 1 ≡ \frac{\pi}{4} ‖ e^{i\pi} ≡ -1 ‖ (3+4i)/5 ≡ 0.6+0.8i ‖
+    sqrt(12) ≡ 2\sqrt3 ‖ 2*x**3 ≡ 2x^3 ‖ exp(2x) ≡ e^{2x} ‖
+    \lceil\frac{n}{2}\rceil ≡ \left\lceil n/2\right\rceil ‖ 52!/50! ≡ 2652 ‖
+    \frac{(2n)!}{(n!)^2} ≡ \binom{2n}{n} ‖ \sqrt{x^3} ≡ x\sqrt{x} ‖ \ln(xy) ≡ \ln x+\ln y ‖
+    4^{1009} ≡ 2^{2018} ‖ -\tau\ln\Delta ≡ \tau \ln(1/\Delta) ‖ (-1)^{2n}x ≡ x ‖
+    \arctan x ≡ \tan^{-1}(x)
+words: Yes ≡ \text{yes} ‖ \text{(B)} ≡ B ‖ (D). ≡ D ‖ \text{The ellipse} ≡ ellipse ‖
     Not possible ≡ \text{not possible} ‖ The answer is $\boxed{9}$ ≡ 9 ‖
-    Hence $x > 2$ holds. ≡ x>2 ‖ odd ≡ \textbf{Odd} ‖ \sum_{k=1}^n k ≡ \sum_{k=1}^{n} k ‖
-    v^2_0 ≡ v_{0}^2 ‖ \{x \mid x>3\} ≡ (3,\infty) ‖ Evelyn ≡ \text{evelyn} ‖ (E) ≡ \textbf{E} ‖
-    \mathrm{Even} ≡ even ‖ the circle ≡ circle
-found later: 0.\overline{3} ≡ \frac13 ‖ 0.1\overline{6} ≡ \frac16 ‖ 5 million ≡ 5000000 ‖
-    6:4 ≡ 3:2 ‖ 3:4 ≡ \frac34 ‖ (-1)^{n+2} ≡ (-1)^n ‖ 0.00123457 ≡ \frac{1}{810}
+    Hence $x > 2$ holds. ≡ x>2 ‖ \sum_{k=1}^n k ≡ \sum_{k=1}^{n} k ‖ v^2_0 ≡ v_{0}^2 ‖
+    \{x \mid x>3\} ≡ (3,\infty)
+found later: 0.\overline{3} ≡ \frac13 ‖ 5 million ≡ 5000000 ‖ 6:4 ≡ 3:2 ‖ (-1)^{n+2} ≡ (-1)^n ‖
+    0.00123457 ≡ \frac{1}{810}
 """
 DIFFERENT = r"""
 decimal: 1e-12 ≡ 0 ‖ 0.1 ≡ 0.10001 ‖ 0.333 ≡ 1/3 ‖ 3.14 ≡ \pi ‖ \frac{22}{7} ≡ \pi ‖
-    10^{-5} ≡ 10^{-6} ‖ -3 ≡ 3 ‖ 0.1250001 ≡ 1/8 ‖ 100000000001 ≡ 100000000002 ‖
-    2\frac13 ≡ \frac23 ‖ 1.99999999 ≡ 2 ‖ 2 3 ≡ 6 ‖ 10^{-12}\pi ≡ 2\pi 10^{-12} ‖ 5! ≡ 5 ‖
-    \sqrt{2} ≡ 1.414 ‖ 1.20 ≡ 1.02 ‖ 1-10^{-17} ≡ 1 ‖ 10^{-20} ≡ 0 ‖ 1e-300 ≡ 0 ‖ 0.999999 ≡ 1
-thousands: 35\% ≡ 3.5 ‖ 1,234 ≡ 1.234 ‖ 12,34 ≡ 1234 ‖ 10,200 ≡ 10,020 ‖ (1,000) ≡ 1000 ‖
-    5 cm ≡ 5 kg ‖ 5 cm - 3 ≡ 5 ‖ 1/2 % ≡ 50 ‖ (7,\ 113) ≡ 7113 ‖ v^2_0 ≡ v^2 ‖ 100,200 ≡ 100,300 ‖
-    32,348 ≡ 32, 349
+    10^{-5} ≡ 10^{-6} ‖ 100000000001 ≡ 100000000002 ‖ 2\frac13 ≡ \frac23 ‖ 2 3 ≡ 6 ‖
+    10^{-12}\pi ≡ 2\pi 10^{-12} ‖ 5! ≡ 5 ‖ 1-10^{-17} ≡ 1 ‖ 0.999999 ≡ 1
+thousands: 35\% ≡ 3.5 ‖ 1,234 ≡ 1.234 ‖ 12,34 ≡ 1234 ‖ (1,000) ≡ 1000 ‖ 5 cm - 3 ≡ 5 ‖ 1/2 % ≡ 50 ‖
+    (7,\ 113) ≡ 7113 ‖ 32,348 ≡ 32, 349
 lists: 1,2 ≡ 1,3 ‖ (1,2) ≡ (2,1) ‖ (1,2) ≡ [1,2] ‖ (1,2) ≡ 1,2 ‖ [1,2) ≡ (1,2] ‖ \pm 3 ≡ 3 ‖
-    (1,2,3) ≡ (1,3,2) ‖ x<3 ≡ x>3 ‖ x<3 ≡ y<3 ‖ x=3 ≡ x<3 ‖ (0,1)\cup(2,3) ≡ (0,3) ‖
-    \{1,2\},\{3\} ≡ 1,2,3 ‖ [1,2] ≡ \begin{pmatrix}1&2\end{pmatrix} ‖
-    \begin{pmatrix}1\\2\end{pmatrix} ≡ \begin{pmatrix}1&2\end{pmatrix} ‖ x\ne 2 ≡ x=2 ‖ x=1 ≡ y=1 ‖
-    2x+y<4 ≡ 2x+y>4 ‖ x=1,y=2 ≡ (2,1) ‖ (1,2,3) ≡ (1,2) ‖ (1,2),(3,4) ≡ (1,2) ‖ (3,1) ≡ 3 ‖
-    (1,1),(3,2) ≡ (1,1),(2,3) ‖ 2 ≡ 2,3 ‖ \emptyset ≡ 0 ‖ 1,2,3 ≡ 6
-bases: 10_2 ≡ 10 ‖ 12_3 ≡ 12_4 ‖ 9_8 ≡ 9 ‖ 4343_6 ≡ 4343_7 ‖ 204_5 ≡ 2_5 04
-expressions: x ≡ |x| ‖ x ≡ y ‖ x ≡ X ‖ \sqrt{x^2} ≡ x ‖ x^2 ≡ 2^x ‖ f(x) ≡ f(y) ‖ I(0) ≡ 0 ‖
-    x+1 ≡ x+1+10^{-30} ‖ x-y=0 ≡ x+y=0 ‖ \lfloor x/100\rfloor ≡ 0 ‖ a_1 ≡ a_2 ‖ \sin x ≡ \cos x ‖
-    0=0 ≡ x=x ‖ \frac{x}{y} ≡ \frac{y}{x} ‖ n! ≡ (n+1)! ‖ 10^{10^{10^{10}}} ≡ 10^{10^{10^{11}}} ‖
-    6+9i ≡ 6-9i ‖ e^x ≡ e^{-x} ‖ p-q ≡ q-p ‖ 6r^2-4r-24 ≡ 6r^2-4r+24 ‖
-    \frac{n(n+1)}{2} ≡ \frac{n(n-1)}{2} ‖ \cos(2t) ≡ \cos(t) ‖ 1+2i ≡ 2+i ‖ \ln x ≡ \log_{10}x ‖
-    \sqrt{x+y} ≡ \sqrt x+\sqrt y ‖ (x-1)^2 ≡ (1-x)^3 ‖ \lfloor n/2\rfloor ≡ \frac n2 ‖
-    \lfloor n/2\rfloor ≡ \lceil n/2\rceil ‖ 2^{2017} ≡ 2^{2018} ‖ x' ≡ x ‖ \dot x ≡ x ‖
-    \binom{n}{3} ≡ \binom n2 ‖ \sum_{k=1}^n k ≡ \sum_{k=1}^m k ‖ 2xyz ≡ 2 ‖ \sin\pi ≡ 1 ‖
+    x<3 ≡ x>3 ‖ x=3 ≡ x<3 ‖ (0,1)\cup(2,3) ≡ (0,3) ‖ [1,2] ≡ \begin{pmatrix}1&2\end{pmatrix} ‖
+    \begin{pmatrix}1\\2\end{pmatrix} ≡ \begin{pmatrix}1&2\end{pmatrix} ‖ x=1 ≡ y=1 ‖
+    2x+y<4 ≡ 2x+y>4 ‖ x=1,y=2 ≡ (2,1) ‖ (3,1) ≡ 3 ‖ 2 ≡ 2,3 ‖ \emptyset ≡ 0
+bases: 10_2 ≡ 10 ‖ 9_8 ≡ 9 ‖ 4343_6 ≡ 4343_7 ‖ 204_5 ≡ 2_5 04
+expressions: x ≡ |x| ‖ x ≡ X ‖ \sqrt{x^2} ≡ x ‖ x^2 ≡ 2^x ‖ I(0) ≡ 0 ‖ x+1 ≡ x+1+10^{-30} ‖
+    x-y=0 ≡ x+y=0 ‖ \lfloor x/100\rfloor ≡ 0 ‖ a_1 ≡ a_2 ‖ 0=0 ≡ x=x ‖ \frac{x}{y} ≡ \frac{y}{x} ‖
+    n! ≡ (n+1)! ‖ 10^{10^{10^{10}}} ≡ 10^{10^{10^{11}}} ‖ e^x ≡ e^{-x} ‖ 1+2i ≡ 2+i ‖
+    \sqrt{x+y} ≡ \sqrt x+\sqrt y ‖ (x-1)^2 ≡ (1-x)^3 ‖ \lfloor n/2\rfloor ≡ \lceil n/2\rceil ‖
+    x' ≡ x ‖ \dot x ≡ x ‖ \binom{n}{3} ≡ \binom n2 ‖ 2xyz ≡ 2 ‖
     \sqrt{10^{20}+1}-10^{10} ≡ \sqrt{10^{20}+2}-10^{10} ‖ \ln(1+10^{-20}) ≡ 0 ‖
-    \sin(10^{20}) ≡ \sin(10^{20}+1) ‖ \cos(10^{17}) ≡ \cos(10^{17}+3) ‖ -x ≡ |x| ‖
-    \frac{\pi^2-9}{9} ≡ \frac{\pi^2+9}{9} ‖ (1+10^{-10})^{10^{10}} ≡ e ‖ 5, ≡ ‖
-    2RC+R+C ≡ |2RC+R+C| ‖ \frac14 ≡ \frac141 ‖ \lfloor\sqrt{n-1}\rfloor ≡ \lfloor\sqrt{n-2}\rfloor ‖
-    \lfloor\frac{2 n-1}{5}\rfloor ≡ \lfloor\frac{2 n+1}{5}\rfloor ‖ \frac{1}{0} ≡ \frac{2}{0} ‖
-    \sin\pi ≡ 0 ‖ \sqrt2-\sqrt{2} ≡ 0 ‖ \tan\frac{\pi}{2} ≡ 1
-words: Yes ≡ No ‖ (A) ≡ (B) ‖ 1 2 ≡ 12 ‖ dog bites man ≡ man bites dog ‖ even ≡ odd ‖ east ≡ seat ‖
-    5 apples ≡ 6 apples ‖ A ≡ a ‖ cat ≡ act ‖ Evelyn ≡ Navin ‖ ellipse ≡ circle ‖ Yes ≡ 1 ‖
-    \text{None} ≡ 0 ‖ no solution ≡ solution
-rational: \frac{3}{7} ≡ \frac{7}{3} ‖ 1/3 ≡ 0.3 ‖ 1/1000 ≡ 0 ‖
-    99999999999999999999 ≡ 99999999999999999998
-mixed: 2\frac14 ≡ 2\frac15
-percent: 8% ≡ 0.8 ‖ 0.5% ≡ 0.5%5 ‖ 150% ≡ 15
-units: 5 hours ≡ 5 minutes ‖ 7 cents ≡ 7 dollars ‖ 5 in ≡ 5 min ‖ 4 m ≡ 4 miles ‖
-    15 cm^2 ≡ 15 cm^3 ‖ 12 apples ≡ 21 apples ‖ 30^\circ ≡ 60 ‖ 90^\circ ≡ \pi/2 ‖
+    \sin(10^{20}) ≡ \sin(10^{20}+1) ‖ (1+10^{-10})^{10^{10}} ≡ e ‖ 5, ≡ ‖ 2RC+R+C ≡ |2RC+R+C| ‖
+    \frac14 ≡ \frac141 ‖ \lfloor\frac{2 n-1}{5}\rfloor ≡ \lfloor\frac{2 n+1}{5}\rfloor ‖
+    \frac{1}{0} ≡ \frac{2}{0} ‖ \sin\pi ≡ 0 ‖ \sqrt2-\sqrt{2} ≡ 0 ‖ \tan\frac{\pi}{2} ≡ 1
+words: Yes ≡ No ‖ (A) ≡ (B) ‖ 1 2 ≡ 12 ‖ east ≡ seat ‖ A ≡ a ‖ Yes ≡ 1
+rational: 1/3 ≡ 0.3 ‖ 1/1000 ≡ 0 ‖ 99999999999999999999 ≡ 99999999999999999998
+percent: 8% ≡ 0.8 ‖ 0.5% ≡ 0.5%5
+units: 7 cents ≡ 7 dollars ‖ 5 in ≡ 5 min ‖ 15 cm^2 ≡ 15 cm^3 ‖ 30^\circ ≡ 60 ‖ 90^\circ ≡ \pi/2 ‖
     \sin 30^\circ ≡ \frac{\sqrt3}{2}
 signs: 1\pm\sqrt{19} ≡ 1+\sqrt{19} ‖ \pm 1, 2 ≡ 1, 2
-intervals: (2,\infty) ≡ [2,\infty) ‖ (-\infty,0] ≡ [0,\infty) ‖ x\ge5 ≡ 5 ‖ x<5 ≡ 5 ‖
-    (1,\infty) ≡ (1,-\infty) ‖ \{1,2\} ≡ [1,2]
-matrices: \begin{pmatrix}1&2\\3&4\end{pmatrix} ≡ \begin{pmatrix}1&3\\2&4\end{pmatrix} ‖
-    \begin{pmatrix}1\\2\end{pmatrix} ≡ \begin{pmatrix}1\\2\\3\end{pmatrix}
-equations: y=-2x ≡ 2x ‖ f(n)=n^2 ≡ n^3 ‖ x^2=4 ≡ 4 ‖ x/2=5 ≡ 5 ‖ AB=5 ≡ AB=6 ‖ x=12 ≡ x\ne 12 ‖
-    x^2+y^2=25 ≡ x^2+y^2=5 ‖ y=2x+3 ≡ y=3x+2 ‖ x-2y+z-1=0 ≡ x-2y+z+1=0 ‖ MR=SRMC ≡ SRAC=LRAC ‖
-    N=n ≡ N>n ‖ f(n)=n ≡ f(n)>n ‖ x=2<3 ≡ x=3
-found later: (-1)^n ≡ 1 ‖ (-2)^n ≡ 2^n ‖ \frac{1-(-1)^n}{2} ≡ 0 ‖ (-1)^n a_n ≡ a_n ‖
-    (-1)^{n-1} ≡ -1 ‖ (-1)^{n+m} ≡ 1 ‖ (-1)^{n+m} ≡ (-1)^n ‖ 5 million ≡ 5 ‖
-    0.\overline{3} ≡ 0.\overline{6} ‖ 3.\overline{0} ≡ 0 ‖ 0.00005 ≡ e^{-10} ‖
-    0.000000 ≡ \frac{1}{10000000} ‖ 0.000001 ≡ \frac{1}{600000} ‖ 0.142858 ≡ \frac17 ‖
-    1000.001 ≡ \sqrt{1000000} ‖ xy=6 ≡ 6 ‖ 3!! ≡ 720 ‖ 6:4 ≡ 6
+intervals: (-\infty,0] ≡ [0,\infty) ‖ x\ge5 ≡ 5 ‖ (1,\infty) ≡ (1,-\infty) ‖ \{1,2\} ≡ [1,2]
+matrices: \begin{pmatrix}1&2\\3&4\end{pmatrix} ≡ \begin{pmatrix}1&3\\2&4\end{pmatrix}
+equations: y=-2x ≡ 2x ‖ x^2=4 ≡ 4 ‖ x=12 ≡ x\ne 12 ‖ x-2y+z-1=0 ≡ x-2y+z+1=0 ‖ MR=SRMC ≡ SRAC=LRAC ‖
+    f(n)=n ≡ f(n)>n ‖ x=2<3 ≡ x=3
+found later: (-1)^n ≡ 1 ‖ \frac{1-(-1)^n}{2} ≡ 0 ‖ (-1)^n a_n ≡ a_n ‖ (-1)^{n+m} ≡ (-1)^n ‖
+    5 million ≡ 5 ‖ 0.\overline{3} ≡ 0.\overline{6} ‖ 3.\overline{0} ≡ 0 ‖ 0.00005 ≡ e^{-10} ‖
+    0.000000 ≡ \frac{1}{10000000} ‖ 1000.001 ≡ \sqrt{1000000} ‖ xy=6 ≡ 6 ‖ 3!! ≡ 720 ‖ 6:4 ≡ 6
 """
 
 
@@ -176,7 +126,8 @@ UNITS = r"""
 \mathrm{cm}^{2} ≡ \text{ cm^2} ≡ \mbox{ cm}^2 ≡ square cm ≡ \text{ square centimeters} ≡ cm²
 \mu \mathrm{m} ≡ \mathrm{\mu m} ≡ \text{ μm}
 { }^{\circ} \mathrm{C} ≡ ^\circ\text{C} ≡ °\mathrm{C}
-\mathrm{k\Omega} ≡ \text{ k\Omega}
+\mathrm{k\Omega} ≡ \text{ k\Omega} ≡ \mathrm{k}\Omega
+{\rm m/s} ≡ \unit{m/s} ≡ m/s
 \AA ≡ Å ≡ \mathrm{\AA}
 \mathrm{erg} \mathrm{s}^{-1} \mathrm{~cm}^{-2} ≡ \mathrm{erg/(s\ cm^2)} ≡
     \mathrm{erg\,s^{-1}\,cm^{-2}}
@@ -194,45 +145,26 @@ def test_a_missing_unit_is_forgiven_and_another_one_is_not(number):
             assert answers_match(a, b) == (unit == other), (a, b)
 
 
-@needs_data
-def test_units_as_the_data_sets_write_them():
-    unit = r"\\(?:mathrm|text|mbox) ?\{[ ~]*[A-Za-z][a-z]* ?\}(?:\^(?:\{-?\d\}|\d))?(?![\w{])"
-    number = r"(?<![\w.^{])(\d[\d.]*(?: ?\\times ?10\^\{-?\d+\})?) ?"
-    quantity = re.compile(rf"{number}((?:\\mu )?{unit}(?: ?/? ?{unit})*)")
-    spellings = {}
-    for name in ("minerva_math", "olympiadbench", "math500"):
-        text = (SHARED / f"math/{name}.jsonl").read_text().replace(r"\\", "\\")
-        spellings |= {spelling: number for number, spelling in quantity.findall(text)}
-    wrong = [s for s, x in spellings.items() if not answers_match(f"{x} {s}", x)]
-    assert len(spellings) > 90 and all("and" in s or "or" in s for s in wrong), wrong
-
-
 # What a text commits itself to.
 EXTRACTED = [
     (r"so \boxed{\frac{1}{2}}.", r"\frac{1}{2}"), (r"\boxed{1} and \boxed{2}", "2"),
     (r"\fbox{x}", "x"), (r"\boxed{\{1,2\}}", r"\{1,2\}"), (r"\boxed{1} \boxed{2", None),
-    (r"\boxed{}", None), (r"\boxed{ 5 }", "5"),
-    (r"\boxed{\text{a } \frac{1}{\sqrt{2}}}", r"\text{a } \frac{1}{\sqrt{2}}"),
-    (r"\boxed{x \mid x \in \{1, 2\}}", r"x \mid x \in \{1, 2\}"),
+    (r"\boxed{}", None), (r"\boxed{\text{a } \frac{1}{\sqrt{2}}}", r"\text{a } \frac{1}{\sqrt{2}}"),
     # without braces a number, but no letter of prose
-    (r"\boxed 5", "5"), (r"$\boxed 12$", "12"), (r"\boxed -3.5.", "-3.5"), (r"in \boxed a", None),
+    (r"\boxed 5", "5"), (r"\boxed -3.5.", "-3.5"), (r"in \boxed a", None),
     (r"Use \boxed to end. The answer is 4", "4"), (r"With \fbox it is done", None),
     # in words
-    ("#### 18", "18"), ("a\n#### 1,234\nb", "1,234"), ("**Answer:** 12", "12"),
+    ("a\n#### 1,234\nb", "1,234"), ("**Answer:** 12", "12"), ("There is none", None), ("", None),
     ("The final answer is: $7$. I hope it is correct.", "7"), ("answer: (B)", "(B)"),
-    ("The answer is 3.5 meters. Done.", "3.5 meters"), ("There is none", None), ("", None),
-    ("The answer is therefore 12", "12"), ("So the answer is simply $x+1$.", "x+1"),
-    ("The answer is thus: 7.", "7"), ("The final answer is equal to 3/4.", "3/4"),
-    ("Hence the answer is exactly 0.5 because it is half.", "0.5"), ("My answer = 15", "15"),
-    (r"The answer is, hence, \(\frac{1}{2}\).", r"\frac{1}{2}"), ("Answer: (C) 12", "(C) 12"),
-    ("answers are 3 and 4.", "3 and 4"), ("the answer is thusly", "thusly"),
+    ("The answer is 3.5 meters. Done.", "3.5 meters"), ("My answer = 15", "15"),
+    ("So the answer is simply $x+1$.", "x+1"), ("The final answer is equal to 3/4.", "3/4"),
+    ("Hence the answer is exactly 0.5 because it is half.", "0.5"), ("Answer: (C) 12", "(C) 12"),
+    (r"The answer is, hence, \(\frac{1}{2}\).", r"\frac{1}{2}"),
     # after thinking
     (r"<think>\boxed{1}", None), (r"<think>\boxed{1}</think> no", None),
     (r"<think>\boxed{1}</think> \boxed{2}", "2"), ("a</think>b</think>The answer is 3", "3"),
-    (r"I think \boxed{3}. No: \boxed{4}.</think>Done: \boxed{4}", "4"),
     # marks around an answer in a sentence
-    ("The answer is: `18` apples", "18"), ("The answer is **18** apples.", "18"),
-    ("Answer: __18__ in all", "18"), ("Answer: `18`, as shown.", "18"), ("**Answer: 18**", "18"),
+    ("The answer is: `18` apples", "18"), ("Answer: __18__ in all", "18"), ("**Answer: 18**", "18"),
     (r"\boxed{7}. As said, \boxed 2 times?", "7"), ("**Final answer:** 18", "18"),
 ]
 
@@ -258,29 +190,13 @@ def test_answers_in_displays_on_later_lines_and_in_markup(form):
 
 @needs_data
 def test_shared_cases():
-    rows = [json.loads(x) for x in (SHARED / "grader/cases.jsonl").read_text().split("\n") if x]
-    wrong = []
+    rows, wrong = read_log(f"{SHARED}/grader/cases.jsonl"), []
     for row in rows:
         pred = (extract_answer(row["pred"]) or "") if row["kind"] == "response" else row["pred"]
         verdicts = {answers_match(pred, row["gold"]), answers_match(row["gold"], pred)}
         if verdicts != {row["equal"]}:
             wrong.append(row)
     assert len(rows) == 210 and wrong == []
-
-
-@needs_data
-def test_golds_match_themselves_and_nothing_else():
-    golds = []
-    for name in ("math500", "aime24", "amc23", "minerva_math", "olympiadbench"):
-        for line in (SHARED / f"math/{name}.jsonl").read_text().split("\n"):
-            if line:
-                golds.append(grader.gold_answer(json.loads(line)))
-    assert len(golds) == 1517
-    for gold in golds:  # spread out, so that the same text is not simply seen to be the same
-        assert answers_match(gold, f"$\\boxed{{ {gold.strip('$ ')} }}$"), gold
-    rng, distinct = random.Random(0), sorted(set(golds))
-    pairs = [rng.sample(distinct, 2) for _ in range(4000)]
-    assert all(float(a) == float(b) for a, b in pairs if answers_match(a, b))  # 27.0 and 27
 
 
 PIECES = r"""
@@ -299,20 +215,6 @@ def test_any_strings(a, b):
     assert answers_match(a, a) == bool(grader.tokenize(grader.bare_answer(a)))
     assert not answers_match("", a) and not answers_match("$$", a)
     extract_answer(a)
-
-
-ATOM = st.sampled_from(["x", "y", "2", "3", "0.5", r"\pi", r"\frac{1}{3}", r"\sqrt{2}", "x_1",
-                        r"\sin x", "e^{2}"])
-EXPRESSION = st.recursive(ATOM, lambda e: st.one_of(
-    st.tuples(e, e).map("({0[0]}) + {0[1]}".format), e.map("({})^2".format),
-    st.tuples(e, e).map("({0[0]}) ({0[1]})".format)), max_leaves=6)
-
-
-@settings(max_examples=200, deadline=None)
-@given(EXPRESSION)
-def test_expressions_equal_themselves_rewritten(e):
-    assert answers_match(e, f"{e} + 0") and answers_match(f"2({e})", f"({e}) + ({e})")
-    assert not answers_match(e, f"({e}) + 1") and not answers_match(e, f"1.00001({e})")
 
 
 REPEATED = r"""
@@ -344,12 +246,3 @@ def test_too_long_an_answer_equals_only_its_text():
     with pytest.raises(ValueError, match="too long"):
         grader.tokenize(long)
     assert answers_match(long, long) and not answers_match(long, long + "+0")
-
-
-@pytest.mark.parametrize("unit", [
-    r"\mathrm{\frac{kg}{m^3}}", r"\mathrm{^\circ C}", r"\mathrm{^{\circ}C}", r"\mathrm{{}^\circ C}",
-    r"\Omega", r"\mathrm{k}\Omega", r"{\rm m/s}", r"\unit{m/s}", r"\Omega\cdot\mathrm{m}"])
-def test_units_in_other_macros_are_forgiven_and_told_apart(unit):
-    text = rf"5\,{unit}"
-    assert answers_match(text, "5") and answers_match("5", text) and not answers_match(text, "6")
-    assert not answers_match(text, r"5\ \mathrm{mol}")

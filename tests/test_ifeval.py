@@ -1,82 +1,68 @@
 """IFEval's 25 kinds of instruction: cases by hand, official verdicts, bad arguments."""
 
-import json
-from pathlib import Path
-
 import pytest
+from tiny import SHARED, needs_data
 
+from data import UserError, read_log
 from eval import CHECKS, count_sentences, ifeval_verdicts, is_language
-from data import UserError
-
-SHARED = Path(__file__).parents[2] / "shared" / "data"
-OFFICIAL = SHARED / "ifeval" / "half_with_official_verdicts.jsonl"
 
 LESS, LEAST = "less than", "at least"
 NTH = {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "Moon"}
 CASES = [  # kind, arguments, texts that follow it, texts that do not
     ("change_case:capital_word_frequency", {"capital_frequency": 3, "capital_relation": LEAST},
-     ["BIG RED fox I", "IT'S A-B", "ONE,TWO:THREE", "**NASA** (ESA) I'm", "U.S. AND/OR UK."],
-     ["BIG RED fox", "A-B-C D", "Big Red FOX", "1 2 3 !"]),
+     ["BIG RED fox I", "IT'S A-B", "ONE,TWO:THREE", "U.S. AND/OR UK."], ["Big RED FOX", "1 2 3 !"]),
     ("change_case:capital_word_frequency", {"capital_frequency": 2, "capital_relation": LESS},
-     ["One BIG fox", "none at all", "I'm"], ["BIG FOX", "I AM"]),
+     ["One BIG fox", "I'm"], ["BIG FOX", "I AM"]),
     ("change_case:english_capital", {}, ["THE CAT IS ON THE MAT. 1!"],
      ["THE CAT IS On THE MAT", "123", "DIE KATZE IST NICHT AUF DEM DACH UND SCHLÄFT"]),
     ("change_case:english_lowercase", {}, ["the cat is on the mat. 1!"],
      ["The cat is on the mat", "123", "die katze ist nicht auf dem dach und schläft"]),
-    ("combination:repeat_prompt", {"prompt_to_repeat": " Say (this). "},
-     ["say (THIS). Done", "  Say (this)."], ["I say (this).", "Say this."]),
+    ("combination:repeat_prompt", {"prompt_to_repeat": " Say (this). "}, ["say (THIS). Done"],
+     ["I say (this).", "Say this."]),
     ("combination:two_responses", {}, ["a******b", "******a\n******\nb******", "a ******* b"],
-     ["a", "a****** a ", "a******b******c", "a************b", "a ***** b"]),
-    ("detectable_content:number_placeholders", {"num_placeholders": 2},
-     ["[a] [b]", "[] x []", "[[a] [b]]"], ["[a]", "[a\n] [b]", "a] [b"]),
-    ("detectable_content:postscript", {"postscript_marker": "P.S."},
-     ["bye\nP.S. x", "p. s. x", "PP.S."], ["bye\nPS x", "P.P.S x", "p.  s."]),
-    ("detectable_content:postscript", {"postscript_marker": "P.P.S"},
-     ["P.P.S x", "p. p. s", "P.P.S."], ["P.S. x", "PPS"]),
+     ["a****** a ", "a******b******c", "a************b", "a ***** b"]),
+    ("detectable_content:number_placeholders", {"num_placeholders": 2}, ["[a] [b]", "[[a] [b]]"],
+     ["[a]", "[a\n] [b]", "a] [b"]),
+    ("detectable_content:postscript", {"postscript_marker": "P.S."}, ["bye\nP.S. x", "p. s. x"],
+     ["bye\nPS x", "P.P.S x", "p.  s."]),
+    ("detectable_content:postscript", {"postscript_marker": "P.P.S"}, ["p. p. s", "P.P.S."],
+     ["P.S. x", "PPS"]),
     ("detectable_content:postscript", {"postscript_marker": "Note"}, ["a NOTE"], ["a not"]),
-    ("detectable_format:constrained_response", {},
-     ["My answer is yes.", "So: My answer is maybe. Ok"],
+    ("detectable_format:constrained_response", {}, ["So: My answer is maybe. Ok"],
      ["my answer is yes.", "My answer is yes", "Yes"]),
-    ("detectable_format:json_format", {},
-     ['{"a": 1}', "```json\n[1]\n```", "```JSON [1]```", " 3 ", "```\n3\n```"],
+    ("detectable_format:json_format", {}, ['{"a": 1}', "```json\n[1]\n```", " 3 ", "```\n3\n```"],
      ["{'a': 1}", "Here: {}", "```python\n1\n```", "[1] x"]),
     ("detectable_format:multiple_sections", {"section_spliter": " Section ", "num_sections": 2},
-     ["Section 1 a Section 2", "Section1\nSection\n2", "Section 1 Section 2 Section 3"],
-     ["SECTION 1 SECTION 2", "Section 1", "Section one Section two", "Section  1 Section  2"]),
+     ["Section 1 a Section 2", "Section1\nSection\n2"],
+     ["SECTION 1 SECTION 2", "Section 1", "Section  1 Section  2"]),
     ("detectable_format:number_bullet_lists", {"num_bullets": 2},
-     ["* a\n* b", "- a\n\n  - b", "* a\n-b", "*a\n--- ", "*a* b\n * c", "*\n- a"],
-     ["* a", "* a\n* b\n* c", "** a\n** b", "1. a\n2. b", "x * a\ny * b", "+ a\n+ b", "*\n* a"]),
+     ["* a\n* b", "- a\n\n  - b", "*a\n--- ", "*a* b\n * c", "*\n- a"],
+     ["* a", "* a\n* b\n* c", "** a\n** b", "1. a\n2. b", "x * a\ny * b", "*\n* a"]),
     ("detectable_format:number_highlighted_sections", {"num_highlights": 2},
-     ["*a* *b*", "**a** b **c**", "*a* **b**", "*a*b*c*"],
-     ["*a*", "**a**", "* * *b*", "*a\nb* c", "__a__ _b_"]),
+     ["*a* *b*", "**a** b **c**", "*a*b*c*"], ["**a**", "* * *b*", "*a\nb* c", "__a__ _b_"]),
     ("detectable_format:title", {}, ["<<a>>", "x <<< a >>", "<<a> b>>"],
-     ["<a>", "<<>>", "<< >>", "<<a\n>>"]),
+     ["<a>", "<< >>", "<<a\n>>"]),
     ("keywords:existence", {"keywords": ["cat", "a.b"]}, ["CATS a.b", "concat A.Bc"],
-     ["cat", "a.b", "c at a.b", "cat axb"]),
+     ["cat", "c at a.b", "cat axb"]),
     ("keywords:existence", {"keywords": ["c++", "(a"]}, ["C++ (a)"], ["ccc (a)", "c++ a"]),
     ("keywords:forbidden_words", {"forbidden_words": ["cat", "dog house"]},
      ["cats dog", "concat", "dog  house"], ["the Cat.", "a dog house", "cat-like"]),
     ("keywords:frequency", {"keyword": " ha ", "frequency": 3, "relation": LEAST},
      ["hahaHA", "that has Ha"], ["ha ha", "h a"]),
-    ("keywords:frequency", {"keyword": "ha", "frequency": 3, "relation": LESS}, ["ha ha", "x"],
-     ["hahaha"]),
-    ("keywords:frequency", {"keyword": "why?", "frequency": 2, "relation": LEAST}, ["why? Why?"],
-     ["why why?"]),
+    ("keywords:frequency", {"keyword": "why?", "frequency": 2, "relation": LESS}, ["why why?"],
+     ["why? Why?"]),
     ("keywords:letter_frequency", {"letter": "A", "let_frequency": 2, "let_relation": LEAST},
      ["aA", "banana"], ["a"]),
     ("keywords:letter_frequency", {"letter": "!", "let_frequency": 2, "let_relation": LESS},
      ["hi!"], ["hi!!"]),
     ("language:response_language", {"language": "de"}, ["Das ist nicht die Katze.", "123 !"],
      ["This is the cat."]),
-    ("length_constraints:nth_paragraph_first_word", NTH,
-     ["Sun\n\nmoon, x", "a\n\n'\"Moon's\n\n", "a b\n\n  MOON"],
+    ("length_constraints:nth_paragraph_first_word", NTH, ["Sun\n\nmoon, x", "a\n\n'\"Moon's\n\n"],
      ["moon", "moon\n\nsun", "a\n\nmoon\n\nb", "a\n\nmoons", "a\nmoon", "a\n\n\n\nmoon"]),
     ("length_constraints:number_paragraphs", {"num_paragraphs": 2},
-     ["a\n***\nb", "***a***b", "a *** b ***", "a***b"], ["a\n\nb", "a", "a***b***c", "a***\n***b"]),
+     ["a\n***\nb", "***a***b", "a *** b ***"], ["a\n\nb", "a***b***c", "a***\n***b"]),
     ("length_constraints:number_sentences", {"num_sentences": 3, "relation": LEAST},
      ["One. Two! Three?", "One. two. three."], ["Dr. Smith is in. Ok.", "1.5 is it. So"]),
-    ("length_constraints:number_sentences", {"num_sentences": 2, "relation": LESS},
-     ["One, two; three."], ["A bee. Cee."]),
     ("length_constraints:number_words", {"num_words": 3, "relation": LEAST},
      ["a b c", "it's ok", "a-b_c d"], ["a_b c"]),
     ("length_constraints:number_words", {"num_words": 3, "relation": LESS}, ["a b", "!"],
@@ -132,12 +118,11 @@ LANGUAGE = {
     "fa": "من نمی دانم که او کجا رفته است.", "ur": "مجھے نہیں معلوم کہ وہ کہاں گیا ہے۔",
     "hi": "मुझे नहीं पता कि वह कहाँ गया है।", "mr": "मला माहीत नाही की तो कुठे गेला आहे.",
     "ne": "मलाई थाहा छैन ऊ कहाँ गयो, तर घर यहाँ छ।", "he": "אני לא יודע איפה הספר.",
-    "bn": "আমি জানি না সে কোথায়।",
-    "pa": "ਮੈਨੂੰ ਨਹੀਂ ਪਤਾ ਉਹ ਕਿੱਥੇ ਹੈ।", "gu": "મને ખબર નથી તે ક્યાં છે.",
-    "ta": "அவன் எங்கே என்று தெரியவில்லை.",
+    "bn": "আমি জানি না সে কোথায়।", "pa": "ਮੈਨੂੰ ਨਹੀਂ ਪਤਾ ਉਹ ਕਿੱਥੇ ਹੈ।",
+    "gu": "મને ખબર નથી તે ક્યાં છે.", "ta": "அவன் எங்கே என்று தெரியவில்லை.",
     "te": "అతను ఎక్కడ ఉన్నాడో నాకు తెలియదు.", "kn": "ಅವನು ಎಲ್ಲಿದ್ದಾನೆ ಎಂದು ನನಗೆ ಗೊತ್ತಿಲ್ಲ.",
-    "ml": "അവൻ എവിടെയാണെന്ന് എനിക്കറിയില്ല.",
-    "th": "ฉันไม่รู้ว่าเขาอยู่ที่ไหน", "ja": "彼がどこにいるのか分かりません。", "ko": "그가 어디에 있는지 모르겠어요.",
+    "ml": "അവൻ എവിടെയാണെന്ന് എനിക്കറിയില്ല.", "th": "ฉันไม่รู้ว่าเขาอยู่ที่ไหน",
+    "ja": "彼がどこにいるのか分かりません。", "ko": "그가 어디에 있는지 모르겠어요.",
 }
 
 
@@ -158,10 +143,7 @@ LOOSE = [
     ("punctuation:no_comma", {}, "a\nb\nBye, x", True),
     ("punctuation:no_comma", {}, "Hi, you\na\nBye, x", True),
     ("punctuation:no_comma", {}, "a\nb, c\nd", False), ("punctuation:no_comma", {}, "a, b", False),
-    ("startend:quotation", {}, '*"a"*', True),
-    ("startend:quotation", {}, 'Sure:\n*"a"*\nBye', True),
-    ("startend:quotation", {}, 'Sure:\n\n\n  "a" \n\nBye', True),
-    ("startend:quotation", {}, 'a\nb\n"c"\nd', False),
+    ("startend:quotation", {}, 'Sure:\n\n\n  *"a"* \n\nBye', True),
     ("detectable_format:number_bullet_lists", {"num_bullets": 1}, "- a\n- b", True),
     ("keywords:existence", {"keywords": ["ab"]}, "a*b", True),
     ("length_constraints:number_words", {"num_words": 9, "relation": LESS}, "", False)]
@@ -180,9 +162,10 @@ def test_several_instructions_and_none():
     assert ifeval_verdicts("x", [], []) == ([], [])
 
 
-@pytest.mark.skipif(not OFFICIAL.is_file(), reason="the public data sets are not here")
+@needs_data
 def test_official_verdicts():
-    rows, different, total = [json.loads(line) for line in OFFICIAL.open()], [], 0
+    rows, different = read_log(f"{SHARED}/ifeval/half_with_official_verdicts.jsonl"), []
+    total = 0
     for row in rows:
         verdicts = ifeval_verdicts(row["response"], row["instruction_id_list"], row["kwargs"])
         total += len(row["kwargs"])
@@ -196,13 +179,11 @@ def test_official_verdicts():
 BAD = [
     ("keywords:exist", {}, "keywords:exist"), (None, {}, "None"),
     ("punctuation:no_comma", {"comma": 1}, "'comma': 1"),
-    ("keywords:existence", {"keywords": None}, "'keywords'"),
     ("keywords:existence", {"keywords": [1]}, r"\[1\]"),
     ("length_constraints:number_words", {"num_words": 3}, "'relation'"),
     ("length_constraints:number_words", {"num_words": 3, "relation": "at most"}, "at most"),
     ("length_constraints:number_words", {"num_words": "3", "relation": LESS}, "'3'"),
-    ("language:response_language", {"language": "xx"}, "'xx'"),
-    ("startend:end_checker", {"end_phrase": ["a"]}, r"\['a'\]")]
+    ("language:response_language", {"language": "xx"}, "'xx'")]
 
 
 @pytest.mark.parametrize("kind, arguments, named", BAD)

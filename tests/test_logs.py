@@ -83,7 +83,7 @@ def test_a_small_beta_is_warned_of_before_and_after(command, tmp_path):
     nats = -load_file(tmp_path / "out/reference.safetensors")["pairs"][:, 0]
     median = sorted(nats.tolist())[11]
     assert (f"warning: the tether will not hold, as r+ is bounded by {0.01 * median:.1f}. With "
-            f"--beta {40 / median:.2g} it is bounded by 40") in said
+            f"--beta {40 / median:.2g} the bound is 40") in said
     assert "warning: step 5: lambda+ ends at 0.50: the pairs still pull" in said
     said = launch.run([*command, tmp_path / "sft", "--beta", 0.01, "--loss", "sft"])
     assert "warning" not in said  # it has no tether

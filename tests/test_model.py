@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import data
 import model as qwen
 import tiny
 from data import UserError
@@ -20,6 +21,7 @@ SHAPES = [
     (4, 4, 16, 64, True, "new", "5GB"), (4, 2, 16, 32, False, "new", "5GB"),
     (8, 1, 8, 32, True, "old", "5GB"), (2, 1, 64, 48, False, "old", "20KB"),
     (6, 2, 32, 40, True, "new", "20KB"), (3, 3, 24, 56, True, "old", "30KB"),
+    (4, 1, 32, 64, False, "new", "5GB"), (8, 4, 16, 96, True, "old", "5GB"),
 ]
 
 
@@ -65,28 +67,7 @@ def test_bf16_is_within_bf16_rounding(tmp_path):
     assert found.square().mean() <= 1.2 * theirs.square().mean()
 
 
-@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
-def test_gradients_of_a_plain_sequence_equal_transformers(tmp_path, shape):
-    hf, ours = hf_pair(tmp_path, shape)
-    tokens = torch.randint(0, 131, (60,))
-    for m, logits in ((hf, hf(tokens[None]).logits[0]), (ours, tiny.logits(ours, tokens))):
-        torch.nn.functional.cross_entropy(logits[:-1], tokens[1:]).backward()
-    wanted = {n.removeprefix("model."): p.grad for n, p in hf.named_parameters()}
-    for name, p in ours.named_parameters():
-        assert (p.grad - wanted[name]).abs().max() <= 1e-5 * wanted[name].abs().max(), name
-
-
-def test_half_precision_files_load_exactly(tmp_path):
-    hf_pair(tmp_path, SHAPES[0])
-    weights = load_file(tmp_path / "model.safetensors")
-    for dtype in (torch.bfloat16, torch.float16):
-        save_file({k: v.to(dtype) for k, v in weights.items()}, tmp_path / "model.safetensors")
-        for name, p in qwen.load_model(str(tmp_path)).named_parameters():
-            assert torch.equal(p, weights[qwen.hf_name(name)].to(dtype).float())
-
-
 # --- attention ------------------------------------------------------------------------------------
-
 
 FORKS = [(0, 5, 9, 12), (12, 13, 14, 15), (15, 40, 40, 47), (47, 130, 131, 200)]
 
@@ -115,54 +96,24 @@ def test_attention_over_forks_equals_a_dense_mask(dtype, allowed):
         assert (a - b).abs().max() <= allowed
 
 
-def test_checkpointing_changes_no_bit(tmp_path):
-    _, plain = hf_pair(tmp_path, SHAPES[1])
-    saving = qwen.load_model(str(tmp_path))
-    for block in saving.layers:
-        block.checkpointing = True
-    tokens = torch.randint(0, 131, (30,))
-    outs = []
-    for m in (plain, saving):
-        out = m(tokens, torch.arange(30), [(0, 30, 30, 30)], torch.arange(10, 29), tokens[11:])
-        out.sum().backward()
-        outs.append(out)
-    assert torch.equal(*outs)
-    assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters(), saving.parameters()))
-
-
-def test_a_dummy_token_without_rows_gives_zero_gradients(tmp_path):
-    _, ours = hf_pair(tmp_path, SHAPES[1])
-    none = torch.zeros(0, dtype=torch.int64)
-    one = torch.zeros(1, dtype=torch.int64)
-    out = ours(one, one, [(0, 1, 1, 1)], none, none)
-    out.backward(torch.zeros(0))
-    assert out.shape == (0,)
-    assert all(p.grad is not None and not p.grad.any() for p in ours.parameters())
-
-
 # --- what is read and what is refused -------------------------------------------------------------
 
 REFUSED = [
-    {"model_type": "llama"}, {"model_type": "qwen3_moe"}, {"use_sliding_window": True},
-    {"is_causal": False}, {"layer_types": ["full_attention", "sliding_attention"]},
-    {"layer_types": 5}, {"attention_bias": True}, {"hidden_act": "gelu"},
-    {"rope_scaling": {"type": "yarn", "factor": 4}}, {"rope_scaling": {"rope_type": "linear"}},
+    {"model_type": "qwen3_moe"}, {"use_sliding_window": True}, {"is_causal": False},
+    {"layer_types": ["full_attention", "sliding_attention"]}, {"attention_bias": True},
+    {"hidden_act": "gelu"}, {"rope_scaling": {"type": "yarn", "factor": 4}},
     {"rope_scaling": {"rope_type": "default", "factor": 2}}, {"rope_scaling": "default"},
     {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "factor": 2}},
-    {"rope_parameters": None}, {"rope_parameters": 5}, {"quantization_config": {"bits": 4}},
-    {"quantization": {"bits": 4}}, {"num_experts": 8}, {"auto_map": {"AutoModel": "x.py"}},
-    {"use_qk_norm": True}, {"logit_scale": 0.5}, {"layer_scales": [1, 2]}, {"hidden_size": "32"},
-    {"hidden_size": 32.0}, {"hidden_size": -1}, {"hidden_size": True},
+    {"rope_parameters": None}, {"quantization_config": {"bits": 4}}, {"num_experts": 8},
+    {"auto_map": {"AutoModel": "x.py"}}, {"logit_scale": 0.5}, {"layer_scales": [1, 2]},
+    {"hidden_size": "32"}, {"hidden_size": -1}, {"hidden_size": True},
     {"rms_norm_eps": float("nan")}, {"tie_word_embeddings": 1}, {"vocab_size": None},
-    {"head_dim": []},
 ]
 BOOKKEEPING = {
-    "_name_or_path": "x", "_commit_hash": "x", "_flag": True, "_number": 3.5, "unsloth_fixed": True,
-    "unsloth_version": "2025.4.1", "transformers_version": "4.51.0", "axolotl_config": {"lr": 1e-5},
-    "transformers.js_config": {"dtype": "q4"}, "llamafactory_version": 1, "mergekit_parts": [1, 2],
-    "base_model": "Qwen/Qwen3-8B", "license": "mit", "training_date": "2025-07-01",
-    "sep_token_id": 3, "temperature": 0.6, "do_sample": True, "torch_dtype": "bfloat16",
-    "mlp_bias": False, "num_experts": None, "pruned_heads": {}, "rope_scaling": None,
+    "_name_or_path": "x", "_flag": True, "unsloth_version": "2025.4.1", "axolotl_config": {"a": 1},
+    "transformers.js_config": {"dtype": "q4"}, "mergekit_parts": [1, 2], "license": "mit",
+    "base_model": "Qwen/Qwen3-8B", "sep_token_id": 3, "temperature": 0.6, "do_sample": True,
+    "torch_dtype": "bfloat16", "mlp_bias": False, "num_experts": None, "rope_scaling": None,
 }
 
 
@@ -193,10 +144,9 @@ def distance_from_transformers(folder):
 @pytest.mark.parametrize("change", REFUSED, ids=str)
 def test_configs_that_change_the_computation_are_refused_by_name(checkpoint, tmp_path, change):
     folder = with_config(checkpoint, tmp_path / "model", change)
-    with pytest.raises(UserError) as e:
-        qwen.read_config(folder)
     name = next(iter(change)).replace("rope_parameters", "rope_")
-    assert folder in str(e.value) and f'"{name}' in str(e.value)
+    with pytest.raises(UserError, match=f'{folder}.*(?s:.*)"{name}'):
+        qwen.read_config(folder)
 
 
 def test_bookkeeping_of_a_config_is_ignored_and_named_in_one_line(checkpoint, tmp_path):
@@ -209,13 +159,9 @@ def test_bookkeeping_of_a_config_is_ignored_and_named_in_one_line(checkpoint, tm
 
 
 @pytest.mark.parametrize("rope", [
-    {"rope_scaling": {"type": "default"}, "rope_theta": 3e4},
     {"rope_scaling": {"rope_type": "default"}, "rope_parameters": None, "rope_theta": 3e4},
-    {"rope_scaling": {"rope_type": "default", "rope_theta": 3e4}, "rope_parameters": None},
-    {"rope_parameters": {"rope_theta": 3e4}},
-    {"rope_parameters": {"rope_type": "default", "rope_theta": 3e4}, "rope_theta": 1e6},
-    {"rope_parameters": {"type": "default", "rope_type": "default"}, "rope_theta": 3e4}], ids=str)
-def test_default_rope_in_every_spelling_equals_transformers(checkpoint, tmp_path, rope):
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 3e4}, "rope_theta": 1e6}], ids=str)
+def test_default_rope_in_either_spelling_equals_transformers(checkpoint, tmp_path, rope):
     folder = with_config(checkpoint, tmp_path / "model", rope)
     assert qwen.read_config(folder).rope_theta == 3e4
     assert distance_from_transformers(folder) <= 1e-5
@@ -242,14 +188,6 @@ def test_every_key_that_transformers_knows_is_computed_or_refused(checkpoint, tm
     assert not refused & {"rms_norm_eps", "use_cache", "eos_token_id", "max_position_embeddings"}
 
 
-def test_all_problems_of_a_config_are_listed_at_once(tmp_path):
-    (tmp_path / "config.json").write_text('{"attention_bias": true, "num_experts": 4}')
-    with pytest.raises(UserError) as e:
-        qwen.read_config(str(tmp_path))
-    for name in ("attention_bias", "num_experts", "vocab_size", "model_type", "rope_theta"):
-        assert f'"{name}"' in str(e.value)
-
-
 def test_weights_that_do_not_fit_are_listed_all_at_once(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "model.safetensors"
@@ -265,63 +203,38 @@ def test_weights_that_do_not_fit_are_listed_all_at_once(checkpoint, tmp_path):
                  "wrong shape: model.layers.0.mlp.up_proj",
                  "wrong type: model.layers.1.self_attn.q_norm"):
         assert part in str(e.value)
-    for size in (0, 4, 100, os.path.getsize(path) - 1):
-        os.truncate(path, size)
-        with pytest.raises(UserError, match="truncated or corrupt"):
-            qwen.load_model(str(tmp_path))
-        save_file(weights, path)
-    os.remove(path)
-    with pytest.raises(UserError, match="missing, .* pickle formats are not read"):
-        qwen.load_model(str(tmp_path))
 
 
-@pytest.mark.parametrize("change", ["the same", "other type", "one number", "other", "wrong shape"])
+@pytest.mark.parametrize("change", ["the same", "other type", "one number", "wrong shape"])
 def test_a_head_beside_tied_embeddings_must_be_the_embedding(checkpoint, tmp_path, change):
     folder = with_config(checkpoint, tmp_path / "model", {})
     weights = load_file(f"{folder}/model.safetensors")
     embedding = weights["model.embed_tokens.weight"]
     embedding.copy_(embedding.bfloat16())
-    head = {"other type": embedding.bfloat16(), "other": torch.randn(265, 32),
-            "wrong shape": embedding[:-1].clone()}.get(change, embedding.clone())
+    head = embedding.bfloat16() if change == "other type" else embedding.clone()
     if change == "one number":
         head[264, 31] += 0.5
+    if change == "wrong shape":
+        head = head[:-1].clone()
     save_file(weights | {"lm_head.weight": head}, f"{folder}/model.safetensors", {"format": "pt"})
     if change in ("the same", "other type"):
         assert distance_from_transformers(folder) <= 1e-5
-        return
-    with pytest.raises(UserError, match="lm_head.weight"):
-        qwen.load_model(folder)
-    if change == "other":  # transformers unties them, with a warning
-        raw = json.load(open(f"{folder}/config.json")) | {"tie_word_embeddings": False}
-        json.dump(raw, open(f"{folder}/config.json", "w"))
-        assert distance_from_transformers(folder) <= 1e-5
-
-
-@pytest.mark.parametrize("single,index", [
-    ("alive", "alive"), ("alive", "dead"), ("dead", "alive"), (None, "alive"), (None, "dead")])
-def test_of_a_single_file_and_an_index_the_one_that_transformers_reads_is_read(
-        checkpoint, tmp_path, single, index):
-    from transformers import AutoModelForCausalLM
-
-    folder = with_config(checkpoint, tmp_path / "model", {})
-    one = load_file(f"{folder}/model.safetensors")
-    two = {name: tensor + 1 for name, tensor in one.items()}
-    if single is None:
-        os.remove(f"{folder}/model.safetensors")
-    elif single == "dead":
-        os.truncate(f"{folder}/model.safetensors", 99)
-    json.dump({"metadata": {}, "weight_map": dict.fromkeys(two, "model-00001.safetensors")},
-              open(f"{folder}/model.safetensors.index.json", "w"))
-    if index == "alive":
-        save_file(two, f"{folder}/model-00001.safetensors", {"format": "pt"})
-    assert len(qwen.unread_parts(folder)) == bool(single)
-    try:
-        AutoModelForCausalLM.from_pretrained(folder)
-    except Exception:
-        with pytest.raises(UserError, match="model.*safetensors"):
-            qwen.load_model(folder)
     else:
-        assert distance_from_transformers(folder) <= 1e-4
+        with pytest.raises(UserError, match="lm_head.weight"):
+            qwen.load_model(folder)
+
+
+def test_beside_an_index_a_single_file_is_read_as_in_transformers(checkpoint, tmp_path):
+    folder = with_config(checkpoint, tmp_path / "model", {})
+    other = {name: t + 1 for name, t in load_file(f"{folder}/model.safetensors").items()}
+    save_file(other, f"{folder}/model-00001.safetensors", {"format": "pt"})
+    data.write_json(f"{folder}/model.safetensors.index.json", {
+        "metadata": {}, "weight_map": dict.fromkeys(other, "model-00001.safetensors")})
+    assert len(qwen.unread_parts(folder)) == 1
+    assert distance_from_transformers(folder) <= 1e-5
+    os.remove(f"{folder}/model.safetensors")
+    assert qwen.unread_parts(folder) == []
+    assert distance_from_transformers(folder) <= 1e-4
 
 
 def test_a_lora_folder_says_merge_it_first(checkpoint, tmp_path):
@@ -366,10 +279,8 @@ def test_a_weight_that_is_no_number_is_named(checkpoint, tmp_path):
 
 # --- processes ------------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("environment", [
-    {"RANK": "0"}, {"RANK": ""}, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},
-    {"RANK": "x", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}], ids=str)
+    {"RANK": "0"}, {"RANK": "x", "WORLD_SIZE": "1", "MASTER_ADDR": "h", "MASTER_PORT": "1"}])
 def test_half_a_launchers_environment_is_one_sentence(monkeypatch, capsys, environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -377,12 +288,6 @@ def test_half_a_launchers_environment_is_one_sentence(monkeypatch, capsys, envir
         qwen.begin(lambda: 60, qwen.open_ranks)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and "start with torchrun" in error
-
-
-def test_a_local_rank_alone_is_no_launcher(monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "")
-    assert qwen.open_ranks(60).world == 1
-    qwen.close_ranks()
 
 
 def test_main_only_gives_the_result_or_ends_the_run(capsys):
@@ -393,22 +298,10 @@ def test_main_only_gives_the_result_or_ends_the_run(capsys):
     assert stop.value.code == 1 and capsys.readouterr().err.count("'not/there'") == 1
 
 
-FIRST_CALLS = """
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-seen = set()
-class Watch(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if args and isinstance(args[0], torch.Tensor) and args[0].numel() < 100:
-            seen.add((function._schema.name, args[0].dtype))
-        return function(*args, **(kwargs or {}))
-with Watch():
-    import model
-wanted = {(f"aten::{name}", dtype) for name in ("cos", "sin", "exp", "log")
-          for dtype in (torch.float32, torch.float64)}
-assert wanted <= seen, wanted - seen
-"""
-
-
 def test_importing_the_model_makes_the_first_call_of_every_mkl_function():
-    subprocess.run([sys.executable, "-c", FIRST_CALLS], check=True)
+    source = ("from torch.profiler import profile\nwith profile() as seen:\n    import model\n"
+              "print(*[event.name for event in seen.events()])")
+    called = subprocess.run([sys.executable, "-c", source], cwd=os.path.dirname(qwen.__file__),
+                            check=True, capture_output=True, text=True).stdout.split()
+    for name in ("cos", "sin", "exp", "log"):
+        assert called.count(f"aten::{name}") == 2  # fp32 and fp64

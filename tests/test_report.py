@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -13,11 +12,10 @@ from safetensors.torch import load_file
 import data
 import eval as evaluation
 import train
-from data import UserError
-from test_details import resume_here, run_and_stop
-from test_train import no_process_group_is_left, run, run_here, same_checkpoints, world
+from launch import assert_same_end, metrics, program
+from test_details import run_and_stop
+from test_train import here, run, run_here
 
-FIXTURES = no_process_group_is_left, world  # pytest looks for them in this module
 STEPS = ("--max_steps", "4", "--epochs", "9", "--lr", "1e-3", "--save_every", "1")
 
 
@@ -56,9 +54,6 @@ def page_of(out, *folders):
     return Page(out)
 
 
-# --- the watched pair -----------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def watched(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("watched") / "run"
@@ -68,8 +63,8 @@ def watched(world, tmp_path_factory):
 
 def test_watched_pair_is_the_same_on_one_and_two_ranks(world, watched, tmp_path):
     run(world, tmp_path / "two", *STEPS, ranks=2)
-    (pair, *rows), (other, *more) = (data.read_log(str(out / "surgery.jsonl"))
-                                     for out in (watched, tmp_path / "two"))
+    pair, *rows = metrics(watched, "surgery")
+    other, *more = metrics(tmp_path / "two", "surgery")
     assert [row["step"] for row in rows] == [row["step"] for row in more] == [0, 1, 2, 3, 4]
     assert pair.keys() == other.keys()
     assert all(pair[key] == other[key] for key in pair if key != "reference")
@@ -100,32 +95,19 @@ def test_snapshots_survive_a_stop_and_do_not_touch_training(world, watched, tmp_
         run_and_stop(monkeypatch, 0, world, tmp_path / name, *STEPS)
     os.remove(tmp_path / "lost" / "surgery.jsonl")
     for name in ("stopped", "stopped", "lost"):  # the second time of a finished run
-        resume_here(tmp_path / name)
+        here("--resume", "--out", tmp_path / name)
     assert (tmp_path / "stopped" / "surgery.jsonl").read_bytes() == whole
-    pair, *rows = data.read_log(str(tmp_path / "lost" / "surgery.jsonl"))
+    pair, *rows = metrics(tmp_path / "lost", "surgery")
     assert pair == json.loads(whole.split(b"\n")[0]) and [row["step"] for row in rows] == [2, 3, 4]
     monkeypatch.setattr(train, "snapshot", lambda *_: None)
     run_here(world, tmp_path / "blind", *STEPS)
-    assert same_checkpoints(tmp_path / "blind", watched)
+    assert_same_end(tmp_path / "blind", watched)
     assert "Surgery on one pair" not in Page(tmp_path / "blind" / "report.html").text
-
-
-def test_positive_only_pairs_are_watched_too(world, tmp_path):
-    rows = [json.loads(line) | {"original_answer": ""} for line in open(world["pairs"])]
-    write(tmp_path / "pairs.jsonl", *rows)
-    positive = {**world, "pairs": str(tmp_path / "pairs.jsonl")}
-    run_here(positive, tmp_path / "run", "--loss", "sft", "--max_steps", "1")
-    pair, first, *_ = data.read_log(str(tmp_path / "run" / "surgery.jsonl"))
-    assert pair["rejected"] == pair["trunk"] == [] and set(first["coefficients"]) == {-1.0}
-    assert "sft, lr 0.0001, beta 0.1" in Page(tmp_path / "run" / "report.html").text
-
-
-# --- the page -------------------------------------------------------------------------------------
 
 
 def write(path, *rows):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))  # lone surrogates, too
 
 
 PAIR = {"step": -1, "reference": [-1.0, -2.0], "prompt": ["q"], "trunk": ["a", "b"],
@@ -164,19 +146,6 @@ def test_known_values_are_where_they_should_be(tmp_path):
     assert 'title="step: coefficient, log p\n0: −0.025, −1\n5: −0.025, −1">z<' in page.source
 
 
-def test_every_snapshot_has_its_button_and_its_rules(tmp_path):
-    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", snapshots=[FIRST] * 3)]
-    page = page_of(tmp_path / "r.html", *runs)
-    buttons = [(values["name"], "checked" in values) for tag, values in page.tags if tag == "input"]
-    assert buttons == [("a", True), ("a", False), ("b", True), *[("b", False)] * 2]
-    tokens = re.findall(r"type\((\d)\) :checked\) .tokens \* .*--c(\d)\) }", page.source)
-    notes = re.findall(r"type\((\d)\) :checked\) .snapshot:nth-of-type\((\d)\)", page.source)
-    assert tokens == [("1", "0"), ("2", "1"), ("3", "2")]
-    assert notes == [("1", "1"), ("2", "2"), ("3", "3")]
-    for block in page.source.split('<div class="pair">')[1:]:  # nth-of-type counts nothing else
-        assert block.count("<p") == block.count('<p class="snapshot">') == block.count("<label>")
-
-
 def test_hostile_text_is_inert(tmp_path):
     nasty = ["<script>alert(1)</script>", "\"'><img src=x onerror=y>", "\ud800", "\n", "&amp;",
              "</style>"]
@@ -188,54 +157,17 @@ def test_hostile_text_is_inert(tmp_path):
     assert all(part in page.text for part in ("↵", "alert(1)", "&amp;", "</style>"))
 
 
-def test_long_runs_and_pairs_are_cut(tmp_path):
-    n = 3000
-    pair = {**PAIR, **{part: ["t"] * n for part in ("prompt", "trunk", "rejected", "chosen")},
-            "rejected_ids": list(range(n)), "chosen_ids": list(range(1, n + 1))}
-    row = {**FIRST, "coefficients": [0.1] * 3 * n, "logps": [-1.0] * 3 * n}
-    folder = make_run(tmp_path / "a", pair, [row] * 11)
-    write(folder / "metrics.jsonl", *({"step": i, "loss": 1.0} for i in range(10_000)))
-    page = page_of(tmp_path / "r.html", folder)
-    assert page.source.count(" title=") == 3 * evaluation.MAX_SHOWN and len(page.source) < 10**6
-    assert 350 < page.paths()[0].count("L") <= evaluation.MAX_SHOWN
-
-
-def test_evaluations_and_held_out_pairs_stand_beside_runs(tmp_path, monkeypatch, capsys):
+def test_evaluations_and_held_out_pairs_stand_beside_runs(tmp_path):
     for name, mean in (("base", 0.5), ("spot", 0.625)):
         write(tmp_path / name / "results.json", {})
         result = {"own": {"metrics": {"accuracy": [mean, 0.1]}}}
         (tmp_path / name / "results.md").write_text(evaluation.results_table(result))
     run = make_run(tmp_path / "run", loss=[1, 2, 3])
     write(run / "eval.jsonl", {"step": 5, "margin": 0.25}, {"step": 10, "margin": 0.75})
-    for argv in ([run, tmp_path / "base", tmp_path / "spot", "--out", tmp_path / "r.html"], [run]):
-        monkeypatch.setattr(sys, "argv", ["eval.py", "report", *map(str, argv)])
-        assert evaluation.main() == 0
-    assert capsys.readouterr().err.split() == ["written:", f"{tmp_path}/r.html",
-                                               "written:", f"{run}/report.html"]
+    three = run, tmp_path / "base", tmp_path / "spot", "--out", tmp_path / "r.html"
+    for argv, out in ((three, tmp_path / "r.html"), ([run], run / "report.html")):
+        assert program(evaluation, "report", *argv) == (0, f"written: {out}\n")
     for part in ("| own |\n| --- |\n| 50.0 ± 10.0 |", "62.5 ± 10.0", "loss1 → 3",
                  "held out: margin0.25 → 0.75"):
         assert part in Page(tmp_path / "r.html").text, part
     assert "Benchmarks" not in Page(run / "report.html").text
-
-
-def test_a_broken_line_is_named_but_a_torn_last_one_does_not_count(tmp_path):
-    run = make_run(tmp_path / "a", loss=[1, 2, 3])
-    whole = page_of(tmp_path / "r.html", run).source
-    with open(run / "metrics.jsonl", "a") as f:
-        f.write('{"step": 15, "los')
-    assert page_of(tmp_path / "r.html", run).source == whole
-    with open(run / "metrics.jsonl", "a") as f:
-        f.write("\n")  # it has its end: not torn, but broken
-    with pytest.raises(UserError, match="metrics.jsonl, line "):
-        page_of(tmp_path / "r.html", run)
-    (run / "metrics.jsonl").write_text('{"step": 0')  # killed at its first line
-    page_of(tmp_path / "r.html", run)
-    with pytest.raises(UserError, match="no run .metrics.jsonl. and no evaluation"):
-        page_of(tmp_path / "r.html", tmp_path)
-
-
-def test_a_report_that_cannot_be_written_loses_no_run(world, tmp_path, capsys):
-    (tmp_path / "run" / "report.html").mkdir(parents=True)
-    run_here(world, tmp_path / "run", "--max_steps", "1", code=1)
-    assert "report.html" in capsys.readouterr().err
-    assert os.path.exists(tmp_path / "run" / "model" / "model.safetensors")

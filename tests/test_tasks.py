@@ -1,37 +1,22 @@
 """The tasks beside the sampler: gold answers, Connect4, GPQA; the statistics, by brute force."""
 
 import itertools
-import json
 import math
 import random
 from collections import Counter
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import SHARED, needs_data, write_rows
 
 import eval as tasks
 import oracle
 from eval import (choice_letter, clustered, connect4_rows, connect4_state, grade_connect4,
                   grade_math, load_task, math_gold, paired_bootstrap, pass_at_k, winning_moves)
-from data import UserError
-
-SHARED = Path(__file__).parents[2] / "shared" / "data"
-needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the public data sets are not here")
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def read_jsonl(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-
+from data import UserError, read_log
 
 # --- math: gold answers ---------------------------------------------------------------------------
-
 
 def olympiad(answer, several=False, **fields):
     return {"question": "q", "solution": ["a proof"], "final_answer": [answer],
@@ -40,32 +25,25 @@ def olympiad(answer, several=False, **fields):
 
 GRADED = [  # row, responses that are right, responses that are wrong
     ({"answer": "025"}, [r"\boxed{25}", r"\boxed{025}"], [r"\boxed{250}"]),  # AIME
-    ({"answer": "27.0"}, [r"\boxed{27}"], [r"\boxed{27.1}", "27"]),  # AMC
-    ({"answer": 27.0}, [r"\boxed{27}"], [r"\boxed{2.70}"]),
+    ({"answer": 27.0}, [r"\boxed{27}"], [r"\boxed{27.1}", r"\boxed{2.70}", "27"]),  # AMC
     # fields of OlympiadBench mean nothing without final_answer
     ({"solution": r"so \boxed{4.5e33} erg", "error": 3, "unit": {}},
      [r"\boxed{4.5 \times 10^{33}}"], [r"\boxed{4.5}"]),  # Minerva
     (olympiad("$69$,$84$", True),
-     [r"\boxed{84, 69}", r"\boxed{69} and \boxed{84}", r"\boxed{69 \text{ or } 84}",
-      "\\boxed{5}\n\\boxed{\\{69,84\\}}"],
+     [r"\boxed{84, 69}", r"\boxed{69} and \boxed{84}", "\\boxed{5}\n\\boxed{\\{69,84\\}}"],
      [r"\boxed{69}", r"\boxed{69, 84, 85}", "\\boxed{69}\n\\boxed{84}", r"\boxed{69}, \boxed{85}",
       r"\boxed{69} or \boxed{84", r"<think>\boxed{69} \boxed{84}", "69, 84"]),
-    (olympiad("5,150", True), [r"\boxed{150,5}", r"\boxed{5,150}"],
-     [r"\boxed{5150}", r"\boxed{5}"]),
+    (olympiad("5,150", True), [r"\boxed{150,5}"], [r"\boxed{5150}", r"\boxed{5}"]),
     (olympiad("5,150"), [r"\boxed{5150}", r"\boxed{5,150}"], [r"\boxed{5}"]),
-    (olympiad("$(1,2),(3,4)$", True), [r"\boxed{(3,4),(1,2)}", r"$\boxed{(3,4)}$, $\boxed{(1,2)}$"],
+    (olympiad("$(1,2),(3,4)$", True), [r"$\boxed{(3,4)}$, $\boxed{(1,2)}$"],
      [r"\boxed{(2,1),(3,4)}", r"\boxed{(1,2)}"]),
     (olympiad("69", final_answer=["$69$", "$84$"]), [r"\boxed{84,69}"], [r"\boxed{69}"]),
     (olympiad("3"), [r"\boxed{3}"], [r"\boxed{2} and \boxed{5}", r"\boxed{3, 5}"]),
-    (olympiad("4.2", error="1e-1", unit="%"), [r"\boxed{4.2}", r"\boxed{4.1\%}", r"\boxed{4.3}",
-                                               r"\boxed{x = \frac{21}{5}}", r"\boxed{0.042}"],
-     [r"\boxed{4.31}", r"\boxed{4.0999}", r"\boxed{4.2, 5}", r"\boxed{cat}", r"\boxed{2\pi}",
-      "4.2"]),
-    (olympiad(r"\pi", error=0.01), [r"\boxed{3.14}"], [r"\boxed{3.1}"]),
+    (olympiad("4.2", error="1e-1", unit="%"), [r"\boxed{4.1\%}", r"\boxed{4.3}", r"\boxed{0.042}"],
+     [r"\boxed{4.31}", r"\boxed{4.0999}", r"\boxed{4.2, 5}", r"\boxed{2\pi}", "4.2"]),
     (olympiad("1,2", True, error=0.1), [r"\boxed{2.05,1}"], [r"\boxed{2.05}", r"\boxed{1,2,3}"]),
     (olympiad("5", unit="$cm^2$"), [r"\boxed{5}", r"\boxed{5 \text{ cm}^2}"],
      [r"\boxed{5\text{ m}^2}", r"\boxed{5\text{ kg}}"]),
-    (olympiad("90", unit=r"^{\circ}"), [r"\boxed{90^\circ}", r"\boxed{90}"], [r"\boxed{91}"]),
 ]
 
 
@@ -77,10 +55,9 @@ def test_math_rows(row, right, wrong):
 
 
 @pytest.mark.parametrize("row, expected", [
-    (olympiad("1", error="small"), "'error'"), (olympiad("1", error=[0.1]), "'error'"),
-    (olympiad("1", final_answer=[]), "'final_answer'"), (olympiad(" "), "'final_answer'"),
-    (olympiad("1", final_answer=None), "a string or a number"),
-    ({"answer": math.nan}, "a gold answer"), ({}, "a gold answer expected")])
+    (olympiad("1", error="small"), "'error'"), (olympiad("1", final_answer=[]), "'final_answer'"),
+    (olympiad("1", final_answer=None), "a string or a number"), ({}, "a gold answer expected"),
+    ({"answer": True}, "a gold answer"), ({"answer": "\\boxed{"}, "no final answer in it")])
 def test_bad_math_rows(row, expected):
     with pytest.raises(UserError, match=expected):
         math_gold(row)
@@ -90,7 +67,7 @@ def test_bad_math_rows(row, expected):
 def test_every_shared_gold_is_read_and_right():
     counts = Counter()
     for name in ("aime24", "amc23", "math500", "minerva_math", "olympiadbench"):
-        for row in read_jsonl(SHARED / f"math/{name}.jsonl"):
+        for row in read_log(f"{SHARED}/math/{name}.jsonl"):
             gold = math_gold(row)
             counts[name] += 1
             counts["several"] += gold.several
@@ -160,8 +137,8 @@ def test_solver_equals_brute_force():
 
 @needs_data
 def test_official_states_are_read_solved_and_rendered_exactly():
-    path = SHARED / "connect4/sample20.jsonl"
-    rows, task = read_jsonl(path), load_task(f"connect4={path}", "")
+    path = f"{SHARED}/connect4/sample20.jsonl"
+    rows, task = read_log(path), load_task(f"connect4={path}", "")
     assert len(rows) == len(task.rows) == 20
     for row, (_, _, answer) in zip(rows, task.rows):
         board, player = board_of(row["state"]), row["state"].split("You are player ")[1][0]
@@ -184,13 +161,11 @@ def test_generated_states_meet_the_filter(tmp_path):
         assert not has_four(board, "X") and not has_four(board, "O")
         assert row["state"] == connect4_state(board, player)
     assert connect4_rows(100, seed=0) == rows[:100] and connect4_rows(100, seed=1) != rows[:100]
-    made, read = load_task("connect4", str(tmp_path)), write_jsonl(tmp_path / "c.jsonl", rows)
+    made, read = load_task("connect4", str(tmp_path)), write_rows(tmp_path / "c.jsonl", rows)
     assert [r[1:] for r in load_task(f"connect4={read}", "").rows] == [r[1:] for r in made.rows]
-    wrong = {**rows[1], "answer": [[[0, 0]], [[5, 5]]]}
-    spoilt = [{**rows[1], "state": rows[1]["state"].replace(*change)}
-              for change in ((":X", ":Y"), (" \n", "\n"), ("moves", "move"), ("(0,0)", "(0,9)"))]
-    for bad in (wrong, *spoilt, {"state": rows[0]["state"]}, {"answer": [[], []]}, {"state": ""}):
-        path = write_jsonl(tmp_path / "c.jsonl", [rows[0], bad, rows[2]])
+    for bad in ({**rows[1], "answer": [[[0, 0]], [[5, 5]]]}, {"state": rows[0]["state"]},
+                {**rows[1], "state": rows[1]["state"].replace(":X", ":Y")}, {"answer": [[], []]}):
+        path = write_rows(tmp_path / "c.jsonl", [rows[0], bad, rows[2]])
         with pytest.raises(UserError, match="(?s)1 malformed.*line 2: '(answer|state)'"):
             load_task(f"connect4={path}", "")
 
@@ -201,17 +176,15 @@ def results(one, two):
 
 
 @pytest.mark.parametrize("text, mine, opponent, missing", [
-    (results("(1,2), (3,4)", "None"), 1, 1, 0), (results("(3,4),(1, 2)", "none."), 1, 1, 0),
-    (results("(1,2)", "None"), 0, 1, 0), (results("(1,2), (3,4), (3,4)", "None"), 0, 1, 0),
-    (results("None", "None"), 0, 1, 0), (results("(1,2), (3,4)", "(1,2)"), 1, 0, 0),
-    (results("(1,2), (3,4)", "(r,c)"), 1, 0, 0), (results("(1,2), (3,4)", ""), 1, 0, 0),
+    (results("(3,4),(1, 2)", "none."), 1, 1, 0), (results("(1,2)", "None"), 0, 1, 0),
+    (results("(1,2), (3,4), (3,4)", "None"), 0, 1, 0), (results("None", "None"), 0, 1, 0),
+    (results("(1,2), (3,4)", "(1,2)"), 1, 0, 0), (results("(1,2), (3,4)", "(r,c)"), 1, 0, 0),
     (results("(1,2), (3,4), None", "None"), 0, 1, 0), ("", 0, 0, 1), ("None", 0, 0, 1),
     ("[Intermediate Thinking Results 1: (1,2), (3,4)]", 1, 0, 1),
     ("[Intermediate Thinking Results 2: None]", 0, 1, 1),
     ("[Intermediate Thinking Results 2: None", 0, 0, 1),
     (results("(1,2), (3,4)", "None") + results("None", "(1,1)"), 1, 1, 0),  # the first counts
     (f"<think>{results('None', '(0,0)')}</think>{results('(1,2), (3,4)', 'None')}", 1, 1, 0),
-    (f"<think>{results('(1,2), (3,4)', 'None')}", 0, 0, 1),
 ])
 def test_connect4_grades(text, mine, opponent, missing):
     grade = grade_connect4(text, [[[1, 2], [3, 4]], []])
@@ -219,26 +192,14 @@ def test_connect4_grades(text, mine, opponent, missing):
                      "no answer": missing}
 
 
-def test_connect4_answers_of_the_solver():
-    task = load_task("connect4", "")
-    for _, messages, answer in task.rows:
-        cells = [", ".join(f"({r},{c})" for r, c in moves) or "None" for moves in answer]
-        assert grade_connect4(results(*cells), answer)["joint"] == 1
-
-
 # --- GPQA -----------------------------------------------------------------------------------------
 
-
-def hub_row(question, right, *wrong):
-    row = {f"Incorrect Answer {k}": text for k, text in enumerate(wrong, 1)}
-    return {"Question": question, "Correct Answer": right, **row, "Record ID": question[-20:]}
-
-
 def test_gpqa_rows(tmp_path):
-    hub = [hub_row(f"Question {i}? {{question}}", f"right {i}\n", "w 1", "w 2", "w 3")
+    wrong = {f"Incorrect Answer {k}": f"w {k}" for k in (1, 2, 3)}
+    hub = [{"Question": f"Question {i}? {{question}}", "Correct Answer": f"right {i}\n", **wrong}
            for i in range(400)]
     places, orders = Counter(), set()
-    task = load_task(f"gpqa={write_jsonl(tmp_path / 'hub.jsonl', hub)}", "")
+    task = load_task(f"gpqa={write_rows(tmp_path / 'hub.jsonl', hub)}", "")
     for i, (_, (message,), answer) in enumerate(task.rows):
         lines = message["content"].split("\n")
         shown = dict(line.split(") ") for line in lines[-4:])
@@ -251,45 +212,24 @@ def test_gpqa_rows(tmp_path):
     assert len(orders) == 24
 
 
-@pytest.mark.parametrize("row, expected", [
-    (hub_row("q", "a", "b", "c"), "'Incorrect Answer 3': a string expected"),
-    (hub_row("q", "a", "b", "c", 4), "'Incorrect Answer 3'"),
-    (hub_row("q", "a", "b", "c", "a "), "twice"), (hub_row(" ", "a", "b", "c", "d"), "empty"),
-    (hub_row("q", "a", "b", "", "d"), "empty"), ({"problem": "q"}, "'Question': a string")])
-def test_bad_gpqa_rows(row, expected, tmp_path):
-    good = hub_row("q", "a", "b", "c", "d")
-    with pytest.raises(UserError, match=f"(?s)line 2: .*{expected}"):
-        load_task(f"gpqa={write_jsonl(tmp_path / 'g.jsonl', [good, row])}", "")
-
-
 @pytest.mark.parametrize("text, letter", [
-    ('"Answer": "C"', "C"), ('I first thought "Answer": "A".\n"Answer": "D"', "D"),
-    ('{"answer": "B"}', "B"), ('"Answer": "C" though \\boxed{D}', "C"), ('"Answer": "(B)"', "B"),
-    ('"Answer": C', "C"), ('"Answer": "$\\boxed{B}$"', "B"), ('"Answer": "C) 3 mol"', "C"),
-    ("**Answer:** C", "C"), ("**Answer**: **(D)**", "D"), ("answer is (C)", "C"),
+    ('I first thought "Answer": "A".\n"Answer": "D"', "D"), ('{"answer": "B"}', "B"),
+    ('"Answer": "C" though \\boxed{D}', "C"), ('"Answer": "(B)"', "B"), ('"Answer": C', "C"),
+    ('"Answer": "$\\boxed{B}$"', "B"), ('"Answer": "C) 3 mol"', "C"), ("**Answer**: **(D)**", "D"),
     ("The correct answer is: B.", "B"), ("The answer is option **B**", "B"),
-    ("The final answer is $\\boxed{\\text{(A)}}$.", "A"), ("\\boxed{\\textbf{D}}", "D"),
-    ("\\boxed{B) 3 mol}", "B"), ("The answer is\n\nC", "C"), ("The answer is A because it is", "A"),
-    ("so\n(C)", "C"), ("so\n**B.**\n", "B"), ("C", "C"), ("The answer is: \\(C\\)", "C"),
-    ("The correct option is C.", "C"), ("The correct choice is (C).", "C"),
-    ("The answer would be C", "C"), ("'Answer': 'C'", "C"), ("“Answer”: “C”", "C"),
-    ('<think>"Answer": "C"</think>\n"Answer": "A"', "A"),
-    ('"Answer": "The correct option is C"', "C"),
-    ("The answer is A good question", None), ("The answer is B cells", None),
-    ("The answer is C-H", None), ("The answer is (c)", None), ('"Answer": "E"', None), ("", None),
-    ("A and B are wrong", None), ("\\boxed{B = 3}", None), ("\\boxed{42}", None),
-    ("\\boxed{A, B}", None), ("an answer: none", None), ("C\nis it", None),
-    ('<think>"Answer": "C"', None), ('<think>"Answer": "C"</think>so', None),
-    ("The answer is Above", None), ("vitamin\nD3", None), ('"Answer": "A, B"', None),
-    ("Answer: A/B", None), ("The answer is (A)(B)", None), ("Answer: A, B", None),
-    ("Option C is not correct", None)])
+    ("The final answer is $\\boxed{\\text{(A)}}$.", "A"), ("The answer is\n\nC", "C"),
+    ("so\n**B.**\n", "B"), ("C", "C"), ("The correct option is C.", "C"), ("“Answer”: “C”", "C"),
+    ('<think>"Answer": "C"</think>\n"Answer": "A"', "A"), ("", None),
+    ("The answer is A good question", None), ("The answer is C-H", None), ("C\nis it", None),
+    ("The answer is (c)", None), ('"Answer": "E"', None), ("A and B are wrong", None),
+    ("\\boxed{B = 3}", None), ("\\boxed{A, B}", None), ('"Answer": "A, B"', None),
+    ("vitamin\nD3", None), ("The answer is (A)(B)", None), ("Option C is not correct", None)])
 def test_choice_letters(text, letter):
     assert choice_letter(text) == letter
 
 
 @pytest.mark.parametrize("piece", [
-    "\n", " ", "*", "answer is ", "answer: ", '"Answer": "', "\\boxed{ ", "(", "$", "\\boxed{1} ",
-    "answer", "(1,", "option ", "intermediate thinking results 1: "])
+    "\n", " ", "*", "answer is ", '"Answer": "', "\\boxed{ ", "(", "$", "\\boxed{1} ", "(1,"])
 def test_endless_repetition(piece):
     """Models do get stuck; a quadratic pattern would hang here."""
     endless = piece * (200_000 // len(piece))
@@ -315,31 +255,17 @@ QUESTIONS = [  # fields of a row, messages
 
 def test_a_set_of_the_user_s_own(tmp_path):
     """Rows of every kind that `elicit` reads, in one file, read alike."""
-    path = write_jsonl(tmp_path / "own.jsonl", [row for row, _ in QUESTIONS])
+    path = write_rows(tmp_path / "own.jsonl", [row for row, _ in QUESTIONS])
     task = load_task(f"own={path}", "")
     assert [messages for _, messages, _ in task.rows] == [messages for _, messages in QUESTIONS]
     assert {gold.text for *_, gold in task.rows} == {"4"}
     assert [name for name, *_ in task.rows] == list("123456") and task.samples == 5
-    for row, messages in QUESTIONS:
-        one = write_jsonl(tmp_path / "one.jsonl", [row])
-        assert oracle.read_questions(one, tasks.INSTRUCTION)[0][0].messages == messages
-
-
-@needs_data
-@pytest.mark.parametrize("file, count", [
-    ("dapo/dapo_math_17k_sample6", 6), ("math/aime24", 30), ("math/amc23", 40),
-    ("math/math500", 500), ("math/minerva_math", 272), ("math/olympiadbench", 675),
-    ("gsm8k/test", 1319)])
-def test_public_files_are_read_by_tasks_and_elicit_alike(file, count):
-    path = str(SHARED / f"{file}.jsonl")
-    items, dropped = oracle.read_questions(path, tasks.INSTRUCTION)  # drops repeated questions
-    rows = {name: messages for name, messages, _ in load_task(f"own={path}", "").rows}
-    assert len(rows) == len(items) + dropped.total() == count
-    assert all(rows[item.id] == item.messages for item in items)
+    items, dropped = oracle.read_questions(path, tasks.INSTRUCTION)
+    assert [item.messages for item in items] == [WRAPPED, [USER], TURNS]
+    assert dropped == {"the same question again": 3}
 
 
 # --- statistics -----------------------------------------------------------------------------------
-
 
 def test_standard_error_equals_the_textbook_formula():
     """Cluster-robust error of the mean of all samples, by pairs of samples, and its n / (n - 1)."""

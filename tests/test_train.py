@@ -1,40 +1,22 @@
 """The sharded loop as a user starts it: real processes, real files, curves and bits compared."""
 
 import glob
-import json
 import math
 import os
-import shutil
-import signal
-import time
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import data
-import loss
 import launch
+import loss
 import model as qwen
-import tiny
 import train
 from data import UserError
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    return {"model": tiny.write_checkpoint(folder / "model"),
-            "pairs": tiny.write_pairs(folder / "pairs.jsonl"),
-            "untied": tiny.write_checkpoint(folder / "untied", tied=False)}
-
-
-@pytest.fixture(autouse=True)
-def no_process_group_is_left():
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
+from launch import metrics
 
 
 def argv(world, out, *extra):
@@ -47,50 +29,19 @@ def argv(world, out, *extra):
     return [part for pair in options.items() for part in pair] + resume
 
 
-def start(world, out, *extra, ranks=1):
-    """train.py under way."""
-    return launch.Started(["train.py", *argv(world, out, *extra)], ranks)
+def run(world, out, *extra, ranks):
+    return launch.run(["train.py", *argv(world, out, *extra)], ranks)
 
 
-def run(*args, code=0, **kwargs):
-    started = start(*args, **kwargs)
-    assert max(started.wait()) == code, started.said[-3000:]
-    return started.said
-
-
-def train_here(given, code=0):
-    """One rank in this process: the same code without the seconds that a new interpreter costs."""
-    ranks = train.open_ranks(60)
-    if code == 1:  # an error ends the ranks by itself
-        with pytest.raises(SystemExit) as stop:
-            train.train(train.parse_options(given), ranks)
-        assert stop.value.code == 1
-    else:
-        assert train.train(train.parse_options(given), ranks) == code
-        train.close_ranks()
+def here(*given, code=0):
+    """train.py in this process; what it said."""
+    found, said = launch.program(train, *given)
+    assert found == code, said[-3000:]
+    return said
 
 
 def run_here(world, out, *extra, code=0):
-    train_here(argv(world, out, *extra), code)
-
-
-def metrics(out):
-    """What a run has logged so far."""
-    return data.read_log(os.path.join(out, "metrics.jsonl"))
-
-
-def untimed(out, name="metrics"):
-    """The rows of a log but for times and memory."""
-    timing = ("tokens_per_s", "mfu", "memory_gb")
-    rows = data.read_log(os.path.join(out, f"{name}.jsonl"))
-    return [{k: v for k, v in row.items() if k not in timing} for row in rows]
-
-
-def wait_for(started, out, steps):
-    """Until the log of a run under way has so many lines."""
-    while len(metrics(out)) < steps:
-        assert started.running, "ended before it could be killed"
-        time.sleep(0.01)
+    return here(*argv(world, out, *extra), code=code)
 
 
 def merged(out, which=-1):
@@ -134,21 +85,26 @@ def test_curve_is_independent_of_ranks_packs_and_micro_batches(layouts):
     assert worst.max() <= 1e-4
 
 
+def both_logps(hf, chat, pairs):
+    """(N, 2) log pi of y+ and y- by one plain forward of transformers an answer, differentiable."""
+    def logp(messages, text):
+        prompt, answer = chat.prompt(messages), chat.encode(text) + [chat.im_end]
+        logits = hf(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1:-1]
+        return logits.double().log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum()
+    return torch.stack([torch.stack([logp(p.messages, p.chosen), logp(p.messages, p.rejected)])
+                        for p in pairs])
+
+
 def transformers_gradients(folder, pairs_path):
     """{our name: gradient} of the first step's loss by two plain forwards a pair. At r = 0 the
     coefficients are known: beta/2 (grad log pi(y-) - grad log pi(y+)) / N."""
     from transformers import AutoModelForCausalLM
 
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    chat = data.load_chat(folder, 265)
     pairs, *_ = data.read_pairs(pairs_path)
-    for i in data.epoch_batches(24, 8, 0, 0)[0]:
-        prompt = chat.prompt(pairs[i].messages)
-        for text, sign in ((pairs[i].chosen, -1), (pairs[i].rejected, 1)):
-            answer = chat.encode(text) + [chat.im_end]
-            ids = torch.tensor([prompt + answer])
-            logps = hf(ids).logits[0, len(prompt) - 1:-1].log_softmax(-1)
-            (sign * 0.05 / 8 * logps.gather(1, torch.tensor(answer)[:, None]).sum()).backward()
+    first = [pairs[i] for i in data.epoch_batches(24, 8, 0, 0)[0]]
+    chosen, rejected = both_logps(hf, data.load_chat(folder, 265), first).unbind(1)
+    (0.05 * (rejected - chosen).mean()).backward()
     return {n.removeprefix("model."): p.grad for n, p in hf.named_parameters()}
 
 
@@ -169,119 +125,36 @@ def test_one_step_gradient_equals_transformers_on_every_layout(world, layouts):
     assert max(worst) <= 1e-5
 
 
-@pytest.fixture(scope="module")
-def untied_run(world, tmp_path_factory):
-    """One step of the untied model on 3 ranks: 265 rows of embedding and head in uneven shards."""
-    out = tmp_path_factory.mktemp("untied") / "run"
-    run_layout({**world, "model": world["untied"]}, LAYOUTS[3], out, "--max_steps", "1")
-    return out
-
-
-def test_one_step_gradient_of_an_untied_model_equals_transformers(world, untied_run):
-    worst = largest_difference(transformers_gradients(world["untied"], world["pairs"]), untied_run)
+def test_one_step_gradient_of_an_untied_model_equals_transformers(world, tmp_path):
+    """On 3 ranks: 265 rows of embedding and head in uneven shards."""
+    run_layout({**world, "model": world["untied"]}, LAYOUTS[3], tmp_path, "--max_steps", "1")
+    worst = largest_difference(transformers_gradients(world["untied"], world["pairs"]), tmp_path)
     print("untied, 3 ranks: largest gradient difference relative to the largest entry:", worst)
     assert worst <= 1e-5
 
 
-@pytest.mark.parametrize("dtype,checkpointing", [("float32", "none"), ("float32", "full"),
-                                                 ("bfloat16", "none"), ("bfloat16", "full")])
-def test_step_0_is_exact(world, tmp_path, capsys, dtype, checkpointing):
-    run_here(world, tmp_path / "run", "--max_steps", "1", "--dtype", dtype, "--checkpointing",
-             checkpointing)
-    first = metrics(tmp_path / "run")[0]
-    assert "sum of |reward| 0.0, loss 1.386294361, expected 1.386294361" in capsys.readouterr().err
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_step_0_is_exact_and_checkpointing_changes_no_bit(world, tmp_path, dtype):
+    for kind in ("none", "full"):
+        said = run_here(world, tmp_path / kind, "--max_steps", "1", "--dtype", dtype,
+                        "--checkpointing", kind)
+        assert "sum of |reward| 0.0, loss 1.386294361, expected 1.386294361" in said
+    (first,) = metrics(tmp_path / "none")
     assert torch.tensor(first["loss"]).float() == torch.tensor(2 * math.log(2)).float()
     assert first["reward_chosen"] == first["reward_rejected"] == first["trunk_coef"] == 0.0
     assert first["tether_chosen"] == first["tether_rejected"] == 0.5
-
-
-def same_checkpoints(one, other):
-    a, b = merged(one), merged(other)
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def last_step(out):
-    return int(os.path.basename(train.whole_checkpoints(out)[-1]).split("_")[1])
-
-
-# spot-bco has all of spot-bce's state and delta: it stands for both where time is short.
-@pytest.mark.parametrize("objective",
-                         [pytest.param("spot-bce", marks=pytest.mark.slow), "spot-bco"])
-def test_killed_and_resumed_equals_undisturbed_to_the_bit(world, tmp_path, objective):
-    """SIGKILL in the first epoch and again in the second (3 steps an epoch, 6 epochs)."""
-    extra = ("--loss", objective, "--epochs", "6", "--save_every", "2")
-    whole, out = tmp_path / "whole", tmp_path / "killed"
-    run(world, whole, *extra, ranks=2)
-    for at, resume in ((3, ()), (9, ("--resume",))):
-        started = start(world, out, *extra, *resume, ranks=2)
-        wait_for(started, out, at)
-        started.send(signal.SIGKILL)
-        started.wait()
-    assert 2 <= last_step(out) < 18
-    assert "resumed from" in run(world, out, *extra, "--resume", ranks=2)
-    assert same_checkpoints(whole, out)
-    a, b = (load_file(p / "model" / "model.safetensors") for p in (whole, out))
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    assert untimed(whole) == untimed(out) and len(metrics(out)) == 18
-    if objective == "spot-bco":
-        assert metrics(out)[5]["delta"] != 0
-
-
-def test_sigterm_saves_and_resume_ends_as_if_nothing_had_been(world, tmp_path):
-    extra, out = ("--epochs", "6", "--save_every", "0"), tmp_path / "stopped"
-    run_here(world, tmp_path / "whole", *extra)
-    started = start(world, out, *extra)
-    wait_for(started, out, 3)
-    started.send(signal.SIGTERM)
-    assert started.wait() == [143] and "go on with --resume" in started.said
-    launch.run(["train.py", "--resume", "--out", out])
-    assert same_checkpoints(tmp_path / "whole", out)
-
-
-def test_checkpoint_of_two_ranks_resumes_on_three_and_says_so(world, tmp_path):
-    extra, out = ("--epochs", "2", "--max_steps", "6"), tmp_path / "moved"
-    run_here(world, tmp_path / "whole", *extra)
-    started = start(world, out, *extra, "--save_every", "2", ranks=2)
-    while not train.whole_checkpoints(out):
-        assert started.running
-        time.sleep(0.01)
-    started.send(signal.SIGKILL)
-    started.wait()
-    assert "no longer to the bit" in run(world, out, *extra, "--resume", ranks=3)
-    for a, b in zip(metrics(tmp_path / "whole"), metrics(out), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-
-
-def test_export_opens_in_transformers_and_here_with_equal_logits(layouts, untied_run):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    for out in (layouts[2], untied_run):
-        folder = str(out / "model")
-        hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        ours = qwen.load_model(folder)
-        tokens = torch.randint(0, 261, (50,))
-        with torch.no_grad():
-            a, b = tiny.logits(ours, tokens), hf(tokens[None]).logits[0]
-        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
-        # what was trained is what was written: the fp32 weights of the checkpoint, rounded once
-        for name, p in ours.named_parameters():
-            assert torch.equal(p, merged(out)[name].bfloat16().float())
-        chat = data.load_chat(folder, 265)
-        assert AutoTokenizer.from_pretrained(folder).encode("abc") == chat.encode("abc")
-        raw = json.load(open(os.path.join(folder, "config.json")))
-        assert raw.get("dtype", raw.get("torch_dtype")) == "bfloat16"
+    launch.assert_same_end(tmp_path / "none", tmp_path / "full")
 
 
 @pytest.mark.parametrize("objective", loss.OBJECTIVES)
 def test_every_objective_trains_and_evaluates(world, tmp_path, objective):
-    pairs = tmp_path / "pairs.jsonl"
-    rows = [json.loads(line) for line in open(world["pairs"])]
+    rows, pairs = data.read_log(world["pairs"]), str(tmp_path / "pairs.jsonl")
     if objective not in loss.PAIR_OBJECTIVES:
         rows[3]["original_answer"] = ""  # a positive-only row goes along
-    pairs.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    run_here({**world, "pairs": str(pairs)}, tmp_path / "run", "--loss", objective, "--eval_pairs",
+    data.write_rows(pairs, rows)
+    run_here({**world, "pairs": pairs}, tmp_path / "run", "--loss", objective, "--eval_pairs",
              world["pairs"], "--lr", "1e-3", "--epochs", "3")
-    held_out = [row for row in data.read_log(str(tmp_path / "run" / "eval.jsonl"))]
+    held_out = metrics(tmp_path / "run", "eval")
     assert [row["step"] for row in held_out] == [3, 6, 9]
     # What each is after. (Of dft the loss itself, -pi log pi, can rise while pi rises.)
     aim = "margin" if objective in loss.PAIR_OBJECTIVES else "reward_chosen"
@@ -311,17 +184,6 @@ def test_plan_counts_and_writes_nothing(world, tmp_path, monkeypatch):
     assert sum(parts[:-1]) == pytest.approx(parts[-1], abs=0.04)
 
 
-def test_planned_communication_by_hand(world, monkeypatch):
-    model = qwen.load_model(world["model"])
-    weights = sum(p.numel() for p in model.parameters())
-    # 24 pairs, one a pack, 8 packs a GPU and epoch; from the other 2 of 3 shards come 4 bytes of a
-    # weight in the reference pass, 12 in each epoch. The unit is chosen to make the digits visible.
-    monkeypatch.setattr(train, "PLANNED_TRAFFIC", weights / 60)
-    o = train.parse_options(["--model", world["model"], "--pairs", world["pairs"], "--plan",
-                             "--gpus", "3", "--tokens_per_pack", "1", "--dtype", "float32"])
-    assert f"and {2 / 3 * 8 * (4 + 2 * 12):.2g} of communication" in train.plan(o)
-
-
 @pytest.mark.parametrize("gpus,checkpointing,tied", [
     (1, "none", True), (1, "full", True), (8, "none", False), (8, "full", False)])
 def test_planned_memory_is_what_torchs_tracker_sees(gpus, checkpointing, tied, monkeypatch):
@@ -348,6 +210,7 @@ def test_planned_memory_is_what_torchs_tracker_sees(gpus, checkpointing, tied, m
                 tracker.reset_mod_stats()
                 p = data.make_pack(forks, [0, 1])
                 policy(p.tokens, p.positions, p.forks, p.rows, p.targets).sum().backward()
+    dist.destroy_process_group()
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     parts = train.plan_memory(policy, o, len(p.tokens))
     assert sum(parts.values()) == pytest.approx(peak, rel=0.05)
@@ -382,25 +245,18 @@ def test_counted_flops_equal_torchs_own_counter(world, monkeypatch):
     assert train.count_flops(config, pack) == products - head
 
 
-# --- bad input: one message, nothing written; broken files are in tests/faults --------------------
-
+# --- what is refused; broken files are in tests/faults --------------------------------------------
 
 @pytest.mark.parametrize("extra,message", [
-    (["--pairs", "FIELDS"], "no rejected answer, and the loss needs one"),
     (["--max_length", "5"], "Nothing is left to train on"),
-    (["--pairs", "FAR", "--max_change_ratio", "0.5"], "change ratio above 0.5"),
-    (["--out", "TAKEN"], "holds a run already"),
-    (["--shard_size", "3"], "does not divide")], ids=lambda part: part[0])
-def test_bad_input_is_named_and_touches_nothing(world, tmp_path, capsys, extra, message):
-    (tmp_path / "FIELDS").write_text('{"question": "a", "gemini_corrected_answer": "b"}\n')
-    (tmp_path / "FAR").write_text('{"prompt": "a", "chosen": "bbbb", "rejected": "c"}\n')
+    (["--shard_size", "3"], "does not divide"), (["--out", "TAKEN"], "holds a run already")])
+def test_bad_options_touch_nothing(world, tmp_path, monkeypatch, extra, message):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "TAKEN").mkdir()
     (tmp_path / "TAKEN" / "config.json").write_text("{}")
-    extra = [str(tmp_path / e) if os.path.exists(tmp_path / e) else e for e in extra]
-    before = sorted(os.listdir(tmp_path))
-    run_here(world, tmp_path / "out", *extra, code=1)
-    assert message in capsys.readouterr().err
-    assert sorted(os.listdir(tmp_path)) == before
+    before = launch.files(tmp_path)
+    assert message in run_here(world, "out", *extra, code=1)
+    assert launch.files(tmp_path) == before
 
 
 def test_options_are_checked_all_at_once(tmp_path):
@@ -419,26 +275,9 @@ def test_resume_refuses_options_that_change_the_curve(world, tmp_path):
     assert train.parse_options(["--resume", "--out", str(tmp_path / "run")]).batch_size == 8
 
 
-def test_two_ranks_name_an_error_once_and_end(world, tmp_path):
-    said = run(world, tmp_path / "out", "--pairs", "missing.jsonl", ranks=2, code=1)
-    assert said.count("missing.jsonl: cannot be read") == 1
-    assert not os.path.exists(tmp_path / "out")
-
-
 def test_more_ranks_than_gpus_names_both_ways_out(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(UserError, match=r"--nproc_per_node=2.*CUDA_VISIBLE_DEVICES="):
         train.open_ranks(60)
-
-
-def test_weights_that_overflow_stop_all_ranks_before_the_first_step(world, tmp_path):
-    folder = tmp_path / "inf"
-    shutil.copytree(world["model"], folder)
-    weights = load_file(folder / "model.safetensors")
-    weights["model.norm.weight"][0] = 3e38  # finite as all weights must be, its products are not
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    said = run({**world, "model": str(folder)}, tmp_path / "out", ranks=2, code=1)
-    assert said.count("error: step 0: loss nan") == said.count("weights left as they were") == 1
-

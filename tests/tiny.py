@@ -6,13 +6,18 @@ import os
 import random
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+import data
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 TEMPLATES = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
 TEMPLATE, INSTRUCT = ((TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")  # as published
                       for name in ("qwen3", "qwen3_instruct_2507"))
+SHARED = Path(__file__).parents[2] / "shared" / "data"  # public files, in no repository
+needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the public data sets are not here")
 
 
 def write_tokenizer(folder):
@@ -66,6 +71,12 @@ def write_pairs(path, count=24, seed=0):
                    "original_answer": f"x {shared} {words(rng.randint(1, 3))} {tail}",
                    "gemini_corrected_answer": f"x {shared} {words(rng.randint(1, 3))} {tail}"}
             f.write(json.dumps(row) + "\n")
+    return str(path)
+
+
+def write_rows(path, rows):
+    """A JSONL file; returns its path."""
+    data.write_rows(str(path), rows)
     return str(path)
 
 

@@ -3,14 +3,12 @@
     python tests/bench/against_trl.py --model DIR --pairs FILE [--epochs 2] [--repeats 3]
     python tests/bench/against_trl.py --model DIR --pairs FILE --repeats 0 --losses 4
 
-Prints a Markdown table of pairs/s and tokens/s (reference pass included on both sides, loading and
-saving left out; a pair's tokens are those of both whole sequences), of the share of the rate of a
-2,048^3 product in the same process, and of peak memory; with --losses also the losses of so many
-steps side by side, all pairs a batch. The share counts the products that the pairs need with shared
-prefixes and without recomputation, the same number for both: what TRL does twice or pads is its own
-affair. TRL runs with gradient checkpointing on and off. Its losses are given twice: tokenised by
-itself, and with our tokens, so that what differs is named. Needs requirements-dev.txt. FILE holds
-rows of the official kind whose pairs all pass the filters; TRL takes them 4 at a time.
+A Markdown table of pairs/s, tokens/s (of both whole sequences; reference pass included, loading and
+saving left out), the share of the rate of a 2,048^3 product in the same process, and peak memory.
+The share counts the products that the pairs need with shared prefixes and without recomputation,
+the same number for both sides. With --losses also the losses of so many steps, all pairs a batch:
+ours, TRL's on our tokens, and TRL's on its own. FILE holds rows of the official kind whose pairs
+all pass the filters; TRL takes them 4 at a time. Needs requirements-dev.txt.
 """
 
 import argparse

@@ -2,11 +2,10 @@
 
     python tests/bench/generate.py --model DIR [--prompts 64] [--batch_size 16] [--repeats 3]
 
-Random prompts of 20 to 200 tokens, answers of at most 256, temperature 0.7, top-p 0.8, top-k 20,
-fp32 on the CPU. A random model hardly ever ends by itself, so every 64th id of the vocabulary ends
-an answer, on both sides. transformers takes the prompts batch_size at a time, padded on the left.
-Counted are the tokens sampled up to and with the end token; loading is left out. Prints a Markdown
-table of medians. Needs requirements-dev.txt.
+Random prompts of 20 to 200 tokens, answers of at most 256, fp32 on the CPU. Every 64th id of the
+vocabulary ends an answer, as a random model hardly ever does. transformers takes the prompts
+batch_size at a time, padded on the left. Counted are the tokens up to and with the end token;
+loading is left out. Prints a Markdown table of medians. Needs requirements-dev.txt.
 """
 
 import random

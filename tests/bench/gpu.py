@@ -1,25 +1,21 @@
 """Correctness, then speed, on one CUDA GPU: one call, at most 9 minutes, nothing is downloaded.
 
-    python tests/bench/gpu.py                           # or --parts model,head
+    python tests/bench/gpu.py                           # or --parts model,wide
     python tests/bench/gpu.py --small                   # toy sizes on the CPU, about a minute
 
-    model         log-probs and gradients against fp64 on the CPU; attention's kernels
-    training      step 0 of train.py in bf16; a run stopped and resumed
-    narrow        an optimizer step of Qwen3-0.6B: tokens/s, MFU, memory; its kernels on stderr
-    wide          the same at Qwen3-8B's width, 12 layers of 36, which take some 110 GB
-    transformers  the same step as a user of transformers writes it, on padded pairs
-    head          linear_logps against full logits
-    generation    greedy answers against full forwards on the CPU; tokens/s
+    model       log-probs and gradients against fp64 on the CPU; attention's kernels
+    training    step 0 of train.py in bf16; a run stopped and resumed
+    narrow      an optimizer step of Qwen3-0.6B: tokens/s, MFU, memory; its kernels on stderr
+    wide        the same at Qwen3-8B's width, 12 layers of 36, which take some 110 GB
+    generation  greedy answers against full forwards on the CPU
 
-All weights are random. Each part is a process of its own: an error or a timeout costs that part
-alone. Each figure is a row of a Markdown table on stdout; all else goes to stderr. The exit code is
-1 where a part failed or a figure is beyond its limit. Needs requirements-dev.txt.
+All weights are random. Each part is a process of its own, each figure a row of a Markdown table on
+stdout. The exit code is 1 where a part failed or a figure is beyond its limit.
 """
 
 import argparse
 import copy
 import functools
-import gc
 import math
 import multiprocessing
 import os
@@ -27,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import namedtuple
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -35,10 +31,8 @@ from safetensors.torch import load_file
 from torch.profiler import profile
 
 import common
-import loss
 import tiny
 from common import data, qwen, train
-from head import full_logits
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 Sizes = namedtuple("Sizes", "device narrow wide length pairs")  # length: tokens of an answer
@@ -75,7 +69,6 @@ def recorded(run, *arguments):
 
 
 # --- correctness ----------------------------------------------------------------------------------
-
 
 def error(found, wanted) -> float:
     """The largest difference over the largest wanted number."""
@@ -184,109 +177,23 @@ def wide(sizes, report):
     narrow(sizes._replace(narrow=sizes.wide), report)
 
 
-def transformers(sizes, report):
-    from transformers import AutoModelForCausalLM, Qwen3Config
-
-    run, batches = open_run(sizes, sizes.narrow, 5)
-    forks, reference = run.forks, run.reference.to(sizes.device)
-    weights = {qwen.hf_name(name): p.detach().full_tensor().cpu()
-               for name, p in run.policy.named_parameters()}
-    train_step = functools.partial(train.train_step, run, lr=1e-6)
-    totals, ours, memory = measure(train_step, batches)
-    expected = loss.average(totals.values(), "spot-bce")["loss"]
-    report("ours: a step", 1e3 * ours, "ms")
-    report("ours: peak memory", memory, "GB")
-    del run, train_step
-    gc.collect()
-    torch.cuda.empty_cache()
-    shape = Qwen3Config(**asdict(sizes.narrow))
-    hf = AutoModelForCausalLM.from_config(shape, dtype=FP32, attn_implementation="sdpa")
-    hf.load_state_dict(weights, strict=False)  # but for the tied head, which is the embedding
-    hf.to(sizes.device).train()
-    optimizer = torch.optim.AdamW(hf.parameters(), lr=1e-6, betas=(0.9, 0.95), fused=True)
-    first, theirs, memory = measure(lambda batch: padded_step(
-        hf, optimizer, [forks[i] for i in batch], reference[batch]), batches)
-    report("transformers: first loss, to ours", abs(first - expected), "nats", 0.1)
-    report("transformers: a step", 1e3 * theirs, "ms")
-    report("transformers: peak memory", memory, "GB")
-    report("transformers: time, to ours", theirs / ours, "times")
-    qwen.close_ranks()
-
-
-def padded_step(hf, optimizer, forks, reference, micro=4):
-    """SPoT-BCE in bf16 autocast, `micro` pairs at a time; the mean loss."""
-    total = 0.0
-    for i in range(0, len(forks), micro):
-        logps = padded_logps(hf, forks[i:i + micro])
-        rewards = 0.1 * (logps - reference[i:i + micro])
-        mean = loss.spot_bce(*rewards.T).sum() / len(forks)
-        mean.backward()
-        total += mean.item()
-    torch.nn.utils.clip_grad_norm_(hf.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    return total
-
-
-def padded_logps(hf, forks):
-    """(pairs, 2) log-probs of the chosen and the rejected answers: padded on the right, full
-    logits, log_softmax, gather."""
-    rows = [torch.from_numpy(np.concatenate([f.trunk, branch])).long()
-            for f in forks for branch in (f.chosen, f.rejected)]
-    lengths = torch.tensor([[len(row)] for row in rows], device=hf.device)
-    prompts = torch.tensor([[f.prompt_length] for f in forks for _ in range(2)], device=hf.device)
-    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(hf.device)
-    place = torch.arange(tokens.shape[1], device=hf.device)
-    mask = (place < lengths).long()
-    with torch.autocast(hf.device.type, BF16):
-        logits = hf(input_ids=tokens, attention_mask=mask, use_cache=False).logits[:, :-1]
-    logps = logits.float().log_softmax(-1).gather(2, tokens[:, 1:, None]).squeeze(2)
-    return (logps * (mask * (place >= prompts))[:, 1:]).sum(1).view(-1, 2)
-
-
-def head(sizes, report):
-    rows, vocab, width = 8192, sizes.wide.vocab_size, sizes.wide.hidden_size
-    device, gradients = sizes.device, []
-    hidden = torch.randn(rows, width, device=device, dtype=BF16, requires_grad=True)
-    weight = (torch.randn(vocab, width, device=device, dtype=BF16) * width**-0.5).requires_grad_()
-    targets = torch.randint(vocab, (rows,), device=device)
-
-    def run(logps):
-        hidden.grad = weight.grad = None
-        logps(hidden, weight, targets).sum().backward()
-    for logps in (full_logits, loss.linear_logps):
-        _, took, memory = measure(run, [logps] * 6)
-        report(f"{logps.__name__}, {rows} x {vocab} x {width}", 1e3 * took, "ms")
-        report(f"{logps.__name__}: peak memory with inputs and gradients", memory, "GB")
-        gradients.append((hidden.grad.cpu(), weight.grad[:4096].cpu()))
-    report("relative error of the gradients", max(map(error, *gradients)), "", 2e-2)
-
-
 def generation(sizes, report):
-    rng, count, longest, wrong = np.random.default_rng(0), sizes.pairs, 4 * sizes.pairs, 0
+    rng, count, wrong = np.random.default_rng(0), sizes.pairs, 0
     with tempfile.TemporaryDirectory() as folder:
         tiny.write_checkpoint(folder)
         on_cpu, own = (qwen.load_model(folder, FP32, place) for place in ("cpu", sizes.device))
     prompts = [rng.integers(265, size=n).tolist() for n in rng.integers(5, 200, size=count)]
-    answers = qwen.generate(own, prompts, range(count), max_tokens=longest, temperature=0)
+    answers = qwen.generate(own, prompts, range(count), max_tokens=64, temperature=0)
     for prompt, (ids, _) in zip(prompts, answers):
         with torch.no_grad():
             best = tiny.logits(on_cpu, torch.tensor(prompt + ids)).argmax(-1)
         wrong += best[len(prompt) - 1:-1].tolist() != ids
     report("greedy answers in fp32 unlike a full forward's on the CPU", wrong, f"of {count}", 0)
 
-    own = qwen.Qwen3(sizes.narrow).to(sizes.device, BF16)
-    common.fill(own)
-    generate = functools.partial(qwen.generate, own, prompts, max_tokens=longest)
-    generate(range(count))
-    took = seconds(generate, range(count))
-    report(f"{count} answers of {longest} tokens", count * longest / took, "tokens/s")
-
 
 # --- one process a part ---------------------------------------------------------------------------
 
-PARTS = {part.__name__: part for part in (model, training, narrow, wide, transformers, head,
-                                          generation)}
+PARTS = {part.__name__: part for part in (model, training, narrow, wide, generation)}
 
 
 def run_part(name, sizes):

@@ -1,75 +1,21 @@
-"""A small world of every file that this project reads, ways to break one thing in it, and the
-programs, which run in this process as from the command line.
+"""A small world of every file that this project reads, and ways to break one thing in it.
 
 `build` makes the world in a folder. A breakage is a function of that folder.
 """
 
 import gzip
-import io
 import json
 import os
 import shutil
-import signal
-import sys
-from contextlib import redirect_stderr, redirect_stdout
 
-import pytest
 import tiny
-import torch.distributed as dist
+from launch import program
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
 import data
 import eval as evaluation
 import oracle
 import train
-
-# --- programs -------------------------------------------------------------------------------------
-
-
-def program(module, *argv) -> tuple:
-    """`python MODULE.py ARGV` in this process: (exit code, its output). An exception that the
-    program does not name comes out of here."""
-    handler, output = signal.getsignal(signal.SIGTERM), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(output):
-        patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
-        patch.delenv("OPENAI_BASE_URL", raising=False)
-        try:
-            code = module.main()
-        except SystemExit as e:
-            code = e.code
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-            if dist.is_initialized():
-                dist.destroy_process_group()
-            for bar in list(tqdm._instances):  # an error left it; the next program would draw it
-                bar.close()
-    return code, output.getvalue()
-
-
-def files(folder) -> dict:
-    """{path: content} of everything below a folder; a folder's content is None."""
-    contents = {}
-    for path in sorted(folder.rglob("*")):
-        contents[str(path.relative_to(folder))] = None if path.is_dir() else path.read_bytes()
-    return contents
-
-
-def metrics(out) -> list:
-    """What a run has logged, but for times and memory."""
-    rows = data.read_log(os.path.join(out, "metrics.jsonl"))
-    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "mfu", "memory_gb")}
-            for row in rows]
-
-
-def assert_same_end(one, other):
-    """Two runs left the same: the last checkpoint and the exported model to the byte, metrics."""
-    last = os.path.relpath(train.whole_checkpoints(one)[-1], one)
-    for folder in (last, "model"):
-        same = files(one / folder) == files(other / folder)  # kept apart: a diff would be huge
-        assert same and files(one / folder), folder
-    assert metrics(one) == metrics(other)
-
 
 # --- the world ------------------------------------------------------------------------------------
 
@@ -141,7 +87,6 @@ def split_weights(folder):
 
 
 # --- breakages: each makes a function of the world's folder ---------------------------------------
-
 
 def gone(path):
     """The file or folder is not there."""

@@ -4,13 +4,15 @@ damaged or of something else. The program names file, place and finding, and not
 The readers' own tests (test_data, test_model, test_tasks, ...) go through the fields.
 """
 
+import gzip
 import json
 import re
 import shutil
 
 import pytest
-from breaking import (COMMANDS, build, cut, files, flip, gone, holds, replaced, run_command,
-                      second_line, second_row)
+from breaking import (COMMANDS, build, cut, flip, gone, holds, replaced, run_command, second_line,
+                      second_row)
+from launch import files
 
 import data
 
@@ -18,6 +20,7 @@ MODEL, INDEX = "model/model.safetensors", "sharded/model.safetensors.index.json"
 STEP, CACHE = "run/checkpoints/step_000002/", "run/reference.safetensors"
 SHARD, STATE, RAW = STEP + "shard_0.safetensors", STEP + "state.json", "a/own/raw-0.jsonl"
 SECOND = "sharded/model-00002-of-00002.safetensors"
+PAIR = {"prompt": "q", "chosen": "ab", "rejected": "ac"}
 BAD_WEIGHTS = "model.safetensors is missing, truncated or corrupt"
 
 CELLS = [  # the command, what is broken, what the message must match
@@ -28,10 +31,7 @@ CELLS = [  # the command, what is broken, what the message must match
     ("train", second_line("pairs.jsonl", b'{"prompt": "caf\xe9"}'), "line 2: .*byte 0xe9"),
     ("train", second_line("pairs.jsonl", b'{"prompt": "q"}'), r"line 2: .*\['prompt'\]"),
     ("train", cut("held.jsonl.gz", -12), "held.jsonl.gz: cannot be read: .*end-of-stream"),
-    ("train", holds("held.jsonl.gz", b"text"), "held.jsonl.gz: cannot be read: Not a gzipped file"),
     # questions, errors, corrections by hand, texts
-    ("elicit", gone("questions.jsonl"), "questions.jsonl: cannot be read: No such file"),
-    ("elicit", cut("questions.jsonl", -5), r"questions.jsonl.*\n  line 3: not valid JSON"),
     ("elicit", second_row("questions.jsonl", id="n0"), "1 ids occur more than once, first 'n0'"),
     ("rectify", second_row("errors.jsonl", original_answer=5), "line 2: 'original_answer': a str"),
     ("rectify", holds("edited.jsonl", b'{"id": "n0", "corrected_answer": 5}\n'),
@@ -52,29 +52,25 @@ CELLS = [  # the command, what is broken, what the message must match
     ("train", cut(MODEL, -1), BAD_WEIGHTS),
     ("train", flip(MODEL, 9), BAD_WEIGHTS),
     ("train", holds(MODEL, b"version https://git-lfs.github.com/spec/v1\n"), BAD_WEIGHTS),
-    ("retention", gone(SECOND), f"{SECOND} is missing"),
     ("retention", cut(SECOND, -1), f"{SECOND} is missing, truncated or corrupt"),
     ("retention", cut(INDEX, -9), r"index.json: .* line \d+ column"),
     # what --resume reads
     ("resume", gone("run/config.json"), "--model is required"),
     ("resume", cut("run/config.json", 80), r"run/config.json: .* line \d+ column"),
     ("resume", second_row("pairs.jsonl", question="another"), "belongs to other pairs than"),
+    ("resume", holds("held.jsonl.gz", gzip.compress(json.dumps(PAIR).encode())),
+     "belongs to other eval_pairs than"),
     ("resume", gone(STATE), "step_000002/state.json is missing"),
-    ("resume", cut(STATE, 40), "step_000002/state.json: .* line"),
     ("resume", gone(SHARD), "No such file .*shard_0.safetensors"),
     ("resume", flip(SHARD, -1), "shard_0.safetensors is corrupt"),
-    ("resume", gone(CACHE), f"{CACHE} is missing or corrupt"),
     ("resume", cut(CACHE, -8), f"{CACHE} is missing or corrupt"),
     ("resume", second_line("run/metrics.jsonl", b'{"lo'), "run/metrics.jsonl, line 2: "),
     # benchmark files, finished evaluations, reports
-    ("tasks", gone("tasks/own.jsonl"), "tasks/own.jsonl: cannot be read"),
-    ("tasks", cut("tasks/own.jsonl", -4), r"own.jsonl.*\n  line 3: not valid JSON"),
     ("tasks", second_row("tasks/gpqa.jsonl", **{"Correct Answer": 5}), "line 2: 'Correct Answer'"),
     ("again", replaced("a/settings.json", b'"seed": 0', b'"seed": 5'), "seed was 5, now 0"),
     ("again", second_row("tasks/own.jsonl", question="x"), "is not among the questions given"),
     ("again", second_line(RAW, b'{"key": "n0'), "own/raw-0.jsonl, line 2: "),
     ("compare", gone("b/results.json"), "b/results.json is missing"),
-    ("compare", cut("b/results.json", 99), "b/results.json: .* line"),
     ("report", gone("run/metrics.jsonl"), r"run: no run \(metrics.jsonl\) and no evaluation"),
     ("report", second_line("run/metrics.jsonl", b'{"lo'), "run/metrics.jsonl, line 2: "),
 ]

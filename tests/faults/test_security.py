@@ -1,6 +1,5 @@
 """The key gets into no file and no message, text stays text, and no source runs what it reads."""
 
-import ast
 import json
 import os
 import re
@@ -8,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import tiny
-from breaking import ROWS, files, program
+from breaking import ROWS
+from launch import files, program
 from misbehaving import Misbehaving, completion
 
 import data
@@ -19,35 +19,23 @@ ROOT = Path(__file__).parents[2]
 KEY = "sk-recognisable-0123456789abcdef"
 
 # What could run foreign code; oracle.py's runpy is for the user's own --function FILE.py:NAME.
-FORBIDDEN = {"pickle", "dill", "joblib", "marshal", "shelve", "yaml", "jinja2", "subprocess",
-             "runpy", "eval", "exec", "compile", "__import__", "torch.load", "torch.hub.load",
-             "torch.jit.load", "np.load", "os.system", "os.popen", "dist.all_gather_object",
-             "dist.gather_object", "dist.broadcast_object_list", "trust_remote_code"}
-
-
-def forbidden(source):
-    """What a source imports, names or passes that could run foreign code."""
-    names = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names} - {"eval"}  # our eval.py
-        elif isinstance(node, ast.ImportFrom):
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-            names -= {"eval"}
-        elif isinstance(node, ast.keyword):
-            names.add(node.arg)
-        elif isinstance(node, (ast.Name, ast.Attribute)):
-            names.add(ast.unparse(node))
-    return names & FORBIDDEN
+FORBIDDEN = re.compile(
+    r"^ *(?:import|from) (?:pickle|dill|joblib|marshal|shelve|yaml|jinja2|subprocess|runpy)\b"
+    r"|(?<![.\w])(?:exec|eval|compile|__import__)\(|\btorch\.(?:hub\.|jit\.)?load\b|\bnp\.load\b"
+    r"|\bos\.(?:system|popen)\b|\bdist\.\w*_object|trust_remote_code", re.M)
 
 
 @pytest.mark.parametrize("name", ["loss", "data", "model", "eval", "oracle", "train"])
 def test_no_source_runs_what_it_reads(name):
-    allowed = {"runpy"} if name == "oracle" else set()
-    assert forbidden((ROOT / f"{name}.py").read_text()) == allowed
-    for source in ("import pickle", "from pickle import loads", "x = eval('1')", "f = torch.load",
-                   "from torch import load", "load(f, trust_remote_code=True)"):
-        assert forbidden(source)
+    allowed = ["import runpy"] if name == "oracle" else []
+    assert FORBIDDEN.findall((ROOT / f"{name}.py").read_text()) == allowed
+
+
+@pytest.mark.parametrize("source", [
+    "import pickle", "from pickle import loads", "x = eval('1')", "f = torch.load",
+    "load(f, trust_remote_code=True)", "dist.all_gather_object(x)"])
+def test_what_would_run_it_is_found(source):
+    assert FORBIDDEN.search(source)
 
 
 def behave(body, attempt):
