@@ -47,7 +47,7 @@ from tqdm import tqdm
 import data
 import model as qwen
 from data import UserError, read_json, write_json, write_text
-from model import Ranks, add_options, begin, close_ranks, open_ranks, option
+from model import Ranks, add_options, close_ranks, open_ranks, option, start_program
 
 # --- sampling: requests, and who answers them -----------------------------------------------------
 
@@ -1807,6 +1807,7 @@ PAGE = """<!DOCTYPE html>
 body { max-width: 80rem; margin: auto; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif }
 .grid { display: grid; gap: 1.5rem; overflow-wrap: anywhere;
   grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)) }
+pre, table { display: block; overflow-x: auto }
 svg { width: 100%%; fill: none; stroke-width: 2.5; stroke-linecap: round }
 svg text { font-size: 16px; fill: currentColor } svg line { stroke: #8886; stroke-width: 1 }
 th, td { padding: .2rem .7rem .2rem 0; border-bottom: 1px solid #8886; text-align: left }
@@ -2100,8 +2101,9 @@ def parse_command(argv: list, commands: dict = COMMANDS, description: str = __do
 
 def main(commands: dict = COMMANDS, description: str = __doc__) -> int:
     """Command line to exit code: 0 done, 1 failed, 2 options that do not work, 130 stopped."""
-    (run, o), ranks = begin(lambda: parse_command(sys.argv[1:], commands, description),
-                            lambda parsed: open_ranks(getattr(parsed[1], "timeout", 600)))
+    (run, o), ranks = start_program(
+        lambda: parse_command(sys.argv[1:], commands, description),
+        lambda parsed: open_ranks(getattr(parsed[1], "timeout", 600)))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         run(o, ranks)
@@ -2114,4 +2116,4 @@ def main(commands: dict = COMMANDS, description: str = __doc__) -> int:
 
 
 if __name__ == "__main__":
-    qwen.leave(main)
+    qwen.run_and_exit(main)

@@ -714,7 +714,7 @@ def close_ranks():
     dist.destroy_process_group()
 
 
-def begin(parse, join):
+def start_program(parse, join):
     """(options, Ranks) of a program, from parse() and join(options). On wrong options one rank a
     machine says what is wrong, and all exit with code 2."""
     speaks = os.environ.get("LOCAL_RANK", "") in ("", "0")
@@ -734,7 +734,7 @@ def begin(parse, join):
     sys.exit(code)
 
 
-def leave(main):
+def run_and_exit(main):
     """Run a program to its exit code and end the process at once: gloo's threads now and then abort
     the interpreter's own way out. A dead or stalled rank is reported in one line."""
     try:

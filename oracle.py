@@ -422,4 +422,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    qwen.leave(main)
+    qwen.run_and_exit(main)

@@ -48,7 +48,7 @@ import loss
 import model as qwen
 import oracle
 from data import UserError
-from model import Ranks, add_options, begin, close_ranks, open_ranks, option
+from model import Ranks, add_options, close_ranks, open_ranks, option, start_program
 
 # Dense bf16 peaks in FLOP/s, for mfu.
 PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12,
@@ -1258,7 +1258,7 @@ def toy_samples(rows, seed) -> str:
 
 def main() -> int:
     """Command line to exit code: 0 done, 1 failed, 2 wrong options, 143 stopped by SIGTERM."""
-    o, ranks = begin(parse_options, lambda o: open_ranks(o.timeout, toy=not o.model))
+    o, ranks = start_program(parse_options, lambda o: open_ranks(o.timeout, toy=not o.model))
     signal.signal(signal.SIGTERM, lambda *_: STOP.set())
     code = 0
     if o.plan:
@@ -1272,4 +1272,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    qwen.leave(main)
+    qwen.run_and_exit(main)

@@ -44,7 +44,7 @@ def work(argv, environment, folder, fault):
     if fault:
         insert(*fault)
     program = pkgutil.resolve_name(argv[0].removesuffix(".py"))
-    pkgutil.resolve_name("model.leave")(program.main)
+    pkgutil.resolve_name("model.run_and_exit")(program.main)
 
 
 def insert(name, count, fault):

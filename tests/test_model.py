@@ -285,7 +285,7 @@ def test_half_a_launchers_environment_is_one_sentence(monkeypatch, capsys, envir
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as stop:
-        qwen.begin(lambda: 60, qwen.open_ranks)
+        qwen.start_program(lambda: 60, qwen.open_ranks)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and "start with torchrun" in error
 
