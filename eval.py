@@ -360,8 +360,8 @@ def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks
     records   {"key", "text", "finish", "tokens"} or {"key", "error"}
 
     Each answer is added to folder/raw-RANK.jsonl as it comes: a kill loses at most what is under
-    way, and the same call goes on, failed requests too. Collective at its start; consume it, or
-    break off, inside `ranks.together()`, after which `read_answers` has what all ranks got.
+    way. The same call goes on, and asks failed requests again. Collective at its start; consume it,
+    or break off, inside `ranks.together()`, after which `read_answers` has what all ranks got.
     Raises UserError as fetch_json and read_answers do."""
     path = os.path.join(folder, f"raw-{ranks.rank}.jsonl")
     with ranks.together():
@@ -1529,8 +1529,7 @@ def refuse_repeated(ids: list, path: str):
     repeated = [ascii(name) for name, count in Counter(ids).items() if count > 1]
     if repeated:
         raise UserError(f"{path}: {len(repeated)} ids occur more than once, first "
-                        f"{', '.join(repeated[:5])}: make the field id (or index) unique, or "
-                        "remove it")
+                        f"{', '.join(repeated[:5])}: make field id (or index) unique, or remove it")
 
 
 def load_task(spec: str, folder: str) -> Task:
@@ -2101,9 +2100,8 @@ def parse_command(argv: list, commands: dict = COMMANDS, description: str = __do
 
 def main(commands: dict = COMMANDS, description: str = __doc__) -> int:
     """Command line to exit code: 0 done, 1 failed, 2 options that do not work, 130 stopped."""
-    (run, o), ranks = start_program(
-        lambda: parse_command(sys.argv[1:], commands, description),
-        lambda parsed: open_ranks(getattr(parsed[1], "timeout", 600)))
+    (run, o), ranks = start_program(lambda: parse_command(sys.argv[1:], commands, description),
+                                    lambda parsed: open_ranks(getattr(parsed[1], "timeout", 600)))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         run(o, ranks)

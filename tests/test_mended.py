@@ -2,45 +2,21 @@
 
 import contextlib
 import dataclasses
-import json
-import os
+import shutil
 import socket
 import socketserver
 import struct
-import sys
 import threading
 
 import pytest
 import launch
-import tiny
 
 import eval as evaluation
 import oracle
-from data import UserError
-from test_report import Page, make_run, write
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return tiny.write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """`python MODULE.py ...` in this process, in an empty folder: (exit code, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "WORLD_SIZE", "OPENAI_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-
-    def run(module, *argv):
-        monkeypatch.setattr(sys, "argv", ["x.py", *map(str, argv)])
-        try:
-            code = module.main()
-        except SystemExit as e:
-            code = e.code
-        return code, capsys.readouterr().err
-
-    return run
+from data import UserError, write_json
+from launch import program
+from test_report import Page, make_run
+from tiny import write_rows
 
 
 # --- a server's error answer breaks off -----------------------------------------------------------
@@ -105,9 +81,10 @@ def test_a_torn_refusal_still_ends_the_run_with_its_reason(how):
     ([], []), (["punctuation:no_comma"], []), ([], [{}]), (None, None), ("", ""), ({}, {})])
 def test_ifeval_rows_without_instructions_are_refused(ids, arguments, tmp_path):
     good = {"prompt": "p", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
-    write(tmp_path / "i.jsonl", good, {**good, "instruction_id_list": ids, "kwargs": arguments})
+    bad = {**good, "instruction_id_list": ids, "kwargs": arguments}
+    path = write_rows(tmp_path / "i.jsonl", [good, bad])
     with pytest.raises(UserError, match="(?s)line 2: .*two filled lists of one length"):
-        evaluation.load_task(f"ifeval={tmp_path}/i.jsonl", "")
+        evaluation.load_task(f"ifeval={path}", "")
 
 
 @pytest.mark.parametrize("name", evaluation.LEAST_VALUES)
@@ -132,47 +109,51 @@ OTHERS = {"out", "model", "server", "server_model", "body", "workers", "request_
           "given"}
 
 
-def test_every_option_that_changes_an_answer_is_part_of_the_settings(run, checkpoint, tmp_path):
+def test_every_option_that_changes_an_answer_is_part_of_the_settings(world, tmp_path):
     options = {field.name for field in dataclasses.fields(evaluation.SamplingOptions)}
     assert options == CHANGES.keys() | KEEPS.keys() | OTHERS
-    write(tmp_path / "q.jsonl", {"question": "1 + 1?", "answer": "2"})
-    base = ("--tasks", "own=q.jsonl", "--samples", 1, "--model", checkpoint, "--out", "out",
-            "--template", "hybrid", "--dtype", "float32", "--max_tokens", 2)
-    code, err = run(evaluation, *base)
-    assert code == 0, err
+    path = write_rows(tmp_path / "q.jsonl", [{"question": "1 + 1?", "answer": "2"}])
+    command = ("--tasks", f"own={path}", "--samples", 1, "--model", world["model"], "--out",
+               tmp_path / "out", "--template", "hybrid", "--dtype", "float32", "--max_tokens", 2)
+    code, said = program(evaluation, *command)
+    assert code == 0, said
     kept = (tmp_path / "out/own/raw-0.jsonl").read_bytes()
     for name, value in (CHANGES | KEEPS).items():
-        code, err = run(evaluation, *base, f"--{name}", value)
-        assert (code == 1 and "other settings" in err) == (name in CHANGES), (name, err)
+        code, said = program(evaluation, *command, f"--{name}", value)
+        assert (code == 1 and "other settings" in said) == (name in CHANGES), (name, said)
     assert (tmp_path / "out/own/raw-0.jsonl").read_bytes() == kept
 
 
-# --- rectify on several ranks ---------------------------------------------------------------------
+# --- rectify --------------------------------------------------------------------------------------
 
 
-def test_what_one_rank_alone_can_do_is_refused_on_two(checkpoint, tmp_path):
-    write(tmp_path / "e.jsonl", *({"id": i, "question": f"{i}?", "original_answer": "It is 1.",
-                                   "ground_truth": "2"} for i in range(5)))
-    base = ["oracle.py", "rectify", "--errors", tmp_path / "e.jsonl", "--tokenizer", checkpoint]
-    local = ["--model", checkpoint, "--dtype", "float32", "--max_tokens", 8]
-    for more in ([*local, "--target", 2], ["--edited", tmp_path / "e.jsonl"]):
-        started = launch.Started([*base, *more, "--out", tmp_path / "no"], ranks=2)
+def wrong_answers(folder, count):
+    return write_rows(folder / "e.jsonl", [{"id": i, "question": f"{i}?", "ground_truth": "2",
+                                            "original_answer": "It is 1."} for i in range(count)])
+
+
+def test_what_one_rank_alone_can_do_is_refused_on_two(world, tmp_path):
+    errors = wrong_answers(tmp_path, 5)
+    command = ["oracle.py", "rectify", "--errors", errors, "--tokenizer", world["model"]]
+    local = ["--model", world["model"], "--dtype", "float32", "--max_tokens", 8]
+    for more in ([*local, "--target", 2], ["--edited", errors]):
+        started = launch.Started([*command, *more, "--out", tmp_path / "no"], ranks=2)
         assert started.wait()[0] == 1 and "need one process" in started.said
         assert started.said.count("error:") == 1 and not (tmp_path / "no").exists()
     for ranks in (1, 2):  # a local Oracle without a target may have more
-        launch.run([*base, *local, "--out", tmp_path / f"out{ranks}"], ranks)
+        launch.run([*command, *local, "--out", tmp_path / f"out{ranks}"], ranks)
     rejected = [(tmp_path / f"out{ranks}/rejected.jsonl").read_text() for ranks in (1, 2)]
     assert rejected[0] == rejected[1] and rejected[0].count("\n") == 5
 
 
 @pytest.mark.parametrize("line", ["import sys; sys.exit()", "exit('done')", "raise SystemExit(0)",
                                   "import none_such", "1 / 0", "def fix("])
-def test_a_function_file_that_ends_early_is_named(line, run, checkpoint, tmp_path):
-    write(tmp_path / "e.jsonl", {"question": "q", "original_answer": "a", "ground_truth": "2"})
+def test_a_function_file_that_ends_early_is_named(line, world, tmp_path):
     (tmp_path / "mine.py").write_text(f"{line}\ndef fix(item):\n    return item.gold\n")
-    code, err = run(oracle, "rectify", "--errors", "e.jsonl", "--tokenizer", checkpoint, "--out",
-                    "out", "--function", "mine.py:fix")
-    assert code == 1 and "'mine.py:fix', FILE.py:NAME expected, cannot be loaded" in err, err
+    code, said = program(oracle, "rectify", "--errors", wrong_answers(tmp_path, 1), "--tokenizer",
+                         world["model"], "--out", tmp_path / "out", "--function",
+                         f"{tmp_path}/mine.py:fix")
+    assert code == 1 and "mine.py:fix', FILE.py:NAME expected, cannot be loaded" in said, said
 
 
 # --- files of others, and charts ------------------------------------------------------------------
@@ -181,22 +162,17 @@ def test_a_function_file_that_ends_early_is_named(line, run, checkpoint, tmp_pat
 @pytest.mark.parametrize("content, ids", [
     ({"eos_token_id": None}, set()), ({}, set()), ({"eos_token_id": 0}, {0}),
     ({"eos_token_id": 7}, {7}), ({"eos_token_id": [0, 9]}, {0, 9}), ({"eos_token_id": []}, set())])
-def test_ids_that_end_an_answer(content, ids, checkpoint):
-    path = os.path.join(checkpoint, "generation_config.json")
-    with open(path) as f:
-        before = f.read()
-    with open(path, "w") as f:
-        json.dump(content, f)
-    local = evaluation.open_local_model(checkpoint, None, "cpu")
-    with open(path, "w") as f:
-        f.write(before)
+def test_ids_that_end_an_answer(content, ids, world, tmp_path):
+    folder = shutil.copytree(world["model"], tmp_path / "model")
+    write_json(str(folder / "generation_config.json"), content)
+    local = evaluation.open_local_model(str(folder), None, "cpu")
     assert local.end == ids | {local.chat.im_end}
 
 
 @pytest.mark.parametrize("count", [1, 2, 399, 400, 401, 799, 800, 1199, 10_000])
 def test_a_chart_has_the_first_and_the_last_step_of_any_run(count, tmp_path):
     folder = make_run(tmp_path / "run")
-    write(folder / "metrics.jsonl", *({"step": i, "loss": 1 + i} for i in range(count)))
+    write_rows(folder / "metrics.jsonl", [{"step": i, "loss": 1 + i} for i in range(count)])
     evaluation.report([str(folder)], str(tmp_path / "r.html"))
     page = Page(tmp_path / "r.html")
     points = page.paths()[0].removeprefix("M").split("L")
