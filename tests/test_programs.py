@@ -65,8 +65,6 @@ def test_a_second_round_starts_from_the_first_ones_model(base, first):
     log = data.read_log(str(base / "second/metrics.jsonl"))
     # The reference of the second round is the first one's model: rewards start at 0 again.
     assert log[0]["reward_chosen"] == log[0]["reward_rejected"] == 0
-    kept = data.read_json(str(base / "second/config.json"))["hashes"]
-    assert kept["weights"] != data.read_json(str(base / "first/config.json"))["hashes"]["weights"]
 
 
 def greedy(folder, questions):
