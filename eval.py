@@ -711,7 +711,8 @@ def power(x, n):
     return -((-x) ** float(n))
 
 
-def fraction_bits(x):  # the cost to compute with a fraction
+def fraction_bits(x):
+    """Bits of the larger part of a fraction: what it costs to compute with."""
     return max(abs(x.numerator), x.denominator).bit_length()
 
 
@@ -1466,6 +1467,7 @@ def choice_letter(text: str) -> str | None:
 
 
 def grade_gpqa(text, right):
+    """Scores of an answer to a four-choice question, by the right letter."""
     letter = choice_letter(text)
     return {"accuracy": letter == right, "no answer": letter is None}
 
@@ -1503,6 +1505,7 @@ TASKS = {task.name: task for task in (
 
 
 def user_turn(prompt: str, question: str) -> list:
+    """The question inside the prompt, as messages."""
     return [{"role": "user", "content": prompt.replace("{question}", question)}]
 
 
@@ -2005,6 +2008,7 @@ class ReportOptions:
 
 
 def run_evaluation(o: EvalOptions, ranks: Ranks):
+    """`eval.py evaluate`, from options to files."""
     with ranks.together():
         tasks = [load_task(spec.strip(), o.data) for spec in o.tasks.split(",") if spec.strip()]
         if not tasks or len({task.name for task in tasks}) < len(tasks):
@@ -2034,10 +2038,12 @@ def show_answers(task: Task, folder: str, count: int):
 
 
 def run_comparison(o: CompareOptions, ranks: Ranks):
+    """`eval.py compare`."""
     ranks.main_only(lambda: print(compare_runs([o.a, o.b])))
 
 
 def run_retention(o: RetentionOptions, ranks: Ranks):
+    """`eval.py retention`, from options to figures."""
     with ranks.together():
         dtype = getattr(torch, o.dtype)
         model, base = (open_local_model(name, dtype, ranks.device) for name in (o.model, o.base))
@@ -2054,6 +2060,7 @@ def run_retention(o: RetentionOptions, ranks: Ranks):
 
 
 def run_report(o: ReportOptions, ranks: Ranks):
+    """`eval.py report`."""
     out = o.out or os.path.join(o.runs[0] if len(o.runs) == 1 else "", "report.html")
     ranks.main_only(report, o.runs, out)
     ranks.say(f"written: {out}")

@@ -689,6 +689,7 @@ def save_checkpoint(run: Run):
 
 
 def file_sha256(path) -> str:
+    """Hex digest of a file's content."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
