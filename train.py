@@ -1078,7 +1078,10 @@ def story(o: Options, ranks: Ranks) -> int:
                   save_every=max(1, steps // TOY["points"]), keep=TOY["points"], **TOY["surgery"])
         rows[name] = toy_figures(f"{out}/model", base, o.seed, ranks)
         last = data.read_log(f"{out}/metrics.jsonl")[-epoch:]
-        for key in ("reward_chosen", "reward_rejected", "tether_chosen"):
+        keys = ["reward_chosen", "reward_rejected"]
+        if objective in TETHERED:
+            keys.append("tether_chosen")
+        for key in keys:
             rows[name][key] = sum(row[key] for row in last) / len(last)
         toy_curve(out, base, o.seed, ranks)
     note, seconds = f"{toy_table(rows)}\n\n{toy_verdict(rows)}", time.perf_counter() - started
@@ -1087,11 +1090,18 @@ def story(o: Options, ranks: Ranks) -> int:
     ranks.main_only(evaluation.report, [f"{root}/{objective}" for objective in TOY_METHODS],
                     f"{root}/report.html", note)
     ranks.say(f"""
-5  The result. Right answers in %, in Add and in the four others; how many questions that name a
-   manner are answered in it; how many boundaries between two steps have a rare word, in skills
-   that no pair shows; KL*1000 from the base, in nats a token, on true answers to the others'
-   questions; r+, r- and the tether lambda+ on the pairs of the last epoch (SFT+ has no tether:
-   what it would be).\n\n{note}\n\n{toy_samples(rows, o.seed)}
+5  The result
+   Add, others  right answers in %: in Add, and in the four skills that no pair shows
+   manner       % of the questions naming a manner (of others) that are answered in it
+   rare words   % of the places between two steps with a rare word, in skills that no pair shows;
+                it should stay near the base's
+   KL*1000      how far the model went from the base: nats a token, on true answers to others
+   r+, r-       beta times the nats that y+ gained and y- lost, mean of the last epoch
+   lambda+      what SPoT's push on y+ is multiplied by; the other two have no such factor
+
+{note}
+
+{toy_samples(rows, o.seed)}
 
 {seconds:.0f} s with {ranks.world} rank(s); all figures are in {results}
 curves, and where one pair's updates gather: {root}/report.html""")
@@ -1237,20 +1247,22 @@ def toy_verdict(rows) -> str:
     base, sentences = rows["base"], []
     for name in TOY_METHODS.values():
         row = rows[name]
-        mends = "mends" if row["add"] >= 95 else "does not fully mend"
+        mends = "mends" if row["add"] >= 98 else "does not fully mend"
         keeps = "keeps" if row["words"] >= base["words"] / 2 else "loses"
         sentences.append(f"   {name} {mends} Add ({base['add']:.0f} -> {row['add']:.0f} %) and "
                          f"{keeps} the rare words ({base['words']:.1f} -> {row['words']:.1f} %); "
                          f"KL*1000 is {1000 * row['kl']:.2f}.")
     tether = rows["SPoT"]["tether_chosen"]
-    stopped = "has stopped by itself" if tether < 0.05 else "has not stopped yet"
-    sentences.append(f"   SPoT {stopped}: its lambda+ is {tether:.3f} in the last epoch.")
+    stopped = "has stopped by itself" if tether < LEARNED else "has not stopped yet"
+    sentences.append(f"   SPoT {stopped}: lambda+ is {tether:.3f} in the last epoch, and its push "
+                     "on\n   y+ is multiplied by that. Cross-entropy has no such factor.")
     return "\n".join(sentences)
 
 
 def toy_samples(rows, seed) -> str:
     """What all say to one question, rare words marked."""
-    lines = [f"   {toy_tests(seed)['Subtract', False][0]}, sampled at temperature 1:"]
+    question = toy_tests(seed)["Subtract", False][0]
+    lines = [f"   {question}, by last digits, one sample each at temperature 1, rare words marked:"]
     for name, row in rows.items():
         text = TOY_RARE.sub(lambda m: f"*{m[0].strip()}* ", row["sample"]).replace("\n", "  ")
         lines.append(f"   {name:<6}{text}")

@@ -172,7 +172,8 @@ def test_the_verdict_says_what_the_figures_say():
         f"   SFT+ mends Add (30 -> 100 %) {lost}",
         f"   DPO does not fully mend Add (30 -> 80 %) {lost}",
         f"   SPoT mends Add (30 -> 100 %) {kept}",
-        "   SPoT has stopped by itself: its lambda+ is 0.010 in the last epoch."]
+        "   SPoT has stopped by itself: lambda+ is 0.010 in the last epoch, and its push on",
+        "   y+ is multiplied by that. Cross-entropy has no such factor."]
 
 
 @pytest.mark.slow  # 3 minutes on 2 cores
