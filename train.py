@@ -1039,6 +1039,14 @@ TOY = {  # every number of it; a change of any makes a new folder
 }
 TOY_SAMPLING = evaluation.Sampling(temperature=1, top_p=1, top_k=0, max_tokens=120)
 TOY_METHODS = {"sft": "SFT+", "dpo": "DPO", "spot-bce": "SPoT"}
+TOY_LEGEND = """5  The result
+   Add, others  right answers in %: in Add, and in the four skills that no pair shows
+   manner       % of the questions naming a manner (of others) that are answered in it
+   rare words   % of the places between two steps with a rare word, in skills that no pair shows;
+                it should stay near the base's
+   KL*1000      how far the model went from the base: nats a token, on true answers to others
+   r+, r-       beta times the nats that y+ gained and y- lost, mean of the last epoch
+   lambda+      what SPoT's push on y+ is multiplied by; the other two have no such factor"""
 
 
 def story(o: Options, ranks: Ranks) -> int:
@@ -1090,14 +1098,7 @@ def story(o: Options, ranks: Ranks) -> int:
     ranks.main_only(evaluation.report, [f"{root}/{objective}" for objective in TOY_METHODS],
                     f"{root}/report.html", note)
     ranks.say(f"""
-5  The result
-   Add, others  right answers in %: in Add, and in the four skills that no pair shows
-   manner       % of the questions naming a manner (of others) that are answered in it
-   rare words   % of the places between two steps with a rare word, in skills that no pair shows;
-                it should stay near the base's
-   KL*1000      how far the model went from the base: nats a token, on true answers to others
-   r+, r-       beta times the nats that y+ gained and y- lost, mean of the last epoch
-   lambda+      what SPoT's push on y+ is multiplied by; the other two have no such factor
+{TOY_LEGEND}
 
 {note}
 
