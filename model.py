@@ -34,9 +34,8 @@ from tqdm import tqdm
 from data import UserError, listed, read_json, write_json
 from loss import linear_logps
 
-# MKL picks a function's kernel on the first call. If several threads make it, one may get a kernel
-# that is up to 1.5e-4 off (pytorch/pytorch issue 188792, mended in MKL 2025). Hence a first call
-# that is too small for two threads.
+# MKL picks a function's kernel on its first call; several threads at once may get one that is up to
+# 1.5e-4 off (pytorch issue 188792, until MKL 2025). Hence first calls too small for two threads.
 for _dtype in (torch.float32, torch.float64):
     for _function in (torch.cos, torch.sin, torch.exp, torch.log):
         _function(torch.ones(8, dtype=_dtype))
@@ -122,9 +121,9 @@ class Qwen3(nn.Module):
         Returns (R,) fp32: log p(targets[i] | all that token rows[i] sees)."""
         # Only scored rows reach the norm and the head. index_select: h[rows] is 5-7x slower on CPU.
         hidden = self.norm(self.hidden_states(tokens, positions, forks).index_select(0, rows))
-        if self.config.tie_word_embeddings:  # gathered: FSDP has the embedding in its root
+        if self.config.tie_word_embeddings:  # FSDP: part of the root, which is gathered here
             return linear_logps(hidden, self.embed_tokens.weight, targets)
-        return self.lm_head(hidden, targets)  # a unit of its own
+        return self.lm_head(hidden, targets)  # FSDP: a unit of its own, gathered when called
 
     def hidden_states(self, tokens, positions, forks):
         """(T,) ids to the (T, D) output of the last block, before the final norm."""
@@ -232,10 +231,9 @@ def rotate(x, cos, sin):
 def fork_attention(q, k, v, forks):
     """Softmax attention inside forks: q (H, T, d), k and v (K, T, d) to (H, T, d).
 
-    forks: list of (start, trunk_end, rejected_end, chosen_end), one after the other in T. A query
-    sees the keys of its fork that are not later and in the trunk or in its own branch: the trunk
-    over itself, each branch over trunk + itself, aligned at the bottom right. On CUDA in 16 bit
-    flash kernels take this alignment and grouped heads as they are.
+    forks: list of (start, trunk_end, rejected_end, chosen_end), one after the other in T. A trunk
+    sees itself, a branch its trunk and itself, causally: aligned at the bottom right, which flash
+    kernels (CUDA, 16 bit) take as it is, as they do grouped heads.
     """
     dtype = q.dtype
     if not q.is_cuda and dtype != torch.float64:
@@ -246,17 +244,16 @@ def fork_attention(q, k, v, forks):
     # split, because its backward is one cat; that of each slice would fill a whole (H, T, d).
     queries, keys, values = (t[None].split(sizes, 2) for t in (q, k, v))
     pieces = []
-    for trunk in range(0, len(sizes), 3):
+    for i, size in enumerate(sizes):
+        if size == 0:
+            continue
+        key, value, part = keys[i], values[i], i % 3  # 0: trunk, 1: rejected, 2: chosen
+        if part > 0:
+            key = torch.cat([keys[i - part], key], 2)
+            value = torch.cat([values[i - part], value], 2)
+        mask = causal_lower_right(size, key.shape[2])
         pieces.append(F.scaled_dot_product_attention(
-            queries[trunk], keys[trunk], values[trunk], is_causal=True, enable_gqa=True))
-        for branch in (trunk + 1, trunk + 2):  # rejected, chosen
-            if sizes[branch] == 0:
-                continue
-            key = torch.cat([keys[trunk], keys[branch]], 2)
-            value = torch.cat([values[trunk], values[branch]], 2)
-            mask = causal_lower_right(sizes[branch], sizes[trunk] + sizes[branch])
-            pieces.append(F.scaled_dot_product_attention(
-                queries[branch], key, value, attn_mask=mask, enable_gqa=True))
+            queries[i], key, value, attn_mask=mask, enable_gqa=True))
     return torch.cat(pieces, 2)[0].to(dtype)
 
 
@@ -282,10 +279,8 @@ def generate(model: Qwen3, prompts, seeds, *, max_tokens, temperature=0.7, top_p
              end=(), batch_size=32, on_done=None) -> list:
     """Continue every prompt by sampling with a plain (not sharded) model; temperature 0 is greedy.
 
-    prompts  lists of token ids, none empty; seeds: one int >= 0 a prompt
-    top_k    so many most likely tokens stay, 0: all
-    top_p    then the fewest most likely tokens stay whose probabilities sum to top_p; 1: all
-    end      token ids that end a sample
+    prompts  lists of token ids, none empty; seeds: an int >= 0 a prompt; end: ids that end a sample
+    top_k    so many most likely tokens stay, 0: all; top_p: of them the fewest that sum to top_p
     on_done  called as on_done(index, ids, ended) as soon as a sample is finished
     returns  (ids, ended) a prompt: ids without the end token; ended False: max_tokens cut it off
 
@@ -393,8 +388,9 @@ SIDE_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json
 def checkpoint_folder(name: str) -> str:
     """The name of a folder that may hold a checkpoint. Raises UserError."""
     if not os.path.isdir(name):
-        raise UserError(f"{name} is no folder: a folder with config.json and weights expected, by\n"
-                        f"  hf download {name} --local-dir {os.path.basename(name)}")
+        download = f"hf download {name} --local-dir {os.path.basename(name)}"
+        raise UserError(f"{name} is no folder: a folder with config.json and weights expected\n"
+                        f"  from the hub: {download}")
     if os.path.exists(os.path.join(name, "adapter_config.json")):
         raise UserError(f"{name} holds a LoRA adapter (adapter_config.json): merge it first")
     return name
@@ -520,7 +516,7 @@ def export(model: Qwen3, folder: str, source: str, ranks, dtype=torch.bfloat16,
             key = "dtype" if "dtype" in config else "torch_dtype"
             write_json(os.path.join(folder, "config.json"),
                        {**config, key: str(dtype).removeprefix("torch.")})
-            for file in set(SIDE_FILES) & set(os.listdir(source)):
+            for file in sorted(set(SIDE_FILES) & set(os.listdir(source))):
                 shutil.copyfile(os.path.join(source, file), os.path.join(folder, file))
 
 
