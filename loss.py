@@ -1,6 +1,6 @@
 """The mathematics of Surgical Post-Training (SPoT): from log-probs to one coefficient per token.
 
-Plain tensors come in and go out: hidden states, log-probs, rewards. torch is the only import.
+Plain tensors come in and go out: hidden states, log-probs, rewards.
 
 The method in four lines (Lin & Han, arXiv 2603.01683; sigma is the logistic function):
     r      = beta * (log pi_theta(y|x) - log pi_ref(y|x))                    the implicit reward
@@ -16,8 +16,8 @@ in nothing but the coefficient c = dL/d log pi that a sequence (sft, dft: a toke
     reward-sft           -beta (1 - sigma(r+))              0
     sft, dft             -1, -pi(token)                     0
 Rows of the shared trunk belong to both sequences and get c+ + c-: 0 under spot-bce at r+ = r- = 0,
-always 0 under dpo. A new objective is a function beside `dpo` below, its name in OBJECTIVES (and in
-what else stands there), and a branch in row_coefficients: --loss then knows it.
+always 0 under dpo. A new objective is a function beside `dpo`, its name in OBJECTIVES (and what
+else stands there), and a branch in row_coefficients: --loss then knows it.
 
 Shapes: R scored rows (one token each whose log-prob counts), F forks (a pair of answers as a shared
 trunk and two branches), V vocabulary, D hidden width.
@@ -28,8 +28,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-# Elements of the head's largest temporary. On a CPU: 8 MiB in fp32, which stay in cache; on a GPU
-# GPU_FACTOR times as many, for fewer and larger products.
+# Elements of the head's largest temporary: 8 MiB in fp32, which stay in a CPU's cache; on a GPU
+# GPU_FACTOR times as many.
 LOGITS_AT_ONCE = 2**21
 GPU_FACTOR = 16
 
@@ -47,9 +47,8 @@ class _LinearLogps(torch.autograd.Function):
         top = torch.full(targets.shape, -math.inf, dtype=wide, device=hidden.device)  # row maximum
         total = torch.zeros_like(top)  # sum of exp(logit - top) so far
         picked = torch.zeros_like(top)  # the target's logit, from the same GEMM as the normaliser
-        for start, end in _vocabulary_blocks(weight, targets):
+        for start, end, inside, column in _vocabulary_blocks(weight, targets):
             logits = (hidden @ weight[start:end].T).to(wide)
-            inside, column = _locate(targets, start, end)
             picked = torch.where(inside, logits.gather(1, column).squeeze(1), picked)
             new_top = torch.maximum(top, logits.amax(1))
             total = total * (top - new_top).exp_() + logits.sub_(new_top[:, None]).exp_().sum(1)
@@ -65,10 +64,9 @@ class _LinearLogps(torch.autograd.Function):
         # A row's logits have the gradient g * (onehot(target) - softmax).
         grad_hidden = torch.zeros_like(hidden, dtype=logsumexp.dtype)
         grad_weight = torch.empty_like(weight)
-        for start, end in _vocabulary_blocks(weight, targets):
+        for start, end, inside, column in _vocabulary_blocks(weight, targets):
             logits = (hidden @ weight[start:end].T).to(logsumexp.dtype)
             grad_logits = logits.sub_(logsumexp[:, None]).exp_().mul_(-grad[:, None])
-            inside, column = _locate(targets, start, end)
             at_target = grad_logits.gather(1, column) + torch.where(inside, grad, 0.0)[:, None]
             grad_logits.scatter_(1, column, at_target)  # one entry a row: no atomics, deterministic
             grad_logits = grad_logits.to(hidden.dtype)
@@ -82,18 +80,15 @@ class _LinearLogps(torch.autograd.Function):
 
 
 def _vocabulary_blocks(weight, targets):
-    """[(start, end), ...] over the rows of the weight."""
-    at_once = LOGITS_AT_ONCE * (GPU_FACTOR if weight.is_cuda else 1)
-    step = max(1, at_once // max(1, len(targets)))
+    """(start, end, inside, column) of each block of the weight's rows: which targets lie inside
+    (R,), and their column in the block's logits (R, 1)."""
+    step = max(1, LOGITS_AT_ONCE * (GPU_FACTOR if weight.is_cuda else 1) // max(1, len(targets)))
     if step > 128:  # products of ragged width are slower, by 5-8 % on a CPU
         step = step // 128 * 128
-    return [(start, min(start + step, len(weight))) for start in range(0, len(weight), step)]
-
-
-def _locate(targets, start, end):
-    """Which targets lie in vocabulary rows start..end (R,), and their column there (R, 1)."""
-    inside = (targets >= start) & (targets < end)
-    return inside, (targets - start).clamp(0, end - start - 1)[:, None]
+    for start in range(0, len(weight), step):
+        end = min(start + step, len(weight))
+        inside = (targets >= start) & (targets < end)
+        yield start, end, inside, (targets - start).clamp(0, end - start - 1)[:, None]
 
 
 def linear_logps(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -104,8 +99,7 @@ def linear_logps(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tens
     targets (R,)   int64 token ids in 0..V-1, not checked: on a GPU that would wait for the device
     returns (R,)   log-probs in nats, fp32 (fp64 for fp64 input), differentiable in both factors
 
-    Products are taken in the input's dtype, sums in fp32. Only the (R,) logsumexp is kept for
-    backward, which multiplies again.
+    Products are in the input's dtype, sums in fp32. Backward multiplies again.
     """
     return _LinearLogps.apply(hidden, weight, targets)
 
@@ -117,8 +111,7 @@ def sequence_logps(row_logps: torch.Tensor, lengths: torch.Tensor) -> torch.Tens
     lengths   (F, 3) int64, how many rows each of the three has; lengths.sum() == R
     returns   (F, 2) fp64, columns chosen and rejected; without y- the second means nothing
 
-    Summed in fp64 (thousands of bf16 log-probs would add up in steps of 1 nat) and in a fixed
-    order, without atomics: at step 0 rewards are exactly 0. A CPU alone checks that lengths fit.
+    Summed in fp64, in a fixed order, without atomics: at step 0 rewards are exactly 0.
     """
     sums = row_logps.double()
     if len(lengths):
@@ -128,41 +121,41 @@ def sequence_logps(row_logps: torch.Tensor, lengths: torch.Tensor) -> torch.Tens
 
 
 # --- the objectives: per-example losses -----------------------------------------------------------
-# Losses in nats, of the arguments' shape: nothing is averaged. Autograd gives the coefficients.
+# In nats, of the arguments' shape: nothing is averaged. Autograd gives the coefficients.
 
 
 def tether(rewards: torch.Tensor, delta: float = 0.0) -> torch.Tensor:
-    """lambda+ = 1 - sigma(r+ - delta), elementwise: 1/2 where r+ = delta, to 0 as r+ grows."""
+    """lambda+ of rewards r+, elementwise: 1/2 where r+ = delta, to 0 as r+ grows."""
     return torch.sigmoid(delta - rewards)  # no cancellation: r = 50 gives 1.9e-22, not 0
 
 
 def spot_bce(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """SPoT-BCE, the default: -log sigma(r+) - log sigma(-r-). At r = 0: 2 ln 2."""
+    """SPoT-BCE, the default. At r = 0: 2 ln 2."""
     return -F.logsigmoid(chosen) - F.logsigmoid(-rejected)
 
 
 def spot_bco(chosen: torch.Tensor, rejected: torch.Tensor, delta: float) -> torch.Tensor:
-    """SPoT-BCO: -log sigma(r+ - delta) - log sigma(-(r- - delta)); delta: see update_delta."""
+    """SPoT-BCO; delta as of update_delta."""
     return -F.logsigmoid(chosen - delta) - F.logsigmoid(delta - rejected)
 
 
 def dpo(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """DPO (arXiv 2305.18290, eq. 7): -log sigma(r+ - r-)."""
+    """DPO (arXiv 2305.18290, eq. 7)."""
     return -F.logsigmoid(chosen - rejected)
 
 
 def reward_sft(chosen: torch.Tensor) -> torch.Tensor:
-    """Reward-SFT: -log sigma(r+)."""
+    """Reward-SFT: SPoT without y-."""
     return -F.logsigmoid(chosen)
 
 
 def sft(logps: torch.Tensor) -> torch.Tensor:
-    """SFT on y+ ("SFT+" on rectified answers): -log pi of each token."""
+    """SFT on y+ ("SFT+" on rectified answers), of each token."""
     return -logps
 
 
 def dft(logps: torch.Tensor) -> torch.Tensor:
-    """DFT (arXiv 2508.05629): -sg[pi] log pi of each token; sg is the stop-gradient."""
+    """DFT (arXiv 2508.05629), of each token; its weight pi has no gradient."""
     return -logps.detach().exp() * logps
 
 
@@ -178,11 +171,10 @@ def row_coefficients(objective, row_logps, lengths, reference, beta, delta=0.0):
     lengths   (F, 3) as for sequence_logps
     reference (F, 2) fp64, sequence_logps of the policy before training
     beta, delta      reward scale; the running mean, 0 but for spot-bco
-    returns   (R,)   coefficients of the *summed* loss, dtype of row_logps, and `diagnose`'s sums.
-                     Divided by the global number of pairs (or y+ tokens) of the step they are all
-                     that the backward pass needs: `row_logps.backward(coefficients / count)`.
+    returns   (R,)   coefficients of the *summed* loss, dtype of row_logps, and `diagnose`'s sums
 
-    Raises ValueError for an unknown objective, or, on a CPU, for a pair objective without y-.
+    The backward pass needs no more: `row_logps.backward(coefficients / count)`, count the step's
+    global number of pairs (or y+ tokens). Raises ValueError: unknown objective, y- missing (CPU).
     """
     if objective in PAIR_OBJECTIVES and not lengths.is_cuda and (lengths[:, 1] == 0).any():
         raise ValueError(f"{objective} needs a rejected answer in every fork")
@@ -221,8 +213,7 @@ def row_parts(lengths: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def update_delta(delta, batch_mean, batch_pairs, seen_pairs, kind="ema") -> float:
-    """delta for the *next* step, from this step's global batch: it does not depend on how that is
-    cut into micro-batches and ranks. Step 0 trains with delta = 0, the true mean there.
+    """delta for the *next* step, from this step's global batch. Step 0 has 0, the true mean there.
 
     batch_mean  mean of (r+ + r-)/2 over the batch; seen_pairs: pairs of all the steps before it
     kind        "ema": the paper's; "cumulative": the mean over all pairs so far, as in TRL 0.20
@@ -240,11 +231,11 @@ SUMS = (*COUNT_OF, "abs_reward", "examples", "pairs", "chosen_tokens", "trunk_ro
 
 def diagnose(loss, r, delta, coefficients, lengths) -> torch.Tensor:
     """(len(SUMS),) fp64: sums over forks in the order of SUMS, to be added up over packs and ranks.
-    r (F, 2) rewards. Quantities of y-, margin and accuracy are summed over forks that have y-."""
-    pair = lengths[:, 1] > 0  # y- ends in <|im_end|>, and so has a row at least
+    r (F, 2) rewards; those of y-, margin and accuracy are summed over forks that have y-."""
+    pair = lengths[:, 1] > 0  # y- ends in <|im_end|>, so it has a row
     chosen, rejected = r.unbind(1)
 
-    def over_pairs(values):  # values[pair].sum() would wait for the GPU
+    def over_pairs(values):  # values[pair] would wait for the GPU
         return torch.where(pair, values.double(), 0.0).sum()
 
     on_trunk = row_parts(lengths, len(coefficients)) == 0
@@ -274,11 +265,11 @@ def average(sums, objective: str) -> dict:
     margin, accuracy  r+ - r-, and the share of pairs where it is above 0
     tether_chosen     lambda+; tether_rejected: sigma(r- - delta). 1/2 at first, 0 once learned
     trunk_coef        mean |coefficient| of a shared-prefix row, before the division by the batch
-    Quantities of y- are None where no example has one.
+    Those of y- are None where no example has one.
     """
-    sums = dict(zip(SUMS, sums))
-    metrics = {name: sums[name] / sums[count] if sums[count] else None
-               for name, count in COUNT_OF.items()}
+    sums, metrics = dict(zip(SUMS, sums)), {}
+    for name, count in COUNT_OF.items():
+        metrics[name] = sums[name] / sums[count] if sums[count] else None
     if objective in TOKEN_OBJECTIVES:
         metrics["loss"] = sums["loss"] / sums["chosen_tokens"]
     return metrics

@@ -3,23 +3,19 @@
 Comes in:  a checkpoint folder in Hugging Face layout, token ids laid out as forks (data.py).
 Goes out:  the log-probability of every scored row, or sampled continuations of prompts.
 
-Parameter names are HF's without the leading "model.", to hold both side by side
-(transformers/models/qwen3/modeling_qwen3.py). Shapes: T tokens of a pack, D hidden width, H query
-heads, K key heads, d head width, R scored rows, V vocabulary. There is no batch dimension and no
-padding: sequences lie one after the other in T, and attention keeps them apart.
+Parameter names are HF's (transformers/models/qwen3/modeling_qwen3.py) without "model.". Shapes: T
+tokens of a pack (no batch, no padding: sequences one after the other, which attention keeps apart),
+D hidden width, H query heads, K key heads, d head width, R scored rows, V vocabulary.
 """
 
 import argparse
 import contextlib
 import functools
-import io
 import math
 import os
-import re
 import shutil
 import sys
 import time
-from collections import deque
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 
@@ -35,13 +31,11 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import UserError, listed, read_json, write_json, writing
+from data import UserError, listed, read_json, write_json
 from loss import linear_logps
 
-# On a CPU torch hands these functions to MKL, which picks a function's kernel on its first call in
-# a process. If several threads make that call, one of them may get a low-accuracy kernel: no error,
-# up to 1.5e-4 off (pytorch/pytorch issue 188792). Hence a first call that is too small for two
-# threads. It can go once torch comes with MKL 2025.
+# MKL picks a function's kernel on its first call; several threads at once may get one that is up to
+# 1.5e-4 off (pytorch issue 188792, until MKL 2025). Hence first calls too small for two threads.
 for _dtype in (torch.float32, torch.float64):
     for _function in (torch.cos, torch.sin, torch.exp, torch.log):
         _function(torch.ones(8, dtype=_dtype))
@@ -66,61 +60,41 @@ class Config:
     tie_word_embeddings: bool
 
 
-# Keys that change no forward pass, or that read_config checks by itself.
+# Keys of usual files that change no forward pass, or that read_config reads by itself.
 HARMLESS = set("""
     architectures bos_token_id eos_token_id pad_token_id torch_dtype dtype transformers_version
-    use_cache initializer_range max_window_layers sliding_window max_position_embeddings
-    output_attentions output_hidden_states return_dict id2label label2id chunk_size_feed_forward
-    gradient_checkpointing do_sample temperature top_k top_p min_p repetition_penalty max_length
-    max_new_tokens num_beams num_return_sequences length_penalty typical_p num_labels
-    model_max_length seq_length original_max_position_embeddings pretraining_tp base_model_tp_plan
-    torchscript router_aux_loss_coef rope_parameters rope_scaling layer_types""".split())
+    use_cache initializer_range max_window_layers sliding_window max_position_embeddings return_dict
+    rope_parameters rope_scaling id2label label2id num_labels gradient_checkpointing do_sample
+    temperature top_k top_p repetition_penalty max_length max_new_tokens num_beams""".split())
 TOOL_PREFIXES = (
     "_", "transformers", "unsloth", "axolotl", "llamafactory", "llama_factory", "swift", "trl",
     "peft", "mergekit", "vllm", "sglang", "mlx", "deepspeed", "megatron", "nemo", "verl")
-# Keys that would change it, with the only values this file computes.
-SUPPORTED = {
-    "model_type": ("qwen3",), "hidden_act": ("silu", None), "attention_bias": (False, None),
-    "attention_dropout": (0, None), "use_sliding_window": (False, None), "is_causal": (True, None),
-    "quantization_config": (None,),
-}
-EXPECTED = {int: "a whole number above 0", float: "a number above 0", bool: "true or false"}
+# Texts and flags that would change it, with the values this file computes.
+SUPPORTED = {"model_type": ("qwen3",), "hidden_act": ("silu", None), "is_causal": (True, None),
+             "layer_types": (["full_attention"],), "rope_type": ("default", None),
+             "type": ("default", None)}  # the older name of rope_type
 
 
 def read_config(folder: str) -> Config:
-    """Read folder/config.json in either layout (rope_theta at the top, or inside rope_parameters).
-
-    Raises UserError that lists every key that is missing, of a wrong type, or not supported. An
-    unknown key is refused too, unless it is a text, a token id, a tool's key, or switched off.
-    """
+    """Read folder/config.json of transformers 4 or 5. Raises UserError that lists every key that is
+    missing, wrong, or unknown and neither a text, a token id, a tool's key nor switched off."""
     path = os.path.join(folder, "config.json")
     raw = {"head_dim": 128, "tie_word_embeddings": False, **read_json(path)}  # HF's defaults
-    problems = []
+    raw |= raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # transformers' order
+    raw["layer_types"] = sorted(set(raw.get("layer_types") or ["full_attention"]))
+    config, problems = Config(**{f.name: raw.pop(f.name, None) for f in fields(Config)}), []
+    for f in fields(Config):
+        value = getattr(config, f.name)
+        if f.type is not bool and not (isinstance(value, (f.type, int)) and value > 0):
+            problems.append(f'"{f.name}" is {value!r:.60}: {f.type.__name__} above 0 expected')
     for key, supported in SUPPORTED.items():
         value = raw.pop(key, None)
         if value not in supported:
-            problems.append(f'"{key}" is {value!r:.60}; only {supported[0]!r} is supported')
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # transformers' order
-    plain = isinstance(rope, dict) and all(
-        key == "rope_theta" or value in ("default", None) for key, value in rope.items())
-    if not plain:
-        problems.append(f'"rope_scaling" or "rope_parameters" is {rope!r:.200}; only "rope_type" '
-                        '"default" and "rope_theta" are supported')
-    elif "rope_theta" in rope:
-        raw["rope_theta"] = rope["rope_theta"]
-    config = Config(**{f.name: raw.pop(f.name, None) for f in fields(Config)})
-    for f in fields(Config):
-        value = getattr(config, f.name)
-        types = (int, float) if f.type is float else (f.type,)
-        if type(value) not in types or (f.type is not bool and not 0 < value < math.inf):
-            problems.append(f'"{f.name}": {EXPECTED[f.type]} expected, found {value!r:.60}')
+            problems.append(f'"{key}" is {value!r:.80}: only {supported[0]!r} is supported')
     for key, value in raw.items():
         harmless = key in HARMLESS or key.startswith(TOOL_PREFIXES) or key.endswith("_token_id")
         if not harmless and not isinstance(value, str) and value not in (None, False, [], {}):
-            problems.append(f'"{key}": {value!r:.60} is unknown and might change the computation')
-    types = raw.get("layer_types") or []
-    if not isinstance(types, list) or types.count("full_attention") < len(types):
-        problems.append(f'"layer_types" is {types!r:.80}; only "full_attention" is supported')
+            problems.append(f'"{key}" is {value!r:.60}: not supported, may change the computation')
     if problems:
         raise UserError(f"{path} is not a configuration this program computes:{listed(problems)}")
     return config
@@ -139,17 +113,17 @@ class Qwen3(nn.Module):
         blocks = [Block(config, checkpointing) for _ in range(config.num_hidden_layers)]
         self.layers = nn.ModuleList(blocks)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        # Tied models have no parameter here: the embedding serves twice, inside the root's forward,
-        # where FSDP has it gathered. Untied, the head is a unit of its own.
-        self.lm_head = Head(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, tokens, positions, forks, rows, targets):
         """tokens, positions (T,); forks as in fork_attention; rows (R,) of T; targets (R,) ids.
         Returns (R,) fp32: log p(targets[i] | all that token rows[i] sees)."""
         # Only scored rows reach the norm and the head. index_select: h[rows] is 5-7x slower on CPU.
         hidden = self.norm(self.hidden_states(tokens, positions, forks).index_select(0, rows))
-        tied_weight = self.embed_tokens.weight if self.config.tie_word_embeddings else None
-        return self.lm_head(hidden, targets, tied_weight)
+        if self.config.tie_word_embeddings:  # FSDP: part of the root, which is gathered here
+            return linear_logps(hidden, self.embed_tokens.weight, targets)
+        return self.lm_head(hidden, targets)  # FSDP: a unit of its own, gathered when called
 
     def hidden_states(self, tokens, positions, forks):
         """(T,) ids to the (T, D) output of the last block, before the final norm."""
@@ -223,30 +197,21 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, width, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
+class RMSNorm(nn.RMSNorm):
     def forward(self, x):
         # HF's order: statistics in fp32, back to x's dtype, then the weight. Given the weight,
         # F.rms_norm rounds only once, and a quarter of all bf16 outputs differ.
         return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
-class Head(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        if not config.tie_word_embeddings:
-            self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-
-    def forward(self, hidden, targets, tied_weight=None):
-        return linear_logps(hidden, self.weight if tied_weight is None else tied_weight, targets)
+class Head(nn.Linear):
+    def forward(self, hidden, targets):
+        return linear_logps(hidden, self.weight, targets)
 
 
 def rope_table(positions, config, dtype):
-    """(T,) positions to cos and sin (T, d), computed in fp32, cast to the activations' dtype as HF.
-    No buffer: after construction on the meta device it would be lost, and no error says so."""
+    """(T,) positions to cos and sin (T, d), computed in fp32 and cast, as HF. No buffer: a model
+    made on the meta device would lose it, without an error."""
     index = torch.arange(0, config.head_dim, 2, device=positions.device).float()
     frequencies = 1.0 / config.rope_theta ** (index / config.head_dim)
     angles = positions[:, None].float() * frequencies
@@ -266,11 +231,9 @@ def rotate(x, cos, sin):
 def fork_attention(q, k, v, forks):
     """Softmax attention inside forks: q (H, T, d), k and v (K, T, d) to (H, T, d).
 
-    forks: list of (start, trunk_end, rejected_end, chosen_end) in tokens, one after the other. A
-    query sees a key if and only if the key is of the same fork, not later in the row, and in the
-    trunk or in the query's own branch. So a fork takes three calls: its trunk over itself, and each
-    branch over trunk + itself, aligned at the bottom right: on CUDA in 16 bit flash kernels, which
-    take grouped heads and this alignment as they are (torch/nn/attention/bias.py).
+    forks: list of (start, trunk_end, rejected_end, chosen_end), one after the other in T. A trunk
+    sees itself, a branch its trunk and itself, causally: aligned at the bottom right, which flash
+    kernels (CUDA, 16 bit) take as it is, as they do grouped heads.
     """
     dtype = q.dtype
     if not q.is_cuda and dtype != torch.float64:
@@ -281,17 +244,16 @@ def fork_attention(q, k, v, forks):
     # split, because its backward is one cat; that of each slice would fill a whole (H, T, d).
     queries, keys, values = (t[None].split(sizes, 2) for t in (q, k, v))
     pieces = []
-    for first in range(0, len(sizes), 3):  # sizes[first:first + 3]: trunk, rejected, chosen
+    for i, size in enumerate(sizes):
+        if size == 0:
+            continue
+        key, value, part = keys[i], values[i], i % 3  # 0: trunk, 1: rejected, 2: chosen
+        if part > 0:
+            key = torch.cat([keys[i - part], key], 2)
+            value = torch.cat([values[i - part], value], 2)
+        mask = causal_lower_right(size, key.shape[2])
         pieces.append(F.scaled_dot_product_attention(
-            queries[first], keys[first], values[first], is_causal=True, enable_gqa=True))
-        for branch in (first + 1, first + 2):
-            if sizes[branch] == 0:
-                continue
-            key = torch.cat([keys[first], keys[branch]], 2)
-            value = torch.cat([values[first], values[branch]], 2)
-            mask = causal_lower_right(sizes[branch], sizes[first] + sizes[branch])
-            pieces.append(F.scaled_dot_product_attention(
-                queries[branch], key, value, attn_mask=mask, enable_gqa=True))
+            queries[i], key, value, attn_mask=mask, enable_gqa=True))
     return torch.cat(pieces, 2)[0].to(dtype)
 
 
@@ -317,117 +279,96 @@ def generate(model: Qwen3, prompts, seeds, *, max_tokens, temperature=0.7, top_p
              end=(), batch_size=32, on_done=None) -> list:
     """Continue every prompt by sampling with a plain (not sharded) model; temperature 0 is greedy.
 
-    prompts  lists of token ids, none empty; seeds: one int >= 0 a prompt, all the chance there is
-    top_k    so many most likely tokens stay, 0: all (of ties for the last place, as many as fit)
-    top_p    then the fewest most likely tokens stay whose probabilities sum to top_p; 1: all
-    end      token ids that end a sample
+    prompts  lists of token ids, none empty; seeds: an int >= 0 a prompt; end: ids that end a sample
+    top_k    so many most likely tokens stay, 0: all; top_p: of them the fewest that sum to top_p
     on_done  called as on_done(index, ids, ended) as soon as a sample is finished
     returns  (ids, ended) a prompt: ids without the end token; ended False: max_tokens cut it off
 
-    At most batch_size samples run at a time; a finished one makes room for the next prompt at once.
-    A sample's t-th token is drawn with the t-th number of a generator of its own, so batch size,
-    neighbours and rank change it through rounding alone, and on a CPU in fp32 not at all (measured
-    with MKL): prompts go through one by one, the blocks get LEAST_ROWS rows or more, and each row
-    attends to its own cache. Raises UserError where logits are not finite.
+    A finished sample makes room for the next prompt at once. A sample's t-th token is drawn with
+    the t-th number of its own generator, so batch size, neighbours and rank change it by rounding
+    alone, and on a CPU in fp32 not at all (measured with MKL): prompts are prefilled one by one,
+    and each row attends to its own cache. Raises UserError where logits are not finite.
     """
-    if batch_size < 1 or max_tokens < 1:
-        raise ValueError("batch_size and max_tokens: 1 or more expected")
-    results, waiting, rows = [None] * len(prompts), deque(range(len(prompts))), []
-    while rows or waiting:
+    results, rows, started = [None] * len(prompts), [], 0
+    while rows or started < len(prompts):
         hidden = [decode(model, rows)] if rows else []
-        while waiting and len(rows) < batch_size:
-            i = waiting.popleft()
-            last, cache = prefill(model, prompts[i])
+        while started < len(prompts) and len(rows) < batch_size:
+            last, cache = prefill(model, prompts[started])
             hidden.append(last)
-            random = np.random.Generator(np.random.Philox(seeds[i]))
-            rows.append(Row(i, random, cache, len(prompts[i])))
-        logits = next_logits(model, torch.cat(hidden))
+            random = np.random.Generator(np.random.Philox(seeds[started]))
+            rows.append(Row(started, random, cache, len(prompts[started])))
+            started += 1
+        hidden = F.pad(model.norm(torch.cat(hidden)), (0, 0, 0, max(0, LEAST_ROWS - len(rows))))
+        # On a CPU faster for few rows than hidden @ weight.T, the transposed copy included.
+        logits = (model.head_weight() @ hidden.T)[:, :len(rows)].T.contiguous()  # (rows, V)
+        if not logits.amax(-1).isfinite().all():
+            raise UserError("cannot sample: the model's logits are not finite")
         uniforms = torch.tensor([row.random.random() for row in rows], dtype=torch.float64)
-        tokens = sample(logits, uniforms.to(logits.device), temperature, top_p, top_k)
-        tokens = tokens.masked_fill(~logits.amax(-1).isfinite(), -1).tolist()  # waits for the GPU
-        running = []
+        tokens = sample(logits, uniforms.to(logits.device), temperature, top_p, top_k).tolist()
         for row, token in zip(rows, tokens):
-            if token < 0:
-                raise UserError(f"prompt {row.index}: logits of token {len(row.ids)} not finite")
-            if token not in end:
+            ended = token in end
+            if not ended:
                 row.ids.append(token)
-            if token in end or len(row.ids) == max_tokens:
-                results[row.index] = (row.ids, token in end)
+            if ended or len(row.ids) == max_tokens:
+                results[row.index] = (row.ids, ended)
                 if on_done:
-                    on_done(row.index, *results[row.index])
-            else:
-                running.append(row)
-        rows = running
+                    on_done(row.index, row.ids, ended)
+        rows = [row for row in rows if results[row.index] is None]
     return results
 
 
 def prefill(model, prompt):
     """A prompt's last hidden state (1, D), and the cache of its row."""
-    config, device = model.config, model.norm.weight.device
-    length = len(prompt)
-    cells = max(CELLS, 2 * length)
-    cache = model.norm.weight.new_empty(
-        config.num_hidden_layers, 2, config.num_key_value_heads, cells, config.head_dim)
+    config, weight, length = model.config, model.norm.weight, len(prompt)
+    cache = weight.new_empty(config.num_hidden_layers, 2, config.num_key_value_heads,
+                             max(CELLS, 2 * length), config.head_dim)
 
     def attend(q, k, v, layer):
         cache[layer, 0, :, :length] = k
         cache[layer, 1, :, :length] = v
         return fork_attention(q, k, v, [(0, length, length, length)])
 
-    tokens = torch.tensor(prompt, device=device)
-    hidden = model.blocks(tokens, torch.arange(length, device=device), attend)
-    return hidden[-1:], cache
+    tokens = torch.tensor(prompt, device=weight.device)
+    return model.blocks(tokens, torch.arange(length, device=weight.device), attend)[-1:], cache
 
 
 def decode(model, rows):
     """The last token of every row through the blocks, (rows, D); caches get its keys and values."""
-    device = model.norm.weight.device
-    fill = [0] * (LEAST_ROWS - len(rows))
+    device, fill = model.norm.weight.device, [0] * (LEAST_ROWS - len(rows))
     tokens = torch.tensor([row.ids[-1] for row in rows] + fill, device=device)
     positions = torch.tensor([row.length for row in rows] + fill, device=device)
     for row in rows:
         if row.length == row.cache.shape[3]:
             row.cache = F.pad(row.cache, (0, 0, 0, row.length))
+        row.length += 1
 
     def attend(q, k, v, layer):
         out = torch.zeros_like(q)
         for i, row in enumerate(rows):
-            cache = row.cache[layer, :, :, :row.length + 1]
+            cache = row.cache[layer, :, :, :row.length]
             cache[0, :, -1] = k[:, i]
             cache[1, :, -1] = v[:, i]
             out[:, i:i + 1] = F.scaled_dot_product_attention(
                 q[None, :, i:i + 1], cache[:1], cache[1:], enable_gqa=True)[0]
         return out
 
-    hidden = model.blocks(tokens, positions, attend)
-    for row in rows:
-        row.length += 1
-    return hidden[:len(rows)]
-
-
-def next_logits(model, hidden):
-    """(n, D) states before the final norm to (n, V) logits in the model's dtype."""
-    fill = max(0, LEAST_ROWS - len(hidden))
-    # On a CPU faster for few rows than hidden @ weight.T, the transposed copy included.
-    logits = model.head_weight() @ F.pad(model.norm(hidden), (0, 0, 0, fill)).T
-    return logits[:, :len(hidden)].T.contiguous()
+    return model.blocks(tokens, positions, attend)[:len(rows)]
 
 
 def sample(logits, uniforms, temperature, top_p, top_k):
-    """One id a row, (n,) int64, from logits (n, V) and uniforms (n,) fp64 in [0, 1)."""
+    """(n,) int64 ids from logits (n, V) and uniforms (n,) fp64 in [0, 1)."""
     if temperature == 0:
         return logits.argmax(-1)
     probs, ids = filtered(logits, temperature, top_p, top_k)
     cdf = probs.cumsum(-1)
     picked = (cdf <= uniforms[:, None] * cdf[:, -1:]).sum(-1)
-    # The first bound is for u * total that was rounded up to total, the second for rows of NaN.
-    picked = picked.minimum((probs > 0).sum(-1) - 1).clamp_(min=0)
+    picked = picked.minimum((probs > 0).sum(-1) - 1)  # where u * total was rounded up to total
     return ids.gather(1, picked[:, None]).squeeze(1)
 
 
 def filtered(logits, temperature, top_p, top_k):
-    """The filters in transformers' order: temperature, top-k, top-p. Returns weights (n, k) fp64,
-    largest first, 0 where top_p drops the token, and their ids (n, k). Without top_k, k is V."""
+    """Temperature, top-k, top-p in transformers' order: weights (n, k) fp64, largest first, 0 where
+    top_p drops the token, and their ids (n, k); without top_k, k is V."""
     if 0 < top_k < logits.shape[1]:
         values, ids = logits.topk(top_k)
     else:
@@ -447,23 +388,21 @@ SIDE_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json
 def checkpoint_folder(name: str) -> str:
     """The name of a folder that may hold a checkpoint. Raises UserError."""
     if not os.path.isdir(name):
-        raise UserError(f"{name} is no folder: a folder with config.json, tokenizer.json and "
-                        "*.safetensors expected. A model of the hub comes with\n"
-                        f"  hf download {name} --local-dir {os.path.basename(name)}")
+        download = f"hf download {name} --local-dir {os.path.basename(name)}"
+        raise UserError(f"{name} is no folder: a folder with config.json and weights expected\n"
+                        f"  from the hub: {download}")
     if os.path.exists(os.path.join(name, "adapter_config.json")):
-        raise UserError(f"{name} holds a LoRA adapter (adapter_config.json): merge it first "
-                        "(peft's merge_and_unload), or remove that file if this is done")
+        raise UserError(f"{name} holds a LoRA adapter (adapter_config.json): merge it first")
     return name
 
 
 def unread_parts(folder: str) -> list:
     """What lies in a checkpoint and is not read, as lines for the log."""
-    known = HARMLESS | SUPPORTED.keys() | {f.name for f in fields(Config)}
-    keys = sorted(read_json(os.path.join(folder, "config.json")).keys() - known)
-    lines = [f"{folder}/config.json: not read: {', '.join(keys)}"] if keys else []
-    single = os.path.join(folder, "model.safetensors")
-    if os.path.exists(single) and os.path.exists(single + ".index.json"):
-        lines.append(f"{single} is read, not the shards of the index beside it")
+    raw, known = read_json(os.path.join(folder, "config.json")), {f.name for f in fields(Config)}
+    unread = sorted(k for k in raw if raw[k] and k not in HARMLESS | SUPPORTED.keys() | known)
+    lines = [f"{folder}/config.json: not read: {', '.join(unread)}"] if unread else []
+    if {"model.safetensors", "model.safetensors.index.json"} <= set(os.listdir(folder)):
+        lines.append(f"{folder}/model.safetensors is read, not the shards of the index beside it")
     return lines
 
 
@@ -473,16 +412,13 @@ def hf_name(name: str) -> str:
 
 
 def open_tensors(folder: str) -> dict:
-    """All tensors of a checkpoint: {HF name: (file path, safetensors slice)}; reads headers alone,
-    of model.safetensors or else of the files that model.safetensors.index.json names. Raises
-    UserError for missing, truncated or corrupt files."""
-    single = os.path.join(folder, "model.safetensors")
-    paths = [single]
-    if not os.path.exists(single) and os.path.exists(single + ".index.json"):
-        files = read_json(single + ".index.json").get("weight_map", {}).values()
-        paths = [os.path.join(folder, file) for file in sorted(set(files))]
+    """{HF name: (file path, safetensors slice)} of model.safetensors, or else of the files in its
+    index; reads headers alone. Raises UserError for missing, truncated or corrupt files."""
+    files, index = {"model.safetensors"}, "model.safetensors.index.json"
+    if not files & set(os.listdir(folder)) and index in os.listdir(folder):
+        files = set(read_json(os.path.join(folder, index))["weight_map"].values())
     tensors = {}
-    for path in paths:
+    for path in sorted(os.path.join(folder, file) for file in files):
         try:
             handle = safe_open(path, framework="pt")
             tensors |= {name: (path, handle.get_slice(name)) for name in handle.keys()}
@@ -493,52 +429,45 @@ def open_tensors(folder: str) -> dict:
 
 
 def rows_here(p):
-    """This rank's part of a parameter: (local tensor, first row, end row). FSDP2 shards dimension 0
-    in equal chunks, the last ones shorter or empty."""
+    """This rank's part of a parameter: (local tensor, first row, end row)."""
     if not isinstance(p, DTensor):
         return p.detach(), 0, p.shape[0]
+    local = p.detach().to_local()
     mesh_dim = next(i for i, placement in enumerate(p.placements) if placement.is_shard())
-    chunk = -(-p.shape[0] // p.device_mesh.size(mesh_dim))
+    chunk = -(-p.shape[0] // p.device_mesh.size(mesh_dim))  # FSDP2: the last are shorter or empty
     start = min(p.device_mesh.get_local_rank(mesh_dim) * chunk, p.shape[0])
-    return p.detach().to_local(), start, min(start + chunk, p.shape[0])
+    return local, start, start + local.shape[0]
 
 
 @torch.no_grad()
 def load_weights(model: Qwen3, folder: str, device) -> None:
-    """Give a model that was made on the meta device, plain or sharded, memory on `device`, and fill
-    it from a checkpoint: every rank reads only its own rows. Raises one UserError that lists all
-    missing, unexpected, mis-shaped and mis-typed tensors, or for the first that is not finite. A
+    """Give a model of the meta device, plain or sharded, memory on `device`, and fill it from a
+    checkpoint: each rank reads its own rows alone. Raises one UserError that lists all misfits. A
     tied checkpoint may carry lm_head.weight if it is the embedding again."""
     found = open_tensors(folder)
+    model.to_empty(device=device)
     wanted = {hf_name(name): p for name, p in model.named_parameters()}
-    head_twice = model.config.tie_word_embeddings and "lm_head.weight" in found
-    if head_twice:
+    tied_head = model.config.tie_word_embeddings and "lm_head.weight" in found
+    if tied_head:
         wanted["lm_head.weight"] = model.embed_tokens.weight
     problems = [f"missing: {n} {tuple(p.shape)}" for n, p in wanted.items() if n not in found]
     for name, (_, tensor) in found.items():
-        shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
+        shape = tuple(tensor.get_shape())
         if name not in wanted:
             problems.append(f"unexpected: {name} {shape}")
         elif shape != tuple(wanted[name].shape):
             problems.append(f"wrong shape: {name} is {shape}, not {tuple(wanted[name].shape)}")
-        elif dtype not in ("F32", "BF16", "F16"):
-            problems.append(f"wrong type: {name} is {dtype}, F32, BF16 or F16 expected")
     if problems:
         raise UserError(f"{folder}: weights do not fit config.json:{listed(problems)}")
-    model.to_empty(device=device)
-    finite = {}
-    for name, p in model.named_parameters():
+    for name, p in wanted.items():
         local, start, end = rows_here(p)
-        if end > start:
-            local.copy_(found[hf_name(name)][1][start:end])  # casts
-        finite[hf_name(name)] = local.isfinite().all()
-    for name, sound in zip(finite, torch.stack([*finite.values()]).tolist()):  # a GPU waits, once
-        if not sound:
-            raise UserError(f"{found[name][0]}: {name} holds NaN or infinity")
-    if head_twice:
-        local, start, end = rows_here(model.embed_tokens.weight)
-        if end > start and (found["lm_head.weight"][1][start:end].to(local) != local).any():
-            raise UserError(f"{folder}: lm_head.weight differs from model.embed_tokens.weight, so "
+        if end == start:
+            continue
+        stored = found[name][1][start:end]
+        if not tied_head or name != "lm_head.weight":
+            local.copy_(stored)  # casts
+        elif (stored.to(local) != local).any():
+            raise UserError(f"{folder}: {name} differs from model.embed_tokens.weight, so "
                             'config.json should say "tie_word_embeddings": false')
 
 
@@ -553,17 +482,16 @@ def load_model(folder: str, dtype=torch.float32, device="cpu") -> Qwen3:
 @torch.no_grad()
 def export(model: Qwen3, folder: str, source: str, ranks, dtype=torch.bfloat16,
            shard_bytes=5 * 10**9):
-    """Write `model` to `folder` in HF layout; called on all ranks, written by the main one, whose
-    CPU memory holds one file of at most shard_bytes at a time. Configuration, tokenizer and
-    generation files come from `source`. An error ends all ranks, as in Ranks.together."""
-    shards, used = [{}], 0
+    """Write `model` to `folder` in HF layout, with the other files of `source`. All ranks call; the
+    main one writes, and holds one file of at most shard_bytes in CPU memory at a time."""
+    shards, room = [{}], shard_bytes
     for name, p in model.named_parameters():
         size = p.numel() * dtype.itemsize
-        if shards[-1] and used + size > shard_bytes:
+        if size > room and shards[-1]:
             shards.append({})
-            used = 0
+            room = shard_bytes
         shards[-1][hf_name(name)] = p
-        used += size
+        room -= size
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         file = "model.safetensors"
@@ -578,20 +506,18 @@ def export(model: Qwen3, folder: str, source: str, ranks, dtype=torch.bfloat16,
                 tensors[name] = tensor.cpu()
             weight_map[name] = file
         ranks.main_only(write_tensors, os.path.join(folder, file), tensors)
-
-    def write_side_files():
-        if len(shards) > 1:
+    with ranks.together():
+        if ranks.main and len(shards) > 1:
             total = sum(p.numel() for p in model.parameters()) * dtype.itemsize
             write_json(os.path.join(folder, "model.safetensors.index.json"),
                        {"metadata": {"total_size": total}, "weight_map": weight_map})
-        config = read_json(os.path.join(source, "config.json"))
-        config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
-        write_json(os.path.join(folder, "config.json"), config)
-        for file in SIDE_FILES:
-            if os.path.exists(os.path.join(source, file)):
+        if ranks.main:
+            config = read_json(os.path.join(source, "config.json"))
+            key = "dtype" if "dtype" in config else "torch_dtype"
+            write_json(os.path.join(folder, "config.json"),
+                       {**config, key: str(dtype).removeprefix("torch.")})
+            for file in sorted(set(SIDE_FILES) & set(os.listdir(source))):
                 shutil.copyfile(os.path.join(source, file), os.path.join(folder, file))
-
-    ranks.main_only(write_side_files)
 
 
 def write_tensors(path: str, tensors: dict, **metadata: str):
@@ -601,7 +527,7 @@ def write_tensors(path: str, tensors: dict, **metadata: str):
         save_file(tensors, path, metadata={"format": "pt", **metadata})
     except SafetensorError as e:
         raise UserError(f"{path}: {e}") from None
-    with writing(path), open(path, "rb") as f:
+    with open(path, "rb") as f:
         os.fsync(f.fileno())
 
 
@@ -609,12 +535,11 @@ def write_tensors(path: str, tensors: dict, **metadata: str):
 
 
 class PlainLines:
-    """stderr for tqdm: each state of a bar is a line, written at once."""
+    """stderr for tqdm where it is no terminal: each state of a bar becomes a line."""
 
     def write(self, text):
-        text = text.strip()
-        if text:
-            sys.stderr.write(text + "\n")
+        if text.strip():
+            print(text.strip(), file=sys.stderr)
 
     def flush(self):
         sys.stderr.flush()
@@ -639,17 +564,15 @@ class Ranks:
 
     def progress(self, total, title, unit, done=0):
         """The main rank's progress bar. Where stderr is no terminal: a plain line at the start,
-        every 30 seconds, and at the end (quiet: of long work). TQDM_DISABLE=1 has none."""
-        options = {"total": total, "desc": title, "unit": unit, "initial": done}
+        every 30 seconds, and at the end (quiet: of long work)."""
         if not self.main or total - done < 2:
-            options["disable"] = True
-        elif sys.stderr.isatty():
-            options["leave"] = not self.quiet
-        else:
+            return tqdm(disable=True)
+        options = {"leave": not self.quiet}
+        if not sys.stderr.isatty():
             line = "{desc}: {n_fmt} of {total_fmt} in {elapsed}, {rate_fmt}{postfix}"
-            options |= {"file": PlainLines(), "bar_format": line, "mininterval": 30,
-                        "maxinterval": 30, "delay": 10 if self.quiet else 0}
-        return tqdm(**options)
+            options = {"file": PlainLines(), "bar_format": line, "mininterval": 30,
+                       "maxinterval": 30, "delay": 10 if self.quiet else 0}
+        return tqdm(total=total, desc=title, unit=unit, initial=done, **options)
 
     def reduce(self, tensor, op=dist.ReduceOp.SUM):
         """All-reduced copy, on the CPU."""
@@ -681,23 +604,23 @@ class Ranks:
 
 
 def open_ranks(timeout: int, toy: bool = False) -> Ranks:
-    """Join the process group that torchrun describes; without torchrun a group of one. Raises
-    UserError where there are fewer GPUs than ranks; the toy story takes the CPU then."""
+    """Join torchrun's process group, or without torchrun a group of one. Raises UserError for fewer
+    GPUs than ranks; the toy story takes the CPU then."""
     local = int(os.environ.get("LOCAL_RANK") or 0)
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     arguments = {"backend": "gloo", "timeout": timedelta(seconds=timeout)}
     if "RANK" not in os.environ:
         arguments |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    device, count = torch.device("cpu"), torch.cuda.device_count()
-    if 0 < count < local_world and not toy:
-        raise UserError(f"{local_world} ranks on this machine, but {count} GPUs: start with "
-                        f"--nproc_per_node={count}, or on the CPU with CUDA_VISIBLE_DEVICES=")
-    if count >= local_world:
+    device, gpus = torch.device("cpu"), torch.cuda.device_count()
+    if gpus >= local_world:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
         # cuDNN's attention, torch's choice on new cards, plans half a second for each new length.
         torch.backends.cuda.enable_cudnn_sdp(False)
         arguments |= {"backend": "nccl", "device_id": device}
+    elif gpus and not toy:
+        raise UserError(f"{local_world} ranks on this machine, but {gpus} GPUs: start with "
+                        f"--nproc_per_node={gpus}, or on the CPU with CUDA_VISIBLE_DEVICES=")
     else:  # torchrun sets OMP_NUM_THREADS=1, which wastes cores where there are fewer ranks
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
         torch.set_flush_denormal(True)  # most of a sharp softmax is denormal: slow numbers
@@ -715,32 +638,32 @@ def close_ranks():
 
 
 def start_program(parse, join):
-    """(options, Ranks) of a program, from parse() and join(options). On wrong options one rank a
+    """(options, Ranks) of a program, from parse() and join(options). Wrong options: one rank a
     machine says what is wrong, and all exit with code 2."""
-    speaks = os.environ.get("LOCAL_RANK", "") in ("", "0")
-    out = sys.stdout if speaks else io.StringIO()
-    err = sys.stderr if speaks else io.StringIO()
+    silent = os.environ.get("LOCAL_RANK", "") not in ("", "0")
+    output = open(os.devnull, "w") if silent else sys.stderr
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):  # argparse prints
+        with contextlib.redirect_stderr(output):  # argparse prints
             o = parse()
         return o, join(o)
-    except SystemExit as e:
-        code = e.code
     except UserError as e:
-        code = 2
-        print(f"error: {e}", file=err, flush=True)
-    if code and not speaks:
+        print(f"error: {e}", file=output, flush=True)
+    except SystemExit as e:
+        if not e.code:
+            raise  # --help
+    if silent:
         time.sleep(30)  # the rank that speaks exits first, and torchrun ends this one
-    sys.exit(code)
+    sys.exit(2)
 
 
 def run_and_exit(main):
-    """Run a program to its exit code and end the process at once: gloo's threads now and then abort
-    the interpreter's own way out. A dead or stalled rank is reported in one line."""
+    """Run a program and end the process at once: gloo's threads sometimes abort the interpreter's
+    own way out. A dead or stalled rank is reported in one line."""
     try:
         code = main()
-    except RuntimeError as e:  # gloo's have no class of their own
-        if not isinstance(e, dist.DistError) and not re.search("gloo|closed by|Timed out", str(e)):
+    except RuntimeError as e:  # gloo's errors have no class of their own
+        signs = ("gloo", "closed by", "Timed out")
+        if not isinstance(e, dist.DistError) and not any(sign in str(e) for sign in signs):
             raise
         tqdm.write("error: another rank has died or has not answered within --timeout: "
                    f"{str(e).splitlines()[0]:.200}", file=sys.stderr)
@@ -750,20 +673,18 @@ def run_and_exit(main):
 
 
 def option(default, text, choices=None):
-    """A field of an Options dataclass with its line for --help."""
-    return field(default=default, metadata={"help": text, "choices": choices})
+    """A field of an Options dataclass that holds its arguments for argparse."""
+    text = text.replace("%", "%%")
+    if default is False:
+        return field(default=False, metadata={"action": "store_true", "help": text})
+    if default != "":
+        text += f" [{default}]"
+    arguments = {"type": type(default), "choices": choices, "help": text}
+    return field(default=default, metadata=arguments)
 
 
 def add_options(parser, record):
     """A --flag for every `option` of a dataclass; the parsed result holds only those given."""
     for f in fields(record):
-        if not f.metadata:
-            continue
-        text = f.metadata["help"]
-        kind = {"action": "store_true"}
-        if f.type is not bool:
-            kind = {"type": f.type, "choices": f.metadata["choices"]}
-            if f.default != "":
-                text += f" [{f.default}]"
-        text = text.replace("%", "%%")
-        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **kind)
+        if f.metadata:
+            parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **f.metadata)

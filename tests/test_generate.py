@@ -152,5 +152,5 @@ def test_logits_that_are_not_finite_are_no_text(tmp_path):
     model = qwen.load_model(checkpoint(tmp_path, SHAPES[0]))
     model.norm.weight.data[3] = float("nan")
     for temperature in (0, 0.7):
-        with pytest.raises(UserError, match="prompt 0: logits of token 0 not finite"):
+        with pytest.raises(UserError, match="logits are not finite"):
             qwen.generate(model, [[1, 2]], [0], max_tokens=3, temperature=temperature)

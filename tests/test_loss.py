@@ -133,11 +133,6 @@ def test_sequence_logps_equals_python_sums(lengths, seed):
         assert got == pytest.approx([trunk + good, trunk + bad], abs=1e-12)
 
 
-def test_sequence_logps_refuses_what_does_not_add_up():
-    with pytest.raises(RuntimeError, match="sum to"):
-        loss.sequence_logps(torch.zeros(5), torch.tensor([[1, 2, 3]]))
-
-
 def test_tether_and_loss_of_large_rewards():
     r = torch.tensor([-3.0, 0.0, 10.0, 50.0], dtype=torch.float64)
     assert loss.tether(r).tolist() == pytest.approx([1 / (1 + math.exp(x)) for x in r.tolist()])

