@@ -262,8 +262,7 @@ def in_parallel(call, items, workers: int):
 
 
 def read_answers(folder: str) -> dict:
-    """{key: record} of all ranks' raw answers; an answer goes before a failed request. Raises
-    UserError for a broken line."""
+    """{key: record} of all ranks' raw answers; an answer goes before a failed request."""
     answers = {}
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), "raw-*.jsonl"))):
         for record in data.read_log(path):
@@ -281,8 +280,8 @@ def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks
     records   {"key", "text", "finish", "tokens"} or {"key", "error"}
 
     Each answer is added to folder/raw-RANK.jsonl as it comes; the same call asks what is missing or
-    has failed. Collective at its start. Consume it, or break off, inside `ranks.together()`: after
-    that `read_answers` has what all ranks got."""
+    failed. Collective at its start. Consume it, or break off, inside `ranks.together()`: then
+    `read_answers` has what all ranks got."""
     path = os.path.join(folder, f"raw-{ranks.rank}.jsonl")
     with ranks.together():
         os.makedirs(folder, exist_ok=True)
@@ -290,6 +289,10 @@ def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks
             log.seek(0)
             log.truncate(log.read().rfind(b"\n") + 1)
         answers = read_answers(folder)
+        others = answers.keys() - {r.key for r in requests}
+        if others:
+            raise UserError(f"{folder} answers {min(others)!r} too, which is not among the questions "
+                            "given now: choose another --out")
     todo = [r for r in requests if "text" not in answers.get(r.key, {})][ranks.rank::ranks.world]
     bar, counts, lock = ranks.progress(len(todo), title, "answer"), Counter(), threading.Lock()
 
@@ -304,7 +307,7 @@ def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks
         return record
 
     with bar:
-        yield from [answers[r.key] for r in requests if r.key in answers]
+        yield from answers.values()
         if isinstance(policy, LocalModel):
             for start in range(0, len(todo), at_once):
                 yield from answer_locally(policy, todo[start:start + at_once], sampling, keep)

@@ -112,9 +112,9 @@ def read_errors(path):
 
 @contextlib.contextmanager
 def sorted_at_the_end(policy, asked, out, ranks, names, judge):
-    """Run a block that samples the keys of `asked` into `out`, then sort what arrived into the
-    files `names`, also after Ctrl-C or an error. judge(asked[key], record) returns a verdict, which
-    is counted in summary.json, and {file name: its row}."""
+    """Run a block that samples `asked`, {key: Item}, into `out`, then sort what arrived into the
+    files `names`, also after Ctrl-C or an error: judge(item, record) returns a verdict, which is
+    counted in summary.json, and {file name: row}."""
     def conclude():
         answers = read_answers(out)
         arrived = [(asked[key], answers[key]) for key in asked if key in answers]
@@ -126,14 +126,13 @@ def sorted_at_the_end(policy, asked, out, ranks, names, judge):
                 files[name].append(row)
         for name, rows in files.items():
             data.write_rows(os.path.join(out, f"{name}.jsonl"), rows)
-        missing = len(asked) - len(arrived)
-        summary = {"answers wanted": len(asked), "not asked": missing, **counts}
+        summary = {"answers wanted": len(asked), "not asked": len(asked) - len(arrived)} | counts
         ranks.say("\n".join(f"{n:7}  {outcome}" for outcome, n in summary.items()) + f"\n{out}")
-        errors = [record["error"] for _, record in arrived if "error" in record]
         if isinstance(policy, Server) and policy.refused:
             summary["refused by the server"] = list(policy.refused)  # keys of the request
         data.write_json(os.path.join(out, "summary.json"), summary)
-        if isinstance(policy, Server) and errors and len(errors) == len(arrived):
+        errors = [record["error"] for _, record in arrived if "error" in record]
+        if isinstance(policy, Server) and arrived and len(errors) == len(arrived):
             raise UserError(f"all {len(errors)} requests failed, the first with: {errors[0]:.200}; "
                             "the same command asks them again")
 
@@ -162,20 +161,18 @@ def elicit(items: list, out: str, policy: LocalModel | Server, sampling: Samplin
     requests, asked = [], {}
     for item in items:
         for i in range(samples):
-            name = f"{item.id}/{i}"
-            requests.append(request_for(name, item.messages, seed))
-            asked[requests[-1].key] = name, item
+            requests.append(request_for(f"{item.id}/{i}", item.messages, seed))
+            asked[requests[-1].key] = item
     names = ("samples", "errors", "correct")
     with sorted_at_the_end(policy, asked, out, ranks, names, judge_answer):
         for _ in sample(policy, requests, out, sampling, ranks, "eliciting"):
             pass  # each is in the log
 
 
-def judge_answer(asked: tuple, record: dict) -> tuple:
-    """(verdict, {file name: row}) of one record for asked = (name of the answer, Item)."""
+def judge_answer(item: Item, record: dict) -> tuple:
+    """(verdict, {file name: row}) of one record."""
     if "error" in record:
         return "request failed", {}
-    name, item = asked
     text, extracted = record["text"], extract_answer(record["text"])
     if record["finish"] == "length":
         verdict, extracted = "cut off at max_tokens", None
@@ -183,6 +180,7 @@ def judge_answer(asked: tuple, record: dict) -> tuple:
         verdict = "wrong: no final answer"
     else:
         verdict = "right" if answers_match(extracted, item.gold) else "wrong"
+    name, _, _ = record["key"].rpartition(" ")
     row = {"id": name, "question": item.question, "ground_truth": item.gold}
     rows = {"samples": {**row, "answer": text, "extracted_answer": extracted, "verdict": verdict,
                         "tokens": record["tokens"]}}
@@ -224,18 +222,18 @@ def rectify(items: list, out: str, oracle, encode, ranks: Ranks, prompt: str = "
                                          max_change_ratio)
         row = {"index": item.id, "question": item.question, "ground_truth": item.gold}
         if pair:
-            return verdict, {"pairs": {**row, **pair}}
+            return verdict, {"pairs": row | pair}
         raw = {key: record[key] for key in ("text", "error", "partial") if key in record}
-        return verdict, {"rejected": {**row, "original_answer": item.answer, "reason": verdict,
-                                      **raw}}
+        row |= {"original_answer": item.answer, "reason": verdict}
+        return verdict, {"rejected": row | raw}
 
     policy, at_once = call if by_function else oracle, 512 if target else 10**9
-    count = 0
+    pairs = 0
     with sorted_at_the_end(oracle, asked, out, ranks, ("pairs", "rejected"), judge):
         for record in sample(policy, requests, out, sampling, ranks, "rectifying", at_once):
-            if target and "pairs" in judge(asked[record["key"]], record)[1]:
-                count += 1
-                if count == target:
+            if target and judge(asked[record["key"]], record)[0] == "pairs":
+                pairs += 1
+                if pairs == target:
                     break
 
 

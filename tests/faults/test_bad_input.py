@@ -68,6 +68,7 @@ CELLS = [  # the command, what is broken, what the message must match
     # benchmark files, finished evaluations, reports
     ("tasks", second_row("tasks/gpqa.jsonl", **{"Correct Answer": 5}), "line 2: 'Correct Answer'"),
     ("again", replaced("a/settings.json", b'"seed": 0', b'"seed": 5'), "seed was 5, now 0"),
+    ("again", second_row("tasks/own.jsonl", question="x"), "is not among the questions given"),
     ("again", second_line(RAW, b'{"key": "n0'), "own/raw-0.jsonl, line 2: "),
     ("compare", gone("b/results.json"), "b/results.json is missing"),
     ("report", gone("run/metrics.jsonl"), r"run: no run \(metrics.jsonl\) and no evaluation"),
