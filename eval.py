@@ -199,10 +199,10 @@ def drop_refused(server: Server, body: dict, error: str) -> bool:
     words = re.split(ADVICE, error)[0]
     named = [key for key in body if key not in ("model", "messages")
              and re.search(rf"\b{re.escape(key)}\b(?!{COPIED})", words)]
-    refused = {key: None for key in named if key not in server.given}
+    refused = {key: None for key in named if key.replace("completion_", "") not in server.given}
     new_name = re.search("max_completion_tokens.{0,9} instead", words)
     if new_name and "max_tokens" in body.keys() - server.body.keys():
-        refused["max_tokens"] = "max_completion_tokens"  # a given one too
+        refused["max_tokens"] = "max_completion_tokens"  # the same limit, a given one too
     if {"temperature", "top_p"} <= refused.keys():  # "cannot both be specified"
         del refused["temperature"]
     # A limit depends on the prompt: where the user's is refused, only this request fails.
@@ -247,27 +247,17 @@ def read_completion(answer: dict) -> dict:
 # --- sampling: every answer kept as it comes ------------------------------------------------------
 
 
-def in_parallel(call, items, workers: int):
-    """Yield call(item) in the order of completion, `workers` calls at a time. A consumer that stops
-    early waits for the calls under way; Ctrl-C does not."""
-    pool = ThreadPoolExecutor(workers)
-    try:
-        for future in as_completed([pool.submit(call, item) for item in items]):
-            yield future.result()
-    except GeneratorExit:
-        pool.shutdown(cancel_futures=True)
-        raise
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def read_answers(folder: str) -> dict:
-    """{key: record} of all ranks' raw answers; an answer goes before a failed request."""
+def read_answers(folder: str, keys=None) -> dict:
+    """{key: record} of all ranks' raw answers; an answer goes before a failed request. Raises
+    UserError for answers to something that is not in `keys`."""
     answers = {}
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), "raw-*.jsonl"))):
         for record in data.read_log(path):
             if "text" not in answers.get(record["key"], {}):
                 answers[record["key"]] = record
+    if keys is not None and answers.keys() - keys:
+        raise UserError(f"{folder} answers {min(answers.keys() - keys)!r}, which is not among the "
+                        "questions given now: choose another --out")
     return answers
 
 
@@ -288,11 +278,7 @@ def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks
         with open(path, "a+b") as log:  # a last line that a kill has torn is cut off
             log.seek(0)
             log.truncate(log.read().rfind(b"\n") + 1)
-        answers = read_answers(folder)
-        others = answers.keys() - {r.key for r in requests}
-        if others:
-            raise UserError(f"{folder} answers {min(others)!r} too, which is not among the questions "
-                            "given now: choose another --out")
+        answers = read_answers(folder, {r.key for r in requests})
     todo = [r for r in requests if "text" not in answers.get(r.key, {})][ranks.rank::ranks.world]
     bar, counts, lock = ranks.progress(len(todo), title, "answer"), Counter(), threading.Lock()
 
@@ -312,11 +298,26 @@ def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks
             for start in range(0, len(todo), at_once):
                 yield from answer_locally(policy, todo[start:start + at_once], sampling, keep)
         elif isinstance(policy, Server):
-            yield from in_parallel(lambda request: keep(request, ask(policy, request, sampling)),
-                                   todo, policy.workers)
+            yield from ask_in_parallel(policy, todo, sampling, keep)
         else:
             for request in todo:
                 yield keep(request, policy(request))
+
+
+def ask_in_parallel(server: Server, requests: list, sampling: Sampling, keep):
+    """Yield the records of a server; a consumer that stops early waits for requests under way."""
+    def answer(request):
+        return keep(request, ask(server, request, sampling))
+
+    pool = ThreadPoolExecutor(server.workers)
+    try:
+        for future in as_completed([pool.submit(answer, request) for request in requests]):
+            yield future.result()
+    except GeneratorExit:
+        pool.shutdown(cancel_futures=True)
+        raise
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait
 
 
 def answer_locally(local: LocalModel, requests: list, sampling: Sampling, keep) -> list:
@@ -388,11 +389,8 @@ def open_policy(o: SamplingOptions, device, non_thinking: bool = True):
         raise UserError("OPENAI_API_KEY holds characters that no HTTP header can carry")
     extras = {"chat_template_kwargs": {"enable_thinking": False}} if non_thinking else {}
     body = json.loads(o.body or "{}")
-    given = {*body, *o.given}
-    if "max_tokens" in given:
-        given.add("max_completion_tokens")  # its new name
     server = Server(o.server.rstrip("/"), o.server_model, key, o.workers, o.request_timeout,
-                    o.tries, extras, body, given)
+                    o.tries, extras, body, given={*body, *o.given})
     if not server.model:
         names = [entry["id"] for entry in fetch_json(server, "/models")["data"]]
         if len(names) != 1:

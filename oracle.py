@@ -116,7 +116,7 @@ def sorted_at_the_end(policy, asked, out, ranks, names, judge):
     files `names`, also after Ctrl-C or an error: judge(item, record) returns a verdict, which is
     counted in summary.json, and {file name: row}."""
     def conclude():
-        answers = read_answers(out)
+        answers = read_answers(out, asked)
         arrived = [(asked[key], answers[key]) for key in asked if key in answers]
         files, counts = {name: [] for name in names}, Counter()
         for item, record in arrived:

@@ -322,6 +322,17 @@ def test_a_folder_of_other_content_is_refused():
     assert code == 1 and "is not empty" in err and not server.requests
 
 
+def test_a_folder_of_other_questions_is_refused_and_stays():
+    write_errors()
+    with Misbehaving(good) as server:
+        rectify(server)
+        before = launch.files(Path("out"))
+        write_errors(count=3)
+        code, err = rectify(server)
+    assert code == 1 and "is not among the questions given" in err
+    assert len(server.requests) == 8 and launch.files(Path("out")) == before
+
+
 def test_contradictory_options_are_refused():
     asked = ("--out", "o", "--server", "http://x/v1")
     cases = {
