@@ -26,14 +26,13 @@ import os
 import random
 import re
 import signal
-import socket
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from http.client import HTTPException
@@ -124,256 +123,164 @@ class Server:
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
 
-def open_server(url: str, model: str = "", **settings) -> Server:
-    """A Server; without a model name of the only model that it lists. Raises UserError."""
-    url = url.rstrip("/")
-    if not re.fullmatch(r"https?://[^/@\s]+(/\S*)?", url):
-        shown = url.rpartition("@")[2]  # a password may stand before it
-        raise UserError(f"--server is {shown!r}, http://localhost:8000/v1 or the like expected")
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if not re.fullmatch(r"[!-~]*", key):  # http.client would show it in its error
-        raise UserError("OPENAI_API_KEY holds characters that no HTTP header can carry")
-    server = Server(url, model, key, **settings)
-    if not model:
-        try:
-            names = [str(entry["id"]) for entry in fetch_json(server, "/models")["data"]]
-        except (UserError, RequestFailed, KeyError, TypeError) as e:
-            raise UserError(f"{url}/models: {e}; name the model with --server_model") from None
-        if len(names) != 1:
-            raise UserError(f"{url} serves {len(names)} models ({', '.join(names)[:200]}): choose "
-                            "one with --server_model")
-        server.model = names[0]
-    return server
-
-
-class RequestFailed(Exception):
+class RequestFailed(UserError):
     """One request got no usable answer; the text says why. The others go on."""
 
-    def __init__(self, reason: str, status: int = 0, detail: str = ""):
-        super().__init__(reason)
-        self.status, self.detail = status, detail  # of the HTTP answer
 
-
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect is an error: to follow it would carry the key to another host."""
-
-    def redirect_request(self, *args):
-        return None
-
-
-OPENER = urllib.request.build_opener(NoRedirect)
-FATAL = {401: "the key in OPENAI_API_KEY is missing or wrong", 402: "the account has no credit",
-         403: "the key in OPENAI_API_KEY may not use this model",
-         404: "the address or the model name is wrong", 405: "the address is no chat endpoint"}
+OPENER = urllib.request.OpenerDirector()  # follows no redirect: that would carry the key elsewhere
+OPENER.add_handler(urllib.request.ProxyHandler())
+OPENER.add_handler(urllib.request.HTTPHandler())
+OPENER.add_handler(urllib.request.HTTPSHandler())
 
 
 def fetch_json(server: Server, path: str, body: dict | None = None) -> dict:
-    """One JSON request, POST if it has a body, tried up to server.tries times with doubling,
-    jittered pauses, or as Retry-After says. Raises UserError, which ends the whole run, where every
-    other request would fail too (a FATAL status, nobody listens), RequestFailed for the rest."""
+    """One JSON request, tried up to server.tries times with doubling, jittered pauses, or as
+    Retry-After says. Raises RequestFailed; UserError where every other request would fail too."""
     headers = {"Content-Type": "application/json"}
     if server.key:
         headers["Authorization"] = f"Bearer {server.key}"
     content = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(server.url + path, content, headers)
     for attempt in range(server.tries):
-        pause, reason = min(60.0, 2.0**attempt) * random.uniform(0.5, 1.0), None
+        pause, error = min(60.0, 2.0**attempt) * random.uniform(0.5, 1.0), None
         try:
             with OPENER.open(request, timeout=server.timeout) as answer:
-                value = json.loads(hide_key(server, answer.read().decode()))
-            if isinstance(value, dict) and "error" in value and "choices" not in value:
-                problem = f"HTTP 200 with an error: {value['error']}"
-            else:
-                return value
-        except urllib.error.HTTPError as e:
-            try:
-                detail = hide_key(server, " ".join(e.read().decode(errors="replace").split()))
-            except (OSError, HTTPException):  # it breaks off: the status is enough
-                detail = ""
-            problem = f"HTTP {e.code}: {detail[:300]}"
-            if e.code in FATAL:
-                raise UserError(f"{server.url}{path}: {FATAL[e.code]} ({problem})") from None
-            if e.code < 500 and e.code not in (408, 409, 425, 429):
-                raise RequestFailed(problem, e.code, detail) from None
-            if re.fullmatch(r"\d{1,9}", e.headers.get("Retry-After") or ""):
-                pause = max(pause, min(600.0, float(e.headers["Retry-After"])))
-        except (OSError, ValueError, HTTPException) as e:
-            reason = e.reason if isinstance(e, urllib.error.URLError) else e
-            problem = f"{type(reason).__name__}: {reason}"
+                status, content = answer.status, answer.read()
+            if len(server.key) > 11:  # a shorter one is a dummy, and a part of many words
+                content = content.replace(server.key.encode(), b"***")
+            problem = f"HTTP {status}: {' '.join(content.decode(errors='replace').split())}"
+            if status in (401, 402, 403, 404, 405):
+                raise UserError(f"{server.url}{path}: {problem[:300]}. Are the key (OPENAI_API_KEY)"
+                                ", the address and the model's name right?")
+            if 300 <= status < 500 and status not in (408, 409, 425, 429):
+                raise RequestFailed(problem)
+            if status < 300:
+                value = json.loads(content)
+                if "choices" in value or "error" not in value:  # some send errors with status 200
+                    return value
+            retry_after = answer.headers.get("Retry-After", "")
+            if retry_after.isdecimal():
+                pause = max(pause, min(600.0, float(retry_after)))
+        except (OSError, TypeError, ValueError, HTTPException) as e:
+            error, problem = e, f"{type(e).__name__}: {e}"
         if attempt + 1 < server.tries:
             time.sleep(pause)
-    if isinstance(reason, (ConnectionRefusedError, socket.gaierror)):
-        raise UserError(f"{server.url} cannot be reached: {reason}. Is the server up? What has "
-                        "arrived is kept; the same command goes on from there.")
+    if isinstance(error, urllib.error.URLError):
+        raise UserError(f"{server.url} cannot be reached: {error.reason}. Is the server up? What "
+                        "has arrived is kept; the same command goes on from there.")
     raise RequestFailed(f"{problem[:300]} (tried {server.tries} times)")
 
 
-def hide_key(server: Server, text: str) -> str:
-    """What a server sent, without the key. A short key is a dummy, and a part of many words."""
-    return text.replace(server.key, "***") if len(server.key) > 11 else text
-
-
 def ask(server: Server, request: Request, sampling: Sampling) -> dict:
-    """One chat completion: {"text", "finish": "stop" | "length", "tokens"} or {"error": why}. A key
-    that we sent of our own accord and the server refuses is dropped, once for the run."""
+    """One chat completion: {"text", "finish": "stop" | "length", "tokens"} or {"error": why}."""
     while True:
         own = {**asdict(sampling), "seed": request.seed, **server.extras}
         for key, new_name in server.refused.items():
-            value = own.pop(key, None)
-            if new_name:
-                own[new_name] = value
-        own = {k: v for k, v in own.items() if v is not None and k not in server.body}
+            own[new_name] = own.pop(key, None)  # under None it is not sent
         body = {"model": server.model, "messages": request.messages, **own, **server.body}
-        body = {k: v for k, v in body.items() if v is not None}
+        body = {key: value for key, value in body.items() if key and value is not None}
         try:
             return read_completion(fetch_json(server, "/chat/completions", body))
         except RequestFailed as e:
-            if e.status not in (400, 422) or not drop_refused(server, own, e):
-                return {"error": str(e)}
+            if not drop_refused(server, body, str(e)):
+                return {"error": str(e)[:310]}
 
 
-# In an error, what follows is no refused key: advice, or a list of what the server knows.
-ADVICE = re.compile(r"(?i)did you mean|(?<!un)supported(?: parameters)?:|got parameters")
+# A key in an error is not refused in a copy of the request ("top_k": 20), nor behind these words.
+COPIED = r"""\\*["']: ?[\d{\["']"""
+ADVICE = "(?i)did you mean|(?<!un)supported(?: parameters)?:"
 
 
-def drop_refused(server: Server, own: dict, failure: RequestFailed) -> bool:
-    """Whether the server refuses keys of `own` that may be dropped; UserError if the user's."""
-    words = ADVICE.split(error_words(failure.detail))[0]
-    named = [key for key in (*own, *server.body) if re.search(rf"\b{re.escape(key)}\b", words)]
-    refused = dict.fromkeys(key for key in named if key not in server.given)
-    if "max_tokens" in own and re.search("max_completion_tokens.{0,9} instead", words):
-        refused["max_tokens"] = "max_completion_tokens"  # the same under its new name
+def drop_refused(server: Server, body: dict, error: str) -> bool:
+    """Whether the server refuses keys that we sent of our own accord: they are dropped, once for
+    the run. Raises UserError for a key that the user gave."""
+    if not error.startswith(("HTTP 400", "HTTP 422")):
+        return False
+    words = re.split(ADVICE, error)[0]
+    named = [key for key in body if key not in ("model", "messages")
+             and re.search(rf"\b{re.escape(key)}\b(?!{COPIED})", words)]
+    refused = {key: None for key in named if key.replace("completion_", "") not in server.given}
+    new_name = re.search("max_completion_tokens.{0,9} instead", words)
+    if new_name and "max_tokens" in body.keys() - server.body.keys():
+        refused["max_tokens"] = "max_completion_tokens"  # the same limit, a given one too
     if {"temperature", "top_p"} <= refused.keys():  # "cannot both be specified"
         del refused["temperature"]
     # A limit depends on the prompt: where the user's is refused, only this request fails.
-    given = [key for key in named if key in server.given and not key.startswith("max_")]
+    given = [key for key in named if not key.startswith("max_")]
     if given and not refused:
-        raise UserError(f"{server.url} refuses {', '.join(given)}: {failure}")
+        raise UserError(f"{server.url} refuses {', '.join(given)}: {error[:310]}")
     with server.lock:
         new = {key: name for key, name in refused.items() if key not in server.refused}
         server.refused = {**server.refused, **new}
+        for key, name in new.items():
+            instead = f"with {name} instead" if name else "without it"
+            tqdm.write(f"the server refuses {key}: sampling goes on {instead}", file=sys.stderr)
         if new and server.settings:
             write_json(server.settings, {**read_json(server.settings), "refused": server.refused})
-    for key, name in new.items():
-        instead = f"with {name} instead" if name else "without it"
-        tqdm.write(f"the server refuses {key}: sampling goes on {instead}", file=sys.stderr)
     return bool(refused)
 
 
-def error_words(detail: str) -> str:
-    """The text of an error's JSON, without what it repeats of the request."""
-    def without_input(fields):
-        return {key: value for key, value in fields.items() if key != "input"}
-
-    try:
-        text = str(json.loads(detail, object_hook=without_input)).replace("\\n", "\n")
-    except ValueError:
-        return detail
-    return "" if "'param': 'messages" in text else text  # a message is at fault
-
-
-ENDED = ("", "stop", "eos", "eos_token", "end_turn", "stop_sequence")
-CUT = ("length", "max_tokens")
-THOUGHTS = ("reasoning_content", "reasoning", "reasoning_details", "thinking", "thinking_blocks",
-            "refusal", "tool_calls")
-
-
-def read_completion(answer) -> dict:
+def read_completion(answer: dict) -> dict:
     """A chat completion as a record; raises RequestFailed for what is none."""
     try:
         choice = answer["choices"][0]
-        message, ending = choice["message"], str(choice.get("finish_reason") or "")
+        message, ending = choice["message"], str(choice.get("finish_reason") or "stop")
         text = message.get("content") or ""
-        thoughts = [key for key in THOUGHTS if message.get(key)]
+        others = {k: v for k, v in message.items() if v and k not in ("role", "content")}
         if isinstance(text, list):  # of parts; those that think are no answer
-            shown = [part for part in text if part["type"] in ("text", "output_text")]
-            thoughts += [part["type"] for part in text if part not in shown]
-            text = "".join(part["text"] for part in shown)
-        tokens = (answer.get("usage") or {}).get("completion_tokens")
-        partial = text.strip() or "".join(str(message.get(key) or "") for key in thoughts)
-    except (KeyError, IndexError, TypeError, AttributeError):
+            others |= {part["type"]: part for part in text if part["type"] != "text"}
+            text = "".join(part["text"] for part in text if part["type"] == "text")
+        tokens = int((answer.get("usage") or {}).get("completion_tokens") or 0)
+        partial = text.strip() or " ".join(map(str, others.values()))
+    except (LookupError, TypeError, ValueError, AttributeError):
         raise RequestFailed(f"no chat completion: {json.dumps(answer)[:300]}") from None
-    if ending.lower() not in (*ENDED, *CUT):  # content_filter, tool_calls, ...: half an answer
-        error = f"the server ended the answer with {ending[:60]!r}"
-    elif text.strip() or not thoughts:
-        return {"text": text, "finish": "length" if ending.lower() in CUT else "stop",
-                "tokens": tokens if isinstance(tokens, int) else 0}
-    elif "refusal" in thoughts:
-        error = f"the model refused: {partial[:200]}"
-    else:
-        error = (f"no answer, only {thoughts[0]}: the server's reasoning parser took the whole "
-                 "answer: start it without, or raise --max_tokens")
-    return {"error": error, "partial": partial}
+    cut = ending.lower() in ("length", "max_tokens")
+    if not cut and ending.lower() not in ("stop", "eos", "eos_token", "end_turn", "stop_sequence"):
+        return {"error": f"the server ended the answer with {ending[:60]!r}", "partial": partial}
+    if others and not text.strip():
+        return {"error": f"no answer, only {', '.join(others)}. If these are thoughts, start the "
+                         "server without its reasoning parser, or raise --max_tokens",
+                "partial": partial}
+    return {"text": text, "finish": "length" if cut else "stop", "tokens": tokens}
 
 
 # --- sampling: every answer kept as it comes ------------------------------------------------------
 
 
-def in_parallel(call, items, workers: int):
-    """Yield call(item) in the order of completion, `workers` calls at a time. A consumer that stops
-    early waits for the calls under way; Ctrl-C does not."""
-    pool, items, running = ThreadPoolExecutor(workers), iter(items), set()
-    try:
-        while True:
-            new = itertools.islice(items, workers - len(running))
-            running |= {pool.submit(call, item) for item in new}
-            if not running:
-                return
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield future.result()
-    except GeneratorExit:
-        pool.shutdown()
-        raise
-    finally:
-        pool.shutdown(wait=False)
-
-
 def read_answers(folder: str, keys=None) -> dict:
     """{key: record} of all ranks' raw answers; an answer goes before a failed request. Raises
-    UserError for a broken line, and for an answer to something that is not in `keys`."""
+    UserError for answers to something that is not in `keys`."""
     answers = {}
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), "raw-*.jsonl"))):
         for record in data.read_log(path):
-            key = record["key"]
-            if keys is not None and key not in keys:
-                raise UserError(f"{path}: answers {key!r}, which is not among the questions given "
-                                "now: choose another output folder")
-            if "text" not in answers.get(key, {}):
-                answers[key] = record
+            if "text" not in answers.get(record["key"], {}):
+                answers[record["key"]] = record
+    if keys is not None and answers.keys() - keys:
+        raise UserError(f"{folder} answers {min(answers.keys() - keys)!r}, which is not among the "
+                        "questions given now: choose another --out")
     return answers
 
 
-def mend_log(path: str):
-    """Cut off a torn last line: what is added next begins a line of its own."""
-    with open(path, "a+b") as f:
-        f.seek(0)
-        f.truncate(f.read().rfind(b"\n") + 1)
-
-
 def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks,
-           title: str = "sampling", at_once: int = 0):
+           title: str = "sampling", at_once: int = 10**9):
     """Yield the records of requests: those of earlier starts from the log, then this rank's new.
 
     policy    a LocalModel, a Server, or a function from a Request to a record
-    at_once   a LocalModel's records come after so many requests each; 0: after all
+    at_once   a LocalModel's records come after so many requests each
     records   {"key", "text", "finish", "tokens"} or {"key", "error"}
 
-    Each answer is added to folder/raw-RANK.jsonl as it comes: a kill loses at most what is under
-    way. The same call goes on, and asks failed requests again. Collective at its start; consume it,
-    or break off, inside `ranks.together()`, after which `read_answers` has what all ranks got.
-    Raises UserError as fetch_json and read_answers do."""
+    Each answer is added to folder/raw-RANK.jsonl as it comes; the same call asks what is missing or
+    failed. Collective at its start. Consume it, or break off, inside `ranks.together()`: then
+    `read_answers` has what all ranks got."""
     path = os.path.join(folder, f"raw-{ranks.rank}.jsonl")
     with ranks.together():
-        if isinstance(policy, Server) and ranks.world > 1:
-            raise UserError("a server needs one process here: start with `python`, not torchrun")
         os.makedirs(folder, exist_ok=True)
-        mend_log(path)
+        with open(path, "a+b") as log:  # a last line that a kill has torn is cut off
+            log.seek(0)
+            log.truncate(log.read().rfind(b"\n") + 1)
         answers = read_answers(folder, {r.key for r in requests})
-    todo = [r for r in requests if "text" not in answers.get(r.key, {})]
-    todo = todo[ranks.rank::ranks.world]
-    bar = ranks.progress(len(todo), title, "answer")
-    counts, started, lock = Counter(), time.monotonic(), threading.Lock()
+    todo = [r for r in requests if "text" not in answers.get(r.key, {})][ranks.rank::ranks.world]
+    bar, counts, lock = ranks.progress(len(todo), title, "answer"), Counter(), threading.Lock()
 
     def keep(request, record):
         line = json.dumps({"key": request.key, **record}, ensure_ascii=False)
@@ -381,26 +288,39 @@ def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks
         with lock:
             data.append_row(path, record)
             counts.update(tokens=record.get("tokens", 0), failed="error" in record)
-            speed = int(counts["tokens"] / (time.monotonic() - started))
-            bar.set_postfix({**counts, "tokens/s": speed}, refresh=False)
+            bar.set_postfix(counts, refresh=False)
             bar.update()
         return record
-
-    def answer(request):
-        is_server = isinstance(policy, Server)
-        return keep(request, ask(policy, request, sampling) if is_server else policy(request))
 
     with bar:
         yield from answers.values()
         if isinstance(policy, LocalModel):
-            step = at_once or max(1, len(todo))
-            for start in range(0, len(todo), step):
-                yield from answer_locally(policy, todo[start:start + step], sampling, keep)
+            for start in range(0, len(todo), at_once):
+                yield from answer_locally(policy, todo[start:start + at_once], sampling, keep)
+        elif isinstance(policy, Server):
+            yield from ask_in_parallel(policy, todo, sampling, keep)
         else:
-            yield from in_parallel(answer, todo, getattr(policy, "workers", 1))
+            for request in todo:
+                yield keep(request, policy(request))
 
 
-def answer_locally(local: LocalModel, requests, sampling, keep) -> list:
+def ask_in_parallel(server: Server, requests: list, sampling: Sampling, keep):
+    """Yield the records of a server; a consumer that stops early waits for requests under way."""
+    def answer(request):
+        return keep(request, ask(server, request, sampling))
+
+    pool = ThreadPoolExecutor(server.workers)
+    try:
+        for future in as_completed([pool.submit(answer, request) for request in requests]):
+            yield future.result()
+    except GeneratorExit:
+        pool.shutdown(cancel_futures=True)
+        raise
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait
+
+
+def answer_locally(local: LocalModel, requests: list, sampling: Sampling, keep) -> list:
     """Records by the model in this process; keep(request, record) logs each as it ends."""
     records = []
 
@@ -413,9 +333,6 @@ def answer_locally(local: LocalModel, requests, sampling, keep) -> list:
     qwen.generate(local.model, prompts, [r.seed for r in requests], **asdict(sampling),
                   end=local.end, batch_size=local.batch_size, on_done=on_done)
     return records
-
-
-# --- sampling: options ----------------------------------------------------------------------------
 
 
 @dataclass
@@ -449,12 +366,11 @@ class SamplingOptions:
 
 def check_sampling_options(o: SamplingOptions) -> list:
     """What is wrong with these options, as text."""
+    problems = []
     names = [name for name in ("model", "server", "function", "edited") if hasattr(o, name)]
-    problems, count = [], sum(bool(getattr(o, name)) for name in names)
-    if count != 1:
-        problems.append(f"exactly one of --{', --'.join(names)} expected, found {count}")
-    if not 0 < o.top_p <= 1:
-        problems.append(f"--top_p is {o.top_p}, a share above 0 and up to 1 expected")
+    given = [name for name in names if getattr(o, name)]
+    if len(given) != 1:
+        problems.append(f"exactly one of --{', --'.join(names)} expected, found {len(given)}")
     try:
         data.parse_object((o.body or "{}").encode(errors="replace"))
     except UserError as e:
@@ -466,13 +382,22 @@ def open_policy(o: SamplingOptions, device, non_thinking: bool = True):
     """A LocalModel or Server. non_thinking: ask for none, as vLLM and SGLang understand it."""
     if o.model:
         return open_local_model(o.model, getattr(torch, o.dtype), device, o.batch_size, o.template)
+    if not re.fullmatch(r"https?://[^/@\s]+(/\S*)?", o.server):  # it may hold a password: not shown
+        raise UserError("--server: http://localhost:8000/v1 or the like expected")
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not re.fullmatch("[!-~]*", key):  # http.client would show it in its error
+        raise UserError("OPENAI_API_KEY holds characters that no HTTP header can carry")
     extras = {"chat_template_kwargs": {"enable_thinking": False}} if non_thinking else {}
     body = json.loads(o.body or "{}")
-    given = body.keys() | ({"temperature", "top_p", "top_k", "max_tokens", "seed"} & set(o.given))
-    if "max_tokens" in given:
-        given.add("max_completion_tokens")  # its new name
-    return open_server(o.server, o.server_model, workers=o.workers, timeout=o.request_timeout,
-                       tries=o.tries, extras=extras, body=body, given=given)
+    server = Server(o.server.rstrip("/"), o.server_model, key, o.workers, o.request_timeout,
+                    o.tries, extras, body, given={*body, *o.given})
+    if not server.model:
+        names = [entry["id"] for entry in fetch_json(server, "/models")["data"]]
+        if len(names) != 1:
+            raise UserError(f"{server.url} serves {len(names)} models ({', '.join(names):.200}): "
+                            "choose one with --server_model")
+        server.model = names[0]
+    return server
 
 
 def identity(policy, o: SamplingOptions) -> str:
@@ -494,17 +419,14 @@ def claim_folder(out: str, settings: dict, ranks: Ranks, policy=None):
         if not ranks.main:
             return
         os.makedirs(out, exist_ok=True)
-        if not os.path.exists(path):
-            if os.listdir(out):
-                raise UserError(f"{out} is not empty and holds no work of this program: choose "
-                                "another --out")
+        if not os.listdir(out):
             write_json(path, settings)
-        kept = read_json(path)
+        kept = read_json(path) if os.path.exists(path) else {}
         differ = [f"{name} was {kept.get(name)!r}, now {value!r}"
                   for name, value in settings.items() if kept.get(name) != value]
         if differ:
-            raise UserError(f"{out} holds work with other settings: choose another --out"
-                            + data.listed(differ))
+            raise UserError(f"{out} is not empty and holds work with other settings: choose another"
+                            f" --out{data.listed(differ)}")
         if isinstance(policy, Server):
             policy.settings, policy.refused = path, kept.get("refused", {})
 

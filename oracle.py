@@ -19,7 +19,7 @@ import os
 import re
 import runpy
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import data
 import eval as evaluation
@@ -79,59 +79,60 @@ class Item:
         return data.prompt_messages(self.question, "question")
 
 
-def read_items(path, parse, skip_malformed=False):
-    """All rows of a file by `parse(row, line)`, ids unique. Returns (items, dropped Counter)."""
-    items, dropped = data.read_rows(path, parse, skip_malformed)
-    refuse_repeated([item.id for item in items], path)
-    if not items:
-        raise UserError(f"{path}: no usable row ({dict(dropped)})")
-    return items, dropped
-
-
 def read_questions(path, instruction, skip_malformed=False):
-    """Questions as they will be sent: a string goes into the instruction, messages stay as they
-    are. A question that is there already is dropped and counted."""
+    """(items, Counter of dropped rows). A string goes into the instruction, messages stay as they
+    are; a question that is there already is dropped."""
     seen = set()
 
     def parse(row, line):
         messages = question_messages(row, instruction)
-        question = messages if len(messages) > 1 else messages[0]["content"]
-        text = json.dumps(question)
+        text = json.dumps(messages)
         if text in seen:
             raise Drop("the same question again")
         seen.add(text)
+        question = messages if len(messages) > 1 else messages[0]["content"]
         return Item(item_id(row, line), question, gold_answer(row))
 
-    return read_items(path, parse, skip_malformed)
+    items, dropped = data.read_rows(path, parse, skip_malformed)
+    refuse_repeated([item.id for item in items], path)
+    return items, dropped
 
 
 def read_errors(path):
     """Rows of errors.jsonl: question, original_answer, ground_truth (or a field of gold_answer)."""
     def parse(row, line):
-        question = row.get("question")
-        data.prompt_messages(question, "question")  # raises if it is no prompt
+        data.prompt_messages(row.get("question"), "question")  # raises if it is no prompt
         answer = data.check_text(row.get("original_answer"), "'original_answer'")
-        return Item(item_id(row, line), question, gold_answer(row), answer)
+        return Item(item_id(row, line), row["question"], gold_answer(row), answer)
 
-    return read_items(path, parse)
+    items, dropped = data.read_rows(path, parse)
+    refuse_repeated([item.id for item in items], path)
+    return items, dropped
 
 
 @contextlib.contextmanager
-def sorted_at_the_end(policy, asked, out, ranks, sort):
-    """Run a block that samples the keys of `asked` into `out`, then write what arrived, also after
-    Ctrl-C or an error. sort([(asked[key], record), ...]) returns {file name: rows} and a summary.
-    """
+def sorted_at_the_end(policy, asked, out, ranks, names, judge):
+    """Run a block that samples `asked`, {key: Item}, into `out`, then sort what arrived into the
+    files `names`, also after Ctrl-C or an error: judge(item, record) returns a verdict, which is
+    counted in summary.json, and {file name: row}."""
     def conclude():
         answers = read_answers(out, asked)
-        files, summary = sort([(asked[key], answers[key]) for key in asked if key in answers])
+        arrived = [(asked[key], answers[key]) for key in asked if key in answers]
+        files, counts = {name: [] for name in names}, Counter()
+        for item, record in arrived:
+            verdict, rows = judge(item, record)
+            counts[verdict] += 1
+            for name, row in rows.items():
+                files[name].append(row)
         for name, rows in files.items():
             data.write_rows(os.path.join(out, f"{name}.jsonl"), rows)
+        summary = {"answers wanted": len(asked), "not asked": len(asked) - len(arrived)} | counts
         ranks.say("\n".join(f"{n:7}  {outcome}" for outcome, n in summary.items()) + f"\n{out}")
         if isinstance(policy, Server) and policy.refused:
             summary["refused by the server"] = list(policy.refused)  # keys of the request
         data.write_json(os.path.join(out, "summary.json"), summary)
-        errors = [record["error"] for record in answers.values() if "error" in record]
-        if isinstance(policy, Server) and errors and len(errors) == len(answers):
+        errors = [record["error"] for _, record in arrived if "error" in record]
+        if isinstance(policy, Server) and arrived and len(errors) == len(arrived):
             raise UserError(f"all {len(errors)} requests failed, the first with: {errors[0]:.200}; "
                             "the same command asks them again")
 
@@ -139,8 +140,8 @@ def sorted_at_the_end(policy, asked, out, ranks, sort):
         with ranks.together():
             yield
     except (SystemExit, KeyboardInterrupt):
-        with contextlib.suppress(UserError, OSError):  # the error that ended it was printed
-            if ranks.main:
+        if ranks.main:
+            with contextlib.suppress(UserError, OSError):  # the error that ended it was printed
                 conclude()
         raise
     ranks.main_only(conclude)
@@ -160,44 +161,35 @@ def elicit(items: list, out: str, policy: LocalModel | Server, sampling: Samplin
     requests, asked = [], {}
     for item in items:
         for i in range(samples):
-            name = f"{item.id}/{i}"
-            requests.append(request_for(name, item.messages, seed))
-            asked[requests[-1].key] = item, name
-
-    def sort(answers):
-        errors, correct, graded, counts = [], [], [], Counter()
-        for (item, name), record in answers:
-            verdict, extracted = judge_answer(record, item.gold)
-            counts[verdict] += 1
-            if "text" not in record:
-                continue
-            text = record["text"]
-            row = {"id": name, "question": item.question, "ground_truth": item.gold}
-            graded.append({**row, "answer": text, "extracted_answer": extracted, "verdict": verdict,
-                           "tokens": record["tokens"]})
-            if verdict.startswith("wrong") and text.strip():
-                errors.append({**row, "original_answer": text, "extracted_answer": extracted})
-            elif verdict == "right":
-                correct.append({**row, "original_answer": "", "gemini_corrected_answer": text,
-                                "is_correct": True})
-        files = {"samples": graded, "errors": errors, "correct": correct}
-        return files, {"answers wanted": len(asked), **counts}
-
-    with sorted_at_the_end(policy, asked, out, ranks, sort):
+            requests.append(request_for(f"{item.id}/{i}", item.messages, seed))
+            asked[requests[-1].key] = item
+    names = ("samples", "errors", "correct")
+    with sorted_at_the_end(policy, asked, out, ranks, names, judge_answer):
         for _ in sample(policy, requests, out, sampling, ranks, "eliciting"):
             pass  # each is in the log
 
 
-def judge_answer(record: dict, gold: str) -> tuple:
-    """(verdict, the extracted answer or None) of one record."""
+def judge_answer(item: Item, record: dict) -> tuple:
+    """(verdict, {file name: row}) of one record."""
     if "error" in record:
-        return "request failed", None
+        return "request failed", {}
+    text, extracted = record["text"], extract_answer(record["text"])
     if record["finish"] == "length":
-        return "cut off at max_tokens", None
-    extracted = extract_answer(record["text"])
-    if extracted is None:
-        return "wrong: no final answer", None
-    return "right" if answers_match(extracted, gold) else "wrong", extracted
+        verdict, extracted = "cut off at max_tokens", None
+    elif extracted is None:
+        verdict = "wrong: no final answer"
+    else:
+        verdict = "right" if answers_match(extracted, item.gold) else "wrong"
+    name, _, _ = record["key"].rpartition(" ")
+    row = {"id": name, "question": item.question, "ground_truth": item.gold}
+    rows = {"samples": {**row, "answer": text, "extracted_answer": extracted, "verdict": verdict,
+                        "tokens": record["tokens"]}}
+    if verdict == "right":
+        rows["correct"] = {**row, "original_answer": "", "gemini_corrected_answer": text,
+                           "is_correct": True}
+    elif verdict.startswith("wrong") and text.strip():
+        rows["errors"] = {**row, "original_answer": text, "extracted_answer": extracted}
+    return verdict, rows
 
 
 # --- rectify: the Oracle's corrections ------------------------------------------------------------
@@ -213,48 +205,35 @@ def rectify(items: list, out: str, oracle, encode, ranks: Ranks, prompt: str = "
     encode  text -> token ids, for the change ratio
     target  stop asking at that many pairs of a rank (those under way still count); 0: ask for all
     Writes pairs.jsonl (official row format), rejected.jsonl (every other answer with its reason)
-    and summary.json (counts by outcome).
-    """
+    and summary.json (counts by outcome)."""
     requests = [request_for(item.id, oracle_messages(item, prompt), seed) for item in items]
     asked = {request.key: item for request, item in zip(requests, items)}
-    by_function = not isinstance(oracle, (LocalModel, Server))
+    by_function = callable(oracle)
 
     def call(request):
         try:
             text = data.check_text(oracle(asked[request.key]), "what the function returned")
             return {"text": text, "finish": "stop", "tokens": 0}
         except (Exception, SystemExit) as e:  # the user's code may raise anything
-            reason = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
-            return {"error": reason.encode(errors="replace").decode()}
+            return {"error": f"{type(e).__name__}: {e}"}
 
     def judge(item, record):
-        return judge_correction(item, record, encode, prompt, by_function, max_change_ratio)
+        verdict, pair = judge_correction(item, record, encode, prompt, by_function,
+                                         max_change_ratio)
+        row = {"index": item.id, "question": item.question, "ground_truth": item.gold}
+        if pair:
+            return verdict, {"pairs": row | pair}
+        raw = {key: record[key] for key in ("text", "error", "partial") if key in record}
+        row |= {"original_answer": item.answer, "reason": verdict}
+        return verdict, {"rejected": row | raw}
 
-    def sort(answers):
-        pairs, rejected, counts = [], [], Counter()
-        for item, record in answers:
-            verdict, pair = judge(item, record)
-            counts[verdict] += 1
-            row = {"index": item.id, "question": item.question, "ground_truth": item.gold}
-            if pair:
-                pairs.append({**row, **pair})
-            else:
-                raw = {k: record[k] for k in ("text", "error", "partial") if k in record}
-                row["original_answer"] = item.answer
-                rejected.append({**row, "reason": verdict, **raw})
-        summary = {"errors given": len(items), "not asked": len(items) - len(answers), **counts}
-        return {"pairs": pairs, "rejected": rejected}, summary
-
-    with sorted_at_the_end(oracle, asked, out, ranks, sort):
-        policy = call if by_function else oracle
-        at_once = 512 if target else 0
-        count = 0
+    policy, at_once = call if by_function else oracle, 512 if target else 10**9
+    pairs = 0
+    with sorted_at_the_end(oracle, asked, out, ranks, ("pairs", "rejected"), judge):
         for record in sample(policy, requests, out, sampling, ranks, "rectifying", at_once):
-            if target:
-                _, pair = judge(asked[record["key"]], record)
-                if pair:
-                    count += 1
-                if count == target:
+            if target and judge(asked[record["key"]], record)[0] == "pairs":
+                pairs += 1
+                if pairs == target:
                     break
 
 
@@ -278,9 +257,9 @@ def judge_correction(item, record, encode, prompt, by_function, max_change_ratio
     if record["finish"] == "length":
         return "cut off by the token limit", None
     text = after_thinking(record["text"])
-    if prompt != "direct" and not by_function:
-        if START not in text or END not in text.rpartition(START)[2]:
-            return "no text between the markers", None
+    has_markers = START in text and END in text.rpartition(START)[2]
+    if not has_markers and prompt != "direct" and not by_function:
+        return "no text between the markers", None
     text = data.strip_markers(text).strip()
     if not text:
         return "empty correction", None
@@ -294,10 +273,7 @@ def judge_correction(item, record, encode, prompt, by_function, max_change_ratio
     if prompt == "direct":  # no correction of y-: the paper's SFT data
         return "pairs", {"original_answer": "", "policy_answer": item.answer, **pair}
     wrong = encode(data.strip_markers(item.answer))  # it has markers only in files made by hand
-    right = encode(text)
-    if wrong == right:
-        return "nothing was changed", None
-    ratio = data.change_ratio(wrong, right)
+    ratio = data.change_ratio(wrong, encode(text))
     if ratio > max_change_ratio:
         return f"change ratio above {max_change_ratio}", None
     return "pairs", {"original_answer": item.answer, **pair, "change_ratio": round(ratio, 4)}
@@ -308,15 +284,12 @@ def python_function(spec: str):
     returns the corrected text. Returns the function, and a name that tells its versions apart."""
     path, _, name = spec.partition(":")
     try:
-        function = runpy.run_path(path).get(name)
+        function = runpy.run_path(path)[name]
         with open(path, "rb") as f:
-            digest = hashlib.sha256(f.read()).hexdigest()[:16]
+            return function, f"{spec} {hashlib.sha256(f.read()).hexdigest()[:16]}"
     except (Exception, SystemExit) as e:
         raise UserError(f"--function {spec!r}, FILE.py:NAME expected, cannot be loaded: "
                         f"{type(e).__name__}: {e}") from None
-    if not callable(function):
-        raise UserError(f"--function: {path} defines no function {name!r}")
-    return function, f"{spec} {digest}"
 
 
 def edited_answers(path: str):
@@ -327,13 +300,7 @@ def edited_answers(path: str):
         return item_id(row, line), data.check_text(corrected, "'corrected_answer'")
 
     edited = dict(data.read_rows(path, parse)[0])
-
-    def look_up(item):
-        if not edited.get(item.id):
-            raise UserError(f"no corrected_answer in {os.path.basename(path)} yet")
-        return edited[item.id]
-
-    return look_up
+    return lambda item: edited.get(item.id, "")
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -367,8 +334,6 @@ class RectifyOptions(SamplingOptions):
 def run_elicit(o: ElicitOptions, ranks: Ranks):
     """From options to files."""
     with ranks.together():
-        if "{question}" not in o.instruction:
-            raise UserError("--instruction lacks {question}")
         items, dropped = read_questions(o.questions, o.instruction, o.skip_malformed)
         for reason, count in dropped.items():
             ranks.say(f"{count} rows dropped: {reason}")
@@ -386,8 +351,7 @@ def run_rectify(o: RectifyOptions, ranks: Ranks):
         if ranks.world > 1 and (o.target or o.edited):
             raise UserError("--target and --edited need one process: use python, not torchrun")
         if not o.tokenizer and not o.model:
-            raise UserError("--tokenizer is required: the policy's folder, whose tokens the change "
-                            "ratio counts")
+            raise UserError("--tokenizer is required: the policy's folder, for the change ratio")
         items, _ = read_errors(o.errors)
         folder = qwen.checkpoint_folder(o.tokenizer or o.model)
         encode = data.load_chat(folder, qwen.read_config(folder).vocab_size, o.template).encode
@@ -398,9 +362,8 @@ def run_rectify(o: RectifyOptions, ranks: Ranks):
         else:
             oracle = open_policy(o, ranks.device, non_thinking=False)
             name = identity(oracle, o)
-        if isinstance(oracle, Server):  # it has its own best settings
-            values = asdict(sampling).items()
-            sampling = Sampling(**{k: v if k in o.given else None for k, v in values})
+        if o.server:  # it has its own best settings
+            sampling = replace(sampling, **dict.fromkeys(asdict(sampling).keys() - set(o.given)))
             seed = seed if "seed" in o.given else None
     settings = {"command": "rectify", "seed": seed, "prompt": o.prompt, "asked": name,
                 "sampling": asdict(sampling)}

@@ -1,12 +1,7 @@
 """Faults that were found by reading, each as a test of its whole kind."""
 
-import contextlib
 import dataclasses
 import shutil
-import socket
-import socketserver
-import struct
-import threading
 
 import pytest
 import launch
@@ -17,61 +12,6 @@ from data import UserError, write_json
 from launch import program
 from test_report import Page, make_run
 from tiny import write_rows
-
-
-# --- a server's error answer breaks off -----------------------------------------------------------
-
-
-@contextlib.contextmanager
-def torn_errors(status, how):
-    """(address, requests so far) of a server whose error answers break off after 4 bytes of 99:
-    they end, are reset, or stall."""
-    stop, requests = threading.Event(), []
-
-    class Handler(socketserver.BaseRequestHandler):
-        def handle(self):
-            requests.append(self.request.recv(65536))
-            answer = f"HTTP/1.1 {status} no\r\nContent-Length: 99\r\n\r\nhalf"
-            self.request.sendall(answer.encode())
-            if how == "stalls":
-                stop.wait(20)
-            if how == "reset":
-                stop.wait(0.1)  # the client reads the head
-                linger = struct.pack("ii", 1, 0)
-                self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-                self.request.close()
-
-        def finish(self):
-            with contextlib.suppress(OSError):
-                self.request.shutdown(socket.SHUT_RDWR)
-
-    server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/v1", requests
-    stop.set()
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.mark.parametrize("how", ["ends", "reset", "stalls"])
-@pytest.mark.parametrize("status, times", [(429, 3), (500, 3), (400, 1)])
-def test_a_torn_error_fails_its_request_alone(status, times, how, monkeypatch):
-    monkeypatch.setattr(evaluation.time, "sleep", lambda _: None)
-    with torn_errors(status, how) as (url, requests):
-        server = evaluation.Server(url, "m", timeout=0.5, tries=3)
-        request = evaluation.Request("k", [{"role": "user", "content": "q"}], 1)
-        record = evaluation.ask(server, request, evaluation.Sampling())
-    assert list(record) == ["error"] and record["error"].startswith(f"HTTP {status}: ")
-    assert len(requests) == times
-
-
-@pytest.mark.parametrize("how", ["ends", "reset", "stalls"])
-def test_a_torn_refusal_still_ends_the_run_with_its_reason(how):
-    with torn_errors(401, how) as (url, _):
-        server = evaluation.Server(url, "m", timeout=0.5)
-        with pytest.raises(UserError, match="OPENAI_API_KEY is missing or wrong"):
-            evaluation.fetch_json(server, "/models")
 
 
 # --- rows and options -----------------------------------------------------------------------------

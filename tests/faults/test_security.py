@@ -74,7 +74,7 @@ def test_the_key_is_in_no_file_and_in_no_message(tmp_path, monkeypatch):
             start(evaluation, "--tasks own=@tasks/own.jsonl --tries 4 --samples 1 --out @scores"
                   + url)
         server.behave = lambda body, attempt: (401, {}, f"{KEY} is wrong".encode())
-        assert "missing or wrong" in start(oracle, f"{elicit}refused" + url, code=1)
+        assert "Are the key (OPENAI_API_KEY)" in start(oracle, f"{elicit}refused" + url, code=1)
     for name, content in files(tmp_path).items():
         assert KEY not in name and KEY.encode() not in (content or b""), name
     assert "***" in (tmp_path / "scores/own/raw-0.jsonl").read_text()  # the server did repeat it
