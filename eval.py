@@ -371,6 +371,8 @@ def check_sampling_options(o: SamplingOptions) -> list:
     given = [name for name in names if getattr(o, name)]
     if len(given) != 1:
         problems.append(f"exactly one of --{', --'.join(names)} expected, found {len(given)}")
+    if not 0 < o.top_p <= 1:
+        problems.append(f"--top_p is {o.top_p}, a share above 0 and up to 1 expected")
     try:
         data.parse_object((o.body or "{}").encode(errors="replace"))
     except UserError as e:

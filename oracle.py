@@ -334,6 +334,8 @@ class RectifyOptions(SamplingOptions):
 def run_elicit(o: ElicitOptions, ranks: Ranks):
     """From options to files."""
     with ranks.together():
+        if "{question}" not in o.instruction:
+            raise UserError("--instruction lacks {question}")
         items, dropped = read_questions(o.questions, o.instruction, o.skip_malformed)
         for reason, count in dropped.items():
             ranks.say(f"{count} rows dropped: {reason}")
