@@ -1553,7 +1553,7 @@ def load_task(spec: str, folder: str) -> Task:
     return replace(task, rows=rows)
 
 
-# --- statistics -----------------------------------------------------------------------------------
+# --- evaluation: statistics, scores, comparison, retention ----------------------------------------
 
 
 def clustered(scores: list, weights: list | None = None) -> tuple[float, float | None]:
@@ -1592,9 +1592,6 @@ def paired_bootstrap(a: dict, b: dict, seed: int, resamples: int = 10_000) -> tu
     return float(np.mean(differences)), float(low), float(high), p
 
 
-# --- evaluation -----------------------------------------------------------------------------------
-
-
 def evaluate(policy, tasks: list, out: str, sampling: Sampling, ranks: Ranks, samples: int = 0,
              seed: int = 0) -> dict:
     """Sample and score tasks, `samples` answers a question (0: the paper's number), kept in
@@ -1618,6 +1615,7 @@ def evaluate(policy, tasks: list, out: str, sampling: Sampling, ranks: Ranks, sa
                 rows = [[records.get(r.key, {"error": "not asked"}) for r in row] for row in wanted]
                 result = results[task.name] = score_task(task, rows)
                 shown = [f"{name} {percent(*x)}" for name, x in result["metrics"].items()]
+                shown.append(f"cut off {percent(result['cut off'])}")
                 ranks.say(f"{task.name}: {', '.join(shown)}, unanswered {result['unanswered']}")
                 if isinstance(policy, Server) and policy.refused:
                     result["refused"] = list(policy.refused)  # keys of the request
@@ -1907,16 +1905,13 @@ def run_evaluation(o: EvalOptions, ranks: Ranks):
     evaluate(policy, tasks, o.out, o.sampling, ranks, o.samples, o.seed)
     if ranks.main and o.show:
         for task in tasks:
-            show_answers(task, read_answers(os.path.join(o.out, task.name)), o.show)
-
-
-def show_answers(task: Task, records: dict, count: int):
-    """Print the first answers to `count` questions with gold answer and verdict."""
-    for name, messages, gold in task.rows[:count]:
-        record = records.get(request_for(f"{name}/0", messages, None).key, {})
-        text = record.get("text", "")
-        print(f"\n--- {task.name} {name}: question\n{messages[-1]['content']}\n--- answer\n{text}\n"
-              f"--- gold: {gold}\n--- verdict: {record.get('error') or task.grade(text, gold)}")
+            records = read_answers(os.path.join(o.out, task.name))
+            for name, messages, gold in task.rows[:o.show]:
+                record = records.get(request_for(f"{name}/0", messages, None).key, {})
+                text = record.get("text", "")
+                verdict = record.get("error") or task.grade(text, gold)
+                print(f"\n--- {task.name} {name}: question\n{messages[-1]['content']}\n--- answer\n"
+                      f"{text}\n--- gold: {gold}\n--- verdict: {verdict}")
 
 
 def run_comparison(o, ranks: Ranks):
