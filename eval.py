@@ -1686,8 +1686,8 @@ def compare_runs(folders: list, seed: int = 0) -> str:
         scores, asked = zip(*((run[task]["scores"], run[task]["questions"]) for run in (a, b)))
         both = [q for q in scores[0] if q in scores[1]]
         if len(both) < max(2, *asked):
-            notes.append(f"\n{task}: {len(both)} questions are in both, of {asked[0]} in A and "
-                         f"{asked[1]} in B")
+            notes.append(f"\n{task}: of {asked[0]} questions in A and {asked[1]} in B, {len(both)} "
+                         "are answered in both")
         if len(both) >= 2:
             means = [100 * fmean(fmean(run[q]) for q in both) for run in scores]
             *points, p = paired_bootstrap(*scores, seed)
@@ -1782,8 +1782,8 @@ svg { width: 100%%; height: 12rem; overflow: visible; fill: none; stroke-width: 
 
 
 def line_chart(title: str, figures: tuple, runs: list) -> str:
-    """An SVG of one or two figures over the steps, a colour for each run, with their first and last
-    values; "" where no run has them. Both axes include 0."""
+    """An SVG of one or two figures of all runs, with their first and last values; "" where none has
+    them. Both axes include 0."""
     paths, ends, points = "", "", [(0, 0)]
     for run in runs:
         for figure, dashes in zip(figures, ("none", "7 6")):
@@ -1831,11 +1831,10 @@ def surgery(run: dict) -> str:
                 coefficient, logp = snapshot["coefficients"][i], snapshot["logps"][i]
                 colour = "#1f88cf" if coefficient < 0 else "#e0690a"
                 opacity = round(160 * abs(coefficient) / scale)
-                weight = "bold" if logp < -3 else "normal"
+                weight = ";font-weight:bold" if logp < -3 else ""
                 text = html.escape(texts[i]).replace("\n", "↵\n")
-                style = f"background:{colour}{opacity:02x};font-weight:{weight}"
-                body += (f'<{tags[i]} style="{style}" title="{coefficient:.3g}, {logp:.3g}">{text}'
-                         f"</{tags[i]}>")
+                body += (f'<{tags[i]} style="background:{colour}{opacity:02x}{weight}" '
+                         f'title="{coefficient:.3g}, {logp:.3g}">{text}</{tags[i]}>')
             body += "</div>"
         body += "</details>"
     return f"<div>{body}</div>"
@@ -1939,6 +1938,7 @@ def run_report(o, ranks: Ranks):
 
 # A command that samples: what it runs, its options, the required ones.
 COMMANDS = {"evaluate": (run_evaluation, EvalOptions, ("out", "tasks"))}
+POSITIVE = ("workers", "request_timeout", "tries", "max_tokens", "batch_size", "timeout")
 
 
 def add_tools(subparsers):
@@ -1951,7 +1951,8 @@ def add_tools(subparsers):
     drift.add_argument("--base", required=True, help="the model before training")
     drift.add_argument("--texts", required=True, help='JSONL with "text", or a pair file: its y+')
     drift.add_argument("--max_length", type=int, default=4096, help="tokens of a text [4096]")
-    drift.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    drift.add_argument("--dtype", default="bfloat16", help="float32 or bfloat16 [bfloat16]",
+                       choices=("float32", "bfloat16"))
     page = subparsers.add_parser("report", help="runs and evaluations as one HTML file")
     page.add_argument("runs", nargs="+", help="folders of runs or evaluations")
     page.add_argument("--out", default="report.html", help="file to write [report.html]")
@@ -1976,8 +1977,10 @@ def parse_command(argv: list, commands: dict = COMMANDS, description: str = __do
     run, record, required = (given.pop(key) for key in ("run", "record", "required"))
     o = record(**given)
     problems = [f"--{name} is required" for name in required if not getattr(o, name)]
-    problems += [f"--{name} is {value}, 0 or more expected" for name, value in given.items()
-                 if isinstance(value, int | float) and not value >= 0]  # nor is NaN
+    for name, value in given.items():
+        least = 1 if name in POSITIVE else 0
+        if isinstance(value, int | float) and not value >= least:  # nor is NaN
+            problems.append(f"--{name} is {value}, at least {least} expected")
     if isinstance(o, SamplingOptions):
         o.given = tuple(given)
         problems += check_sampling_options(o)

@@ -154,8 +154,8 @@ def test_what_cannot_be_compared_is_said(sets, tmp_path, ask):
         assert code == 0, err
     table = evaluation.compare_runs([str(tmp_path / "a"), str(tmp_path / "b")])
     assert "| x | 2 | 50.0 | 0.0 | -50.0 |" in table and "seed differs: 1 and 7" in table
-    assert "x: 2 questions are in both, of 3 in A and 4 in B" in table
-    assert "| own" not in table and "own: 1 questions are in both, of 1 in A and 1 in B" in table
+    assert "x: of 3 questions in A and 4 in B, 2 are answered in both" in table
+    assert "| own" not in table and "own: of 1 questions in A and 1 in B, 1 are" in table
 
 
 def test_a_dead_server_says_why(tmp_path, ask):

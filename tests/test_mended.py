@@ -87,12 +87,12 @@ def test_ifeval_rows_without_instructions_are_refused(ids, arguments, tmp_path):
         evaluation.load_task(f"ifeval={path}", "")
 
 
-@pytest.mark.parametrize("name, value", [
-    ("workers", "-1"), ("temperature", "nan"), ("seed", "-2"), ("limit", "-1")])
-def test_a_number_below_0_is_refused(name, value):
+@pytest.mark.parametrize("name, value, least", [
+    ("workers", "0", 1), ("temperature", "nan", 0), ("seed", "-2", 0), ("limit", "-1", 0)])
+def test_a_number_too_small_is_refused(name, value, least):
     for module, command in ((evaluation, "evaluate --out o --tasks t --server s"),
                             (oracle, "elicit --out o --questions q --server s")):
-        with pytest.raises(UserError, match=f"--{name} is {value}, 0 or more expected"):
+        with pytest.raises(UserError, match=f"--{name} is {value}, at least {least}"):
             evaluation.parse_command([*command.split(), f"--{name}", value], module.COMMANDS)
 
 

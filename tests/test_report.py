@@ -131,14 +131,14 @@ def test_known_values_are_where_they_should_be(tmp_path):
     a = make_run(tmp_path / "a", reward_chosen=[0, 1, 2], reward_rejected=[0.0, None, -2.0])
     b = make_run(tmp_path / "b", margin=[None] * 3, accuracy=[0.0, 1.0, 0.5])
     page = page_of(tmp_path / "r.html", a, b)
-    # y points down: rewards from -2 to 2 over the steps 0 to 10, nothing of b; accuracy, nothing of a
+    # y points down: rewards from -2 to 2 over the steps 0 to 10, none of b; accuracy, none of a
     assert page.paths() == ["M0,0L5,-1L10,-2", "M0,-0L10,2", "M0,-0L5,-1L10,-0.5"]
     boxes = [values["viewbox"] for tag, values in page.tags if tag == "svg"]
     assert boxes == ["0 -2 10 4.0", "0 -1.0 10 1.0"]
     for part in ("reward_chosen: 0 → 2", "reward_rejected: 0 → -2", "<b>, lr 1e-06", "±0.1"):
         assert part in page.text, part
     # blue below 0, orange above; the branches' one common token is neither deleted nor inserted
-    spans = re.findall(r'<(\w+) style="background:#(\w+);[^"]*" title="([^"]*)">(.)<', page.source)
+    spans = re.findall(r'<(\w+) style="background:#(\w+)" title="([^"]*)">(.)<', page.source)
     assert [(tag, colour, text) for tag, colour, _, text in spans[:7]] == [
         ("span", "e0690a00", "a"), ("span", "e0690a00", "b"), ("del", "e0690a50", "x"),
         ("span", "e0690a50", "s"), ("del", "e0690a50", "y"), ("span", "1f88cf50", "s"),
@@ -152,7 +152,7 @@ def test_hostile_text_is_inert(tmp_path):
             "rejected_ids": list(range(5)), "chosen_ids": list(range(3, 8))}
     row = {**FIRST, "coefficients": [0.1] * 15, "logps": [-float("inf")] * 15}
     page = page_of(tmp_path / "r.html", make_run(tmp_path / "<script>\"'", pair, [row]))
-    assert "<script" not in page.source
+    assert "<script" not in page.source and ';font-weight:bold" title="0.1, -inf">' in page.source
     assert all(part in page.text for part in ("↵", "alert(1)", "&amp;", "</style>"))
 
 
