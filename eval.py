@@ -34,6 +34,7 @@ import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
+from difflib import SequenceMatcher
 from fractions import Fraction
 from http.client import HTTPException
 from statistics import fmean
@@ -1413,14 +1414,11 @@ class Task:
     rows: list = field(default_factory=list)  # (id, messages, gold), from load_task
 
 
-# A new benchmark is one entry here, with its own prompt, reader and grader, such as GPQA's above.
+# A new benchmark is one entry here, with its own prompt, reader and grader, as GPQA has them above.
 TASKS = {task.name: task for task in (
-    Task("aime24", INSTRUCTION, read_math, score_math, samples=16, group="in-domain"),
-    Task("aime25", INSTRUCTION, read_math, score_math, samples=16, group="in-domain"),
-    Task("amc23", INSTRUCTION, read_math, score_math, samples=16, group="in-domain"),
-    Task("math500", INSTRUCTION, read_math, score_math, group="in-domain"),
-    Task("minerva", INSTRUCTION, read_math, score_math, group="in-domain"),
-    Task("olympiadbench", INSTRUCTION, read_math, score_math, group="in-domain"),
+    *(Task(name, INSTRUCTION, read_math, score_math, samples=k, group="in-domain") for name, k in (
+        ("aime24", 16), ("aime25", 16), ("amc23", 16), ("math500", 5), ("minerva", 5),
+        ("olympiadbench", 5))),
     Task("gpqa", GPQA_PROMPT, read_gpqa, grade_gpqa, group="OOD"),
     Task("connect4", CONNECT4_PROMPT, read_connect4, grade_connect4, samples=1, group="OOD"),
     Task("ifeval", "{question}", read_ifeval, grade_ifeval, group="IF", weights=dict.fromkeys(
@@ -1434,8 +1432,7 @@ def user_turn(prompt: str, question: str) -> list:
 
 
 def question_messages(row: dict, prompt: str) -> list:
-    """The messages that ask a row's question, in question, problem or prompt: a string goes into
-    the prompt, a list of messages stays as it is. Raises UserError naming the field."""
+    """What a row asks: a string goes into the prompt, a list of messages stays as it is."""
     for key in ("question", "problem", "prompt"):
         if row.get(key) is not None:
             messages = data.prompt_messages(row[key], key)
@@ -1443,8 +1440,8 @@ def question_messages(row: dict, prompt: str) -> list:
     raise UserError(f"question, problem or prompt expected, found {sorted(row)!r:.100}")
 
 
-def item_id(row, line):
-    """The row's own id or index, else its line number."""
+def item_id(row: dict, line: int) -> str:
+    """The row's own id, else its line number."""
     for key in ("id", "index", "key", "Record ID"):
         if row.get(key) is not None:
             return data.check_text(str(row[key]), f'"{key}"')
@@ -1453,17 +1450,17 @@ def item_id(row, line):
 
 def refuse_repeated(ids: list, path: str):
     """Raise UserError if an id occurs twice."""
-    repeated = [ascii(name) for name, count in Counter(ids).items() if count > 1]
+    repeated = [name for name, count in Counter(ids).items() if count > 1]
     if repeated:
-        raise UserError(f"{path}: {len(repeated)} ids occur more than once, first "
-                        f"{', '.join(repeated[:5])}: make field id (or index) unique, or remove it")
+        raise UserError(f"{path}: {len(repeated)} ids occur more than once, first {repeated[0]!a}: "
+                        "make field id (or index) unique, or remove it")
 
 
 def load_task(spec: str, folder: str) -> Task:
-    """A task with its rows: NAME, from folder/NAME.jsonl, or NAME=FILE. Any other NAME=FILE is a
-    math set of the user's own. Raises UserError naming file and line."""
-    name, given, path = spec.partition("=")
-    if (name not in TASKS and not given) or not re.fullmatch(r"[\w-]+", name):
+    """A task with its rows: NAME, from folder/NAME.jsonl, or NAME=FILE, where a new NAME is a math
+    set of the user's own. Raises UserError."""
+    name, _, path = spec.partition("=")
+    if not re.fullmatch(r"[\w-]+", name) or (name not in TASKS and not path):
         raise UserError(f"--tasks: {name!r} is no name or unknown; {', '.join(TASKS)} or "
                         "NAME=FILE.jsonl expected")
     task = TASKS.get(name) or replace(TASKS["gsm8k"], name=name)
@@ -1472,7 +1469,7 @@ def load_task(spec: str, folder: str) -> Task:
     def parse(row, line):
         return item_id(row, line), *task.read(row, task.prompt)
 
-    if name == "connect4" and not given and not os.path.exists(path):
+    if spec == "connect4" and not os.path.exists(path):
         rows = [parse(row, i) for i, row in enumerate(connect4_rows(500, seed=0))]
     else:
         rows, _ = data.read_rows(path, parse)
@@ -1480,16 +1477,14 @@ def load_task(spec: str, folder: str) -> Task:
     return replace(task, rows=rows)
 
 
-# --- statistics -----------------------------------------------------------------------------------
+# --- evaluation: statistics, scores, comparison, retention ----------------------------------------
 
 
 def clustered(scores: list, weights: list | None = None) -> tuple[float, float | None]:
-    """(mean, its standard error) of per-question lists of scores, in the scores' unit.
-
-    The samples of one question are not independent, so the error is that of n questions: the
-    cluster-robust error with its n / (n - 1) correction (Miller 2024, arXiv 2411.00640, eq. 4).
-    Every question counts once, however many samples it has. With weights, one a question, it is
-    the weighted mean and the error of a ratio. The error of a single question is None."""
+    """(mean, its standard error) of per-question lists of scores, in the scores' unit. Samples of a
+    question are not independent: the error is that of n questions with its n / (n - 1) correction
+    (Miller 2024, arXiv 2411.00640, eq. 4), None for one; with weights, one each, that of a ratio.
+    """
     n = len(scores)
     means = np.array([fmean(row) for row in scores])
     weights = np.ones(n) if weights is None else np.array(weights, dtype=float)
@@ -1501,60 +1496,53 @@ def clustered(scores: list, weights: list | None = None) -> tuple[float, float |
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The unbiased estimate of the chance that one or more of k samples is right, where c of n were
-    (Chen et al. 2021, arXiv 2107.03374), in integers: exact for any n. 0 <= c <= n, 1 <= k <= n."""
-    subsets = math.comb(n, k)
-    return (subsets - math.comb(n - c, k)) / subsets
+    """The unbiased estimate of the chance that one of k samples is right, c of n being right (Chen
+    et al. 2021, arXiv 2107.03374), in integers: exact for any n. 0 <= c <= n, 1 <= k <= n."""
+    return (math.comb(n, k) - math.comb(n - c, k)) / math.comb(n, k)
 
 
 def paired_bootstrap(a: dict, b: dict, seed: int, resamples: int = 10_000) -> tuple:
     """(difference, low, high, p) of two models by {question: its scores}: mean of b - mean of a
     over the questions in both (two or more), its 95 % percentile interval, and the two-sided p of
-    no difference. A question keeps both models' scores together, so what makes it hard for both
-    cancels out. With few questions the interval is somewhat too narrow."""
+    no difference. What makes a question hard for both models cancels out."""
     differences = [fmean(b[q]) - fmean(a[q]) for q in a if q in b]
     n = len(differences)
     # A draw of n questions is a draw of how often each distinct difference occurs.
     values, counts = np.unique(differences, return_counts=True)
-    drawn = np.random.default_rng(seed).multinomial(n, counts / n, resamples)
-    means = drawn @ values / n
+    means = np.random.default_rng(seed).multinomial(n, counts / n, resamples) @ values / n
     low, high = np.quantile(means, (0.025, 0.975))
-    at_most_zero = int((means <= 1e-12).sum())  # a sum that is 0 may be rounded to 1e-17
-    at_least_zero = int((means >= -1e-12).sum())
-    p = min(1.0, 2 * (1 + min(at_most_zero, at_least_zero)) / (1 + resamples))
+    tail = min((means <= 1e-12).sum(), (means >= -1e-12).sum())  # a sum of 0 is rounded to 1e-17
+    p = min(1.0, 2 * (1 + int(tail)) / (1 + resamples))
     return float(np.mean(differences)), float(low), float(high), p
-
-
-# --- evaluation -----------------------------------------------------------------------------------
 
 
 def evaluate(policy, tasks: list, out: str, sampling: Sampling, ranks: Ranks, samples: int = 0,
              seed: int = 0) -> dict:
     """Sample and score tasks, `samples` answers a question (0: the paper's number), kept in
     out/TASK/raw-*.jsonl. Returns (on the main rank) and writes results.json, where tasks of an
-    earlier call stay: {task: `score_task`'s figures}."""
+    earlier call stay: {task: `score_task`'s figures}; results.md is their table."""
     path, results = os.path.join(out, "results.json"), {}
     with ranks.together():
-        if ranks.main and os.path.lexists(path):
+        if ranks.main and os.path.exists(path):
             results = read_json(path)
     for task in tasks:
-        count = samples or task.samples
+        count, folder = samples or task.samples, os.path.join(out, task.name)
         wanted = [[request_for(f"{name}/{i}", messages, seed) for i in range(count)]
                   for name, messages, _ in task.rows]
-        requests, folder = [r for row in wanted for r in row], os.path.join(out, task.name)
+        requests = list(itertools.chain(*wanted))
         with ranks.together():
             for _ in sample(policy, requests, folder, sampling, ranks, task.name):
-                pass  # in the log
+                pass  # each answer is in the log
         with ranks.together():
             if ranks.main:
                 records = read_answers(folder)
-                by_row = [[records.get(r.key, {}) for r in row] for row in wanted]
-                result = results[task.name] = score_task(task, by_row)
+                rows = [[records.get(r.key, {"error": "not asked"}) for r in row] for row in wanted]
+                result = results[task.name] = score_task(task, rows)
+                shown = [f"{name} {percent(*x)}" for name, x in result["metrics"].items()]
+                shown.append(f"cut off {percent(result['cut off'])}")
+                ranks.say(f"{task.name}: {', '.join(shown)}, unanswered {result['unanswered']}")
                 if isinstance(policy, Server) and policy.refused:
                     result["refused"] = list(policy.refused)  # keys of the request
-                shown = [f"{name} {percent(*x)}" for name, x in result["metrics"].items()]
-                shown += [f"{k} {x:.3g}" for k, x in result.items() if isinstance(x, int | float)]
-                ranks.say(f"{task.name}: {', '.join(shown)}")
                 write_json(path, results)
                 write_text(os.path.join(out, "results.md"), [results_table(results), "\n"])
     ranks.say("\n" + results_table(results))
@@ -1562,129 +1550,105 @@ def evaluate(policy, tasks: list, out: str, sampling: Sampling, ranks: Ranks, sa
 
 
 def score_task(task: Task, records: list) -> dict:
-    """The figures of one task from its records, a list a row. Metrics, as (mean, standard error),
-    and shares are from 0 to 1. Failed requests are left out of all means, and counted."""
-    answers, graded = [], []  # graded: (id, gold, grades of its answers) of each row that has some
+    """The figures of a task from its records, a list a row. Metrics, as (mean, standard error), and
+    shares are from 0 to 1. Failed requests are only counted."""
+    answers, golds, scores = [], {}, {}  # scores: {metric: {question: [score]}}
     for (name, messages, gold), row in zip(task.rows, records):
-        arrived = [r for r in row if "text" in r]
-        answers += arrived
-        if arrived:
-            question = request_for(name, messages, None).key  # name and digest
-            graded.append((question, gold, [task.grade(r["text"], gold) for r in arrived]))
+        question = request_for(name, messages, None).key  # id and digest
+        golds[question] = gold
+        for record in row:
+            if "text" in record:
+                answers.append(record)
+                for metric, score in task.grade(record["text"], gold).items():
+                    scores.setdefault(metric, {}).setdefault(question, []).append(float(score))
     if not answers:
-        errors = Counter(r.get("error", "not asked") for row in records for r in row)
-        why = errors.most_common(1)[0][0]
-        raise UserError(f"{task.name}: not one answer arrived ({why:.200}); start again to retry")
-    metrics, scores = {}, {}
-    _, _, first_row = graded[0]
-    for metric in first_row[0]:  # the headline comes first
-        by_row = {name: [float(g[metric]) for g in grades] for name, _, grades in graded}
+        raise UserError(f"{task.name}: not one answer arrived ({records[0][0]['error']:.200})")
+    metrics = {}
+    for metric, rows in scores.items():
         weight = task.weights.get(metric, lambda gold: 1)
-        metrics[metric] = clustered(list(by_row.values()), [weight(gold) for _, gold, _ in graded])
-        if not scores:
-            scores = by_row
-    k = min(len(row) for row in scores.values())
-    pass_k = [pass_at_k(len(row), round(sum(row)), k) for row in scores.values()]
-    return {"questions": len(task.rows), "samples": max(len(row) for row in records),
-            "metrics": metrics, f"pass@{k}": sum(pass_k) / len(pass_k),
+        metrics[metric] = clustered(list(rows.values()), [weight(golds[q]) for q in rows])
+    headline = scores[next(iter(scores))]
+    k = min(len(row) for row in headline.values())
+    pass_k = [pass_at_k(len(row), round(sum(row)), k) for row in headline.values()]
+    return {"questions": len(task.rows), "samples": len(records[0]), "metrics": metrics,
+            f"pass@{k}": sum(pass_k) / len(pass_k),
             "cut off": fmean(r["finish"] == "length" for r in answers),
             "empty": fmean(not r["text"].strip() for r in answers),
             "tokens": fmean(r["tokens"] for r in answers),
-            "unanswered": sum(len(row) for row in records) - len(answers), "scores": scores}
+            "unanswered": sum(len(row) for row in records) - len(answers), "scores": headline}
 
 
-def percent(mean, error):
-    """A share from 0 to 1 and its standard error, or None, in %."""
+def percent(mean, error=None):
+    """A share from 0 to 1, and its standard error if it has one, in %."""
     return f"{100 * mean:.1f}" if error is None else f"{100 * mean:.1f} ± {100 * error:.1f}"
 
 
 def results_table(results: dict) -> str:
-    """The headline figures in %, with standard errors, as the paper lays them out: in-domain, OOD,
-    IF, and the mean of each group and of all nine where all of a group's tasks are there."""
+    """The headline figures in % as the paper lays them out: in-domain, OOD, IF, other tasks, and
+    the mean of each group and of all nine where all of a group's tasks are there."""
     headline = {name: next(iter(r["metrics"].values())) for name, r in results.items()}
-    group_of = {task.name: task.group for task in TASKS.values() if task.group}
-    ordered = [name for name in group_of if name in headline]
-    ordered += [name for name in headline if name not in group_of]
-    columns = [(name, "---", percent(*headline[name])) for name in ordered]
+    columns = [(name, "---", percent(*headline[name]))
+               for name in {**TASKS, **headline} if name in headline]
     for group in ("in-domain", "OOD", "overall"):
-        names = [name for name in group_of if group in ("overall", group_of[name])]
+        names = [t.name for t in TASKS.values() if t.group and group in (t.group, "overall")]
         if all(name in headline for name in names):
             mean = sum(headline[name][0] for name in names) / len(names)
-            columns.append((group, "---", percent(mean, None)))
+            columns.append((group, "---", percent(mean)))
     return "\n".join("| " + " | ".join(row) + " |" for row in zip(*columns))
 
 
 def compare_runs(folders: list, seed: int = 0) -> str:
     """A Markdown table of two finished evaluations: the headline figures over the questions that
-    both answered, their difference and its 95 % interval. Below 20 questions the bootstrap's p is
-    too small and is left out. Notes name what differs or cannot be compared."""
+    both answered, their difference, its 95 % interval, and p from 20 questions on (below it is too
+    small). Notes name what differs."""
     a, b = (read_json(os.path.join(folder, "results.json")) for folder in folders)
-    settings = [read_json(os.path.join(folder, "settings.json")) for folder in folders]
-    rows, notes = [], []
-    for key in ("sampling", "seed", "refused"):
-        values = [json.dumps(run.get(key)) for run in settings]
-        if values[0] != values[1]:
-            notes.append(f"{key} differs: {values[0]} and {values[1]}")
+    x, y = (read_json(os.path.join(folder, "settings.json")) for folder in folders)
+    lines = ["| task | questions | A | B | B - A | 95 % | p |", "|---|---|---|---|---|---|---|"]
+    notes = [f"\n{key} differs: {x.get(key)} and {y.get(key)}"
+             for key in ("sampling", "seed", "refused") if x.get(key) != y.get(key)]
     for task in (task for task in a if task in b):
-        both = [q for q in a[task]["scores"] if q in b[task]["scores"]]
-        if len(both) < 2:
-            notes.append(f"{task} is left out: {len(both)} questions were asked in both")
-            continue
-        scores = [{q: run[task]["scores"][q] for q in both} for run in (a, b)]
-        means = [100 * clustered(list(run.values()))[0] for run in scores]
-        *points, p = paired_bootstrap(*scores, seed)
-        difference, low, high = (100 * x for x in points)
-        p = f"{p:.3f}" if len(both) >= 20 else "-"
-        rows.append(f"| {task} | {len(both)} | {means[0]:.1f} | {means[1]:.1f} | {difference:+.1f} "
-                    f"| {low:+.1f} to {high:+.1f} | {p} |")
-        alone = [run[task]["questions"] - len(both) for run in (a, b)]
-        if any(alone):
-            notes.append(f"{task}: {alone[0]} questions of A and {alone[1]} of B have no partner")
-    if not rows:
-        raise UserError(f"nothing to compare: {folders[0]} has {', '.join(a)}, {folders[1]} has "
-                        f"{', '.join(b)}{data.listed(notes)}")
-    head = ["| task | questions | A | B | B - A | 95 % | p |", "|---|---|---|---|---|---|---|"]
-    return "\n".join(head + rows + [f"\n{note}" for note in notes])
+        scores, asked = zip(*((run[task]["scores"], run[task]["questions"]) for run in (a, b)))
+        both = [q for q in scores[0] if q in scores[1]]
+        if len(both) < max(2, *asked):
+            notes.append(f"\n{task}: of {asked[0]} questions in A and {asked[1]} in B, {len(both)} "
+                         "are answered in both")
+        if len(both) >= 2:
+            means = [100 * fmean(fmean(run[q]) for q in both) for run in scores]
+            *points, p = paired_bootstrap(*scores, seed)
+            difference, low, high = (100 * point for point in points)
+            p = f"{p:.3f}" if len(both) >= 20 else "-"
+            lines.append(f"| {task} | {len(both)} | {means[0]:.1f} | {means[1]:.1f} "
+                         f"| {difference:+.1f} | {low:+.1f} to {high:+.1f} | {p} |")
+    return "\n".join(lines + notes)
 
-
-# --- retention ------------------------------------------------------------------------------------
 
 ROWS_AT_ONCE = 256  # rows of logits of each model in fp32: 0.3 GB at Qwen3's vocabulary
 
 
-def read_sequences(path: str, chat: data.Chat, max_length: int) -> tuple[list, str]:
-    """([(ids, first), ...], a summary) of a JSONL file: ids[first:max_length] are scored. A row is
-    {"text": ...}, scored from its second token, or a pair, whose y+ is scored after its prompt."""
-    notes = Counter()
-
+def read_sequences(path: str, chat: data.Chat, max_length: int) -> list:
+    """[(ids, first), ...] of a JSONL file: ids[first:] are scored. A row is {"text": ...}, scored
+    from its second token, or a pair, whose y+ is scored after its prompt."""
     def parse(row, line):
         if "text" in row:
-            ids, first = chat.encode(data.check_text(row["text"], "'text'")), 1
-        else:
-            pair = data.parse_pair(row, line, notes)
-            prompt = chat.prompt(pair.messages)
-            ids, first = [*prompt, *chat.encode(pair.chosen), chat.im_end], len(prompt)
-        if min(len(ids), max_length) <= first:
-            raise data.Drop("nothing to score")
-        return ids, first
+            return chat.encode(data.check_text(row["text"], "'text'"))[:max_length], 1
+        pair = data.parse_pair(row, line, Counter())
+        prompt = chat.prompt(pair.messages)
+        return [*prompt, *chat.encode(pair.chosen), chat.im_end][:max_length], len(prompt)
 
-    rows, dropped = data.read_rows(path, parse)
-    cut = sum(len(ids) > max_length for ids, _ in rows)
-    summary = f"{path}: {len(rows)} texts, {cut} of them cut at {max_length} tokens"
-    summary += "".join(f"; {count} rows: {note}" for note, count in (dropped + notes).items())
+    rows, _ = data.read_rows(path, parse)
+    rows = [(ids, first) for ids, first in rows if len(ids) > first]
     if not rows:
-        raise UserError(f"{summary}: no row has a token to score")
-    return [(ids[:max_length], first) for ids, first in rows], summary
+        raise UserError(f"{path}: no row has a token to score")
+    return rows
 
 
 @torch.no_grad()
 def retention(model: qwen.Qwen3, base: qwen.Qwen3, sequences: list, ranks: Ranks) -> dict:
-    """How far a model went from its base on given texts, over the full vocabulary.
+    """How far a model went from its base on sequences [(ids, first), ...], ids[first:] of each.
 
-    sequences  [(ids, first)]: ids[first:] are scored, first >= 1; each rank takes a share
-    returns    {"tokens", "logp", "logp_base", "kl"}: mean log-probability of the given tokens, and
-               mean KL(base || model) of the next-token distributions, both in nats a token, as
-               (mean, standard error clustered by sequence)"""
+    Returns {"tokens": their number, "logp": log-probability of a token, "logp_base": by the base,
+    "kl": KL(base || model) of the next-token distributions}, all in nats, as (mean over all tokens,
+    standard error clustered by sequence)."""
     # In fp32 always: logits rounded to bf16 would add half as much again to a small KL.
     heads = [m.head_weight().float() for m in (model, base)]
     sums = torch.zeros(len(sequences), 3, dtype=torch.float64)
@@ -1692,8 +1656,8 @@ def retention(model: qwen.Qwen3, base: qwen.Qwen3, sequences: list, ranks: Ranks
     bar = ranks.progress(len(mine), "retention", "text")
     for i in mine:
         ids, first = sequences[i]
-        tokens = torch.tensor(ids, device=ranks.device)
-        positions, length = torch.arange(len(ids), device=ranks.device), len(ids)
+        tokens, length = torch.tensor(ids, device=ranks.device), len(ids)
+        positions = torch.arange(length, device=ranks.device)
         layout = [(0, length, length, length)]  # one plain sequence
         hidden = [m.norm(m.hidden_states(tokens, positions, layout)) for m in (model, base)]
         for at in range(first, length, ROWS_AT_ONCE):
@@ -1714,17 +1678,15 @@ def retention(model: qwen.Qwen3, base: qwen.Qwen3, sequences: list, ranks: Ranks
 
 # --- the report -----------------------------------------------------------------------------------
 
-FIGURES = {"loss": "loss", "reward_chosen": "r⁺", "reward_rejected": "r⁻", "margin": "margin",
-           "accuracy": "accuracy", "tether_chosen": "λ⁺", "tether_rejected": "λ⁻"}
-CHARTS = {  # title: the figure drawn solid, and the one drawn dashed
-    "1000 × KL from the base, nats a token": ("kl_1000",),  # only of the toy story
-    "Rewards: r⁺ solid, r⁻ dashed": ("reward_chosen", "reward_rejected"),
-    "SPoT's tether: λ⁺ solid, λ⁻ dashed": ("tether_chosen", "tether_rejected"),
-    "Margin r⁺ − r⁻": ("margin",), "Accuracy: share of pairs with r⁺ > r⁻": ("accuracy",),
-    "Loss of a pair (sft, dft: of a token)": ("loss",)}
+CHARTS = {  # title: LOG.FIGURE of the solid line, and of the dashed one
+    "1000 × KL from the base, nats a token": ("kl.kl_1000",),  # only of the toy story
+    "SPoT's tether: λ⁺, dashed λ⁻": ("metrics.tether_chosen", "metrics.tether_rejected"),
+    "Rewards: r⁺, dashed r⁻": ("metrics.reward_chosen", "metrics.reward_rejected"),
+    "Margin r⁺ − r⁻, dashed: held out": ("metrics.margin", "eval.margin"),
+    "Share of pairs with r⁺ > r⁻, dashed: held out": ("metrics.accuracy", "eval.accuracy"),
+    "Loss of a pair (sft, dft: of a token), dashed: held out": ("metrics.loss", "eval.loss")}
 COLOURS = ("#1f88cf", "#d9661a", "#12936c", "#c0589a", "#94800f", "#7f78d8")  # on white and black
-MAX_SHOWN = 400  # points of a line, and tokens on either side of a pair's fork
-RARE_NATS = 3.0  # a token less probable than e^-3 before training is bold
+MAX_SHOWN = 400  # points of a line, and tokens of each part of a pair
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
@@ -1733,163 +1695,113 @@ PAGE = """<!DOCTYPE html>
 body { max-width: 80rem; margin: auto; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif }
 .grid { display: grid; gap: 1.5rem; overflow-wrap: anywhere;
   grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)) }
-pre, table { display: block; overflow-x: auto }
-svg { width: 100%%; fill: none; stroke-width: 2.5; stroke-linecap: round }
-svg text { font-size: 16px; fill: currentColor } svg line { stroke: #8886; stroke-width: 1 }
-th, td { padding: .2rem .7rem .2rem 0; border-bottom: 1px solid #8886; text-align: left }
-label { display: inline-block; margin-right: .6rem } .snapshot { display: none }
+pre { overflow-x: auto } path, line { vector-effect: non-scaling-stroke; stroke-linecap: round }
+svg { width: 100%%; height: 12rem; overflow: visible; fill: none; stroke-width: 2.5 }
 .tokens { padding-left: .7rem; border-left: 3px solid #8886; white-space: pre-wrap;
   font: .95rem/1.9 ui-monospace, monospace }
-%s</style></head><body><h1>Surgical Post-Training</h1>
+</style></head><body><h1>Surgical Post-Training</h1>
 %s
 </body></html>
 """
 
 
-def escape(text: str) -> str:
-    """Text of a user or a model as HTML, newlines marked."""
-    return html.escape(text.encode(errors="replace").decode()).replace("\n", "↵\n")
-
-
-def number(x: float | None) -> str:
-    """Three digits; a dash for None and NaN, 0 without a sign."""
-    return "–" if x is None or math.isnan(x) else f"{x + 0.0:.3g}".replace("-", "−")
-
-
-def line_chart(title: str, keys: tuple, runs: list) -> str:
-    """An SVG figure of the metrics `keys`, a colour for each run; "" where no run has them. The x
-    axis begins at step 0, the y axis includes 0."""
-    lines = []
+def line_chart(title: str, figures: tuple, runs: list) -> str:
+    """An SVG of one or two figures of all runs, with their first and last values; "" where none has
+    them. Both axes include 0."""
+    paths, ends, points = "", "", [(0, 0)]
     for run in runs:
-        rows = run["kl"] if keys == ("kl_1000",) else run["metrics"]
-        for key, dashes in zip(keys, ("none", "7 6")):
-            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-            style = f'stroke="{run["colour"]}" stroke-dasharray="{dashes}"'
-            step = 1 + len(points) // MAX_SHOWN
-            lines.append((points[:-1:step] + points[-1:], style))
-    steps = [step for points, _ in lines for step, _ in points]
-    values = [value for points, _ in lines for _, value in points]
-    if not values:
+        for figure, dashes in zip(figures, ("none", "7 6")):
+            log, key = figure.split(".")
+            curve = [(row["step"], row[key]) for row in run[log] if row.get(key) is not None]
+            if curve:
+                points += curve
+                shown = curve[:-1:1 + len(curve) // MAX_SHOWN] + curve[-1:]
+                path = "L".join(f"{step},{-value:.4g}" for step, value in shown)
+                paths += (f'<path d="M{path}h0" stroke="{run["colour"]}" '  # h0: one point is a dot
+                          f'stroke-dasharray="{dashes}"/>')
+                ends += (f'<div style="color:{run["colour"]}">{figure}: '
+                         f"{curve[0][1]:.3g} → {curve[-1][1]:.3g}</div>")
+    if not paths:
         return ""
-    last, low, high = max(steps), min(0, *values), max(0, *values)
-
-    def place(step, y):  # the plot fills (60, 10) to (450, 220) of a view of 480 x 275
-        across, up = step / max(last, 1), (y - low) / max(high - low, 1e-30)
-        return round(60 + 390 * across, 1), round(220 - 210 * up, 1)
-
-    zero = place(0, 0)[1]
-    parts = ['<text x="255" y="268" text-anchor="middle">step</text>'
-             f'<text x="456" y="{zero + 5}">0</text>'
-             f'<line x1="60" x2="450" y1="{zero}" y2="{zero}" style="stroke:currentColor"/>']
-    for step, value in (0, low), (last // 2, (low + high) / 2), (last, high):
-        x, y = place(step, value)
-        parts.append(f'<line x1="60" x2="450" y1="{y}" y2="{y}"/>'
-                     f'<text x="54" y="{y + 5}" text-anchor="end">{number(value)}</text>'
-                     f'<text x="{x}" y="245" text-anchor="middle">{step}</text>')
-    for points, style in lines:
-        if points:
-            path = "L".join("{},{}".format(*place(*point)) for point in points)
-            parts.append(f'<path d="M{path}h0" {style}/>')  # h0: a lone point is a dot
-    return (f'<div><b>{title}</b><svg viewBox="0 0 480 275" role="img" aria-label="{title}">'
-            f'{"".join(parts)}</svg></div>')
-
-
-def before_after(runs: list) -> str:
-    """A table of every run's first and last figures, in training and on held-out pairs."""
-    table = "<th></th>" + "".join(f"<th>{escape(run['name'])}</th>" for run in runs)
-    for title, log in ("", "metrics"), ("held out: ", "eval"):
-        if not any(run[log] for run in runs):
-            continue
-        for key, name in FIGURES.items():
-            table += f"</tr>\n<tr><th>{title}{name}</th>"
-            for run in runs:
-                first, last = (run[log][0], run[log][-1]) if run[log] else ({}, {})
-                table += f"<td>{number(first.get(key))} → {number(last.get(key))}</td>"
-    return f"<table><tr>{table}</tr></table>"
+    steps, values = zip(*points)
+    low, high, last = min(values), max(values), max(steps)
+    return f"""<div><b>{title}</b><div>{high:.3g}</div>
+<svg viewBox="0 {-high} {last or 1} {high - low or 1}" preserveAspectRatio="none" role="img"
+aria-label="{title}"><line x2="{last}" stroke="currentColor" stroke-width="1"/>{paths}</svg>
+{low:.3g}, steps 0 to {last}{ends}</div>"""
 
 
 def surgery(run: dict) -> str:
-    """The watched pair of a run and a radio button for each snapshot; CSS shows the chosen one."""
+    """The watched pair of a run, coloured by its coefficients, once for each snapshot."""
     pair, *snapshots = run["surgery"]
-    scale = max(1e-30, *(abs(x) for snapshot in snapshots for x in snapshot["coefficients"]))
     texts = pair["trunk"] + pair["rejected"] + pair["chosen"]
     fork, end = len(pair["trunk"]), len(pair["trunk"] + pair["rejected"])
+    parts = {"trunk": range(fork)[-MAX_SHOWN:], "y⁻": range(fork, end)[:MAX_SHOWN],
+             "y⁺": range(end, len(texts))[:MAX_SHOWN]}
     tags = ["span"] * fork + ["del"] * (end - fork) + ["ins"] * (len(texts) - end)
-    for i, j in data.lcs_matches(pair["rejected_ids"], pair["chosen_ids"]):
-        tags[fork + i] = tags[end + j] = "span"
-    spans, before = [], snapshots[0]["logps"]
-    for i, (tag, text) in enumerate(zip(tags, texts)):
-        style = "font-weight:bold;" if before[i] < -RARE_NATS else ""
-        title = "step: coefficient, log p"
-        for n, snapshot in enumerate(snapshots):
-            coefficient, logp = snapshot["coefficients"][i], snapshot["logps"][i]
-            colour = "#1f88cf" if coefficient < 0 else "#e0690a"
-            style += f"--c{n}:{colour}{round(160 * abs(coefficient) / scale):02x};"
-            title += f"\n{snapshot['step']}: {number(coefficient)}, {number(logp)}"
-        spans.append(f'<{tag} style="{style}" title="{title}">{escape(text)}</{tag}>')
-    body = f"<h3>{escape(run['name'])}</h3><div>Full colour: ±{number(scale)}. Steps done:</div>"
-    for n, snapshot in enumerate(snapshots):
-        checked = " checked" if n == 0 else ""
-        body += (f'<label><input type="radio" name="{escape(run["name"])}"{checked}> '
-                 f'{snapshot["step"]}</label>\n')
+    ids = [pair[key][:MAX_SHOWN] for key in ("rejected_ids", "chosen_ids")]
+    for i, j, size in SequenceMatcher(None, *ids, autojunk=False).get_matching_blocks():
+        for k in range(size):
+            tags[fork + i + k] = tags[end + j + k] = "span"
+    scale = max(1e-30, *(abs(c) for snapshot in snapshots for c in snapshot["coefficients"]))
+    prompt = html.escape("".join(pair["prompt"][-MAX_SHOWN:]))
+    body = f'{run["name"]}: full colour is ±{scale:.3g}<div class="tokens">{prompt}</div>'
     for snapshot in snapshots:
-        body += (f'<p class="snapshot">r⁺ {number(snapshot["reward_chosen"])}, '
-                 f'r⁻ {number(snapshot["reward_rejected"])}</p>')
-    nats = [-sum(part) for part in (before[:fork], before[fork:end], before[end:])]
-    for title, tokens in (("prompt", [escape(text) for text in pair["prompt"]][-MAX_SHOWN:]),
-                          (f"trunk, {nats[0]:.1f} nats", spans[:fork][-MAX_SHOWN:]),
-                          (f"y⁻, {nats[1]:.1f} nats", spans[fork:end][:MAX_SHOWN]),
-                          (f"y⁺, {nats[2]:.1f} nats", spans[end:][:MAX_SHOWN])):
-        body += f'{title}<div class="tokens">{"".join(tokens)}</div>'
-    return f'<div class="pair">{body}</div>'
+        opened = " open" if snapshot is snapshots[0] else ""
+        body += f"<details{opened}><summary>{snapshot['step']} steps done</summary>"
+        for title, part in parts.items():
+            body += f'{title}<div class="tokens">'
+            for i in part:
+                coefficient, logp = snapshot["coefficients"][i], snapshot["logps"][i]
+                colour = "#1f88cf" if coefficient < 0 else "#e0690a"
+                opacity = round(160 * abs(coefficient) / scale)
+                weight = ";font-weight:bold" if logp < -3 else ""
+                text = html.escape(texts[i]).replace("\n", "↵\n")
+                body += (f'<{tags[i]} style="background:{colour}{opacity:02x}{weight}" '
+                         f'title="{coefficient:.3g}, {logp:.3g}">{text}</{tags[i]}>')
+            body += "</div>"
+        body += "</details>"
+    return f"<div>{body}</div>"
 
 
 def report(folders: list, out: str, note: str = ""):
     """Write one HTML file of run folders and finished evaluations, with `note`, a text."""
     common = os.path.commonpath([os.path.dirname(os.path.realpath(folder)) for folder in folders])
-    runs, tables, body, styles = [], "", "", ""
+    runs, names, tables, body = [], "", "", ""
     for folder in folders:
-        name = os.path.relpath(os.path.realpath(folder), common)
+        name = html.escape(os.path.relpath(os.path.realpath(folder), common))
         if os.path.exists(os.path.join(folder, "metrics.jsonl")):
-            run = {"name": name, "colour": COLOURS[len(runs) % 6],
-                   "options": read_json(os.path.join(folder, "config.json"))["options"]}
-            for log in ("metrics", "eval", "surgery", "kl"):
+            run = {"name": name, "colour": COLOURS[len(runs) % 6]}
+            for log in ("metrics", "eval", "kl", "surgery"):
                 run[log] = data.read_log(os.path.join(folder, f"{log}.jsonl"))
             runs.append(run)
+            options = read_json(os.path.join(folder, "config.json"))["options"]
+            shown = ", ".join(f"{key} {options.get(key)}" for key in ("loss", "lr", "beta"))
+            names += f'<div style="color:{run["colour"]}">{name}: {html.escape(shown)}</div>'
         elif os.path.exists(os.path.join(folder, "results.md")):
             with open(os.path.join(folder, "results.md"), encoding="utf-8") as f:
-                tables += f"<h3>{escape(name)}</h3><pre>{html.escape(f.read())}</pre>"
+                tables += f"<h3>{name}</h3><pre>{html.escape(f.read())}</pre>"
         else:
             raise UserError(f"{folder}: no run (metrics.jsonl) and no evaluation (results.md)")
     if runs:
-        body += """<p>Look first at the rewards, where r⁺ should rise above 0 and stay above r⁻,
-then at the coloured pair: a surgical update leaves the trunk, both answers' start, pale.</p>"""
-        for run in runs:
-            options = ", ".join(f"{k} {run['options'].get(k)}" for k in ("loss", "lr", "beta"))
-            body += (f'<div><b style="color:{run["colour"]}">▬</b> {escape(run["name"])}: '
-                     f"{escape(options)}</div>")
-        charts = "".join(line_chart(title, keys, runs) for title, keys in CHARTS.items())
-        body += f'<div class="grid">{charts}</div><h2>Before and after</h2>{before_after(runs)}'
+        charts = "".join(line_chart(title, figures, runs) for title, figures in CHARTS.items())
+        body += f"""<p>Look first at the rewards, where r⁺ should rise above 0 and stay above r⁻,
+then at the coloured pair: a surgical update leaves the trunk, both answers' start, pale.</p>
+{names}<h2>Before → after</h2><div class="grid">{charts}</div>"""
     if note:
         body += f"<pre>{html.escape(note)}</pre>"
     if tables:
         body += f"<h2>Benchmarks, right in %</h2>{tables}"
-    watched = [surgery(run) for run in runs if run["surgery"][1:]]
+    watched = "".join(surgery(run) for run in runs if run["surgery"][1:])
     if watched:
-        body += f"""<h2>Surgery on one pair</h2><p>Choose how many steps are done: the next update
-raises the probability of <b>blue</b> tokens and lowers that of <b>orange</b> ones, the more the
-stronger the colour (the coefficient ∂L/∂log p, on each run's own scale). <del>Struck</del>: not in
-y⁺; <ins>underlined</ins>: not in y⁻. Bold: more than 3 nats before training. Point at a token for
-its figures.</p>
-<div class="grid">{"".join(watched)}</div>"""
-    for n in range(max([len(run["surgery"]) - 1 for run in runs], default=0)):
-        checked = f".pair:has(label:nth-of-type({n + 1}) :checked)"
-        styles += (f"{checked} .snapshot:nth-of-type({n + 1}) {{ display: block }}\n"
-                   f"{checked} .tokens * {{ background: var(--c{n}) }}\n")
-    write_text(out, [PAGE % (styles, body)])
+        body += f"""<h2>Surgery on one pair</h2><p>Open a step: the update after it raises the
+probability of <b>blue</b> tokens and lowers that of <b>orange</b> ones, by the coefficient
+∂L/∂log p. <del>Struck</del>: not in y⁺; <ins>underlined</ins>: not in y⁻; bold: log p is below −3.
+Point at a token for its coefficient and log p.</p><div class="grid">{watched}</div>"""
+    write_text(out, [PAGE % body])
 
 
-# --- command line: tasks, comparison, retention, report -------------------------------------------
+# --- command line ---------------------------------------------------------------------------------
 
 
 @dataclass
@@ -1903,124 +1815,96 @@ class EvalOptions(SamplingOptions):
     show: int = option(0, "print the first answers to that many questions of each task, graded")
 
 
-@dataclass
-class CompareOptions:
-    """two finished evaluations side by side"""
-
-    a: str = option("", "--out of one evaluation (required)")
-    b: str = option("", "--out of another (required)")
-
-
-@dataclass
-class RetentionOptions:
-    """how far a model went from its base"""
-
-    model: str = option("", "checkpoint folder (required)")
-    base: str = option("", "the model before training (required)")
-    texts: str = option("", "JSONL with \"text\", or a pair file, whose y+ is scored (required)")
-    max_length: int = option(4096, "tokens of a text; the rest is cut off")
-    dtype: str = option("bfloat16", "of both models", ("float32", "bfloat16"))
-    timeout: int = option(86400, "seconds after which a stalled rank ends the run")
-
-
-@dataclass
-class ReportOptions:
-    """runs and evaluations as one HTML file"""
-
-    out: str = option("", "file to write [RUN/report.html of one RUN, report.html of several]")
-    runs: tuple = ()
-
-
 def run_evaluation(o: EvalOptions, ranks: Ranks):
-    """`eval.py evaluate`, from options to files."""
     with ranks.together():
-        tasks = [load_task(spec.strip(), o.data) for spec in o.tasks.split(",") if spec.strip()]
-        if not tasks or len({task.name for task in tasks}) < len(tasks):
-            raise UserError(f"--tasks is {o.tasks!r}: one task or more expected, each once")
+        tasks = [load_task(spec.strip(), o.data) for spec in o.tasks.split(",")]
+        if len({task.name for task in tasks}) < len(tasks):
+            raise UserError(f"--tasks is {o.tasks!r}: each once expected")
         tasks = [replace(task, rows=task.rows[:o.limit or None]) for task in tasks]
         policy = open_policy(o, ranks.device)
     settings = {"command": "eval", "seed": o.seed, "asked": identity(policy, o),
                 "sampling": asdict(o.sampling)}
     claim_folder(o.out, settings, ranks, policy)
     evaluate(policy, tasks, o.out, o.sampling, ranks, o.samples, o.seed)
-    if ranks.main:
+    if ranks.main and o.show:
         for task in tasks:
-            show_answers(task, os.path.join(o.out, task.name), o.show)
+            records = read_answers(os.path.join(o.out, task.name))
+            for name, messages, gold in task.rows[:o.show]:
+                record = records.get(request_for(f"{name}/0", messages, None).key, {})
+                text = record.get("text", "")
+                verdict = record.get("error") or task.grade(text, gold)
+                print(f"\n--- {task.name} {name}: question\n{messages[-1]['content']}\n--- answer\n"
+                      f"{text}\n--- gold: {gold}\n--- verdict: {verdict}")
 
 
-def show_answers(task: Task, folder: str, count: int):
-    """Print the first answers to `count` questions with gold answer and verdict."""
-    answers = {key.rpartition(" ")[0]: record for key, record in read_answers(folder).items()}
-    for name, messages, gold in task.rows[:count]:
-        record = answers.get(f"{name}/0", {"error": "not asked"})
-        print(f"\n--- {task.name} {name}: question\n{messages[-1]['content']}\n--- answer")
-        verdict = f"none, {record.get('error')}"
-        if "text" in record:
-            grades = task.grade(record["text"], gold)
-            verdict = ", ".join(f"{metric} {float(x):g}" for metric, x in grades.items())
-        print(f"{record.get('text', '')}\n--- gold: {gold}\n--- verdict: {verdict}")
-
-
-def run_comparison(o: CompareOptions, ranks: Ranks):
-    """`eval.py compare`."""
+def run_comparison(o, ranks: Ranks):
     ranks.main_only(lambda: print(compare_runs([o.a, o.b])))
 
 
-def run_retention(o: RetentionOptions, ranks: Ranks):
-    """`eval.py retention`, from options to figures."""
+def run_retention(o, ranks: Ranks):
     with ranks.together():
         dtype = getattr(torch, o.dtype)
         model, base = (open_local_model(name, dtype, ranks.device) for name in (o.model, o.base))
-        vocabularies = [(m.model.config.vocab_size, m.chat.tokenizer.get_vocab(True))
-                        for m in (model, base)]
-        if vocabularies[0] != vocabularies[1]:
-            raise UserError(f"{o.model} and {o.base} have different tokenizers or numbers of "
-                            "tokens: no KL between them")
-        sequences, summary = read_sequences(o.texts, base.chat, o.max_length)
-        ranks.say(summary)
+        a, b = ((m.model.config.vocab_size, m.chat.tokenizer.get_vocab()) for m in (model, base))
+        if a != b:
+            raise UserError("--model and --base differ in tokenizer or number of tokens: no KL")
+        sequences = read_sequences(o.texts, base.chat, o.max_length)
+        ranks.say(f"{o.texts}: {len(sequences)} texts have tokens to score")
         figures = retention(model.model, base.model, sequences, ranks)
     if ranks.main:
         print(json.dumps(figures))
 
 
-def run_report(o: ReportOptions, ranks: Ranks):
-    """`eval.py report`."""
-    out = o.out or os.path.join(o.runs[0] if len(o.runs) == 1 else "", "report.html")
-    ranks.main_only(report, o.runs, out)
-    ranks.say(f"written: {out}")
+def run_report(o, ranks: Ranks):
+    ranks.main_only(report, o.runs, o.out)
+    ranks.say(f"written: {o.out}")
 
 
-COMMANDS = {  # name: what it runs, its options, the required ones
-    "evaluate": (run_evaluation, EvalOptions, ("out", "tasks")),
-    "compare": (run_comparison, CompareOptions, ("a", "b")),
-    "retention": (run_retention, RetentionOptions, ("model", "base", "texts")),
-    "report": (run_report, ReportOptions, ())}
-LEAST_VALUES = {  # values of options, oracle.py's too
-    "workers": 1, "request_timeout": 1e-3, "tries": 1, "temperature": 0, "top_k": 0, "seed": 0,
-    "max_tokens": 1, "batch_size": 1, "timeout": 1, "samples": 0, "limit": 0, "show": 0,
-    "max_length": 2, "target": 0, "max_change_ratio": 0}
+# A command that samples: what it runs, its options, the required ones.
+COMMANDS = {"evaluate": (run_evaluation, EvalOptions, ("out", "tasks"))}
+POSITIVE = ("workers", "request_timeout", "tries", "max_tokens", "batch_size", "timeout")
+
+
+def add_tools(subparsers):
+    """The commands that sample nothing."""
+    compare = subparsers.add_parser("compare", help="two finished evaluations side by side")
+    compare.add_argument("--a", required=True, help="--out of one evaluation")
+    compare.add_argument("--b", required=True, help="--out of another")
+    drift = subparsers.add_parser("retention", help="how far a model went from its base")
+    drift.add_argument("--model", required=True, help="checkpoint folder")
+    drift.add_argument("--base", required=True, help="the model before training")
+    drift.add_argument("--texts", required=True, help='JSONL with "text", or a pair file: its y+')
+    drift.add_argument("--max_length", type=int, default=4096, help="tokens of a text [4096]")
+    drift.add_argument("--dtype", default="bfloat16", help="float32 or bfloat16 [bfloat16]",
+                       choices=("float32", "bfloat16"))
+    page = subparsers.add_parser("report", help="runs and evaluations as one HTML file")
+    page.add_argument("runs", nargs="+", help="folders of runs or evaluations")
+    page.add_argument("--out", default="report.html", help="file to write [report.html]")
+    for tool, run in (compare, run_comparison), (drift, run_retention), (page, run_report):
+        tool.set_defaults(run=run, record=argparse.Namespace, required=())
 
 
 def parse_command(argv: list, commands: dict = COMMANDS, description: str = __doc__) -> tuple:
     """(what to run, its options); raises UserError listing every problem at once."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    subparsers = parser.add_subparsers(dest="command", required=True)
-    for name, (_, record, _) in commands.items():
+    subparsers = parser.add_subparsers(required=True)
+    for name, (run, record, required) in commands.items():
         subparser = subparsers.add_parser(name, help=record.__doc__, allow_abbrev=False)
+        subparser.set_defaults(run=run, record=record, required=required)
         add_options(subparser, record)
-        if name == "report":
-            subparser.add_argument("runs", nargs="+", help="folders of runs or evaluations")
-    if "evaluate" in commands and (not argv or argv[0] not in (*commands, "-h", "--help")):
-        argv = ["evaluate", *argv]
+    if commands is COMMANDS:
+        add_tools(subparsers)
+        if argv and argv[0] not in (*subparsers.choices, "-h", "--help"):
+            argv = ["evaluate", *argv]
     given = vars(parser.parse_args(argv))
-    run, record, required = commands[given.pop("command")]
+    run, record, required = (given.pop(key) for key in ("run", "record", "required"))
     o = record(**given)
     problems = [f"--{name} is required" for name in required if not getattr(o, name)]
-    for name, least in LEAST_VALUES.items():
-        value = getattr(o, name, least)
-        if not least <= value < 1e9:
-            problems.append(f"--{name} is {value}, at least {least} and below 10^9 expected")
+    for name, value in given.items():
+        least = 1 if name in POSITIVE else 0
+        if isinstance(value, int | float) and not value >= least:  # nor is NaN
+            problems.append(f"--{name} is {value}, at least {least} expected")
     if isinstance(o, SamplingOptions):
         o.given = tuple(given)
         problems += check_sampling_options(o)
@@ -2032,13 +1916,12 @@ def parse_command(argv: list, commands: dict = COMMANDS, description: str = __do
 def main(commands: dict = COMMANDS, description: str = __doc__) -> int:
     """Command line to exit code: 0 done, 1 failed, 2 options that do not work, 130 stopped."""
     (run, o), ranks = start_program(lambda: parse_command(sys.argv[1:], commands, description),
-                                    lambda parsed: open_ranks(getattr(parsed[1], "timeout", 600)))
+                                    lambda parsed: open_ranks(getattr(parsed[1], "timeout", 86400)))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         run(o, ranks)
     except KeyboardInterrupt:
-        print("\nstopped; what has arrived is kept, and the same command goes on", file=sys.stderr,
-              flush=True)
+        print("\nstopped; the same command goes on where it was", file=sys.stderr, flush=True)
         return 130
     close_ranks()
     return 0

@@ -154,8 +154,8 @@ def test_what_cannot_be_compared_is_said(sets, tmp_path, ask):
         assert code == 0, err
     table = evaluation.compare_runs([str(tmp_path / "a"), str(tmp_path / "b")])
     assert "| x | 2 | 50.0 | 0.0 | -50.0 |" in table and "seed differs: 1 and 7" in table
-    assert "x: 1 questions of A and 2 of B have no partner" in table
-    assert "own is left out: 1 " in table
+    assert "x: of 3 questions in A and 4 in B, 2 are answered in both" in table
+    assert "| own" not in table and "own: of 1 questions in A and 1 in B, 1 are" in table
 
 
 def test_a_dead_server_says_why(tmp_path, ask):
@@ -165,7 +165,7 @@ def test_a_dead_server_says_why(tmp_path, ask):
 
 BAD = [
     (["--tasks", "aime99"], "'aime99' is no name or unknown"),
-    (["--tasks", "aime24,aime24"], "each once"), (["--tasks", ","], "one task or more"),
+    (["--tasks", "aime24,aime24"], "each once"), (["--tasks", ","], "'' is no name"),
     (["--tasks", "../x=own.jsonl"], "is no name"), (["--tasks", "results.json=x"], "is no name"),
     ({"question": "q"}, "a gold answer expected"),
     ({"answer": "4"}, "question, problem or prompt expected"),
@@ -207,10 +207,9 @@ def test_retention_equals_a_direct_computation(talker, tmp_path, monkeypatch):
     assert code == 0, output
     found = json.loads(output[output.index("{"):])
     chat = data.load_chat(str(talker), 265)
-    sequences, said = evaluation.read_sequences(str(texts), chat, 4096)
-    assert said.endswith("3 texts, 0 of them cut at 4096 tokens; 1 rows: nothing to score")
-    said = evaluation.read_sequences(str(texts), chat, 10)[1]
-    assert "texts.jsonl: 2 texts, 2 of them cut at 10" in said
+    sequences = evaluation.read_sequences(str(texts), chat, 4096)
+    assert "texts.jsonl: 3 texts have tokens to score" in output
+    assert [len(ids) for ids, _ in evaluation.read_sequences(str(texts), chat, 10)] == [10, 10]
     prompt = chat.prompt([{"role": "user", "content": "1 + 1?"}])
     assert [first for _, first in sequences] == [1, 1, len(prompt)]
     models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
@@ -265,4 +264,4 @@ def test_retention_refuses_another_tokenizer(talker, tmp_path):
     for model in (other, wider):
         code, err = run("retention", "--model", model, "--base", talker, "--texts", texts,
                         "--dtype", "float32")
-        assert code == 1 and "different tokenizers or numbers of tokens" in err
+        assert code == 1 and "differ in tokenizer or number of tokens" in err

@@ -107,7 +107,7 @@ def test_snapshots_survive_a_stop_and_do_not_touch_training(world, watched, tmp_
 
 def write(path, *rows):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))  # lone surrogates, too
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 PAIR = {"step": -1, "reference": [-1.0, -2.0], "prompt": ["q"], "trunk": ["a", "b"],
@@ -131,29 +131,28 @@ def test_known_values_are_where_they_should_be(tmp_path):
     a = make_run(tmp_path / "a", reward_chosen=[0, 1, 2], reward_rejected=[0.0, None, -2.0])
     b = make_run(tmp_path / "b", margin=[None] * 3, accuracy=[0.0, 1.0, 0.5])
     page = page_of(tmp_path / "r.html", a, b)
-    # Rewards: steps 0 to 10, y from -2 to 2, nothing of b. Accuracy: nothing of a.
-    assert page.paths() == ["M60.0,115.0L255.0,62.5L450.0,10.0", "M60.0,115.0L450.0,220.0",
-                            "M60.0,220.0L255.0,10.0L450.0,115.0"]
-    for part in ("0 → 2", "0 → −2", "– → –", "<b>, lr 1e-06", "r⁺ 0, r⁻ –", "Full colour: ±0.1"):
+    # y points down: rewards from -2 to 2 over the steps 0 to 10, none of b; accuracy, none of a
+    assert page.paths() == ["M0,0L5,-1L10,-2", "M0,-0L10,2", "M0,-0L5,-1L10,-0.5"]
+    boxes = [values["viewbox"] for tag, values in page.tags if tag == "svg"]
+    assert boxes == ["0 -2 10 4.0", "0 -1.0 10 1.0"]
+    for part in ("reward_chosen: 0 → 2", "reward_rejected: 0 → -2", "<b>, lr 1e-06", "±0.1"):
         assert part in page.text, part
     # blue below 0, orange above; the branches' one common token is neither deleted nor inserted
-    spans = re.findall(r'<(\w+) style="--c0:#(\w+);--c1:#(\w+);" title="[^"]*">(.)<', page.source)
-    assert [(tag, first, text) for tag, first, _, text in spans[:7]] == [
+    spans = re.findall(r'<(\w+) style="background:#(\w+)" title="([^"]*)">(.)<', page.source)
+    assert [(tag, colour, text) for tag, colour, _, text in spans[:7]] == [
         ("span", "e0690a00", "a"), ("span", "e0690a00", "b"), ("del", "e0690a50", "x"),
         ("span", "e0690a50", "s"), ("del", "e0690a50", "y"), ("span", "1f88cf50", "s"),
         ("ins", "1f88cf28", "z")]
-    assert spans[0][2] == "1f88cfa0"  # after step 5
-    assert 'title="step: coefficient, log p\n0: −0.025, −1\n5: −0.025, −1">z<' in page.source
+    assert spans[6][2] == "-0.025, -1" and spans[7][1] == "1f88cfa0"  # the trunk after step 5
 
 
 def test_hostile_text_is_inert(tmp_path):
-    nasty = ["<script>alert(1)</script>", "\"'><img src=x onerror=y>", "\ud800", "\n", "&amp;",
-             "</style>"]
+    nasty = ["<script>alert(1)</script>", "\"'><img src=x onerror=y>", "\n", "&amp;", "</style>"]
     pair = {**PAIR, "prompt": nasty, "trunk": nasty, "rejected": nasty, "chosen": nasty,
-            "rejected_ids": list(range(6)), "chosen_ids": list(range(3, 9))}
-    row = {**FIRST, "coefficients": [0.1] * 18, "logps": [-float("inf")] * 18}
+            "rejected_ids": list(range(5)), "chosen_ids": list(range(3, 8))}
+    row = {**FIRST, "coefficients": [0.1] * 15, "logps": [-float("inf")] * 15}
     page = page_of(tmp_path / "r.html", make_run(tmp_path / "<script>\"'", pair, [row]))
-    assert "<script" not in page.source
+    assert "<script" not in page.source and ';font-weight:bold" title="0.1, -inf">' in page.source
     assert all(part in page.text for part in ("↵", "alert(1)", "&amp;", "</style>"))
 
 
@@ -164,10 +163,12 @@ def test_evaluations_and_held_out_pairs_stand_beside_runs(tmp_path):
         (tmp_path / name / "results.md").write_text(evaluation.results_table(result))
     run = make_run(tmp_path / "run", loss=[1, 2, 3])
     write(run / "eval.jsonl", {"step": 5, "margin": 0.25}, {"step": 10, "margin": 0.75})
-    three = run, tmp_path / "base", tmp_path / "spot", "--out", tmp_path / "r.html"
-    for argv, out in ((three, tmp_path / "r.html"), ([run], run / "report.html")):
-        assert program(evaluation, "report", *argv) == (0, f"written: {out}\n")
-    for part in ("| own |\n| --- |\n| 50.0 ± 10.0 |", "62.5 ± 10.0", "loss1 → 3",
-                 "held out: margin0.25 → 0.75"):
-        assert part in Page(tmp_path / "r.html").text, part
-    assert "Benchmarks" not in Page(run / "report.html").text
+    out = tmp_path / "r.html"
+    three = run, tmp_path / "base", tmp_path / "spot"
+    assert program(evaluation, "report", *three, "--out", out) == (0, f"written: {out}\n")
+    page = Page(out)
+    for part in ("| own |\n| --- |\n| 50.0 ± 10.0 |", "62.5 ± 10.0", "metrics.loss: 1 → 3",
+                 "eval.margin: 0.25 → 0.75"):
+        assert part in page.text, part
+    assert "M5,-0.25L10,-0.75" in page.paths()
+    assert "Benchmarks" not in page_of(out, run).text

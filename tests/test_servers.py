@@ -279,6 +279,7 @@ def test_show_prints_graded_conversations():
         code, output = score(server, "--show", 2)
     assert code == 0, output
     first, second = output.split("--- sums ")[1:]
-    assert "0 + 0?" in first and "We add 0 twice: $\\boxed{0}$" in first and "accuracy 1" in first
+    assert "0 + 0?" in first and "We add 0 twice: $\\boxed{0}$" in first
+    assert "'accuracy': True" in first
     assert "1 + 1?" in second and "We add 1 twice: $\\boxed{3}$" in second
-    assert "accuracy 0" in second and "2" in second.split("--- gold: ")[1].split("\n")[0]
+    assert "'accuracy': False" in second and "2" in second.split("--- gold: ")[1].split("\n")[0]
