@@ -1606,6 +1606,8 @@ def compare_runs(folders: list, seed: int = 0) -> str:
     lines = ["| task | questions | A | B | B - A | 95 % | p |", "|---|---|---|---|---|---|---|"]
     notes = [f"\n{key} differs: {x.get(key)} and {y.get(key)}"
              for key in ("sampling", "seed", "refused") if x.get(key) != y.get(key)]
+    if not a.keys() & b.keys():
+        raise UserError(f"nothing to compare: A has {', '.join(a)}, B has {', '.join(b)}")
     for task in (task for task in a if task in b):
         scores, asked = zip(*((run[task]["scores"], run[task]["questions"]) for run in (a, b)))
         both = [q for q in scores[0] if q in scores[1]]
@@ -1625,21 +1627,28 @@ def compare_runs(folders: list, seed: int = 0) -> str:
 ROWS_AT_ONCE = 256  # rows of logits of each model in fp32: 0.3 GB at Qwen3's vocabulary
 
 
-def read_sequences(path: str, chat: data.Chat, max_length: int) -> list:
-    """[(ids, first), ...] of a JSONL file: ids[first:] are scored. A row is {"text": ...}, scored
-    from its second token, or a pair, whose y+ is scored after its prompt."""
+def read_sequences(path: str, chat: data.Chat, max_length: int) -> tuple[list, str]:
+    """([(ids, first), ...], a summary) of a JSONL file: ids[first:] are scored. A row is {"text":
+    ...}, scored from its second token, or a pair, whose y+ is scored after its prompt."""
+    counts = Counter()
+
     def parse(row, line):
         if "text" in row:
-            return chat.encode(data.check_text(row["text"], "'text'"))[:max_length], 1
-        pair = data.parse_pair(row, line, Counter())
-        prompt = chat.prompt(pair.messages)
-        return [*prompt, *chat.encode(pair.chosen), chat.im_end][:max_length], len(prompt)
+            ids, first = chat.encode(data.check_text(row["text"], "'text'")), 1
+        else:
+            pair = data.parse_pair(row, line, counts)
+            prompt = chat.prompt(pair.messages)
+            ids, first = [*prompt, *chat.encode(pair.chosen), chat.im_end], len(prompt)
+        if min(len(ids), max_length) <= first:
+            raise data.Drop("dropped: no token to score")
+        counts[f"cut at {max_length} tokens"] += len(ids) > max_length
+        return ids[:max_length], first
 
-    rows, _ = data.read_rows(path, parse)
-    rows = [(ids, first) for ids, first in rows if len(ids) > first]
+    rows, dropped = data.read_rows(path, parse)
+    shown = "".join(f"; {n}: {reason}" for reason, n in (counts + dropped).items())
     if not rows:
-        raise UserError(f"{path}: no row has a token to score")
-    return rows
+        raise UserError(f"{path}: no row has a token to score{shown}")
+    return rows, f"{path}: {len(rows)} texts{shown}"
 
 
 @torch.no_grad()
@@ -1848,8 +1857,8 @@ def run_retention(o, ranks: Ranks):
         a, b = ((m.model.config.vocab_size, m.chat.tokenizer.get_vocab()) for m in (model, base))
         if a != b:
             raise UserError("--model and --base differ in tokenizer or number of tokens: no KL")
-        sequences = read_sequences(o.texts, base.chat, o.max_length)
-        ranks.say(f"{o.texts}: {len(sequences)} texts have tokens to score")
+        sequences, summary = read_sequences(o.texts, base.chat, o.max_length)
+        ranks.say(summary)
         figures = retention(model.model, base.model, sequences, ranks)
     if ranks.main:
         print(json.dumps(figures))

@@ -207,9 +207,11 @@ def test_retention_equals_a_direct_computation(talker, tmp_path, monkeypatch):
     assert code == 0, output
     found = json.loads(output[output.index("{"):])
     chat = data.load_chat(str(talker), 265)
-    sequences = evaluation.read_sequences(str(texts), chat, 4096)
-    assert "texts.jsonl: 3 texts have tokens to score" in output
-    assert [len(ids) for ids, _ in evaluation.read_sequences(str(texts), chat, 10)] == [10, 10]
+    sequences, _ = evaluation.read_sequences(str(texts), chat, 4096)
+    assert "texts.jsonl: 3 texts; 1: dropped: no token to score" in output
+    cut, summary = evaluation.read_sequences(str(texts), chat, 10)
+    assert [len(ids) for ids, _ in cut] == [10, 10]
+    assert "2: cut at 10 tokens" in summary and "2: dropped" in summary
     prompt = chat.prompt([{"role": "user", "content": "1 + 1?"}])
     assert [first for _, first in sequences] == [1, 1, len(prompt)]
     models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
