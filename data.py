@@ -116,9 +116,8 @@ OTHER_FORMATS = {  # how a file begins: what it is, and a command that makes JSO
 
 
 def read_rows(path: str, parse, skip_malformed: bool = False) -> tuple[list, Counter]:
-    """The records of a JSONL file, .gz too, and a count of dropped rows by reason. parse(row, line
-    number) returns a record, or raises Drop or, for a malformed row, UserError. All malformed rows
-    raise one UserError; skip_malformed drops and counts them."""
+    """(records, Counter of dropped rows by reason) of a JSONL file, .gz too. parse(row, number of
+    line) returns a record or raises Drop, or UserError if malformed: all these become one error."""
     opener = gzip.open if path.endswith(".gz") else open
     try:
         with opener(path, "rb") as f:
@@ -150,7 +149,7 @@ def read_rows(path: str, parse, skip_malformed: bool = False) -> tuple[list, Cou
 
 # --- pair rows ------------------------------------------------------------------------------------
 
-# The fields of the prompt (two names), y+ and y- in rows of the SPoT authors and in TRL's.
+# Fields of the prompt (two names), y+ and y- in rows of the SPoT authors and in TRL's.
 OFFICIAL = ("question", "prompt", "gemini_corrected_answer", "original_answer")
 TRL = ("prompt", "question", "chosen", "rejected")
 # Columns of a row, keys of a message: templates render them, we do not.
@@ -175,8 +174,7 @@ class Pair:
 
 
 def read_pairs(path: str, skip_malformed: bool = False) -> tuple[list[Pair], Counter, Counter]:
-    """The pairs of a file, and counts of rows by why they were dropped and by what was noticed.
-    Official and TRL rows may be mixed. Raises UserError as `read_rows` does."""
+    """(pairs, Counter of dropped rows by reason, Counter of what was noticed) of a pair file."""
     notes = Counter()
     pairs, dropped = read_rows(path, lambda row, line: parse_pair(row, line, notes), skip_malformed)
     return pairs, dropped, notes
@@ -193,9 +191,8 @@ def parse_pair(row: dict, line: int, notes: Counter) -> Pair:
     if not row.get("is_correct", True):
         raise Drop("correction is wrong (is_correct: false)")
     official = "gemini_corrected_answer" in row or "original_answer" in row
-    prompt_key, other_key, chosen_key, rejected_key = OFFICIAL if official else TRL
-    if prompt_key not in row:
-        prompt_key = other_key
+    first, second, chosen_key, rejected_key = OFFICIAL if official else TRL
+    prompt_key = first if first in row else second
     prompt, chosen = row.get(prompt_key), row.get(chosen_key)
     if prompt is None and isinstance(chosen, list):  # TRL's implicit prompt: whole conversations
         prompt_key, prompt = chosen_key, chosen[:-1]
@@ -301,8 +298,7 @@ class Chat:
 
 
 def load_chat(folder: str, vocab_size: int, template: str = "") -> Chat:
-    """The tokenizer of a checkpoint, with its chat template or the one that is named. Raises
-    UserError where they are not of a Qwen3 with that vocabulary."""
+    """A checkpoint's tokenizer, and its chat template or the one named. UserError if no Qwen3's."""
     path = os.path.join(folder, "tokenizer.json")
     spec = read_json(path)
     parts = json.dumps([spec.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")])
@@ -341,8 +337,7 @@ def known_template(folder: str) -> str:
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     if digest not in TEMPLATES:
         raise UserError(f"{path}: unknown chat template. --template hybrid computes Qwen3's, "
-                        "instruct that of Qwen3-Instruct-2507, whatever the file says; a model "
-                        "that always thinks cannot be trained here")
+                        "instruct Qwen3-Instruct-2507's; models that only think cannot be trained")
     return TEMPLATES[digest]
 
 
@@ -350,8 +345,7 @@ def known_template(folder: str) -> str:
 
 
 def lcs_length(a, b) -> int:
-    """Length of the longest common subsequence, 8k x 8k in about 10 ms: Hyyro's bit-parallel
-    recurrence on Python integers. (difflib, which the reference code uses, is greedy, no LCS.)"""
+    """Length of the longest common subsequence by Hyyro's recurrence: 8k x 8k tokens in 10 ms."""
     positions = {}
     for i, token in enumerate(a):
         positions[token] = positions.get(token, 0) | 1 << i
@@ -401,8 +395,7 @@ def make_fork(prompt: list, chosen: list, rejected: list | None, line: int = 0, 
 
 
 def make_forks(pairs, chat, max_length, max_change_ratio, need_rejected):
-    """Encode, filter and lay out pairs. Returns (forks, Counter of dropped pairs by reason, list of
-    the change ratios of all pairs). max_length bounds prompt + one answer; nothing is truncated."""
+    """(forks, Counter of dropped pairs by reason, change ratios of all); nothing is truncated."""
     forks, dropped, ratios, end = [], Counter(), [], [chat.im_end]
     for pair in pairs:
         prompt = chat.prompt(pair.messages)
@@ -425,8 +418,7 @@ def make_forks(pairs, chat, max_length, max_change_ratio, need_rejected):
 
 
 def load_forks(path, chat, max_length, max_change_ratio, need_rejected, skip_malformed=False):
-    """The forks of a pair file, and a text for the log: dropped rows by reason, histogram of change
-    ratios, tokens. Raises UserError where nothing survives the filters."""
+    """The forks of a pair file, and a summary for the log. Raises UserError if nothing is left."""
     pairs, dropped, notes = read_pairs(path, skip_malformed)
     forks, filtered, ratios = make_forks(pairs, chat, max_length, max_change_ratio, need_rejected)
     dropped += filtered
@@ -450,8 +442,7 @@ def load_forks(path, chat, max_length, max_change_ratio, need_rejected, skip_mal
 
 
 def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> list:
-    """The optimizer steps of one epoch: arrays of pair indices, every pair once, the last batch
-    smaller. Depends on nothing else: not on ranks, packs or lengths."""
+    """Arrays of pair indices, one an optimizer step, the last smaller. Ranks play no part."""
     order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(count)
     return [order[i:i + batch_size] for i in range(0, count, batch_size)]
 
@@ -459,9 +450,9 @@ def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> list:
 def split_batch(batch, lengths, ranks: int, tokens_per_pack: int) -> list:
     """Cut one batch into micro-batches: result[m][rank] is a list of pair indices, perhaps empty.
 
-    Longest first to the least loaded rank, then first fit into packs of tokens_per_pack tokens (a
-    longer fork is a pack by itself). A pure function of lengths: all ranks compute the whole plan,
-    and so agree on the number of micro-batches without communication."""
+    Longest first to the least loaded rank, then first fit into packs; a longer fork is a pack by
+    itself. A pure function of lengths: all ranks compute the whole plan, so all agree on the number
+    of micro-batches without communication."""
     loads = [0] * ranks
     packs = [[] for _ in range(ranks)]  # of each rank
     for i in sorted(batch, key=lambda i: (-lengths[i], i)):
@@ -478,8 +469,7 @@ def split_batch(batch, lengths, ranks: int, tokens_per_pack: int) -> list:
 
 @dataclass
 class Pack:
-    """Forks in one sequence of tokens, `trunk | rejected | chosen | trunk | ...`, and the rows (the
-    tokens) that are scored, in the same order."""
+    """Forks as one sequence, `trunk | rejected | chosen | trunk | ...`, and the rows to score."""
 
     tokens: torch.Tensor  # (T,) int64
     positions: torch.Tensor  # (T,) int64; both branches continue from the trunk
@@ -496,20 +486,18 @@ class Pack:
 
 
 def to_device(tensor, device):
-    """A CPU tensor onto the device. A GPU copies pinned memory in its own time; a plain `.to` waits
-    until all work queued before it is done."""
+    """A CPU tensor onto the device. A GPU copies pinned memory without making the CPU wait."""
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor
 
 
 def make_pack(forks: list, indices: list, reference=None) -> Pack:
-    """Pack forks[i] for i in indices, with their rows of `reference` (N, 2) if it is given. No
-    index: one dummy token and no scored row, for a rank without work."""
+    """Pack forks[i], with reference[i], for i in indices; for none of them an unscored dummy."""
     tokens, positions, spans, rows, targets, lengths = [], [], [], [], [], []
-    for fork in (forks[i] for i in indices):
+    for i in indices:
+        fork, start = forks[i], len(tokens)
         trunk, rejected, chosen = len(fork.trunk), len(fork.rejected), len(fork.chosen)
-        start = len(tokens)
         trunk_end, rejected_end, end = start + trunk, start + trunk + rejected, start + len(fork)
         tokens += [*fork.trunk.tolist(), *fork.rejected.tolist(), *fork.chosen.tolist()]
         positions += [*range(trunk + rejected), *range(trunk, trunk + chosen)]
@@ -524,9 +512,8 @@ def make_pack(forks: list, indices: list, reference=None) -> Pack:
         lengths.append([trunk - fork.prompt_length, rejected, chosen])
     if not indices:
         tokens, positions, spans = [0], [0], [(0, 1, 1, 1)]
-    tokens, positions, rows, targets, lengths, pairs = [
-        torch.tensor(x, dtype=torch.int64)
-        for x in (tokens, positions, rows, targets, lengths, indices)]
-    if reference is not None:
-        reference = reference[pairs]
-    return Pack(tokens, positions, spans, rows, targets, lengths.view(-1, 3), pairs, reference)
+    tokens, positions, rows, targets, pairs = [
+        torch.tensor(x, dtype=torch.int64) for x in (tokens, positions, rows, targets, indices)]
+    lengths = torch.tensor(lengths, dtype=torch.int64).view(-1, 3)
+    reference = None if reference is None else reference[pairs]
+    return Pack(tokens, positions, spans, rows, targets, lengths, pairs, reference)

@@ -46,7 +46,7 @@ CELLS = [  # the command, what is broken, what the message must match
     ("train", gone("model/tokenizer.json"), "model/tokenizer.json is missing"),
     ("train", cut("model/tokenizer.json", 3000), r"model/tokenizer.json: .* line \d+"),
     ("train", gone("model/tokenizer_config.json"), "tokenizer_config.json is missing"),
-    ("train", holds("model/chat_template.jinja", b"{{ messages }}"), "jinja: unknown chat template"),
+    ("train", holds("model/chat_template.jinja", b"{{ messages }}"), "jinja: unknown chat"),
     ("train", gone(MODEL), "model.safetensors is missing, .*No such file"),
     ("train", lambda w: (w / MODEL).rename(w / "model/pytorch_model.bin"), "in pickle formats"),
     ("train", cut(MODEL, -1), BAD_WEIGHTS),
