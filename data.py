@@ -9,8 +9,6 @@ of which fork is computed when and where, and `Pack`s of forks for model.Qwen3.f
 Under a causal mask the trunk's hidden states are the same for both answers: computed once.
 """
 
-import contextlib
-import difflib
 import gzip
 import hashlib
 import json
@@ -61,17 +59,6 @@ def read_json(path: str) -> dict:
         raise UserError(f"{path} is missing") from None
     except UserError as e:
         raise UserError(f"{path}: {e}") from None
-
-
-@contextlib.contextmanager
-def writing(path: str):
-    """An OSError inside names the file, which a full disk does not do by itself."""
-    try:
-        yield
-    except OSError as e:
-        if e.filename:
-            raise
-        raise OSError(e.errno, e.strerror, str(path)) from None
 
 
 def write_text(path: str, parts):
@@ -355,12 +342,6 @@ def lcs_length(a, b) -> int:
         hit = row & positions.get(token, 0)
         row = ((row + hit) | (row - hit)) & full
     return len(a) - row.bit_count()
-
-
-def lcs_matches(a, b) -> list:
-    """[(i, j), ...], both rising: the common tokens that difflib finds."""
-    blocks = difflib.SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks()
-    return [(i + k, j + k) for i, j, size in blocks for k in range(size)]
 
 
 def change_ratio(rejected, chosen) -> float:
