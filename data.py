@@ -475,26 +475,29 @@ def to_device(tensor, device):
 
 def make_pack(forks: list, indices: list, reference=None) -> Pack:
     """Pack forks[i], with reference[i], for i in indices; for none of them an unscored dummy."""
-    tokens, positions, spans, rows, targets, lengths = [], [], [], [], [], []
-    for i in indices:
-        fork, start = forks[i], len(tokens)
+    none = np.zeros(0, np.int64)
+    tokens, positions, rows, targets = [none], [none], [none], [none]
+    spans, lengths, start = [], [], 0
+    for fork in (forks[i] for i in indices):
         trunk, rejected, chosen = len(fork.trunk), len(fork.rejected), len(fork.chosen)
         trunk_end, rejected_end, end = start + trunk, start + trunk + rejected, start + len(fork)
-        tokens += [*fork.trunk.tolist(), *fork.rejected.tolist(), *fork.chosen.tolist()]
-        positions += [*range(trunk + rejected), *range(trunk, trunk + chosen)]
+        tokens += [fork.trunk, fork.rejected, fork.chosen]
+        positions += [np.arange(trunk + rejected), np.arange(trunk, trunk + chosen)]
         if rejected:
             spans.append((start, trunk_end, rejected_end, end))
         else:  # prompt and answer are one plain sequence
             spans.append((start, end, end, end))
         # A token is predicted from the one before it, the first of y+ from the trunk's last.
-        first = start + fork.prompt_length
-        rows += [*range(first - 1, rejected_end - 1), trunk_end - 1, *range(rejected_end, end - 1)]
-        targets += tokens[first:]
+        rows += [np.arange(start + fork.prompt_length - 1, rejected_end - 1), [trunk_end - 1],
+                 np.arange(rejected_end, end - 1)]
+        targets += [fork.trunk[fork.prompt_length:], fork.rejected, fork.chosen]
         lengths.append([trunk - fork.prompt_length, rejected, chosen])
+        start = end
     if not indices:
-        tokens, positions, spans = [0], [0], [(0, 1, 1, 1)]
-    tokens, positions, rows, targets, pairs = [
-        torch.tensor(x, dtype=torch.int64) for x in (tokens, positions, rows, targets, indices)]
+        tokens, positions, spans = [[0]], [[0]], [(0, 1, 1, 1)]
+    tokens, positions, rows, targets = [
+        torch.from_numpy(np.concatenate(parts)) for parts in (tokens, positions, rows, targets)]
     lengths = torch.tensor(lengths, dtype=torch.int64).view(-1, 3)
+    pairs = torch.tensor(indices, dtype=torch.int64)
     reference = None if reference is None else reference[pairs]
     return Pack(tokens, positions, spans, rows, targets, lengths, pairs, reference)
