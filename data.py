@@ -1,8 +1,7 @@
 """From text to tensors: files, pair rows, chat template, change ratio, forks, batch plan, packs.
 
-Comes in:  a JSONL file of surgical pairs and the checkpoint's tokenizer.
-Goes out:  `Fork`s (one pair: trunk and two branches), a plan of which pair is computed when and
-           where, and `Pack`s, the rows of tokens that model.Qwen3.forward scores.
+Comes in: a JSONL file of surgical pairs and the checkpoint's tokenizer. Goes out: `Fork`s, a plan
+of which fork is computed when and where, and `Pack`s of forks for model.Qwen3.forward.
 
     prompt  The  train  leaves  at |  3  pm  .  <|im_end|>    rejected branch (the policy's error)
     `------------- trunk --------' |  4  pm  .  <|im_end|>    chosen branch (its minimal correction)
@@ -10,22 +9,18 @@ Goes out:  `Fork`s (one pair: trunk and two branches), a plan of which pair is c
 Under a causal mask the trunk's hidden states are the same for both answers: computed once.
 """
 
-import contextlib
 import gzip
 import hashlib
 import json
 import os
 import re
-import shlex
-import zlib
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from tokenizers.models import BPE
-
 
 # --- files ----------------------------------------------------------------------------------------
 
@@ -40,10 +35,19 @@ class Drop(Exception):
 
 def listed(problems: list) -> str:
     """Problems as indented lines; beyond 20 only their number."""
-    lines = problems[:20]
-    if len(problems) > 20:
-        lines = lines + [f"... and {len(problems) - 20} more"]
-    return "".join(f"\n  {line}" for line in lines)
+    text = "".join(f"\n  {problem}" for problem in problems[:20])
+    return text if len(problems) <= 20 else f"{text}\n  ... and {len(problems) - 20} more"
+
+
+def parse_object(text: bytes) -> dict:
+    """A JSON object; raises UserError."""
+    try:
+        row = json.loads(text.decode())
+    except ValueError as e:
+        raise UserError(f"not valid JSON in UTF-8 ({e})") from None
+    if not isinstance(row, dict):
+        raise UserError(f"a JSON object expected, found {type(row).__name__}")
+    return row
 
 
 def read_json(path: str) -> dict:
@@ -53,24 +57,13 @@ def read_json(path: str) -> dict:
             return parse_object(f.read())
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except (OSError, UserError) as e:
+    except UserError as e:
         raise UserError(f"{path}: {e}") from None
-
-
-@contextlib.contextmanager
-def writing(path: str):
-    """An OSError inside names the file, which a full disk does not do by itself."""
-    try:
-        yield
-    except OSError as e:
-        if e.filename:
-            raise
-        raise OSError(e.errno, e.strerror, str(path)) from None
 
 
 def write_text(path: str, parts):
     """A text file from an iterable of strings; after a crash it is whole, or as it was before."""
-    with writing(path), open(path + ".tmp", "w", encoding="utf-8") as f:
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
         f.writelines(parts)
         f.flush()
         os.fsync(f.fileno())
@@ -89,61 +82,39 @@ def write_rows(path: str, rows):
 
 def append_row(path: str, row: dict):
     """Add one JSON line to a log."""
-    with writing(path), open(path, "a", encoding="utf-8") as f:
+    with open(path, "a", encoding="utf-8") as f:
         f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def read_log(path: str) -> list:
-    """The rows of a log that this program wrote; none if there is no file. A last line without its
-    newline was cut by a kill and does not count. Raises UserError that names a broken line."""
+    """The rows of a log of ours, none without a file. A last line cut by a kill does not count."""
     if not os.path.exists(path):
         return []
-    with open(path, "rb") as f:  # a kill may cut a line inside a character
-        lines = f.read().split(b"\n")[:-1]
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as e:
-            raise UserError(f"{path}, line {number}: {e}") from None
-    return rows
+    with open(path, "rb") as f:
+        return [json.loads(line) for line in f.read().split(b"\n")[:-1]]
 
 
-def parse_object(text: bytes) -> dict:
-    """A JSON object; raises UserError."""
-    try:
-        row = json.loads(text.decode())
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"not valid JSON in UTF-8 ({e})") from None
-    if not isinstance(row, dict):
-        raise UserError(f"a JSON object expected, found {type(row).__name__}")
-    return row
-
-
-FORMATS = {  # how a file begins: what it is, and a command that makes JSON Lines of it
-    b"PAR1": ("a parquet file", "python -c \"import datasets, sys; "
-              "datasets.Dataset.from_parquet(sys.argv[1])"
-              ".to_json(sys.argv[1] + '.jsonl')\" {path}"),
-    b"[": ("a JSON array", "python -c \"import json, sys; [print(json.dumps(row)) "
-           "for row in json.load(sys.stdin.buffer)]\" < {path} > {path}.jsonl"),
-    b"{\n": ("pretty-printed JSON", "python -m json.tool --compact {path} > {path}.jsonl")}
+OTHER_FORMATS = {  # how a file begins: what it is, and a command that makes JSON Lines of it
+    b"PAR1": ("a parquet file", "python -c \"import datasets; "
+              "datasets.Dataset.from_parquet('{0}').to_json('{0}.jsonl')\""),
+    b"[": ("a JSON array", "python -c \"import json; [print(json.dumps(row)) "
+           "for row in json.load(open('{0}', 'rb'))]\" > '{0}.jsonl'"),
+    b"{\n": ("pretty-printed JSON", "python -m json.tool --compact '{0}' '{0}.jsonl'")}
 
 
 def read_rows(path: str, parse, skip_malformed: bool = False) -> tuple[list, Counter]:
-    """All rows of a JSONL file, .gz too, through parse(row, line number), which returns a record,
-    or raises Drop or, for a malformed row, UserError. Returns the records and a count of dropped
-    rows by reason. All malformed rows raise one UserError; skip_malformed drops and counts them."""
+    """(records, Counter of dropped rows by reason) of a JSONL file, .gz too. parse(row, number of
+    line) returns a record or raises Drop, or UserError if malformed: all these become one error."""
     opener = gzip.open if path.endswith(".gz") else open
     try:
         with opener(path, "rb") as f:
-            text = f.read().removeprefix(b"\xef\xbb\xbf")
-    except (OSError, EOFError, zlib.error) as e:
-        reason = getattr(e, "strerror", None) or e
-        raise UserError(f"{path}: cannot be read: {reason}") from None
-    for start, (name, command) in FORMATS.items():
+            text = f.read().removeprefix(b"\xef\xbb\xbf")  # a byte order mark
+    except (OSError, EOFError) as e:
+        raise UserError(f"{path}: cannot be read: {e}") from None
+    for start, (name, command) in OTHER_FORMATS.items():
         if text[:99].lstrip().startswith(start):
             raise UserError(f"{path} is {name}, JSON Lines (one object a line) expected. To convert"
-                            f" it:\n  {command.format(path=shlex.quote(path))}")
+                            f" it:\n  {command.format(path)}")
     records, dropped, problems = [], Counter(), []
     for number, line in enumerate(text.split(b"\n"), 1):  # U+2028 is legal inside a JSON string
         try:
@@ -153,11 +124,11 @@ def read_rows(path: str, parse, skip_malformed: bool = False) -> tuple[list, Cou
             dropped[str(e)] += 1
         except UserError as e:
             problems.append(f"line {number}: {e}")
-    if problems and skip_malformed:
-        dropped["malformed"] = len(problems)
-    elif problems:
+    if problems and not skip_malformed:
         raise UserError(f"{path}: {len(problems)} malformed rows (--skip_malformed drops them, "
                         f"where a command has it):{listed(problems)}")
+    if problems:
+        dropped["malformed"] = len(problems)
     if not records and not dropped:
         raise UserError(f"{path}: the file is empty, one JSON object a line expected")
     return records, dropped
@@ -165,14 +136,18 @@ def read_rows(path: str, parse, skip_malformed: bool = False) -> tuple[list, Cou
 
 # --- pair rows ------------------------------------------------------------------------------------
 
-# Fields of y+, of y-, of the prompt, and the prompt's other name.
-OFFICIAL = ("gemini_corrected_answer", "original_answer", "question", "prompt")
-TRL = ("chosen", "rejected", "prompt", "question")
-NOT_RENDERED = ("tools", "system", "images", "chat_template_kwargs",  # columns of rows
-                "tool_calls", "reasoning_content", "thinking")  # keys of messages
+# Fields of the prompt (two names), y+ and y- in rows of the SPoT authors and in TRL's.
+OFFICIAL = ("question", "prompt", "gemini_corrected_answer", "original_answer")
+TRL = ("prompt", "question", "chosen", "rejected")
+# Columns of a row, keys of a message: templates render them, we do not.
+NOT_RENDERED = ("tools", "system", "images", "chat_template_kwargs", "tool_calls",
+                "reasoning_content", "thinking")
 START, END = "=== CORRECTED STARTED ===", "=== CORRECTED ENDED ==="  # the Oracle's markers
-EMPTY_THINK = re.compile(r"\A\s*(<think>\s*</think>\s*)+")
-END_OF_TURN = re.compile(r"(<\|(im_end|endoftext)\|>\s*)+\Z")
+REMNANTS = (  # what answers in real files carry: pattern, is it stripped, note
+    (r"\A\s*(<think>\s*</think>\s*)+", True, "answers began with an empty think block: stripped"),
+    (r"(<\|(im_end|endoftext)\|>\s*)+\Z", True, "answers ended with <|im_end|>: stripped"),
+    (r"</?think>", False, "answers hold thoughts (<think>): trained as they are"),
+    (r"<\|im_start\|>", False, "answers hold <|im_start|>: are they templated already?"))
 
 
 @dataclass
@@ -181,123 +156,84 @@ class Pair:
 
     messages: list  # the prompt: [{"role": ..., "content": ...}, ...], ends with a user turn
     chosen: str  # y+
-    rejected: str | None  # y-; None in a positive-only row
+    rejected: str  # y-; "" in a positive-only row
     line: int
 
 
 def read_pairs(path: str, skip_malformed: bool = False) -> tuple[list[Pair], Counter, Counter]:
-    """Read a pair file: rows of the official SPoT kind or of TRL's, freely mixed.
-
-    official  question (or prompt), gemini_corrected_answer (y+), original_answer (y-)
-    TRL       prompt (or question), chosen, rejected; without a prompt two whole conversations
-    Fields are strings or lists of messages; one that is null is absent. Without y-, or with "", a
-    row is positive-only; rows with "is_correct": false are dropped. Returns the pairs, and counts
-    of rows by why they were dropped and by what was noticed. Raises UserError as `read_rows` does.
-    """
+    """(pairs, Counter of dropped rows by reason, Counter of what was noticed) of a pair file."""
     notes = Counter()
     pairs, dropped = read_rows(path, lambda row, line: parse_pair(row, line, notes), skip_malformed)
     return pairs, dropped, notes
 
 
 def parse_pair(row: dict, line: int, notes: Counter) -> Pair:
-    """One row of either kind; raises UserError that names the field, or Drop."""
+    """One row of either kind; null is absent. Raises UserError that names the field, or Drop."""
     row = {key: value for key, value in row.items() if value is not None}
-    refuse_unrendered(row, "the row")
-    used = (*OFFICIAL, *TRL, *NOT_RENDERED, "is_correct")
-    notes.update(f"column {key} ignored" for key in row if key not in used)
-    correct = row.get("is_correct", True)
-    if not isinstance(correct, bool):
-        raise UserError(f'"is_correct": true or false expected, found {correct!r:.60}')
-    if not correct:
+    for key in NOT_RENDERED:
+        if row.get(key):
+            raise UserError(f"{key!r} is not rendered here: put it into a message, or remove it")
+    known = (*OFFICIAL, *TRL, *NOT_RENDERED, "is_correct")
+    notes.update(f"column {key} ignored" for key in row if key not in known)
+    if not row.get("is_correct", True):
         raise Drop("correction is wrong (is_correct: false)")
     official = "gemini_corrected_answer" in row or "original_answer" in row
-    chosen_key, rejected_key, prompt_key, other_key = OFFICIAL if official else TRL
-    if prompt_key not in row:
-        prompt_key = other_key
-    chosen, rejected = row.get(chosen_key), row.get(rejected_key)
-    if prompt_key in row and chosen is not None:
-        prompt = prompt_messages(row[prompt_key], prompt_key)
-    elif isinstance(chosen, list):  # a whole conversation
-        prompt = prompt_messages(chosen[:-1], chosen_key)
-    else:
-        raise UserError("question, gemini_corrected_answer, original_answer or prompt, chosen, "
-                        f"rejected expected, found {sorted(row)!r:.100}")
-    if any("<|im_" in message["content"] for message in prompt):
+    first, second, chosen_key, rejected_key = OFFICIAL if official else TRL
+    prompt_key = first if first in row else second
+    prompt, chosen = row.get(prompt_key), row.get(chosen_key)
+    if prompt is None and isinstance(chosen, list):  # TRL's implicit prompt: whole conversations
+        prompt_key, prompt = chosen_key, chosen[:-1]
+    if prompt is None or chosen is None:
+        raise UserError(f"fields {OFFICIAL} or {TRL} expected, found {sorted(row)!r:.100}")
+    messages = prompt_messages(prompt, prompt_key)
+    if "<|im_" in str(messages):
         notes["prompts hold <|im_start|> or <|im_end|>: are they templated already?"] += 1
-    chosen = answer_text(chosen, chosen_key, prompt, notes)
+    chosen = answer_text(chosen, chosen_key, messages, notes)
     if not chosen:
         raise UserError(f"{chosen_key!r} is empty")
-    if rejected is not None:
-        rejected = answer_text(rejected, rejected_key, prompt, notes) or None
-    return Pair(prompt, chosen, rejected, line)
-
-
-def refuse_unrendered(record: dict, name: str):
-    """Raises UserError for a row or a message with more to it than its text."""
-    for key in NOT_RENDERED:
-        if record.get(key):
-            raise UserError(f"{name}: {key!r} is not rendered here: put it into the content of a "
-                            "message, or remove it")
+    rejected = answer_text(row.get(rejected_key, ""), rejected_key, messages, notes)
+    return Pair(messages, chosen, rejected, line)
 
 
 def check_text(text, name: str) -> str:
     """A string of valid Unicode, as it is; raises UserError that names the field."""
     if not isinstance(text, str):
         raise UserError(f"{name}: a string expected, found {type(text).__name__}")
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # JSON can carry lone surrogates
-        raise UserError(f"{name}: holds a lone surrogate, not valid Unicode") from None
+    if re.search("[\ud800-\udfff]", text):  # JSON can carry lone surrogates
+        raise UserError(f"{name}: holds a lone surrogate, not valid Unicode")
     return text
 
 
-def read_messages(value, key: str, role: str) -> list:
-    """Field `key` as [{"role": ..., "content": text}, ...]: a string is one turn of `role`, text
-    parts are joined. Raises UserError."""
-    if not isinstance(value, list):
-        return [{"role": role, "content": check_text(value, repr(key))}]
-    turns = []
-    for i, message in enumerate(value):
-        name = f"{key!r}, message {i}"
-        speaker = message.get("role") if isinstance(message, dict) else None
-        if speaker not in ("system", "user", "assistant"):
-            raise UserError(f"{name}: role system, user or assistant expected, found "
-                            f"{message!r:.80}")
-        refuse_unrendered(message, name)
-        content = message.get("content")
-        parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-        for part in parts:
-            if not isinstance(part, dict) or part.get("type") != "text":
-                raise UserError(f"{name}: parts of type text expected, found {part!r:.80}")
-        text = "".join(check_text(part.get("text"), name) for part in parts)
-        turns.append({"role": speaker, "content": text})
-    return turns
-
-
-def prompt_messages(value, key: str) -> list:
-    """The prompt in field `key` as messages, the last of them a user's. Raises UserError."""
-    turns = read_messages(value, key, "user")
-    if not turns or turns[-1]["role"] != "user" or not turns[-1]["content"]:
-        raise UserError(f"{key!r}: a non-empty user turn expected at the end")
-    return turns
+def prompt_messages(value, key: str, role: str = "user") -> list:
+    """Field `key` as [{"role": ..., "content": text}, ...], the last of `role`: a string is one
+    turn, text parts are joined. Raises UserError."""
+    turns = value if isinstance(value, list) else [{"role": role, "content": value}]
+    messages, name = [], repr(key)
+    for turn in turns:
+        if not isinstance(turn, dict) or turn.get("role") not in ("system", "user", "assistant"):
+            raise UserError(f"{name}: role system, user or assistant expected, found {turn!r:.80}")
+        if any(turn.get(part) for part in NOT_RENDERED):
+            raise UserError(f"{name}: tool calls and thoughts beside the content are not rendered")
+        content = turn.get("content")
+        if isinstance(content, list):
+            content = "".join(check_text(part.get("text"), f"{name}, a part") for part in content)
+        messages.append({"role": turn["role"], "content": check_text(content, name)})
+    if not messages or messages[-1]["role"] != role:
+        raise UserError(f"{name}: a turn of role {role} expected at the end, found {value!r:.80}")
+    return messages
 
 
 def answer_text(value, key: str, prompt: list, notes: Counter) -> str:
     """The answer in field `key`, without what real files carry around it. Raises UserError."""
-    turns = read_messages(value, key, "assistant")
-    if not turns or turns[-1]["role"] != "assistant" or turns[:-1] not in ([], prompt):
-        raise UserError(f"{key!r}: a string, or one assistant message (the prompt's messages may "
-                        f"stand before it) expected, found {value!r:.80}")
-    text, count = EMPTY_THINK.subn("", strip_markers(turns[-1]["content"]))
-    if count:
-        notes["answers began with an empty think block: stripped"] += 1
-    text, count = END_OF_TURN.subn("", text)
-    if count:
-        notes["answers ended with <|im_end|>: stripped"] += 1
-    if "<think>" in text or "</think>" in text:
-        notes["answers hold thoughts (<think>): trained as they are"] += 1
-    if "<|im_start|>" in text:
-        notes["answers hold <|im_start|>: are they templated already?"] += 1
+    *earlier, answer = prompt_messages(value, key, "assistant")
+    if earlier not in ([], prompt):
+        raise UserError(f"{key!r}: other messages than the prompt's stand before the answer")
+    text = strip_markers(answer["content"])
+    for pattern, stripped, note in REMNANTS:
+        if re.search(pattern, text):
+            notes[note] += 1
+            if stripped:
+                text = re.sub(pattern, "", text)
     return text
 
 
@@ -317,11 +253,9 @@ TEMPLATES = {
     "a55ee1b1660128b7": "hybrid",  # Qwen3
     "64f85b198065d0fb": "instruct",  # Qwen3-...-Instruct-2507
     "48e17aa3caf5bf20": "instruct",  # TRL's variant of it, for masks
-    "d95acce6882422fb": "instruct",  # of train.py's toy world
-}
-TOKENIZER_PARTS = {  # types in Qwen3's tokenizers; others could change text silently
-    "normalizer": {"NFC"}, "pre_tokenizer": {"Split", "ByteLevel", "Digits"},
-    "decoder": {"ByteLevel"}}
+    "d95acce6882422fb": "instruct"}  # of train.py's toy world
+# Types of parts of Qwen3's tokenizers; others could change text silently.
+TOKENIZER_PARTS = {"Sequence", "NFC", "Split", "Digits", "ByteLevel"}
 
 
 @dataclass
@@ -351,111 +285,63 @@ class Chat:
 
 
 def load_chat(folder: str, vocab_size: int, template: str = "") -> Chat:
-    """The tokenizer of a checkpoint, with its chat template or the one that is named. Raises
-    UserError where they are not of a Qwen3 with that vocabulary."""
+    """A checkpoint's tokenizer, and its chat template or the one named. UserError if no Qwen3's."""
     path = os.path.join(folder, "tokenizer.json")
-    tokenizer = load_tokenizer(path)
-    names = ["<|im_start|>", "<|im_end|>"]
-    if (template or known_template(folder)) == "hybrid":
-        names += ["<think>", "</think>"]
-    ids = [tokenizer.token_to_id(name) for name in names]
-    for name, token in zip(names, ids):
-        if token is None:
-            raise UserError(f"{path}: lacks the token {name!r} of its own chat template")
-    added = tokenizer.get_added_tokens_decoder()
-    if not all(token in added and added[token].special for token in ids[:2]):
-        raise UserError(f"{path}: <|im_start|> and <|im_end|> are not both marked special, so text "
-                        "that quotes them would become the tokens")
+    spec = read_json(path)
+    parts = json.dumps([spec.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")])
+    foreign = set(re.findall(r'"type": "(\w+)"', parts)) - TOKENIZER_PARTS
+    if foreign:
+        raise UserError(f"{path}: {', '.join(foreign)} is in no Qwen3 tokenizer")
+    tokenizer = Tokenizer.from_file(path)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     largest = max(tokenizer.get_vocab().values())
     if largest >= vocab_size:
         raise UserError(f"{path}: holds token id {largest}, but the model's vocabulary has "
                         f"{vocab_size} rows: tokenizer and weights are of different models")
-    chat = Chat(tokenizer, ids[0], ids[1], [])
-    if "<think>" in names:
-        blank = chat.encode("\n\n")
-        chat.think = [ids[2], *blank, ids[3], *blank]
+    start, end = "<|im_start|>", "<|im_end|>"
+    chat = Chat(tokenizer, tokenizer.token_to_id(start), tokenizer.token_to_id(end), [])
+    if (template or known_template(folder)) == "hybrid":
+        chat.think = chat.encode("<think>\n\n</think>\n\n")
+    controls = chat.encode(start + end)
+    tokenizer.encode_special_tokens = True  # from now on text never becomes a control token
+    if len(controls) != 2 or set(controls) & set(chat.encode(start + end)):
+        raise UserError(f"{path}: {start} or {end} is missing, or not marked special")
     return chat
-
-
-def load_tokenizer(path: str) -> Tokenizer:
-    """A tokenizer.json of Qwen3's kind; raises UserError for others."""
-    spec = read_json(path)
-    for name, known in TOKENIZER_PARTS.items():
-        kinds = set(re.findall(r'"type": "(\w+)"', json.dumps(spec.get(name)))) - {"Sequence"}
-        if not kinds <= known:
-            raise UserError(f"{path}: {name} of type {', '.join(sorted(kinds))}, "
-                            f"{' or '.join(sorted(known))} expected: no Qwen3 tokenizer")
-    try:
-        tokenizer = Tokenizer.from_file(path)
-    except Exception as e:  # the library raises bare Exception
-        raise UserError(f"{path}: not a tokenizer the tokenizers package reads: {e}") from None
-    if not isinstance(tokenizer.model, BPE) or tokenizer.model.dropout:
-        raise UserError(f"{path}: a BPE model without dropout expected: no Qwen3 tokenizer")
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # text of users and models never becomes a control token
-    return tokenizer
 
 
 def known_template(folder: str) -> str:
     """The value of TEMPLATES for a checkpoint's template; raises UserError for others."""
     path = os.path.join(folder, "chat_template.jinja")
     if os.path.exists(path):
-        with open(path, encoding="utf-8", errors="replace") as f:
-            template = f.read()
+        with open(path, encoding="utf-8") as f:
+            text = f.read()
     else:
         path = os.path.join(folder, "tokenizer_config.json")
-        template = read_json(path).get("chat_template")
-    # Two newlines at the end change nothing: Jinja drops the last, transformers' trim_blocks the
-    # one behind a tag.
-    text = str(template).replace("\r\n", "\n").lstrip().removesuffix("\n").removesuffix("\n")
-    known = TEMPLATES.get(hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16])
-    if known is None:
-        raise UserError(f"{path}: this chat template is not known here. --template hybrid computes "
-                        "Qwen3's, --template instruct that of Qwen3-Instruct-2507, whatever the "
-                        "file says; a model that always thinks cannot be trained here")
-    return known
+        text = str(read_json(path).get("chat_template"))
+    # Two final newlines change nothing: Jinja drops one, transformers' trim_blocks the other.
+    text = text.lstrip().removesuffix("\n").removesuffix("\n")
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    if digest not in TEMPLATES:
+        raise UserError(f"{path}: unknown chat template. --template hybrid computes Qwen3's, "
+                        "instruct Qwen3-Instruct-2507's; models that only think cannot be trained")
+    return TEMPLATES[digest]
 
 
 # --- change ratio and forks -----------------------------------------------------------------------
 
 
-def lcs_rows(a, b):
-    """Hyyro's bit-parallel recurrence on Python integers: yields len(b) + 1 of them, the j-th for
-    b[:j]. Its bit i is 0 where the longest common subsequence with a[:i+1] is one longer than with
-    a[:i]."""
+def lcs_length(a, b) -> int:
+    """Length of the longest common subsequence by Hyyro's recurrence: 8k x 8k tokens in 10 ms."""
     positions = {}
     for i, token in enumerate(a):
         positions[token] = positions.get(token, 0) | 1 << i
     full = (1 << len(a)) - 1
-    row = full
-    yield row
+    row = full  # bit i is 0 where a[:i+1] shares one token more with b so far than a[:i]
     for token in b:
         hit = row & positions.get(token, 0)
         row = ((row + hit) | (row - hit)) & full
-        yield row
-
-
-def lcs_length(a, b) -> int:
-    """Length of the longest common subsequence of two sequences of hashable items, in about 10 ms
-    for 8k x 8k. (difflib.SequenceMatcher, which the reference code uses, is greedy and no LCS.)"""
-    for row in lcs_rows(a, b):
-        pass
     return len(a) - row.bit_count()
-
-
-def lcs_matches(a, b) -> list:
-    """[(i, j), ...], both rising: one longest common subsequence. Takes len(a) x len(b) bits."""
-    rows, i, j, matches = list(lcs_rows(a, b)), len(a), len(b), []
-    while i and j:
-        if rows[j] >> (i - 1) & 1:  # a's last item is in no match
-            i -= 1
-        elif not rows[j - 1] >> (i - 1) & 1:  # nor is b's
-            j -= 1
-        else:
-            i, j = i - 1, j - 1
-            matches.append((i, j))
-    return matches[::-1]
 
 
 def change_ratio(rejected, chosen) -> float:
@@ -481,51 +367,39 @@ class Fork:
 def make_fork(prompt: list, chosen: list, rejected: list | None, line: int = 0, ratio=None) -> Fork:
     """Lay out one pair; both answers are whole id lists that end in <|im_end|> and differ."""
     common, branch = 0, []
-    if rejected is not None:
+    if rejected:
         while chosen[common] == rejected[common]:
             common += 1
         branch = rejected[common:]
-    trunk = np.array(prompt + chosen[:common], dtype=np.int64)
-    return Fork(len(prompt), trunk, np.array(branch, dtype=np.int64),
-                np.array(chosen[common:], dtype=np.int64), line, ratio)
-
-
-def pair_to_fork(pair: Pair, chat: Chat, max_length: int, need_rejected: bool) -> Fork:
-    """Encode one pair; raises Drop with the reason where it cannot be trained."""
-    if pair.rejected is None and need_rejected:
-        raise Drop("no rejected answer, and the loss needs one")
-    prompt, chosen = chat.prompt(pair.messages), chat.encode(pair.chosen)
-    rejected = None if pair.rejected is None else chat.encode(pair.rejected)
-    if len(prompt) + max(len(chosen), len(rejected or ())) + 1 > max_length:
-        raise Drop(f"longer than max_length ({max_length} tokens)")
-    if rejected is None:
-        return make_fork(prompt, chosen + [chat.im_end], None, pair.line)
-    if chosen == rejected:
-        raise Drop("both answers identical")
-    ratio = change_ratio(rejected, chosen)
-    return make_fork(prompt, chosen + [chat.im_end], rejected + [chat.im_end], pair.line, ratio)
+    parts = [prompt + chosen[:common], branch, chosen[common:]]
+    return Fork(len(prompt), *[np.array(ids, dtype=np.int64) for ids in parts], line, ratio)
 
 
 def make_forks(pairs, chat, max_length, max_change_ratio, need_rejected):
-    """Encode, filter and lay out pairs. Returns (forks, Counter of dropped pairs by reason, list of
-    the change ratios of all pairs). max_length bounds prompt + one answer; nothing is truncated."""
-    forks, dropped, ratios = [], Counter(), []
+    """(forks, Counter of dropped pairs by reason, change ratios of all); nothing is truncated."""
+    forks, dropped, ratios, end = [], Counter(), [], [chat.im_end]
     for pair in pairs:
-        try:
-            fork = pair_to_fork(pair, chat, max_length, need_rejected)
-            if fork.ratio is not None:
-                ratios.append(fork.ratio)
-                if fork.ratio > max_change_ratio:
-                    raise Drop(f"change ratio above {max_change_ratio}")
-            forks.append(fork)
-        except Drop as e:
-            dropped[str(e)] += 1
+        prompt = chat.prompt(pair.messages)
+        chosen, rejected = chat.encode(pair.chosen), chat.encode(pair.rejected)
+        if need_rejected and not rejected:
+            dropped["no rejected answer, and the loss needs one"] += 1
+        elif len(prompt) + max(len(chosen), len(rejected)) + 1 > max_length:
+            dropped[f"longer than max_length ({max_length} tokens)"] += 1
+        elif chosen == rejected:
+            dropped["both answers identical"] += 1
+        elif not rejected:
+            forks.append(make_fork(prompt, chosen + end, None, pair.line))
+        else:
+            ratios.append(change_ratio(rejected, chosen))
+            if ratios[-1] > max_change_ratio:
+                dropped[f"change ratio above {max_change_ratio}"] += 1
+            else:
+                forks.append(make_fork(prompt, chosen + end, rejected + end, pair.line, ratios[-1]))
     return forks, dropped, ratios
 
 
 def load_forks(path, chat, max_length, max_change_ratio, need_rejected, skip_malformed=False):
-    """A pair file to forks, and a text for the log: dropped rows by reason, histogram of change
-    ratios, tokens saved. Raises UserError where nothing survives the filters."""
+    """The forks of a pair file, and a summary for the log. Raises UserError if nothing is left."""
     pairs, dropped, notes = read_pairs(path, skip_malformed)
     forks, filtered, ratios = make_forks(pairs, chat, max_length, max_change_ratio, need_rejected)
     dropped += filtered
@@ -536,14 +410,12 @@ def load_forks(path, chat, max_length, max_change_ratio, need_rejected, skip_mal
         raise UserError("\n".join(lines) + "\nNothing is left to train on.")
     if ratios:
         lines.append("  change ratio of pairs (1 - LCS / |y+|):")
-        counts = np.histogram(ratios, bins=10, range=(0, 1))[0]
-        for i, count in enumerate(counts):
+        counts, starts = np.histogram(ratios, bins=10, range=(0, 1))
+        for count, start in zip(counts, starts):
             bar = "#" * round(40 * count / max(counts))
-            lines.append(f"    {i / 10:.1f}-{(i + 1) / 10:.1f} {count:>6} {bar}")
-    computed = sum(map(len, forks))
-    plain = computed + sum(len(f.trunk) for f in forks if len(f.rejected))
-    lines.append(f"  {computed} tokens a pass; {plain - computed} of {plain} "
-                 f"({1 - computed / plain:.1%}) saved by sharing trunks")
+            lines.append(f"    {start:.1f}-{start + 0.1:.1f} {count:>6} {bar}")
+    tokens, shared = sum(map(len, forks)), sum(len(f.trunk) for f in forks if len(f.rejected))
+    lines.append(f"  {tokens} tokens a pass, {tokens + shared} if trunks were not shared")
     return forks, "\n".join(lines)
 
 
@@ -551,8 +423,7 @@ def load_forks(path, chat, max_length, max_change_ratio, need_rejected, skip_mal
 
 
 def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> list:
-    """The optimizer steps of one epoch: arrays of pair indices, every pair once, the last batch
-    smaller. Depends on nothing else: not on ranks, packs or lengths."""
+    """Arrays of pair indices, one an optimizer step, the last smaller. Ranks play no part."""
     order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(count)
     return [order[i:i + batch_size] for i in range(0, count, batch_size)]
 
@@ -560,74 +431,63 @@ def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> list:
 def split_batch(batch, lengths, ranks: int, tokens_per_pack: int) -> list:
     """Cut one batch into micro-batches: result[m][rank] is a list of pair indices, perhaps empty.
 
-    Longest first to the least loaded rank, then first fit into packs of at most tokens_per_pack
-    tokens (a longer fork is a pack by itself). A pure function of lengths: every rank computes the
-    whole plan, so all agree on the number of micro-batches without communication, and a rank with
-    nothing left runs a dummy.
-    """
+    Longest first to the least loaded rank, then first fit into packs; a longer fork is a pack by
+    itself. A pure function of lengths: all ranks compute the whole plan, so all agree on the number
+    of micro-batches without communication."""
     loads = [0] * ranks
-    packs = [[] for _ in range(ranks)]  # of each rank: [tokens, [pair indices]]
+    packs = [[] for _ in range(ranks)]  # of each rank
     for i in sorted(batch, key=lambda i: (-lengths[i], i)):
         rank = loads.index(min(loads))
         loads[rank] += lengths[i]
         for pack in packs[rank]:
-            if pack[0] + lengths[i] <= tokens_per_pack:
-                pack[0] += lengths[i]
-                pack[1].append(int(i))
+            if sum(lengths[j] for j in pack) + lengths[i] <= tokens_per_pack:
+                pack.append(int(i))
                 break
         else:
-            packs[rank].append([lengths[i], [int(i)]])
-    count = max(map(len, packs))
-    return [[p[m][1] if m < len(p) else [] for p in packs] for m in range(count)]
+            packs[rank].append([int(i)])
+    return list(zip_longest(*packs, fillvalue=[]))
 
 
 @dataclass
 class Pack:
-    """Forks in one sequence of tokens, `trunk | rejected | chosen | trunk | ...`, and the rows (the
-    tokens) that are scored. The layout is trunk, rejected, chosen; scores come chosen, rejected."""
+    """Forks as one sequence, `trunk | rejected | chosen | trunk | ...`, and the rows to score."""
 
     tokens: torch.Tensor  # (T,) int64
     positions: torch.Tensor  # (T,) int64; both branches continue from the trunk
     forks: list  # (start, trunk end, rejected end, chosen end) of each; without y- all is trunk
     rows: torch.Tensor  # (R,) int64: where in T the token is predicted from
     targets: torch.Tensor  # (R,) int64: its id
-    lengths: torch.Tensor  # (F, 3) int64: rows of trunk, rejected, chosen; they come in this order
+    lengths: torch.Tensor  # (F, 3) int64: rows of trunk, rejected, chosen
     pairs: torch.Tensor  # (F,) int64: which pair each fork is
-    reference: torch.Tensor | None = None  # (F, 2) fp64: its log-probs before training
+    reference: torch.Tensor | None = None  # (F, 2) fp64: its log-probs of y+, y- before training
 
     def to(self, device):
-        """Onto the device, without waiting for it."""
-        moved = {name: to_device(value, device) for name, value in vars(self).items()
-                 if torch.is_tensor(value)}
-        return replace(self, **moved)
+        tensors = {name: x for name, x in vars(self).items() if torch.is_tensor(x)}
+        return replace(self, **{name: to_device(x, device) for name, x in tensors.items()})
 
 
 def to_device(tensor, device):
-    """A CPU tensor onto the device. From pinned memory a GPU copies it in its own time; a plain
-    `.to` would wait until all work queued before it is done."""
+    """A CPU tensor onto the device. A GPU copies pinned memory without making the CPU wait."""
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor
 
 
 def make_pack(forks: list, indices: list, reference=None) -> Pack:
-    """Pack forks[i] for i in indices, with their rows of `reference` (N, 2) if it is given. No
-    index: one dummy token and no scored row, for a rank without work."""
-    tokens, positions, spans, rows, targets, lengths = [], [], [], [], [], []
-    start = 0
+    """Pack forks[i], with reference[i], for i in indices; for none of them an unscored dummy."""
+    none = np.zeros(0, np.int64)
+    tokens, positions, rows, targets = [none], [none], [none], [none]
+    spans, lengths, start = [], [], 0
     for fork in (forks[i] for i in indices):
         trunk, rejected, chosen = len(fork.trunk), len(fork.rejected), len(fork.chosen)
-        trunk_end = start + trunk
-        rejected_end = trunk_end + rejected
-        end = rejected_end + chosen
+        trunk_end, rejected_end, end = start + trunk, start + trunk + rejected, start + len(fork)
         tokens += [fork.trunk, fork.rejected, fork.chosen]
         positions += [np.arange(trunk + rejected), np.arange(trunk, trunk + chosen)]
         if rejected:
             spans.append((start, trunk_end, rejected_end, end))
-        else:  # without y- prompt and answer are one plain sequence
+        else:  # prompt and answer are one plain sequence
             spans.append((start, end, end, end))
-        # A token is predicted from the one before it. The rest of the trunk and y- follow each
-        # other: one range. The first token of y+ is predicted from the trunk's last.
+        # A token is predicted from the one before it, the first of y+ from the trunk's last.
         rows += [np.arange(start + fork.prompt_length - 1, rejected_end - 1), [trunk_end - 1],
                  np.arange(rejected_end, end - 1)]
         targets += [fork.trunk[fork.prompt_length:], fork.rejected, fork.chosen]
@@ -635,11 +495,9 @@ def make_pack(forks: list, indices: list, reference=None) -> Pack:
         start = end
     if not indices:
         tokens, positions, spans = [[0]], [[0]], [(0, 1, 1, 1)]
-
-    def joined(parts):
-        return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *parts]))
-
+    tokens, positions, rows, targets = [
+        torch.from_numpy(np.concatenate(parts)) for parts in (tokens, positions, rows, targets)]
+    lengths = torch.tensor(lengths, dtype=torch.int64).view(-1, 3)
     pairs = torch.tensor(indices, dtype=torch.int64)
-    return Pack(joined(tokens), joined(positions), spans, joined(rows), joined(targets),
-                torch.tensor(lengths, dtype=torch.int64).view(-1, 3), pairs,
-                None if reference is None else reference[pairs])
+    reference = None if reference is None else reference[pairs]
+    return Pack(tokens, positions, spans, rows, targets, lengths, pairs, reference)

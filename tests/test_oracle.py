@@ -378,7 +378,7 @@ def test_elicit_sorts_the_answers_of_a_server():
     assert len(errors) == 8 and all(oracle.LAST_LINE in e["question"] for e in errors)
     assert len(rows("out/samples.jsonl")) == 20
     read, dropped, _ = data.read_pairs("out/correct.jsonl")
-    assert len(read) == 4 and all(p.rejected is None for p in read) and not dropped
+    assert len(read) == 4 and all(p.rejected == "" for p in read) and not dropped
 
 
 def test_sampled_texts_do_not_depend_on_ranks_or_batch(tmp_path):

@@ -90,6 +90,11 @@ def test_verdicts_command_writes_the_same_bytes_and_keeps_what_was_written_by_ha
     assert all(b">BCE</text>" in seen[0][f"study-{letter}.svg"] for letter in "abcde")
 
 
+def test_matched_places_by_hand():
+    assert study.matched("abcabba", "cbabac") == {1, 2, 3, 4}
+    assert study.matched("abc", "xxc") == {2} and study.matched("", "a") == set()
+
+
 def test_places_of_a_chart_by_hand():
     svg = chart.chart([("title", "x", {"BCE": [(1, 10), (10, 20), (100, 30)]}, "x")])
     points = re.search(r'polyline points="([^"]*)"', svg)[1].split()

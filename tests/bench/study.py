@@ -135,6 +135,29 @@ def run_one(out, job, s, ranks):
     return figures
 
 
+def matched(a, b):
+    """The places in b of one longest common subsequence of a and b: the recurrence of
+    data.lcs_length, all its rows kept, then walked backwards."""
+    positions = {}
+    for i, token in enumerate(a):
+        positions[token] = positions.get(token, 0) | 1 << i
+    full = (1 << len(a)) - 1
+    rows = [full]  # bit i of rows[j] is 0 where the LCS of b[:j] and a[:i+1] is longer than a[:i]'s
+    for token in b:
+        hit = rows[-1] & positions.get(token, 0)
+        rows.append(((rows[-1] + hit) | (rows[-1] - hit)) & full)
+    i, j, places = len(a), len(b), set()
+    while i and j:
+        if rows[j] >> (i - 1) & 1:  # a's last item is in no match
+            i -= 1
+        elif not rows[j - 1] >> (i - 1) & 1:  # nor is b's
+            j -= 1
+        else:
+            i, j = i - 1, j - 1
+            places.add(j)
+    return places
+
+
 def watch(base, folder, path, s, beta, delta):
     """Of the first pairs of a file, after training: mean r+, r- and lambda+; and the mean change of
     log pi in nats, whatever its sign, of tokens of y+ that y- has too (in the longest common
@@ -146,10 +169,10 @@ def watch(base, folder, path, s, beta, delta):
     parts = (after - before).abs().split(pack.lengths.flatten().tolist())
     changes = {"shared": [], "divergent": []}
     for fork, trunk, chosen in zip(forks, parts[0::3], parts[2::3]):
-        matched = {j for _, j in data.lcs_matches(fork.rejected.tolist(), fork.chosen.tolist())}
+        shared = matched(fork.rejected.tolist(), fork.chosen.tolist())
         changes["shared"] += trunk.tolist()
         for j, change in enumerate(chosen.tolist()):
-            changes["shared" if j in matched else "divergent"].append(change)
+            changes["shared" if j in shared else "divergent"].append(change)
     means, tether = rewards.mean(0).tolist(), loss.tether(rewards[:, 0], delta).mean().item()
     return {"reward_chosen": means[0], "reward_rejected": means[1], "tether_chosen": tether,
             **{name: np.mean(values).item() for name, values in changes.items()}}
