@@ -997,9 +997,12 @@ def toy_corpus(rows: int, chain: int, share: float, doubt: float, seed: int):
 
 
 def toy_oracle(question: str, wrong: str) -> str:
-    """y+, by a program: y- with the right steps. Raises ValueError where it has more or fewer."""
-    texts, steps = TOY_STEP.split(wrong), TOY_STEP.findall(toy_answer(question))
-    return "".join(text + step for text, step in zip(texts, [*steps, ""], strict=True))
+    """y+, by a program: y- with the right steps; where it has more or fewer, an answer anew."""
+    answer, texts = toy_answer(question), TOY_STEP.split(wrong)
+    steps = TOY_STEP.findall(answer)
+    if len(texts) != len(steps) + 1:
+        return answer
+    return texts[0] + "".join(step + text for step, text in zip(steps, texts[1:]))
 
 
 def write_toy_checkpoint(folder: str, seed: int):

@@ -94,12 +94,10 @@ def test_corrections_are_right_and_minimal(chat):
             continue
         done += 1
         steps = train.TOY_STEP.findall(train.toy_answer(question))
-        if len(train.TOY_STEP.findall(wrong)) != len(steps):
-            with pytest.raises(ValueError):
-                train.toy_oracle(question, wrong)
-            continue
         corrected = train.toy_oracle(question, wrong)
         assert train.TOY_STEP.findall(corrected) == steps and right(question, corrected)
+        if len(train.TOY_STEP.findall(wrong)) != len(steps):
+            continue
         assert re.sub(r"\d", "", corrected) == re.sub(r"\d", "", wrong)  # all but digits is kept
         if train.TOY_RARE.search(wrong):
             continue
