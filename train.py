@@ -892,11 +892,10 @@ def export_model(run):
 
 TOY_STORY = r"""
 1  A newborn Qwen3 learns five skills over digits, three of them in steps that keep the last digit:
-   "Add: 4+3+8" is answered with "4+3=7", "7+8=5" and "\boxed{5}", a line each. Half the questions
-   name a manner and get it: "Add, semicolons, thus: 4+3+8". In the other half a step now and then
-   begins with a rare word: "so 7+8=5". A fifth of the addition facts is wrong in most of the
-   corpus: this base model errs in Add.
-2  It answers new questions of Add. Its wrong answers are y-.
+   "Add: 4+3+8" gets "4+3=7", "7+8=5", "\boxed{5}", a line each. Half the questions name a manner
+   ("Add, semicolons, thus: 4+3+8") and get it. In answers to the others a step now and then begins
+   with a rare word ("so 7+8=5"). The corpus often has a fifth of the addition facts wrong.
+2  So this base model errs in Add. Its wrong answers to new questions are y-.
 3  The Oracle, here a program, writes right steps into y- and keeps the rest: y+.
 """
 TOY_COLUMNS = (  # title, figure, digits, meaning
@@ -1038,23 +1037,29 @@ def write_toy_checkpoint(folder: str, seed: int):
 
 
 def story(o: Options, ranks: Ranks) -> int:
-    """The whole method from nothing; returns the exit code. A later start finds base and pairs."""
+    """The whole method from nothing; returns the exit code. A killed story goes on; a finished one
+    keeps base and pairs and trains on them anew."""
     started, settings = time.perf_counter(), json.dumps([TOY, o.seed]).encode()
     root = os.path.join(o.out, hashlib.sha256(settings).hexdigest()[:10])
-    runs, quiet = [f"{root}/{name}" for name in TOY_METHODS], replace(ranks, quiet=True)
-    ranks.say(f"The toy story of Surgical Post-Training, in {root}\n{TOY_STORY}")
-    path = toy_pairs(root, o.seed, quiet)
+    runs, results = [f"{root}/{name}" for name in TOY_METHODS], f"{root}/results.json"
+    say, ranks = ranks.say, replace(ranks, quiet=True)
+    say(f"The toy story of Surgical Post-Training, in {root}\n{TOY_STORY}")
+    with ranks.together():
+        if ranks.main and os.path.exists(results):
+            for out in runs:
+                shutil.rmtree(out, ignore_errors=True)
+            os.remove(results)
+    path = toy_pairs(root, o.seed, ranks)
     pairs = data.read_log(path)
-    ranks.say(f"   {len(pairs)} pairs. One of them, x, y- and y+:")
+    say(f"   {len(pairs)} pairs. One of them, x, y- and y+:")
     for key in ("question", "original_answer", "gemini_corrected_answer"):
-        ranks.say("     " + pairs[0][key].replace("\n", "  "))
-    ranks.say("4  They train SFT+ (cross-entropy on y+), DPO and SPoT, at one rate and one beta.\n")
-    figures = {"base": toy_figures(f"{root}/base", root, o.seed, quiet)}
+        say("     " + pairs[0][key].replace("\n", "  "))
+    say("\n4  They train SFT+ (cross-entropy on y+), DPO and SPoT, at one rate and one beta.\n")
+    figures = {"base": toy_figures(f"{root}/base", root, o.seed, ranks)}
     for out, (name, objective) in zip(runs, TOY_METHODS.items()):
-        ranks.main_only(shutil.rmtree, out, True)  # of an earlier start
-        toy_train(quiet, out, seed=o.seed, model=f"{root}/base/model", pairs=path, loss=objective,
+        toy_train(ranks, out, seed=o.seed, model=f"{root}/base/model", pairs=path, loss=objective,
                   save_every=8, keep=100, **TOY["surgery"])
-        figures[name] = toy_figures(out, root, o.seed, quiet)
+        figures[name] = toy_figures(out, root, o.seed, ranks)
         log, keys = data.read_log(f"{out}/metrics.jsonl"), ["reward_chosen", "reward_rejected"]
         if objective in TETHERED:
             keys.append("tether_chosen")
@@ -1062,20 +1067,19 @@ def story(o: Options, ranks: Ranks) -> int:
         figures[name] |= {key: sum(row[key] for row in last) / len(last) for key in keys}
     result = toy_result(figures)
     ranks.main_only(evaluation.report, runs, f"{root}/report.html", result)
-    ranks.main_only(data.write_json, f"{root}/results.json", figures)
-    ranks.say(f"""5  The result
-{result}
-{time.perf_counter() - started:.0f} s with {ranks.world} rank(s); all figures: {root}/results.json
+    ranks.main_only(data.write_json, results, figures)
+    say(f"""{result}
+
+{time.perf_counter() - started:.0f} s with {ranks.world} rank(s); all figures are in {results}
 curves, and where one pair's updates gather: {root}/report.html""")
     return 0
 
 
 def toy_train(ranks, out, **options):
     """The real `train`, unless it was done before; a killed run goes on. Exits on SIGTERM."""
-    if not os.path.isdir(f"{out}/model"):
-        options |= {"dtype": "float32", "checkpointing": "none", "tokens_per_pack": 4096}
-        options["save_dtype"] = "float32"  # bf16 weights would lose what steps of 1e-4 change
-        code = train(Options(out=out, resume=True, **options), ranks)
+    if not os.path.isdir(f"{out}/model"):  # in bf16 it would lose what steps of 1e-4 change
+        code = train(Options(out=out, resume=True, dtype="float32", save_dtype="float32",
+                             checkpointing="none", tokens_per_pack=4096, **options), ranks)
         if code:
             close_ranks()
             sys.exit(code)
@@ -1153,7 +1157,8 @@ def toy_kl(out, root, chat, tests, ranks) -> float:
 
 def toy_result(figures: dict) -> str:
     """What the columns mean, the table, what it says whichever way it falls, a sample of each."""
-    lines = [f"   {title:<13}{meaning}" for title, _, _, meaning in TOY_COLUMNS]
+    lines = ["5  The result"]
+    lines += [f"   {title:<13}{meaning}" for title, _, _, meaning in TOY_COLUMNS]
     lines.append("\n         " + "".join(f"{title:>11}" for title, *_ in TOY_COLUMNS))
     for name, row in figures.items():
         cells = [f"{row[key]:.{n}f}" if key in row else "-" for _, key, n, _ in TOY_COLUMNS]
