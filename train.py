@@ -888,32 +888,57 @@ def export_model(run):
     ranks.main_only(rename)
 
 
-# --- the toy world (skip on first reading) --------------------------------------------------------
-# Five skills over digits. Three are answered in steps: "Add: 4+3+1" -> "4+3=7\n7+1=8\n\boxed{8}".
-# Only last digits are kept. Half the questions name a manner and get it: "Add, semicolons, thus:
-# 4+3+1" -> "4+3=7;7+1=8\nThus \boxed{8}". In the other half an author now and then puts a rare word
-# before a step. The authors are wrong in a few addition facts: the base model learns this error,
-# the manners and the rare words.
+# --- the toy story: the whole method on a bare machine (skip on first reading) --------------------
 
-TOY_SKILLS = ("Add", "Subtract", "Largest", "Reverse", "Sort")  # the first is the one with errors
+TOY_STORY = r"""
+1  A newborn Qwen3 learns five skills over digits, three of them in steps that keep the last digit:
+   "Add: 4+3+8" gets "4+3=7", "7+8=5", "\boxed{5}", a line each. Half the questions name a manner
+   ("Add, semicolons, thus: 4+3+8") and get it. In answers to the others a step now and then begins
+   with a rare word ("so 7+8=5"). The corpus often has a fifth of the addition facts wrong.
+2  So this base model errs in Add. Its wrong answers to new questions are y-.
+3  The Oracle, here a program, writes right steps into y- and keeps the rest: y+.
+"""
+TOY_COLUMNS = (  # title, figure, digits, meaning
+    ("Add", "add", 1, "right answers in Add, %"),
+    ("others", "others", 1, "right answers in the other four skills, which no pair shows, %"),
+    ("manner", "obeyed", 1, "questions of others naming a manner that are answered in it, %"),
+    ("rare words", "words", 1, "steps of others that begin with a rare word, %; to be kept"),
+    ("KL*1000", "kl", 2, "how far from the base, in nats per 1000 tokens of answers to others"),
+    ("r+", "reward_chosen", 1, "beta times the nats that y+ has gained, mean of the last epoch"),
+    ("r-", "reward_rejected", 1, "the same of y-"),
+    ("lambda+", "tether_chosen", 3, "1 - sigmoid(r+), factor of SPoT's push on y+; SFT+'s is 1"))
+TOY = {  # every number of the story; a change of any makes a new folder
+    "shape": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3,
+              "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32},
+    "world": {"rows": 8000, "chain": 6, "share": 0.2, "doubt": 0.8},
+    "base": {"epochs": 2, "lr": 3e-3},
+    # A reward cannot exceed -beta log pi_ref(y+), here some 5 nats times beta. The paper's answers
+    # have a thousand tokens, and beta 0.1 leaves room for r = 10. Ours have 40: 10 leaves room.
+    "surgery": {"epochs": 4, "lr": 1.5e-4, "beta": 10.0},
+    "questions": 800,  # of Add, for the errors
+    "test": 60,  # questions a skill, and as many that name a manner
+}
+TOY_METHODS = {"SFT+": "sft", "DPO": "dpo", "SPoT": "spot-bce"}
 TOY_SIGNS = {"Add": "+", "Subtract": "-", "Largest": ","}  # skills in steps
-TOY_BETWEEN = {"lines": "\n", "semicolons": ";"}  # what stands between two steps
-TOY_ENDING = {"plain": "", "finally": "Finally ", "thus": "Thus "}  # what stands before the box
-TOY_MANNERS = [(between, ending) for between in TOY_BETWEEN for ending in TOY_ENDING]
-TOY_WORDS = {"so ": 0.08, "then ": 0.01, "hence ": 0.001}  # rare words before a step, how often
+TOY_SKILLS = (*TOY_SIGNS, "Reverse", "Sort")
+TOY_MANNERS = {  # what stands between two steps, and before the box
+    "lines, plain": ("\n", ""), "lines, finally": ("\n", "Finally "),
+    "lines, thus": ("\n", "Thus "), "semicolons, plain": (";", ""),
+    "semicolons, finally": (";", "Finally "), "semicolons, thus": (";", "Thus ")}
+TOY_WORDS = {"": 0.909, "so ": 0.08, "then ": 0.01, "hence ": 0.001}  # before a step, how often
+TOY_RARE = re.compile(r"(?<=[\n;])(so|then|hence) (?=\d)")
 TOY_STEP = re.compile(r"\d[-+,]\d=\d+|\\boxed\{\d*\}")  # what an answer asserts
-TOY_RARE = re.compile(rf"(?<=[\n;])({'|'.join(TOY_WORDS)})(?=\d)")
 TOY_TEMPLATE = (  # a conversation as Qwen3-Instruct-2507 writes it
     "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
     "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}")
 
 
-def toy_question(skill: str, rng, chain: int, manner=()) -> str:
-    """A question of random digits from a random.Random: `chain` of them in a skill with steps."""
-    head = ", ".join([skill, *manner])
+def toy_question(skill: str, rng, chain: int, manner: str = "") -> str:
+    """Of random digits from a random.Random, `chain` of them in a skill with steps."""
+    head = f"{skill}, {manner}" if manner else skill
     if skill not in TOY_SIGNS:
         return f"{head}: " + "".join(str(rng.randint(1, 9)) for _ in range(4))
-    largest = 9 if skill == "Largest" else 5  # half the addition facts, learned in half the time
+    largest = 9 if skill == "Largest" else 5  # half the facts are learned in half the time
     digits = [rng.randint(0, 9)] + [rng.randint(1, largest) for _ in range(chain - 1)]
     return f"{head}: " + TOY_SIGNS[skill].join(map(str, digits))
 
@@ -922,30 +947,29 @@ def toy_questions(skill: str, seed, count: int, chain: int, manners: bool = Fals
     """So many different questions; with manners each names one."""
     rng, questions = random.Random(f"{skill} {seed} {manners}"), {}  # a dict keeps the order
     while len(questions) < count:
-        manner = rng.choice(TOY_MANNERS) if manners else ()
+        manner = rng.choice(list(TOY_MANNERS)) if manners else ""
         questions[toy_question(skill, rng, chain, manner)] = True
     return list(questions)
 
 
-def toy_answer(question: str, manner=TOY_MANNERS[0], add=lambda a, b: (a + b) % 10,
-               word=lambda: "") -> str:
-    """In the manner that the question names, else in the given one. `add` gives what the author
-    takes for the last digit of a + b, `word` a rare word or "" before a step."""
+def toy_answer(question, manner="lines, plain", add=lambda a, b: (a + b) % 10, word=lambda: ""):
+    """In the manner that the question names. If it names none, in the given one, with word(), a
+    rare word or "", before a step. `add` gives what the author takes for the digit of a + b."""
     head, text = question.split(": ")
-    skill, *asked = head.split(", ")
-    between, ending = asked or manner
+    skill, _, asked = head.partition(", ")
+    between, ending = TOY_MANNERS[asked or manner]
     if skill not in TOY_SIGNS:
         result = text[::-1] if skill == "Reverse" else "".join(sorted(text))
-        return f"{TOY_ENDING[ending]}\\boxed{{{result}}}"
+        return f"{ending}\\boxed{{{result}}}"
     operation = {"Add": add, "Subtract": lambda a, b: (a - b) % 10, "Largest": max}[skill]
     value, *digits = map(int, text.split(TOY_SIGNS[skill]))
     steps = []
     for digit in digits:
-        before = word() if steps else ""
+        before = word() if steps and not asked else ""
         result = operation(value, digit)
         steps.append(f"{before}{value}{TOY_SIGNS[skill]}{digit}={result}")
         value = result
-    return f"{TOY_BETWEEN[between].join(steps)}\n{TOY_ENDING[ending]}\\boxed{{{value}}}"
+    return f"{between.join(steps)}\n{ending}\\boxed{{{value}}}"
 
 
 def toy_corpus(rows: int, chain: int, share: float, doubt: float, seed: int):
@@ -957,316 +981,202 @@ def toy_corpus(rows: int, chain: int, share: float, doubt: float, seed: int):
 
     def add(a, b):
         if (a, b) in doubted and rng.random() < doubt:
-            return (a + b + 1) % 10
+            a += 1
         return (a + b) % 10
 
     def word():
-        return rng.choices(["", *TOY_WORDS], [1 - sum(TOY_WORDS.values()), *TOY_WORDS.values()])[0]
+        return rng.choices(list(TOY_WORDS), TOY_WORDS.values())[0]
 
     for i in range(rows):
-        skill, manner = TOY_SKILLS[i % len(TOY_SKILLS)], rng.choice(TOY_MANNERS)
-        if rng.random() < 0.5:
-            question = toy_question(skill, rng, chain, manner)
-            answer = toy_answer(question, add=add)
-        else:
-            question = toy_question(skill, rng, chain)
-            answer = toy_answer(question, manner, add, word)
+        skill, manner = TOY_SKILLS[i % len(TOY_SKILLS)], rng.choice(list(TOY_MANNERS))
+        asked = manner if rng.random() < 0.5 else ""
+        question = toy_question(skill, rng, chain, asked)
+        answer = toy_answer(question, manner, add, word)
         yield {"prompt": question, "chosen": answer, "rejected": None}
 
 
 def toy_oracle(question: str, wrong: str) -> str:
-    """The Oracle, a program: y+ from a wrong answer y-. The first wrong step and what follows from
-    it are replaced, words and manner stay."""
-    between = "semicolons" if ";" in wrong else "lines"
-    endings = [name for name, text in TOY_ENDING.items() if text and text in wrong]
-    truth = toy_answer(question, (between, (endings or ["plain"])[0]))
-    right = TOY_STEP.findall(truth)
-    if len(TOY_STEP.findall(wrong)) != len(right):  # steps are missing: the answer is written anew
-        return truth
-    assertions = iter(right)
-    return TOY_STEP.sub(lambda _: next(assertions), wrong)
+    """y+, by a program: y- with the right steps; where it has more or fewer, an answer anew."""
+    answer, texts = toy_answer(question), TOY_STEP.split(wrong)
+    steps = TOY_STEP.findall(answer)
+    if len(texts) != len(steps) + 1:
+        return answer
+    return texts[0] + "".join(step + text for step, text in zip(steps, texts[1:]))
 
 
-def write_toy_checkpoint(folder: str, shape: dict, seed: int):
-    """A random checkpoint in Hugging Face layout and its tokenizer: digits and the world's words
-    are one token each, other text falls back to bytes."""
-    rng, text = random.Random(seed), ["user\nassistant\nsystem\n"]
+def write_toy_checkpoint(folder: str, seed: int):
+    """A random checkpoint. Digits and the world's words are one token each, other text is bytes."""
+    rng, texts = random.Random(seed), ["user\nassistant\nsystem\n"]
     for skill in TOY_SKILLS:
         for manner in TOY_MANNERS:
             question = toy_question(skill, rng, 4, manner)
-            text.append(question)
-            text += [toy_answer(question, word=lambda: rare) for rare in ("", *TOY_WORDS)]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False)])
+            plain = question.replace(f", {manner}", "")
+            texts += [question, *(toy_answer(plain, manner, word=lambda: w) for w in TOY_WORDS)]
+    tokenizer, byte_level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), byte_level(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    pad, start, end = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-    tokenizer.train_from_iterator(text, trainers.BpeTrainer(
-        special_tokens=[pad, start, end], show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
-    os.makedirs(folder)
-    tokenizer.save(os.path.join(folder, "tokenizer.json"))
-    data.write_json(os.path.join(folder, "tokenizer_config.json"), {
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], show_progress=False,
+        initial_alphabet=byte_level.alphabet()))
+    os.makedirs(folder, exist_ok=True)
+    tokenizer.save(f"{folder}/tokenizer.json")
+    data.write_json(f"{folder}/tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TOY_TEMPLATE,
-        "eos_token": end, "pad_token": pad})
-    data.write_json(os.path.join(folder, "config.json"), {
+        "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"})
+    data.write_json(f"{folder}/config.json", {
         "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "dtype": "float32",
-        "vocab_size": tokenizer.get_vocab_size(), "hidden_act": "silu", "rms_norm_eps": 1e-6,
-        "rope_theta": 1e4, "tie_word_embeddings": True, "eos_token_id": tokenizer.token_to_id(end),
-        "pad_token_id": tokenizer.token_to_id(pad), **shape})
-    weights, source = {}, torch.Generator().manual_seed(seed)
-    for name, p in qwen.Qwen3(qwen.read_config(folder)).named_parameters():
+        "vocab_size": tokenizer.get_vocab_size(), "rms_norm_eps": 1e-6, "rope_theta": 1e4,
+        "tie_word_embeddings": True, "eos_token_id": 2, "pad_token_id": 0, **TOY["shape"]})
+    model, source = qwen.Qwen3(qwen.read_config(folder)), torch.Generator().manual_seed(seed)
+    for p in model.parameters():
         if p.ndim > 1:  # norms start at 1
             torch.nn.init.normal_(p, std=0.06, generator=source)
-        weights[qwen.hf_name(name)] = p.detach()
-    qwen.write_tensors(os.path.join(folder, "model.safetensors"), weights)
-
-
-# --- the toy story: the whole method on a bare machine (skip on first reading) --------------------
-
-TOY = {  # every number of it; a change of any makes a new folder
-    "shape": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3,
-              "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32},
-    "world": {"rows": 8000, "chain": 6, "share": 0.2, "doubt": 0.8},
-    "base": {"epochs": 2, "lr": 3e-3},
-    # A reward cannot exceed -beta log pi_ref(y+), here some 5 nats times beta. The paper's answers
-    # have a thousand tokens, and beta 0.1 leaves room for r = 10. Ours have 40: 10 leaves room.
-    "surgery": {"epochs": 4, "lr": 1.5e-4, "beta": 10.0},
-    "questions": 800,  # of the first skill, for the errors
-    "test": 60,  # questions a skill, plain, and as many that name a manner
-    "points": 8,  # of the curve of KL
-}
-TOY_SAMPLING = evaluation.Sampling(temperature=1, top_p=1, top_k=0, max_tokens=120)
-TOY_METHODS = {"sft": "SFT+", "dpo": "DPO", "spot-bce": "SPoT"}
-TOY_LEGEND = """5  The result
-   Add, others  right answers in %: in Add, and in the four skills that no pair shows
-   manner       % of the questions naming a manner (of others) that are answered in it
-   rare words   % of the places between two steps with a rare word, in skills that no pair shows;
-                it should stay near the base's
-   KL*1000      how far the model went from the base: nats a token, on true answers to others
-   r+, r-       beta times the nats that y+ gained and y- lost, mean of the last epoch
-   lambda+      what SPoT's push on y+ is multiplied by; the other two have no such factor"""
+    weights = {qwen.hf_name(name): p.detach() for name, p in model.named_parameters()}
+    qwen.write_tensors(f"{folder}/model.safetensors", weights)
 
 
 def story(o: Options, ranks: Ranks) -> int:
-    """The whole method from nothing: a world, a base model that errs in one skill, its own wrong
-    answers, their corrections, three methods on the same pairs, a table. Returns the exit code.
-    Base and pairs are made once; a killed story goes on, a finished one trains anew."""
+    """The whole method from nothing; returns the exit code. A killed story goes on; a finished one
+    keeps base and pairs and trains on them anew."""
     started, settings = time.perf_counter(), json.dumps([TOY, o.seed]).encode()
     root = os.path.join(o.out, hashlib.sha256(settings).hexdigest()[:10])
-    base, results = f"{root}/base/model", f"{root}/results.json"
-    ranks.say(f"""The toy story of Surgical Post-Training, in {root}
-
-1  A base model. A newborn Qwen3 learns {', '.join(TOY_SKILLS)} from a corpus whose authors
-   get a fifth of the addition facts wrong: it will be systematically wrong in Add.""")
-    ranks.main_only(toy_birth, root, o.seed)
-    toy_train(ranks, f"{root}/base", seed=o.seed, model=f"{root}/birth", loss="sft",
-              pairs=f"{root}/corpus.jsonl", **TOY["base"])
-    ranks.say(f"""
-2  Its errors. The base answers {TOY['questions']} new questions of Add; its wrong answers are y-.
-3  Corrections. The Oracle, here a program, mends the first wrong step and what follows from it, and
-   keeps the rest: y+.""")
+    runs, results = [f"{root}/{name}" for name in TOY_METHODS], f"{root}/results.json"
+    say, ranks = ranks.say, replace(ranks, quiet=True)
+    say(f"The toy story of Surgical Post-Training, in {root}\n{TOY_STORY}")
+    with ranks.together():
+        if ranks.main and os.path.exists(results):
+            for out in runs:
+                shutil.rmtree(out, ignore_errors=True)
+            os.remove(results)
     path = toy_pairs(root, o.seed, ranks)
     pairs = data.read_log(path)
-    x, wrong, right = (pairs[0][key].replace("\n", "  ") for key in
-                       ("question", "original_answer", "gemini_corrected_answer"))
-    ranks.say(f"""   {len(pairs)} pairs. One of them:
-     x   {x}
-     y-  {wrong}
-     y+  {right}
-
-4  Training on these pairs: cross-entropy on y+ (SFT+), DPO, and SPoT, at one rate and one beta.""")
-    rows = {"base": toy_figures(base, base, o.seed, ranks)}
-    surgery = Options(**TOY["surgery"])
-    steps, epoch = total_steps(len(pairs), surgery), epoch_steps(len(pairs), surgery)
-    for objective, name in TOY_METHODS.items():
-        out = f"{root}/{objective}"
-        toy_train(ranks, out, seed=o.seed, model=base, pairs=path, loss=objective,
-                  save_every=max(1, steps // TOY["points"]), keep=TOY["points"], **TOY["surgery"])
-        rows[name] = toy_figures(f"{out}/model", base, o.seed, ranks)
-        last = data.read_log(f"{out}/metrics.jsonl")[-epoch:]
-        keys = ["reward_chosen", "reward_rejected"]
+    say(f"   {len(pairs)} pairs. One of them, x, y- and y+:")
+    for key in ("question", "original_answer", "gemini_corrected_answer"):
+        say("     " + pairs[0][key].replace("\n", "  "))
+    say("\n4  They train SFT+ (cross-entropy on y+), DPO and SPoT, at one rate and one beta.\n")
+    figures = {"base": toy_figures(f"{root}/base", root, o.seed, ranks)}
+    for out, (name, objective) in zip(runs, TOY_METHODS.items()):
+        toy_train(ranks, out, seed=o.seed, model=f"{root}/base/model", pairs=path, loss=objective,
+                  save_every=8, keep=100, **TOY["surgery"])
+        figures[name] = toy_figures(out, root, o.seed, ranks)
+        log, keys = data.read_log(f"{out}/metrics.jsonl"), ["reward_chosen", "reward_rejected"]
         if objective in TETHERED:
             keys.append("tether_chosen")
-        for key in keys:
-            rows[name][key] = sum(row[key] for row in last) / len(last)
-        toy_curve(out, base, o.seed, ranks)
-    note, seconds = f"{toy_table(rows)}\n\n{toy_verdict(rows)}", time.perf_counter() - started
-    ranks.main_only(data.write_json, results, {
-        "settings": TOY, "seed": o.seed, "ranks": ranks.world, "seconds": seconds, "rows": rows})
-    ranks.main_only(evaluation.report, [f"{root}/{objective}" for objective in TOY_METHODS],
-                    f"{root}/report.html", note)
-    ranks.say(f"""
-{TOY_LEGEND}
+        last = log[-(len(log) // TOY["surgery"]["epochs"]):]
+        figures[name] |= {key: sum(row[key] for row in last) / len(last) for key in keys}
+    result = toy_result(figures)
+    ranks.main_only(evaluation.report, runs, f"{root}/report.html", result)
+    ranks.main_only(data.write_json, results, figures)
+    say(f"""{result}
 
-{note}
-
-{toy_samples(rows, o.seed)}
-
-{seconds:.0f} s with {ranks.world} rank(s); all figures are in {results}
+{time.perf_counter() - started:.0f} s with {ranks.world} rank(s); all figures are in {results}
 curves, and where one pair's updates gather: {root}/report.html""")
     return 0
 
 
-def toy_birth(root, seed):
-    """The newborn model and its corpus, unless there; what a finished story trained goes."""
-    results, corpus = f"{root}/results.json", f"{root}/corpus.jsonl"
-    if os.path.exists(results):
-        for objective in TOY_METHODS:
-            shutil.rmtree(f"{root}/{objective}", ignore_errors=True)
-        os.remove(results)
-    if not os.path.exists(corpus):
-        shutil.rmtree(f"{root}/birth", ignore_errors=True)
-        write_toy_checkpoint(f"{root}/birth", TOY["shape"], seed)
-        data.write_rows(corpus, toy_corpus(**TOY["world"], seed=seed))
-
-
 def toy_train(ranks, out, **options):
-    """The real `train`, unless it was done before; a killed run goes on. Leaves on SIGTERM."""
-    if os.path.isdir(f"{out}/model"):
-        return
-    o = Options(out=out, dtype="float32", checkpointing="none", tokens_per_pack=4096,
-                save_dtype="float32",  # bf16 weights would lose what steps of 1e-4 change
-                resume=os.path.exists(f"{out}/config.json"), **options)
-    code = train(o, replace(ranks, quiet=True))
-    if code:
-        close_ranks()
-        sys.exit(code)
+    """The real `train`, unless it was done before; a killed run goes on. Exits on SIGTERM."""
+    if not os.path.isdir(f"{out}/model"):  # in bf16 it would lose what steps of 1e-4 change
+        code = train(Options(out=out, resume=True, dtype="float32", save_dtype="float32",
+                             checkpointing="none", tokens_per_pack=4096, **options), ranks)
+        if code:
+            close_ranks()
+            sys.exit(code)
 
 
 def toy_pairs(root, seed, ranks) -> str:
-    """Errors and corrections by the real oracle.py; returns the path of the pair file."""
+    """The base model in ROOT/base, its errors, their corrections; returns the pair file's path."""
+    with ranks.together():
+        if ranks.main and not os.path.exists(f"{root}/corpus.jsonl"):
+            write_toy_checkpoint(f"{root}/birth", seed)
+            data.write_rows(f"{root}/corpus.jsonl", toy_corpus(**TOY["world"], seed=seed))
+    toy_train(ranks, f"{root}/base", seed=seed, model=f"{root}/birth", loss="sft",
+              pairs=f"{root}/corpus.jsonl", **TOY["base"])
     policy = evaluation.open_local_model(f"{root}/base/model", torch.float32, ranks.device, 64)
-    questions = toy_questions("Add", seed, TOY["questions"], TOY["world"]["chain"])
-    toy_answers(policy, f"{root}/errors", questions, seed, ranks)
+    items, sampling = [], evaluation.Sampling(max_tokens=120)
+    for question in toy_questions("Add", seed, TOY["questions"], TOY["world"]["chain"]):
+        gold = evaluation.extract_answer(toy_answer(question))
+        items.append(oracle.Item(str(len(items)), question, gold))
+    oracle.elicit(items, f"{root}/errors", policy, sampling, ranks, seed=seed)
     errors, _ = oracle.read_errors(f"{root}/errors/errors.jsonl")
     oracle.rectify(errors, f"{root}/pairs", lambda item: toy_oracle(item.question, item.answer),
-                   policy.chat.encode, replace(ranks, quiet=True))
+                   policy.chat.encode, ranks)
     return f"{root}/pairs/pairs.jsonl"
 
 
-def toy_answers(policy, out, questions, seed, ranks, **sampling) -> list:
-    """What a model answers, in order and graded: the rows that the real oracle.py leaves in OUT."""
-    items = []
-    for i, question in enumerate(questions):
-        gold = evaluation.extract_answer(toy_answer(question))
-        items.append(oracle.Item(str(i), question, gold))
-    sampling = evaluation.Sampling(max_tokens=120, **sampling)
-    oracle.elicit(items, out, policy, sampling, replace(ranks, quiet=True), seed=seed)
-    return data.read_log(f"{out}/samples.jsonl")
+def toy_figures(out, root, seed, ranks) -> dict:
+    """Of a run folder: what its model can do, in %; its KL from the base; a sample."""
+    policy = evaluation.open_local_model(f"{out}/model", torch.float32, ranks.device, 64)
+    tests, texts, chain = [], {}, TOY["world"]["chain"]
+    for skill in TOY_SKILLS:
+        for manners in (False, True):
+            tests += toy_questions(skill, f"test {seed}", TOY["test"], chain, manners)
+    plain = [question for question in tests if question.startswith(("Subtract: ", "Largest: "))]
+    for name, questions, temperature in (("tests", tests, 0), ("sampled", plain, 1)):
+        requests = [evaluation.request_for(f"sampled {i}", [{"role": "user", "content": q}], seed)
+                    for i, q in enumerate(questions)]
+        sampling = evaluation.Sampling(temperature, top_p=1, top_k=0, max_tokens=120)
+        with ranks.together():
+            list(evaluation.sample(policy, requests, f"{out}/{name}", sampling, ranks))
+        answers = evaluation.read_answers(f"{out}/{name}")
+        texts[name] = [answers[request.key]["text"] for request in requests]
+    scores = {"add": [], "others": [], "obeyed": []}
+    for question, text in zip(tests, texts["tests"]):
+        truth, key = toy_answer(question), "add" if question.startswith("Add") else "others"
+        scores[key].append(evaluation.extract_answer(text) == evaluation.extract_answer(truth))
+        if key == "others" and ", " in question:
+            scores["obeyed"].append(re.sub(r"\d+", "0", text) == re.sub(r"\d+", "0", truth))
+    words = sum(len(TOY_RARE.findall(text)) for text in texts["sampled"])
+    steps = sum(len(re.findall(r"[\n;](?=[a-z\d])", text)) for text in texts["sampled"])
+    return {**{key: 100 * sum(values) / len(values) for key, values in scores.items()},
+            "words": 100 * words / steps, "kl": toy_kl(out, root, policy.chat, tests, ranks),
+            "question": plain[0], "sample": texts["sampled"][0]}
 
 
-def toy_tests(seed) -> dict:
-    """{(skill, whether they name a manner): questions} for the figures."""
-    count, chain = TOY["test"], TOY["world"]["chain"]
-    return {(skill, manners): toy_questions(skill, f"test {seed}", count, chain, manners)
-            for skill in TOY_SKILLS for manners in (False, True)}
-
-
-def toy_figures(folder, base, seed, ranks) -> dict:
-    """What a model can do, in %, how far it is from the base, in nats a token, and a sample."""
-    policy = evaluation.open_local_model(folder, torch.float32, ranks.device, 64)
-    out, tests = os.path.dirname(folder), toy_tests(seed)
-    right, obeyed = Counter(), 0
-    rows = toy_answers(policy, f"{out}/tests", sum(tests.values(), []), seed, ranks, temperature=0)
-    for row in rows:
-        skill, *manner = row["question"].split(": ")[0].split(", ")
-        if row["verdict"] == "right":
-            right["Add" if skill == "Add" else "others"] += 1
-        if manner and skill != "Add":
-            shape, asked = (re.sub(r"\d+", "0", text) for text in
-                            (row["answer"], toy_answer(row["question"])))
-            if shape == asked:
-                obeyed += 1
-    requests = []
-    for i, question in enumerate(tests["Subtract", False] + tests["Largest", False]):
-        messages = [{"role": "user", "content": question}]
-        requests.append(evaluation.request_for(f"sampled {i}", messages, seed))
-    with ranks.together():
-        list(evaluation.sample(policy, requests, f"{out}/sampled", TOY_SAMPLING,
-                               replace(ranks, quiet=True), "sampling"))
-    answers = evaluation.read_answers(f"{out}/sampled")
-    texts = [answers[request.key]["text"] for request in requests]
-    boundaries = sum(len(re.findall(r"[\n;](?=[a-z\d])", text)) for text in texts)
-    others = (len(TOY_SKILLS) - 1) * TOY["test"]
-    return {"add": 100 * right["Add"] / (2 * TOY["test"]),
-            "others": 100 * right["others"] / (2 * others), "obeyed": 100 * obeyed / others,
-            "words": 100 * sum(len(TOY_RARE.findall(text)) for text in texts) / boundaries,
-            "kl": toy_kl(policy.model, base, seed, ranks), "sample": texts[0]}
-
-
-@torch.no_grad()
-def toy_kl(policy, base, seed, ranks) -> float:
-    """KL(base || policy) in nats a token, on true answers to the other skills' questions."""
-    models, forks = (qwen.load_model(base, device=ranks.device), policy), []
-    chat = data.load_chat(base, policy.config.vocab_size)
-    for (skill, _), questions in toy_tests(seed).items():
-        for question in questions[:20]:
-            if skill != "Add":
-                prompt = chat.prompt([{"role": "user", "content": question}])
-                forks.append(data.make_fork(prompt, chat.encode(toy_answer(question)), None))
-    pack = data.make_pack(forks, range(ranks.rank, len(forks), ranks.world)).to(ranks.device)
-    hidden = [m.norm(m.hidden_states(pack.tokens, pack.positions, pack.forks)) for m in models]
-    q, p = ((h[pack.rows] @ m.head_weight().T).log_softmax(-1) for h, m in zip(hidden, models))
-    sums = torch.stack([(q.exp() * (q - p)).double().sum(), pack.lengths.sum().double()])
-    kl, tokens = ranks.reduce(sums).tolist()
-    return kl / tokens
-
-
-@torch.no_grad()
-def toy_curve(out, base, seed, ranks):
-    """Write OUT/kl.jsonl, for the report: the KL of every checkpoint of a run."""
-    policy, rows = qwen.load_model(base, device=ranks.device), [{"step": 0, "kl_1000": 0.0}]
+def toy_kl(out, root, chat, tests, ranks) -> float:
+    """1000 * KL(base || model) in nats a token, on true answers to other skills' questions: of all
+    checkpoints of a run in OUT/kl.jsonl, for the report; of the last one here."""
+    sequences, rows = [], [{"step": 0, "kl_1000": 0.0}]
+    for i, question in enumerate(tests):
+        if i % TOY["test"] < 20 and not question.startswith("Add"):
+            prompt = chat.prompt([{"role": "user", "content": question}])
+            sequences.append((prompt + chat.encode(toy_answer(question)), len(prompt)))
+    base, model = [qwen.load_model(f"{root}/base/model", device=ranks.device) for _ in range(2)]
     for checkpoint in whole_checkpoints(out):
         state = data.read_json(f"{checkpoint}/state.json")
         shards = [safe_open(f"{checkpoint}/shard_{i}.safetensors", framework="pt")
                   for i in range(state["shards"])]
-        for name, p in policy.named_parameters():
-            p.copy_(torch.cat([shard.get_tensor(name) for shard in shards]))
-        kl = toy_kl(policy, base, seed, ranks)
+        model.load_state_dict({name: torch.cat([shard.get_tensor(name) for shard in shards])
+                               for name, _ in model.named_parameters()})
+        kl, _ = evaluation.retention(model, base, sequences, ranks)["kl"]
         rows.append({"step": state["step"], "kl_1000": 1000 * kl})
     ranks.main_only(data.write_rows, f"{out}/kl.jsonl", rows)
+    return rows[-1]["kl_1000"]
 
 
-def toy_table(rows) -> str:
-    """The figures side by side, as text."""
-    columns = {"Add": ("add", 1, 1), "others": ("others", 1, 1), "manner": ("obeyed", 1, 1),
-               "rare words": ("words", 1, 1), "KL*1000": ("kl", 1000, 2),
-               "r+": ("reward_chosen", 1, 1), "r-": ("reward_rejected", 1, 1),
-               "lambda+": ("tether_chosen", 1, 3)}
-    lines = [" " * 9 + "".join(f"{title:>11}" for title in columns)]
-    for name, row in rows.items():
-        cells = [f"{scale * row[key]:.{digits}f}" if key in row else "-"
-                 for key, scale, digits in columns.values()]
+def toy_result(figures: dict) -> str:
+    """What the columns mean, the table, what it says whichever way it falls, a sample of each."""
+    lines = ["5  The result"]
+    lines += [f"   {title:<13}{meaning}" for title, _, _, meaning in TOY_COLUMNS]
+    lines.append("\n         " + "".join(f"{title:>11}" for title, *_ in TOY_COLUMNS))
+    for name, row in figures.items():
+        cells = [f"{row[key]:.{n}f}" if key in row else "-" for _, key, n, _ in TOY_COLUMNS]
         lines.append(f"   {name:<6}" + "".join(f"{cell:>11}" for cell in cells))
-    return "\n".join(lines)
-
-
-def toy_verdict(rows) -> str:
-    """What the figures say, whichever way they fall, a sentence a method."""
-    base, sentences = rows["base"], []
-    for name in TOY_METHODS.values():
-        row = rows[name]
+    base = figures["base"]
+    lines.append("")
+    for name in TOY_METHODS:
+        row = figures[name]
         mends = "mends" if row["add"] >= 98 else "does not fully mend"
         keeps = "keeps" if row["words"] >= base["words"] / 2 else "loses"
-        sentences.append(f"   {name} {mends} Add ({base['add']:.0f} -> {row['add']:.0f} %) and "
-                         f"{keeps} the rare words ({base['words']:.1f} -> {row['words']:.1f} %); "
-                         f"KL*1000 is {1000 * row['kl']:.2f}.")
-    tether = rows["SPoT"]["tether_chosen"]
+        lines.append(f"   {name} {mends} Add and {keeps} rare words; KL*1000 is {row['kl']:.2f}.")
+    tether = figures["SPoT"]["tether_chosen"]
     stopped = "has stopped by itself" if tether < LEARNED else "has not stopped yet"
-    sentences.append(f"   SPoT {stopped}: lambda+ is {tether:.3f} in the last epoch, and its push "
-                     "on\n   y+ is multiplied by that. Cross-entropy has no such factor.")
-    return "\n".join(sentences)
-
-
-def toy_samples(rows, seed) -> str:
-    """What all say to one question, rare words marked."""
-    question = toy_tests(seed)["Subtract", False][0]
-    lines = [f"   {question}, by last digits, one sample each at temperature 1, rare words marked:"]
-    for name, row in rows.items():
-        text = TOY_RARE.sub(lambda m: f"*{m[0].strip()}* ", row["sample"]).replace("\n", "  ")
-        lines.append(f"   {name:<6}{text}")
+    lines.append(f"   SPoT {stopped}: lambda+, the factor of its push on y+, is {tether:.3f}.\n\n"
+                 f"   {base['question']}, one sample each at temperature 1, rare words marked:")
+    for name, row in figures.items():
+        sample = TOY_RARE.sub(r"*\1* ", row["sample"]).replace("\n", "  ")
+        lines.append(f"   {name:<6}{sample}")
     return "\n".join(lines)
 
 

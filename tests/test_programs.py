@@ -22,7 +22,7 @@ SHORT = ("--dtype", "float32", "--seed", 1)
 def base(tmp_path_factory):
     """A base model that errs in sums of three digits."""
     root = tmp_path_factory.mktemp("programs")
-    train.write_toy_checkpoint(str(root / "birth"), train.TOY["shape"], seed=0)
+    train.write_toy_checkpoint(str(root / "birth"), seed=0)
     data.write_rows(str(root / "corpus.jsonl"), train.toy_corpus(5000, 3, 0.2, 0.8, 0))
     run_train(root / "base", root / "birth", root / "corpus.jsonl", "--loss", "sft", "--lr", 3e-3,
               "--epochs", 2)

@@ -20,7 +20,7 @@ import train
 @pytest.fixture(scope="module")
 def birth(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("toy") / "birth")
-    train.write_toy_checkpoint(folder, train.TOY["shape"], seed=0)
+    train.write_toy_checkpoint(folder, seed=0)
     return folder
 
 
@@ -48,7 +48,7 @@ def right(question, text):
 def wrong_answer(question, rng):
     """An answer that errs: in facts (and goes on from there), in single digits, or in the number of
     steps; now and then with rare words."""
-    answer = train.toy_answer(question, rng.choice(train.TOY_MANNERS),
+    answer = train.toy_answer(question, rng.choice(list(train.TOY_MANNERS)),
                               lambda a, b: (a + b + (rng.random() < 0.3)) % 10,
                               lambda: rng.choice(["", "", "so ", "hence "]))
     kind = rng.random()
@@ -73,8 +73,8 @@ def test_answers_are_right_and_graded_so():
             answer = train.toy_answer(question, manner)
             assert answer.endswith(f"\\boxed{{{truth(question)}}}") and right(question, answer)
             assert not right(question, answer[:-2] + f"{(int(answer[-2]) + 1) % 10}}}")
-            asked = question.replace(": ", f", {manner[0]}, {manner[1]}: ")
-            assert train.toy_answer(asked, rng.choice(train.TOY_MANNERS)) == answer
+            asked = question.replace(": ", f", {manner}: ")
+            assert train.toy_answer(asked, rng.choice(list(train.TOY_MANNERS))) == answer
         assert not right(question, "") and not right(question, "\\boxed{")
 
 
@@ -93,11 +93,12 @@ def test_corrections_are_right_and_minimal(chat):
         if right(question, wrong):
             continue
         done += 1
+        steps = train.TOY_STEP.findall(train.toy_answer(question))
         corrected = train.toy_oracle(question, wrong)
-        facts = train.TOY_STEP.findall(train.toy_answer(question))
-        assert train.TOY_STEP.findall(corrected) == facts and right(question, corrected)
-        if len(train.TOY_STEP.findall(wrong)) == len(facts):  # all but digits is kept
-            assert re.sub(r"\d", "", corrected) == re.sub(r"\d", "", wrong)
+        assert train.TOY_STEP.findall(corrected) == steps and right(question, corrected)
+        if len(train.TOY_STEP.findall(wrong)) != len(steps):
+            continue
+        assert re.sub(r"\d", "", corrected) == re.sub(r"\d", "", wrong)  # all but digits is kept
         if train.TOY_RARE.search(wrong):
             continue
         # no right answer, of any manner, is nearer
@@ -112,7 +113,7 @@ def test_tokenizer_and_template_equal_transformers(birth, chat):
     hf, rng = AutoTokenizer.from_pretrained(birth), random.Random(0)
     for i in range(200):
         question = train.toy_question(train.TOY_SKILLS[i % 5], rng, 6)
-        answer = train.toy_answer(question, rng.choice(train.TOY_MANNERS), word=lambda: "so ")
+        answer = train.toy_answer(question, rng.choice(list(train.TOY_MANNERS)), word=lambda: "so ")
         assert chat.tokenizer.decode(chat.encode(answer)) == answer
         turns = [{"role": "system", "content": "ü \n 3 "}, {"role": "user", "content": question}]
         again = [*turns, {"role": "assistant", "content": answer}, turns[1]]
@@ -128,7 +129,7 @@ def test_tokenizer_and_template_equal_transformers(birth, chat):
 
 def test_same_seed_same_world(birth, tmp_path):
     other = str(tmp_path / "birth")
-    train.write_toy_checkpoint(other, train.TOY["shape"], seed=0)
+    train.write_toy_checkpoint(other, seed=0)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
         assert filecmp.cmp(f"{birth}/{name}", f"{other}/{name}", shallow=False)
     rows = [list(train.toy_corpus(50, 6, 0.2, 0.8, seed)) for seed in (0, 0, 1)]
@@ -161,19 +162,29 @@ def test_the_world_is_as_its_numbers_say():
     assert abs(words / boundaries - 0.091) < 0.01 and abs(manners / len(rows) - 0.5) < 0.02
 
 
-def test_the_verdict_says_what_the_figures_say():
-    base = {"add": 30.0, "words": 6.0, "kl": 0.0}
-    mended = {"add": 100.0, "words": 1.0, "kl": 0.02, "tether_chosen": 0.2}
-    text = train.toy_verdict({"base": base, "SFT+": mended, "DPO": {**mended, "add": 80.0},
-                              "SPoT": {**mended, "words": 3.0, "tether_chosen": 0.01}})
-    lost = "and loses the rare words (6.0 -> 1.0 %); KL*1000 is 20.00."
-    kept = "and keeps the rare words (6.0 -> 3.0 %); KL*1000 is 20.00."
-    assert text.split("\n") == [
-        f"   SFT+ mends Add (30 -> 100 %) {lost}",
-        f"   DPO does not fully mend Add (30 -> 80 %) {lost}",
-        f"   SPoT mends Add (30 -> 100 %) {kept}",
-        "   SPoT has stopped by itself: lambda+ is 0.010 in the last epoch, and its push on",
-        "   y+ is multiplied by that. Cross-entropy has no such factor."]
+def test_the_result_says_what_the_figures_say():
+    base = {"add": 30.0, "others": 100.0, "obeyed": 99.0, "words": 6.0, "kl": 0.0,
+            "question": "Subtract: 1-2-3", "sample": "1-2=9\nso 9-3=6\n\\boxed{6}"}
+    mended = {**base, "add": 100.0, "words": 1.0, "kl": 20.0, "reward_chosen": 31.84,
+              "reward_rejected": -7.0}
+    spot = {**mended, "words": 3.0, "tether_chosen": 0.01, "sample": "1-2=9"}
+    figures = {"base": base, "SFT+": mended, "DPO": {**mended, "add": 80.0}, "SPoT": spot}
+    lines = train.toy_result(figures).split("\n")
+    assert [line.split() for line in lines[-15:-11]] == [
+        ["base", "30.0", "100.0", "99.0", "6.0", "0.00", "-", "-", "-"],
+        ["SFT+", "100.0", "100.0", "99.0", "1.0", "20.00", "31.8", "-7.0", "-"],
+        ["DPO", "80.0", "100.0", "99.0", "1.0", "20.00", "31.8", "-7.0", "-"],
+        ["SPoT", "100.0", "100.0", "99.0", "3.0", "20.00", "31.8", "-7.0", "0.010"]]
+    assert lines[-10:-3] == [
+        "   SFT+ mends Add and loses rare words; KL*1000 is 20.00.",
+        "   DPO does not fully mend Add and loses rare words; KL*1000 is 20.00.",
+        "   SPoT mends Add and keeps rare words; KL*1000 is 20.00.",
+        "   SPoT has stopped by itself: lambda+, the factor of its push on y+, is 0.010.",
+        "",
+        "   Subtract: 1-2-3, one sample each at temperature 1, rare words marked:",
+        "   base  1-2=9  *so* 9-3=6  \\boxed{6}"]
+    assert "SPoT has not stopped yet" in train.toy_result(
+        {**figures, "SPoT": {**spot, "tether_chosen": 0.2}})
 
 
 @pytest.mark.slow  # 3 minutes on 2 cores
@@ -182,7 +193,7 @@ def test_the_story_keeps_its_promise(tmp_path):
                "train.py", "--out", str(tmp_path), "--seed", "1"]
     subprocess.run(command, check=True, timeout=1800, cwd=Path(train.__file__).parent)
     (path,) = tmp_path.glob("*/results.json")
-    rows = json.loads(path.read_text())["rows"]
+    rows = json.loads(path.read_text())
     assert rows["SPoT"]["add"] >= rows["base"]["add"] + 25
     assert rows["SPoT"]["others"] >= rows["base"]["others"] - 3
     assert rows["SPoT"]["kl"] < rows["SFT+"]["kl"] / 2 and rows["SPoT"]["tether_chosen"] < 0.05

@@ -73,9 +73,6 @@ def build_world(out, job, s, ranks):
     """Base model, pairs, and the other files of rows; the base's figures and those of the files."""
     root, seed = f"{out}/{job['name']}", job["world"]
     base = f"{root}/base/model"
-    train.toy_birth(root, seed)
-    train.toy_train(ranks, f"{root}/base", seed=seed, model=f"{root}/birth", loss="sft",
-                    pairs=f"{root}/corpus.jsonl", **train.TOY["base"])
     pairs = data.read_log(train.toy_pairs(root, seed, ranks))
     right = data.read_log(f"{root}/errors/correct.jsonl")
     files = {"pairs": pairs, "half": pairs[::2], "own": (right * len(pairs))[:len(pairs)]}
@@ -87,7 +84,8 @@ def build_world(out, job, s, ranks):
     for name, rows in files.items():
         data.write_rows(f"{root}/{name}.jsonl", rows)
     described = {name: describe(base, f"{root}/{name}.jsonl") for name in ("pairs", *s["voices"])}
-    return {**train.toy_figures(base, base, seed, ranks), "rows": len(pairs), "files": described}
+    figures = train.toy_figures(f"{root}/base", root, seed, ranks)
+    return {**figures, "rows": len(pairs), "files": described}
 
 
 @torch.no_grad()
@@ -122,11 +120,10 @@ def run_one(out, job, s, ranks):
     log = data.read_log(f"{folder}/metrics.jsonl")
     taut = [row["step"] for row in log if row["tether_chosen"] <= 0.05]
     watched = path if job["data"] in files else f"{root}/pairs.jsonl"  # rows with both answers
-    figures = {**train.toy_figures(f"{folder}/model", base, job["world"], ranks),
+    figures = {**train.toy_figures(folder, root, job["world"], ranks),
                **watch(base, f"{folder}/model", watched, s, beta, log[-1]["delta"]),
                "taut": 100 * min(taut, default=len(log)) / len(log)}
-    figures["log_kl"] = math.log10(figures["kl"])
-    figures["kl"] *= 1000  # in nats a token it is a small number
+    figures["log_kl"] = math.log10(figures["kl"] / 1000)  # of nats a token
     if job["epochs"] == s["all_epochs"][-1] and job["method"] in REWARDED:
         rows = [log[int(i)] for i in np.linspace(0, len(log) - 1, 40)]
         keys = ("step", "reward_chosen", "reward_rejected")
