@@ -110,12 +110,11 @@ def parse_options(argv=None) -> Options:
         if name not in FREE and kept.get(name, value) != value:
             problems.append(f"--{name} is {value!r}, the run in {given['out']} has {kept[name]!r}")
     o = Options(**{**kept, **given})
-    required = ["model", "pairs", "out"]
     if given.keys() <= {"out", "seed"}:
-        required, o.out = [], o.out or "runs/toy"
-    elif o.plan:
-        required = ["model", "pairs"]
-    problems += [f"--{name} is required" for name in required if not getattr(o, name)]
+        o.out = o.out or "runs/toy"
+    else:
+        required = ("model", "pairs", "out")
+        problems += [f"--{name} is required" for name in required if not getattr(o, name)]
     for name in ("beta", "lr", "epochs", "batch_size", "clip", "keep", "gpus"):
         if not getattr(o, name) > 0:
             problems.append(f"--{name} is {getattr(o, name)}, a number above 0 expected")
@@ -206,8 +205,6 @@ def plan_memory(policy, o: Options, tokens: int) -> dict:
 def plan(o: Options) -> str:
     """What the run takes on --gpus H100s, held-out pairs left out: memory by part, minutes."""
     shards, size = o.shard_size or o.gpus, getattr(torch, o.dtype).itemsize
-    if o.gpus % shards:
-        raise UserError(f"--shard_size {o.shard_size} does not divide --gpus {o.gpus}")
     config, forks, _, log = read_inputs(o)
     with torch.device("meta"):
         policy = qwen.Qwen3(config)
@@ -218,19 +215,18 @@ def plan(o: Options) -> str:
     largest = max(sum(lengths[i] for i in indices) for ranks in packs for indices in ranks)
     steps = total_steps(len(forks), o)
     epochs = steps / epoch_steps(len(forks), o)
-    scored = min(1, epochs)  # the reference pass is forward alone
-    # 40 % of an H100's 989 TFLOP/s; where the rest goes is counted in tests/bench/LOG.md.
-    seconds = weights * sum(lengths) * (6 * epochs + 2 * scored) / (o.gpus * 0.4 * 989e12)
-    # Training gathers weights twice a pack and sums fp32 gradients, scoring gathers once; FSDP's
-    # collectives bring 300 GB/s to one GPU of a node.
-    traffic = len(packs) * weights * (epochs * (2 * size + 4) + scored * size) * (1 - 1 / shards)
+    # Each weight is multiplied once forward, twice backward, once for the reference; at 40 % of an
+    # H100's 989 TFLOP/s. It is gathered twice a pack, its fp32 gradient summed, and gathered for
+    # the reference; at 300 GB/s a GPU.
+    products = weights * sum(lengths) * (6 * epochs + 2) / (o.gpus * 0.4 * 989e12) / 60
+    moved = weights * len(packs) * (epochs * (2 * size + 4) + size) * (1 - 1 / shards)
     parts = plan_memory(policy, o, largest)
     parts["in all"] = sum(parts.values())
     return "\n".join([
         log, f"Each of {o.gpus} GPUs, packs of at most {largest} tokens:",
         *(f"  {value / 1e9:8.2f} GB  {name}" for name, value in parts.items()),
-        f"{steps} steps: on H100s about {seconds / 60:.2g} minutes of products and "
-        f"{traffic / 300e9 / 60:.2g} of communication, which overlap"])
+        f"{steps} steps: on H100s about {products:.2g} minutes of products and "
+        f"{moved / 300e9 / 60:.2g} of communication, which overlap"])
 
 
 # --- the run and its step -------------------------------------------------------------------------
@@ -255,6 +251,7 @@ class Run:
     ranks: Ranks
     policy: torch.nn.Module
     optimizer: torch.optim.Optimizer
+    batches: list  # indices of pairs, a batch an optimizer step
     pairs: Pairs
     held_out: Pairs  # perhaps none
     watched: Pairs  # one of the pairs: the report shows how its tokens' coefficients move
@@ -283,13 +280,17 @@ class Run:
 def make_run(o: Options, ranks: Ranks, policy, forks, eval_forks) -> Run:
     """A run before its first step. The pair to watch is of median length among those that are
     trained (--max_steps may leave some out), with y- if any has it."""
-    batches = data.epoch_batches(len(forks), o.batch_size, o.seed, 0)[:total_steps(len(forks), o)]
-    trained = [forks[i] for batch in batches for i in batch]
+    batches = []
+    for epoch in range(o.epochs):
+        batches += data.epoch_batches(len(forks), o.batch_size, o.seed, epoch)
+    batches = batches[:total_steps(len(forks), o)]
+    first_epoch = batches[:epoch_steps(len(forks), o)]
+    trained = [forks[i] for batch in first_epoch for i in batch]
     trained = [fork for fork in trained if len(fork.rejected)] or trained
     watched = sorted(trained, key=lambda fork: (len(fork), fork.line))[len(trained) // 2]
     count, size = len(eval_forks), o.batch_size
     held_out = [range(i, min(i + size, count)) for i in range(0, count, size)]
-    return Run(o, ranks, policy, make_optimizer(policy, o), Pairs(forks, batches),
+    return Run(o, ranks, policy, make_optimizer(policy, o), batches, Pairs(forks, first_epoch),
                Pairs(eval_forks, held_out), Pairs([watched], [[0]]))
 
 
@@ -305,9 +306,8 @@ def total_steps(pairs: int, o: Options) -> int:
 
 
 def train_step(run: Run, batch, lr: float) -> dict:
-    """One optimizer step on one global batch of pair indices. Returns global sums: loss.SUMS,
-    "stop" (above 0: a rank was sent SIGTERM), "grad_norm" before clipping. Raises UserError on NaN
-    or infinity, on all ranks alike and before the weights are touched."""
+    """One optimizer step on one global batch of pair indices. Returns sums over all ranks, named as
+    in loss.SUMS, "stop" (above 0: a rank was sent SIGTERM), and "grad_norm" before clipping."""
     o, count, forks = run.o, len(batch), [run.pairs.forks[i] for i in batch]
     if o.loss in loss.TOKEN_OBJECTIVES:  # a global number that every rank knows: no communication
         count = sum(len(f.trunk) - f.prompt_length + len(f.chosen) for f in forks)
@@ -332,7 +332,8 @@ def train_step(run: Run, batch, lr: float) -> dict:
 
 
 def check_step(run, forks, totals: dict):
-    """All is finite; at step 0, where the policy is its own reference, rewards are exactly 0."""
+    """Raises UserError, on all ranks alike and before the weights are touched, where a number is
+    not finite, and at step 0, where the policy is its own reference, a reward is not exactly 0."""
     total, norm = totals["loss"], totals["grad_norm"]
     if not math.isfinite(total + norm):
         lines = ", ".join(str(fork.line) for fork in forks)
@@ -350,18 +351,17 @@ def finish_step(run, batch, totals: dict, lr: float, seconds: float) -> dict:
     before the update, what gave it (lr, delta, grad_norm), tokens computed by all ranks, and
     memory_gb, the main rank's peak so far: of its GPU, or resident."""
     o, forks = run.o, run.pairs.forks
-    epoch, index = divmod(run.step, epoch_steps(len(forks), o))
     tokens = sum(len(forks[i]) for i in batch)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if run.ranks.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated()
-    metrics = {"step": run.step, "epoch": epoch,
+    metrics = {"step": run.step, "epoch": run.step // epoch_steps(len(forks), o),
                **loss.average([totals[name] for name in loss.SUMS], o.loss), "delta": run.delta,
                "grad_norm": totals["grad_norm"], "lr": lr, "tokens": tokens,
                "tokens_per_s": tokens / seconds, "memory_gb": memory / 1e9}
     if o.loss == "spot-bco":
         mean = (metrics["reward_chosen"] + metrics["reward_rejected"]) / 2
-        seen = epoch * len(forks) + index * o.batch_size
+        seen = sum(len(earlier) for earlier in run.batches[:run.step])
         run.delta = loss.update_delta(run.delta, mean, len(batch), seen, o.delta)
     run.step += 1
     return metrics
@@ -385,11 +385,9 @@ def score_all(run: Run, pairs: Pairs, title) -> torch.Tensor:
 
 
 def reference_pass(run: Run):
-    """Score all pairs before step 0; a resumed run takes the scores that it began with.
-
-    The same code path, packs and dtype as in training make step-0 rewards exactly 0: bf16 log-probs
-    depend on the pack. So the watched pair, whose snapshots are taken alone, is also scored alone.
-    """
+    """Score all pairs before step 0; a resumed run takes the scores that it began with. The same
+    code, packs and dtype as in training make step-0 rewards exactly 0: bf16 log-probs depend on the
+    pack. So the watched pair, whose snapshots are taken alone, is also scored alone."""
     o, path = run.o, f"{run.o.out}/reference.safetensors"
     sets = {"pairs": run.pairs, "eval_pairs": run.held_out, "watched": run.watched}
     files = {name: file_sha256(file) for name, file in
@@ -482,18 +480,18 @@ def describe_reference(run: Run) -> str:
 
 def watch_tether(run: Run, metrics: dict):
     """Warn of what came before a model was harmed, each of it once a run."""
-    step, total = metrics["step"], total_steps(len(run.pairs.forks), run.o)
+    step, total = metrics["step"], len(run.batches)
     chosen, rejected, texts = metrics["tether_chosen"], metrics["tether_rejected"], {}
-    if rejected is not None:
-        lost = -metrics["reward_rejected"] / run.o.beta
-        if chosen > LEARNED and lost > 2 * run.rejected_nats:
-            texts["y-"] = (f"y- has lost {lost:.1f} nats, it had {run.rejected_nats:.1f}, and "
-                           f"lambda+ is {chosen:.2f}: other skills will suffer. Raise --beta")
-        if chosen <= LEARNED and rejected > 0.25 and step < total / 10:
-            texts["y+"] = (f"lambda+ is {chosen:.3f} already, lambda- is {rejected:.2f}: y+ is "
-                           "learned and the error is not. Does the Oracle rewrite too much?")
     if step == total - 1 and chosen > LEARNED:
         texts["end"] = f"lambda+ ends at {chosen:.2f}: the pairs still pull. Train longer"
+    if rejected is not None:
+        lost, nats = -metrics["reward_rejected"] / run.o.beta, run.rejected_nats
+        if lost > 2 * nats and chosen > LEARNED:
+            texts["y-"] = (f"y- has lost {lost:.1f} nats, it had {nats:.1f}, and lambda+ is "
+                           f"{chosen:.2f}: other skills will suffer. Raise --beta")
+        if rejected > 0.25 and chosen <= LEARNED and step < total / 10:
+            texts["y+"] = (f"lambda+ is {chosen:.3f} already, lambda- is {rejected:.2f}: y+ is "
+                           "learned and the error is not. Does the Oracle rewrite too much?")
     for name in texts.keys() - run.warned:
         run.ranks.say(f"warning: step {step}: {texts[name]}")
         run.warned.add(name)
@@ -517,10 +515,6 @@ def save_checkpoint(run: Run):
     """checkpoints/step_N: a shard a rank and state.json, written beside, then renamed."""
     o, ranks, shards = run.o, run.ranks, run.o.shard_size or run.ranks.world
     path, beside = f"{o.out}/checkpoints/step_{run.step:06d}", f"{o.out}/checkpoints/tmp"
-    with ranks.together():
-        if ranks.main:
-            shutil.rmtree(beside, ignore_errors=True)  # of a killed run
-            os.makedirs(beside)
     digests = torch.zeros(shards, 32, dtype=torch.int64, device=ranks.device)
     with ranks.together():
         if ranks.rank < shards:  # the first replica writes
@@ -600,16 +594,15 @@ def prepare(o: Options, ranks: Ranks) -> Run:
         ranks.say(log)
     with ranks.together():
         policy = build_policy(o.model, config, o, ranks)
-    count = sum(p.numel() for p in policy.parameters())
-    text = (f"{count / 1e6:.1f}M parameters, {ranks.world} rank(s) on {ranks.device.type} with "
-            f"{torch.get_num_threads()} thread(s) each, {o.dtype}")
+    weights = sum(p.numel() for p in policy.parameters())
+    text = f"{weights / 1e6:.1f}M weights, {ranks.world} rank(s) on {ranks.device.type}, {o.dtype}"
     ranks.say("\n".join([text, *qwen.unread_parts(o.model)]))
     return make_run(o, ranks, policy, forks, eval_forks)
 
 
 def lock_folder(out):
-    """Make the run folder, and lock it until the file that is returned is closed: ranks whose
-    torchrun was killed live on for a while, and a resumed run must not write beside them."""
+    """Make and lock the run folder until the file that is returned is closed: ranks whose torchrun
+    was killed live on for a while."""
     os.makedirs(out, exist_ok=True)
     lock = open(f"{out}/.lock", "w")
     try:
@@ -622,22 +615,27 @@ def lock_folder(out):
 
 
 def begin_or_resume(run):
-    """Load the last whole checkpoint if there is one, score the reference, write the options."""
-    o, ranks, saved = run.o, run.ranks, whole_checkpoints(run.o.out)
+    """Load the last whole checkpoint if there is one, score the reference, prepare the logs."""
+    saved = whole_checkpoints(run.o.out)
     if saved:
         load_checkpoint(run, saved[-1])
-        ranks.say(f"resumed from {saved[-1]}")
+        run.ranks.say(f"resumed from {saved[-1]}")
     reference_pass(run)
-    ranks.say(describe_reference(run))
-    with ranks.together():
-        if ranks.main and not os.path.exists(f"{o.out}/config.json"):
-            data.write_json(f"{o.out}/config.json", {"options": asdict(o)})
-        for name, end in (("metrics", run.step), ("surgery", run.step), ("eval", run.step + 1)):
-            path = f"{o.out}/{name}.jsonl"
-            if ranks.main and os.path.exists(path):  # drop the lines of steps that come again
-                data.write_rows(path, [row for row in data.read_log(path) if row["step"] < end])
-        if ranks.main and not os.path.exists(f"{o.out}/surgery.jsonl"):
-            data.write_rows(f"{o.out}/surgery.jsonl", [describe_watched(run)])
+    run.ranks.say(describe_reference(run))
+    run.ranks.main_only(start_logs, run)
+
+
+def start_logs(run):
+    """Write the options and the watched pair; drop the lines of steps that come again."""
+    out = run.o.out
+    if not os.path.exists(f"{out}/config.json"):
+        data.write_json(f"{out}/config.json", {"options": asdict(run.o)})
+    if not os.path.exists(f"{out}/surgery.jsonl"):
+        data.write_rows(f"{out}/surgery.jsonl", [describe_watched(run)])
+    for name, end in (("metrics", run.step), ("surgery", run.step), ("eval", run.step + 1)):
+        path = f"{out}/{name}.jsonl"
+        if os.path.exists(path):
+            data.write_rows(path, [row for row in data.read_log(path) if row["step"] < end])
 
 
 def train(o: Options, ranks: Ranks) -> int:
@@ -645,15 +643,13 @@ def train(o: Options, ranks: Ranks) -> int:
     run = prepare(o, ranks)
     with ranks.main_only(lock_folder, o.out) or contextlib.nullcontext():
         begin_or_resume(run)
-        count = len(run.pairs.forks)
-        total, an_epoch = total_steps(count, o), epoch_steps(count, o)
+        total, an_epoch = len(run.batches), epoch_steps(len(run.pairs.forks), o)
         bar = ranks.progress(total, o.loss, "step", run.step)
         while run.step < total:
             if run.step % max(1, total // 10) == 0:
                 snapshot(run)
-            epoch, index = divmod(run.step, an_epoch)
-            batch = data.epoch_batches(count, o.batch_size, o.seed, epoch)[index]
-            lr, started = learning_rate(run.step, total, o), time.perf_counter()
+            batch, lr = run.batches[run.step], learning_rate(run.step, total, o)
+            started = time.perf_counter()
             with ranks.together():
                 totals = train_step(run, batch, lr)
                 metrics = finish_step(run, batch, totals, lr, time.perf_counter() - started)
@@ -667,7 +663,6 @@ def train(o: Options, ranks: Ranks) -> int:
             last = run.step == total
             if run.held_out.forks and (last or run.step % an_epoch == 0):
                 held_out = {"step": run.step, **score_held_out(run)}
-                ranks.say(f"held out: loss {held_out['loss']:.4f}")
                 ranks.main_only(data.append_row, f"{o.out}/eval.jsonl", held_out)
             if totals["stop"] or last or (o.save_every and run.step % o.save_every == 0):
                 save_checkpoint(run)

@@ -108,8 +108,7 @@ def test_an_oracle_of_many_words_is_warned_of(command, tmp_path):
 def test_each_warning_comes_once(figures, expected, capsys):
     o = train.Options(beta=1.0, batch_size=1, epochs=1)
     ranks = qwen.Ranks(0, 1, torch.device("cpu"))
-    run = train.Run(o, ranks, None, None, train.Pairs([None] * 100, []), None, None,
-                    rejected_nats=5.0)
+    run = train.Run(o, ranks, None, None, [[0]] * 100, None, None, None, rejected_nats=5.0)
     names = ("tether_chosen", "tether_rejected", "reward_rejected", "step")
     for _ in range(2):
         train.watch_tether(run, dict(zip(names, figures)))

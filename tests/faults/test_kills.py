@@ -62,7 +62,7 @@ PHASES = [  # the rank that dies as it makes the n-th call of this function; one
     (1, "model.write_tensors", 1),  # its shard of the first checkpoint
     (0, "os.rename", 1),  # of the whole checkpoint
     (1, "train.save_checkpoint", 2),
-    (0, "os.rmdir", 2),  # an old checkpoint, its files gone, after what the start before left
+    (0, "os.rmdir", 1),  # an old checkpoint, its files gone
     (1, "model.export", 1), (0, "shutil.copyfile", 1),  # weights are there, the tokenizer is not
     (0, "os.rename", 1),  # of the whole model
 ]
