@@ -300,14 +300,13 @@ def epoch_steps(pairs: int, o: Options) -> int:
 
 
 def total_steps(pairs: int, o: Options) -> int:
-    """Optimizer steps of the whole run."""
     steps = epoch_steps(pairs, o) * o.epochs
     return min(steps, o.max_steps or steps)
 
 
 def train_step(run: Run, batch, lr: float) -> dict:
-    """One optimizer step on one global batch of pair indices. Returns sums over all ranks, named as
-    in loss.SUMS, "stop" (above 0: a rank was sent SIGTERM), and "grad_norm" before clipping."""
+    """One optimizer step on one global batch of pair indices. Returns the sums over all ranks that
+    loss.SUMS names, "stop" (above 0: a rank was sent SIGTERM), "grad_norm" before clipping."""
     o, count, forks = run.o, len(batch), [run.pairs.forks[i] for i in batch]
     if o.loss in loss.TOKEN_OBJECTIVES:  # a global number that every rank knows: no communication
         count = sum(len(f.trunk) - f.prompt_length + len(f.chosen) for f in forks)
@@ -347,9 +346,9 @@ def check_step(run, forks, totals: dict):
 
 
 def finish_step(run, batch, totals: dict, lr: float, seconds: float) -> dict:
-    """Move the run one step on. Returns the step's line of metrics.jsonl: loss.average's means
-    before the update, what gave it (lr, delta, grad_norm), tokens computed by all ranks, and
-    memory_gb, the main rank's peak so far: of its GPU, or resident."""
+    """Move the run one step on; returns the step's line of metrics.jsonl. Means (loss.average),
+    delta and grad_norm are from before the update, tokens those of all ranks, memory_gb is the main
+    rank's peak so far: of its GPU, or resident."""
     o, forks = run.o, run.pairs.forks
     tokens = sum(len(forks[i]) for i in batch)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -667,15 +666,13 @@ def train(o: Options, ranks: Ranks) -> int:
             if totals["stop"] or last or (o.save_every and run.step % o.save_every == 0):
                 save_checkpoint(run)
             if totals["stop"] and not last:
-                ranks.say(f"SIGTERM: saved at step {run.step} of {total}; go on with --resume "
-                          f"--out {o.out}")
+                ranks.say(f"SIGTERM: saved at step {run.step} of {total}; go on with --resume")
                 return 143  # 128 + SIGTERM, as the shell has it
         bar.close()
         snapshot(run)
         export_model(run)
         ranks.main_only(evaluation.report, [o.out], f"{o.out}/report.html")
-        ranks.say(f"done: {o.out}/model; curves, and where one pair's updates gather: "
-                  f"{o.out}/report.html")
+        ranks.say(f"done: {o.out}/model; curves and one pair's surgery: {o.out}/report.html")
     return 0
 
 
