@@ -565,6 +565,7 @@ def load_checkpoint(run: Run, path: str):
     for moments in run.optimizer.state.values():
         moments["step"].fill_(kept["step"])
     run.step, run.delta = kept["step"], kept["delta"]
+    run.ranks.say(f"resumed from {path}")
 
 
 # --- from start to end ----------------------------------------------------------------------------
@@ -600,8 +601,7 @@ def prepare(o: Options, ranks: Ranks) -> Run:
 
 
 def lock_folder(out):
-    """Make and lock the run folder until the file that is returned is closed: ranks whose torchrun
-    was killed live on for a while."""
+    """Make the run folder, locked while the returned file is open: ranks may outlive torchrun."""
     os.makedirs(out, exist_ok=True)
     lock = open(f"{out}/.lock", "w")
     try:
@@ -611,17 +611,6 @@ def lock_folder(out):
     except OSError:
         pass  # a file system without locks
     return lock
-
-
-def begin_or_resume(run):
-    """Load the last whole checkpoint if there is one, score the reference, prepare the logs."""
-    saved = whole_checkpoints(run.o.out)
-    if saved:
-        load_checkpoint(run, saved[-1])
-        run.ranks.say(f"resumed from {saved[-1]}")
-    reference_pass(run)
-    run.ranks.say(describe_reference(run))
-    run.ranks.main_only(start_logs, run)
 
 
 def start_logs(run):
@@ -641,7 +630,12 @@ def train(o: Options, ranks: Ranks) -> int:
     """The whole run; returns the exit code: 0, or 143 where SIGTERM ended it early."""
     run = prepare(o, ranks)
     with ranks.main_only(lock_folder, o.out) or contextlib.nullcontext():
-        begin_or_resume(run)
+        saved = whole_checkpoints(o.out)
+        if saved:
+            load_checkpoint(run, saved[-1])
+        reference_pass(run)
+        ranks.say(describe_reference(run))
+        ranks.main_only(start_logs, run)
         total, an_epoch = len(run.batches), epoch_steps(len(run.pairs.forks), o)
         bar = ranks.progress(total, o.loss, "step", run.step)
         while run.step < total:
