@@ -11,7 +11,6 @@ D hidden width, H query heads, K key heads, d head width, R scored rows, V vocab
 import argparse
 import contextlib
 import functools
-import math
 import os
 import shutil
 import sys

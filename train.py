@@ -10,12 +10,10 @@ Goes out:  a run folder: config.json, metrics.jsonl, eval.jsonl with --eval_pair
     torchrun --nproc_per_node=2 train.py         # nothing given: the toy story, in minutes
 
 SIGTERM saves at the next step (exit code 143); --resume goes on, on any number of ranks, and also
-begins a run. On several nodes start on each, with an --out that all of them see:
+begins a run. On several nodes start this on each, and again on one that died; all must see --out:
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes=2 --nproc_per_node=8 --max_restarts=3 \\
         --rdzv_backend=c10d --rdzv_id=spot --rdzv_endpoint=HOST:29500 train.py ... --shard_size 8 \\
         --resume
-A dead node's command is started again, and all go on (without the variable torch's agents wait for
-each other in different stores).
 """
 
 import argparse
@@ -33,11 +31,10 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -50,12 +47,9 @@ import oracle
 from data import UserError
 from model import Ranks, add_options, close_ranks, open_ranks, option, start_program
 
-# Dense bf16 peaks in FLOP/s, for mfu.
-PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12,
-         "B200": 2250e12}
-
-
 # --- options --------------------------------------------------------------------------------------
+
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclass
@@ -65,17 +59,14 @@ class Options:
     model: str = option("", "checkpoint folder in Hugging Face layout (required)")
     pairs: str = option("", "pair file, .jsonl or .jsonl.gz (required)")
     out: str = option("", "run folder to write (required)")
-    loss: str = option("spot-bce", "objective: SPoT without or with a running mean, or a peer",
-                       loss.OBJECTIVES)
-    beta: float = option(0.1, "reward scale: r = beta * (log pi - log pi_ref). r+ cannot exceed "
-                         "-beta log pi_ref(y+), which the log says before step 1: the tether holds "
-                         "from 20 on. Raise it where lambda+ settles above 0.05")
-    delta: str = option("ema", "running mean of spot-bco: moving (0.9) or of all",
-                        ("ema", "cumulative"))
+    eval_pairs: str = option("", "held-out pair file, scored after each epoch")
+    loss: str = option("spot-bce", "objective", loss.OBJECTIVES)
+    beta: float = option(0.1, "reward scale, r = beta log(pi / pi_ref). r+ cannot exceed -beta log "
+                         "pi_ref(y+): from 20 on the tether holds. Raise it if lambda+ stays high")
+    delta: str = option("ema", "mean of spot-bco: moving (0.9) or of all", ("ema", "cumulative"))
     lr: float = option(1e-6, "peak learning rate (SFT in the paper: 5e-6). Too high where r- falls "
                        "much faster than r+ rises")
-    epochs: int = option(2, "passes over the pairs. Where lambda+ is near 0, more of them change "
-                         "little; sft never stops")
+    epochs: int = option(2, "passes over the pairs. With lambda+ near 0 more of them change little")
     max_steps: int = option(0, "optimizer steps at most, schedule included; 0: all of the epochs'")
     batch_size: int = option(32, "pairs per optimizer step, over all ranks")
     warmup: float = option(0.05, "share of the steps with rising rate; a cosine to 0 follows")
@@ -84,79 +75,58 @@ class Options:
     max_length: int = option(8192, "tokens of prompt + one answer; longer pairs are dropped")
     max_change_ratio: float = option(0.6, "drop pairs with 1 - LCS(y-, y+)/|y+| above this (gamma)")
     skip_malformed: bool = option(False, "drop and count malformed rows instead of stopping")
-    template: str = option("", "compute this chat template, whatever the checkpoint's file says",
-                           ("", "hybrid", "instruct"))
-    eval_pairs: str = option("", "held-out pair file, scored after each epoch")
+    template: str = option("", "chat template, whatever the file says", ("", "hybrid", "instruct"))
     seed: int = option(0, "order of the pairs")
-    dtype: str = option("bfloat16", "of the computation; weights, moments and sums stay float32",
-                        ("float32", "bfloat16"))
-    checkpointing: str = option("full", "recompute each block in backward (less memory), or not",
-                                ("none", "full"))
+    dtype: str = option("bfloat16", "of the computation; all sums are float32", DTYPES)
+    checkpointing: str = option("full", "recompute blocks in backward, or not", ("none", "full"))
     tokens_per_pack: int = option(16384, "tokens of a micro-batch; memory grows, results do not")
     shard_size: int = option(0, "ranks that share one copy of the model; 0: all")
-    save_dtype: str = option("bfloat16", "of the trained checkpoint in OUT/model",
-                             ("float32", "bfloat16"))
-    save_every: int = option(50, "steps between checkpoints; 0: only at the end and on SIGTERM")
+    save_dtype: str = option("bfloat16", "of the trained checkpoint in OUT/model", DTYPES)
+    save_every: int = option(50, "steps between checkpoints; 0: only the last, and on SIGTERM")
     keep: int = option(1, "checkpoints to keep")
     timeout: int = option(1800, "seconds after which a stalled rank ends the run")
     resume: bool = option(False, "go on with the run in OUT from its last checkpoint")
-    plan: bool = option(False, "train nothing: say what memory and time the run would take on GPUs")
+    plan: bool = option(False, "train nothing: say what memory and time the run takes on GPUs")
     gpus: int = option(8, "with --plan: how many GPUs")
-    gpu_memory: float = option(80.0, "with --plan: memory of each, in GB")
 
 
-# Options that may differ when a run is resumed: none changes the curve beyond rounding. Files may
-# move: a hash tells whether the pairs are the same.
-FREE = ("resume", "keep", "save_every", "save_dtype", "timeout", "tokens_per_pack", "checkpointing",
-        "shard_size", "model", "pairs", "eval_pairs", "out", "plan", "gpus", "gpu_memory")
-MAY_BE_0 = ("max_steps", "save_every", "shard_size", "weight_decay", "seed", "max_change_ratio",
-            "warmup")
+# What may differ on --resume: none of it changes the curve beyond rounding.
+FREE = ("model", "pairs", "eval_pairs", "out", "tokens_per_pack", "checkpointing", "shard_size",
+        "save_every", "save_dtype", "keep", "timeout", "resume", "plan", "gpus")
 
 
 def parse_options(argv=None) -> Options:
-    """Command line to Options; with --resume, what is not given comes from OUT/config.json. Nothing
-    but --out and --seed asks for the toy story. Raises UserError that lists every problem."""
+    """Command line to Options; with --resume, what is not given comes from OUT/config.json. Where
+    nothing but --out and --seed is given, `model` stays "": the toy story. Raises UserError."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, Options)
-    given = vars(parser.parse_args(argv))
-    problems, kept = [], {}
-    config_path = os.path.join(given.get("out", ""), "config.json")
-    if given.get("resume") and given.get("out") and os.path.exists(config_path):
-        options = data.read_json(config_path).get("options", {})
-        kept = {f.name: options[f.name] for f in fields(Options) if f.name in options}
+    given, kept, problems = vars(parser.parse_args(argv)), {}, []
+    config_path = f"{given.get('out', '')}/config.json"
+    if given.get("resume") and os.path.exists(config_path):
+        kept = data.read_json(config_path).get("options", {})
     for name, value in given.items():
-        if name in kept and name not in FREE and kept[name] != value:
+        if name not in FREE and kept.get(name, value) != value:
             problems.append(f"--{name} is {value!r}, the run in {given['out']} has {kept[name]!r}")
     o = Options(**{**kept, **given})
-    required = ["model", "pairs"]
-    if set(given) <= {"out", "seed"}:
-        required, o.out = [], o.out or "runs/toy"
-    elif not o.plan:
-        required.append("out")
-    problems += [f"--{name} is required" for name in required if not getattr(o, name)]
-    problems += check_options(o)
+    if given.keys() <= {"out", "seed"}:
+        o.out = o.out or "runs/toy"
+    else:
+        required = ("model", "pairs", "out")
+        problems += [f"--{name} is required" for name in required if not getattr(o, name)]
+    for name in ("beta", "lr", "epochs", "batch_size", "clip", "keep", "gpus"):
+        if not getattr(o, name) > 0:
+            problems.append(f"--{name} is {getattr(o, name)}, a number above 0 expected")
+    if not 0 <= o.warmup <= 1:
+        problems.append(f"--warmup is {o.warmup}, a share between 0 and 1 expected")
+    if o.delta != "ema" and o.loss != "spot-bco":
+        problems.append(f"--delta {o.delta} goes with --loss spot-bco, found --loss {o.loss}")
     if problems:
         raise UserError("these options do not work:" + data.listed(problems))
     return o
 
 
-def check_options(o: Options) -> list:
-    """What is wrong with the numbers, as text."""
-    problems = []
-    for f in fields(o):
-        value, zero = getattr(o, f.name), f.name in MAY_BE_0
-        if f.type in (int, float) and not (0 < value < 2**32 or (zero and value == 0)):
-            least = "of 0 or more" if zero else "above 0"
-            problems.append(f"--{f.name} is {value}, a number {least} and below 2^32 expected")
-    if o.warmup > 1:
-        problems.append(f"--warmup is {o.warmup}, a share between 0 and 1 expected")
-    if o.delta != "ema" and o.loss != "spot-bco":
-        problems.append(f"--delta {o.delta} goes with --loss spot-bco, found --loss {o.loss}")
-    return problems
-
-
-# --- the sharded policy ---------------------------------------------------------------------------
+# --- the sharded policy and its optimizer ---------------------------------------------------------
 
 
 def build_policy(folder, config, o: Options, ranks: Ranks):
@@ -189,8 +159,8 @@ def make_optimizer(policy, o: Options):
     """AdamW as in the paper (betas 0.9, 0.95), no decay on norms (the only 1-D weights)."""
     groups = [{"params": [p for p in policy.parameters() if p.ndim > 1]},
               {"params": [p for p in policy.parameters() if p.ndim == 1], "weight_decay": 0.0}]
-    decay = o.weight_decay
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=decay, fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=o.weight_decay,
+                                  fused=True)
     for p in policy.parameters():  # made before the first step, so that resume can load into it
         optimizer.state[p] = {"step": torch.zeros((), device=p.device),
                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
@@ -205,42 +175,7 @@ def learning_rate(step: int, total: int, o: Options) -> float:
     return o.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
 
 
-def count_flops(config, pack) -> float:
-    """FLOPs of forward + backward of one pack: products only, recomputation left out."""
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
-    width = config.hidden_size
-    layer = width * (config.head_dim * 2 * (heads + groups) + 3 * config.intermediate_size)
-    visible = 0  # pairs of a query and a key that it sees
-    for start, trunk_end, rejected_end, chosen_end in pack.forks:
-        trunk = trunk_end - start
-        for length in (trunk, rejected_end - trunk_end, chosen_end - rejected_end):
-            visible += length * (length + 1) // 2
-        visible += (chosen_end - trunk_end) * trunk
-    attention = 2 * heads * config.head_dim * visible
-    head = config.vocab_size * width * len(pack.rows)
-    return 6.0 * (config.num_hidden_layers * (layer * len(pack.tokens) + attention) + head)
-
-
-def peak_flops(device) -> float:
-    """Dense bf16 peak of this GPU in FLOP/s; infinite, so that mfu is 0, where it is not known."""
-    if device.type == "cuda":
-        for name, peak in PEAKS.items():
-            if name in torch.cuda.get_device_name(device):
-                return peak
-    return math.inf
-
-
-def memory_gb(ranks) -> float:
-    """Peak so far: of this rank's GPU, or resident of this process."""
-    if ranks.device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
 # --- a plan without a run -------------------------------------------------------------------------
-
-PLANNED_MFU = 0.4  # of PEAKS["H100"]; where the rest goes is counted in tests/bench/LOG.md
-PLANNED_TRAFFIC = 300e9  # bytes/s that FSDP's collectives bring to one GPU of a node
 
 
 def plan_memory(policy, o: Options, tokens: int) -> dict:
@@ -249,9 +184,9 @@ def plan_memory(policy, o: Options, tokens: int) -> dict:
     c, size = policy.config, getattr(torch, o.dtype).itemsize
     weights, block = (sum(p.numel() for p in m.parameters()) for m in (policy, policy.layers[0]))
     query, key = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    # Values that autograd keeps of a token in a block. Two norms: input, normed, times the weight;
-    # q, k: projected, normed, rotated; k, v beside each branch, trunk included: up to twice; v;
-    # attention's output in two layouts; gate, up, silu(gate), product.
+    # Values that autograd keeps of a token in a block: two norms' input, normed, times the weight;
+    # q, k projected, normed, rotated; k, v beside each branch, with its trunk; v; what attention
+    # gives, in two layouts; gate, up, silu(gate), product.
     kept = 6 * c.hidden_size + 3 * (query + key) + 5 * key + 2 * query + 4 * c.intermediate_size
     recomputed = 0
     if o.checkpointing == "full":
@@ -267,42 +202,30 @@ def plan_memory(policy, o: Options, tokens: int) -> dict:
 
 
 def plan(o: Options) -> str:
-    """What the run would take: memory a GPU by part, FLOPs, minutes, without held-out pairs."""
-    shards = o.shard_size or o.gpus
-    if o.gpus % shards:
-        raise UserError(f"--shard_size {o.shard_size} does not divide --gpus {o.gpus}")
-    folder, config, forks, _, log = read_inputs(o)
+    """What the run takes on --gpus H100s, held-out pairs left out: memory by part, minutes."""
+    shards, size = o.shard_size or o.gpus, getattr(torch, o.dtype).itemsize
+    config, forks, _, log = read_inputs(o)
     with torch.device("meta"):
         policy = qwen.Qwen3(config)
-    tokens, flops, packs, lengths = 0, 0.0, 0, [len(fork) for fork in forks]
-    batches = data.epoch_batches(len(forks), o.batch_size, o.seed, 0)
-    for batch in batches:
-        for micro_batch in data.split_batch(batch, lengths, o.gpus, o.tokens_per_pack):
-            packs += 1
-            for pack in [data.make_pack(forks, indices) for indices in micro_batch if indices]:
-                tokens = max(tokens, len(pack.tokens))
-                flops += count_flops(config, pack)
+    weights = sum(p.numel() for p in policy.parameters())
+    lengths, packs = [len(fork) for fork in forks], []  # of all ranks in one epoch
+    for batch in data.epoch_batches(len(forks), o.batch_size, o.seed, 0):
+        packs += data.split_batch(batch, lengths, o.gpus, o.tokens_per_pack)
+    largest = max(sum(lengths[i] for i in indices) for ranks in packs for indices in ranks)
     steps = total_steps(len(forks), o)
-    epochs = steps / len(batches)
-    # The reference pass, forward alone, is a third of the FLOPs and gathers weights once. Training
-    # gathers twice, and sums fp32 gradients.
-    scored, size = min(1, epochs), getattr(torch, o.dtype).itemsize
-    flops *= epochs + scored / 3
-    moved = packs * (epochs * (2 * size + 4) + scored * size)
-    moved *= (1 - 1 / shards) * sum(p.numel() for p in policy.parameters())
-    products = flops / (o.gpus * PLANNED_MFU * PEAKS["H100"]) / 60
-    parts = plan_memory(policy, o, tokens)
-    total = sum(parts.values()) / 1e9
-    verdict = "" if total < 0.9 * o.gpu_memory else ": TOO MUCH, above nine tenths of its memory"
+    epochs = steps / epoch_steps(len(forks), o)
+    # Each weight is multiplied once forward, twice backward, once for the reference; at 40 % of an
+    # H100's 989 TFLOP/s. It is gathered twice a pack, its fp32 gradient summed, and gathered for
+    # the reference; at 300 GB/s a GPU.
+    products = weights * sum(lengths) * (6 * epochs + 2) / (o.gpus * 0.4 * 989e12) / 60
+    moved = weights * len(packs) * (epochs * (2 * size + 4) + size) * (1 - 1 / shards)
+    parts = plan_memory(policy, o, largest)
+    parts["in all"] = sum(parts.values())
     return "\n".join([
-        log,
-        f"{o.gpus} GPU(s) of {o.gpu_memory:g} GB, {o.dtype}, --checkpointing {o.checkpointing}, "
-        f"packs of at most {tokens} tokens. A GPU would hold",
+        log, f"Each of {o.gpus} GPUs, packs of at most {largest} tokens:",
         *(f"  {value / 1e9:8.2f} GB  {name}" for name, value in parts.items()),
-        f"  {total:8.2f} GB  in all{verdict}",
-        f"{steps} step(s), {flops / 1e15:.4g} PFLOP: {products:.2g} minutes at {PLANNED_MFU:.0%} "
-        f"of an H100's 989 TFLOP/s and {moved / PLANNED_TRAFFIC / 60:.2g} of communication, less "
-        f"what overlaps, at {PLANNED_TRAFFIC / 1e9:.0f} GB/s a GPU. Loading, saving on top."])
+        f"{steps} steps: on H100s about {products:.2g} minutes of products and "
+        f"{moved / 300e9 / 60:.2g} of communication, which overlap"])
 
 
 # --- the run and its step -------------------------------------------------------------------------
@@ -311,12 +234,12 @@ STOP = threading.Event()  # set by SIGTERM; a step's all-reduce makes all ranks 
 
 
 @dataclass
-class State:
-    """What a checkpoint holds beside weights and moments."""
+class Pairs:
+    """Pairs, and the batches of their indices in which they are scored before training."""
 
-    step: int = 0
-    delta: float = 0.0
-    seen: int = 0  # pairs that went into delta
+    forks: list
+    batches: list
+    reference: torch.Tensor = None  # (N, 2) fp64, sequence_logps before training
 
 
 @dataclass
@@ -325,26 +248,22 @@ class Run:
 
     o: Options
     ranks: Ranks
-    config: qwen.Config
-    folder: str  # of the checkpoint we start from
-    forks: list
-    eval_forks: list  # held out; perhaps none
     policy: torch.nn.Module
     optimizer: torch.optim.Optimizer
-    peak_flops: float = math.inf  # of one rank, FLOP/s
-    state: State = field(default_factory=State)
-    reference: torch.Tensor = None  # (N, 2) fp64, sequence_logps before training
-    eval_reference: torch.Tensor = None
-    watched_reference: torch.Tensor = None
+    batches: list  # indices of pairs, a batch an optimizer step
+    pairs: Pairs
+    held_out: Pairs  # perhaps none
+    watched: Pairs  # one of the pairs: the report shows how its tokens' coefficients move
+    step: int = 0  # how many are done
+    delta: float = 0.0  # the running mean of spot-bco
     rejected_nats: float = math.inf  # median of -log pi_ref(y-), set by describe_reference
     warned: set = field(default_factory=set)  # by watch_tether
 
-    def packs(self, forks, batch, reference=None):
+    def packs(self, pairs: Pairs, batch):
         """This rank's micro-batches of one global batch, on the device."""
-        lengths = [len(fork) for fork in forks]
-        world, tokens = self.ranks.world, self.o.tokens_per_pack
-        for micro_batch in data.split_batch(batch, lengths, world, tokens):
-            pack = data.make_pack(forks, micro_batch[self.ranks.rank], reference)
+        lengths, world = [len(fork) for fork in pairs.forks], self.ranks.world
+        for micro_batch in data.split_batch(batch, lengths, world, self.o.tokens_per_pack):
+            pack = data.make_pack(pairs.forks, micro_batch[self.ranks.rank], pairs.reference)
             yield pack.to(self.ranks.device)
 
     def score(self, pack):
@@ -354,7 +273,24 @@ class Run:
     def coefficients(self, pack, row_logps):
         """loss.row_coefficients of a pack: coefficients (R,), sums by loss.SUMS."""
         return loss.row_coefficients(self.o.loss, row_logps, pack.lengths, pack.reference,
-                                     self.o.beta, self.state.delta)
+                                     self.o.beta, self.delta)
+
+
+def make_run(o: Options, ranks: Ranks, policy, forks, eval_forks) -> Run:
+    """A run before its first step. The pair to watch is of median length among those that are
+    trained (--max_steps may leave some out), with y- if any has it."""
+    batches = []
+    for epoch in range(o.epochs):
+        batches += data.epoch_batches(len(forks), o.batch_size, o.seed, epoch)
+    batches = batches[:total_steps(len(forks), o)]
+    first_epoch = batches[:epoch_steps(len(forks), o)]
+    trained = [forks[i] for batch in first_epoch for i in batch]
+    trained = [fork for fork in trained if len(fork.rejected)] or trained
+    watched = sorted(trained, key=lambda fork: (len(fork), fork.line))[len(trained) // 2]
+    count, size = len(eval_forks), o.batch_size
+    held_out = [range(i, min(i + size, count)) for i in range(0, count, size)]
+    return Run(o, ranks, policy, make_optimizer(policy, o), batches, Pairs(forks, first_epoch),
+               Pairs(eval_forks, held_out), Pairs([watched], [[0]]))
 
 
 def epoch_steps(pairs: int, o: Options) -> int:
@@ -363,30 +299,29 @@ def epoch_steps(pairs: int, o: Options) -> int:
 
 
 def total_steps(pairs: int, o: Options) -> int:
-    """Optimizer steps of the whole run."""
     steps = epoch_steps(pairs, o) * o.epochs
     return min(steps, o.max_steps or steps)
 
 
 def train_step(run: Run, batch, lr: float) -> dict:
-    """One optimizer step on one global batch of pair indices. Raises UserError on NaN or infinity,
-    on all ranks alike and before the weights are touched."""
-    o = run.o
-    count = len(batch)
+    """One optimizer step on one global batch of pair indices. Returns the sums over all ranks that
+    loss.SUMS names, "stop" (above 0: a rank was sent SIGTERM), "grad_norm" before clipping."""
+    o, count, forks = run.o, len(batch), [run.pairs.forks[i] for i in batch]
     if o.loss in loss.TOKEN_OBJECTIVES:  # a global number that every rank knows: no communication
-        forks = [run.forks[i] for i in batch]
         count = sum(len(f.trunk) - f.prompt_length + len(f.chosen) for f in forks)
     sums = torch.zeros(len(loss.SUMS), dtype=torch.float64, device=run.ranks.device)
-    flops = 0.0
-    for pack in run.packs(run.forks, batch, run.reference):
+    for pack in run.packs(run.pairs, batch):
         row_logps = run.score(pack)
         coefficients, pack_sums = run.coefficients(pack, row_logps)
         row_logps.backward(coefficients / count)
         sums += pack_sums
-        flops += count_flops(run.config, pack)
-    grad_norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), o.clip)
-    totals = sum_over_ranks(run.ranks, sums, flops, grad_norm.full_tensor())
-    check_step(run, batch, totals, count)
+    grad_norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), o.clip).full_tensor()
+    # Our only communication in a step, and its only wait for the GPU.
+    stop = sums.new_full((1,), float(STOP.is_set()))
+    everything = run.ranks.reduce(torch.cat([sums, stop, grad_norm.double().view(1)])).tolist()
+    totals = dict(zip((*loss.SUMS, "stop", "grad_norm"), everything))
+    totals["grad_norm"] /= run.ranks.world  # each rank had the same fp32 number: exact in fp64
+    check_step(run, forks, totals)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     run.optimizer.step()
@@ -394,77 +329,53 @@ def train_step(run: Run, batch, lr: float) -> dict:
     return totals
 
 
-def sum_over_ranks(ranks, sums, flops, grad_norm) -> dict:
-    """The names of loss.SUMS, "flops", "stop" (above 0: a rank was sent SIGTERM) and "grad_norm"
-    over all ranks: our only communication in a step, and its only wait for the GPU."""
-    own = torch.tensor([flops, float(STOP.is_set())], dtype=torch.float64)
-    everything = torch.cat([sums, data.to_device(own, ranks.device), grad_norm.double().view(1)])
-    names = (*loss.SUMS, "flops", "stop", "grad_norm")
-    totals = dict(zip(names, ranks.reduce(everything).tolist()))
-    # The norm is the same fp32 number on every rank: the division in fp64 gives it back exactly.
-    totals["grad_norm"] /= ranks.world
-    return totals
-
-
-def check_step(run, batch, totals: dict, count: int):
-    """No number that is not finite, and step 0's canary. Raises UserError."""
-    mean_loss, grad_norm = totals["loss"] / count, totals["grad_norm"]
-    if not math.isfinite(mean_loss) or not math.isfinite(grad_norm):
-        lines = ", ".join(str(run.forks[i].line) for i in batch)
-        raise UserError(f"step {run.state.step}: loss {mean_loss}, gradient norm {grad_norm}: not "
-                        f"finite, weights left as they were. Its pairs: lines {lines} of "
-                        f"{run.o.pairs}")
-    if run.state.step == 0:
-        check_step_0(run, totals["abs_reward"], mean_loss)
-
-
-def check_step_0(run, abs_reward, mean_loss):
-    """Step 0: the policy is its own reference, so every reward is 0 and the tether 1/2, exactly."""
-    text, exact = f"step 0: sum of |reward| {abs_reward}, loss {mean_loss:.9f}", abs_reward == 0
-    times_log2 = {"spot-bce": 2, "spot-bco": 2, "dpo": 1, "reward-sft": 1}
-    if run.o.loss in times_log2:
-        expected = times_log2[run.o.loss] * math.log(2)
-        text += f", expected {expected:.9f}"
-        exact = exact and torch.tensor(mean_loss).float() == torch.tensor(expected).float()
-    run.ranks.say(text)
-    if not exact:
-        raise UserError("step 0 must give rewards of exactly 0: the forward pass is not "
-                        "deterministic here. Start again, and if it returns try --dtype float32, "
-                        "another torch, or another machine")
+def check_step(run, forks, totals: dict):
+    """Raises UserError, on all ranks alike and before the weights are touched, where a number is
+    not finite, and at step 0, where the policy is its own reference, a reward is not exactly 0."""
+    total, norm = totals["loss"], totals["grad_norm"]
+    if not math.isfinite(total + norm):
+        lines = ", ".join(str(fork.line) for fork in forks)
+        raise UserError(f"step {run.step}: loss {total}, gradient norm {norm}: not finite, "
+                        f"weights left as they were. Its pairs: lines {lines} of {run.o.pairs}")
+    if run.step == 0:
+        run.ranks.say(f"step 0: sum of |reward| {totals['abs_reward']}, loss of a pair "
+                      f"{total / len(forks):.9f}")
+        if totals["abs_reward"] != 0:
+            raise UserError("step 0 must give rewards of exactly 0: the forward pass is not "
+                            "deterministic here. If it returns, try --dtype float32")
 
 
 def finish_step(run, batch, totals: dict, lr: float, seconds: float) -> dict:
-    """Move the state one step on; returns the step's line of metrics.jsonl.
-
-    step, epoch, lr, delta   of this step, from 0; loss.average's means are before its update
-    grad_norm                before clipping
-    tokens, tokens_per_s     computed by all ranks, trunks once
-    mfu                      FLOPs counted (no recomputation) over the peak of all ranks' GPUs
-    memory_gb                peak of the main rank so far: its GPU's memory, or resident
-    """
-    o, state, ranks = run.o, run.state, run.ranks
-    tokens = sum(len(run.forks[i]) for i in batch)
-    metrics = {"step": state.step, "epoch": state.step // epoch_steps(len(run.forks), o),
-               **loss.average([totals[name] for name in loss.SUMS], o.loss), "delta": state.delta,
+    """Move the run one step on; returns the step's line of metrics.jsonl. Means (loss.average),
+    delta and grad_norm are from before the update, tokens those of all ranks, memory_gb is the main
+    rank's peak so far: of its GPU, or resident."""
+    o, forks = run.o, run.pairs.forks
+    tokens = sum(len(forks[i]) for i in batch)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if run.ranks.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated()
+    metrics = {"step": run.step, "epoch": run.step // epoch_steps(len(forks), o),
+               **loss.average([totals[name] for name in loss.SUMS], o.loss), "delta": run.delta,
                "grad_norm": totals["grad_norm"], "lr": lr, "tokens": tokens,
-               "tokens_per_s": tokens / seconds,
-               "mfu": totals["flops"] / seconds / (run.peak_flops * ranks.world),
-               "memory_gb": memory_gb(ranks)}
+               "tokens_per_s": tokens / seconds, "memory_gb": memory / 1e9}
     if o.loss == "spot-bco":
         mean = (metrics["reward_chosen"] + metrics["reward_rejected"]) / 2
-        state.delta = loss.update_delta(state.delta, mean, len(batch), state.seen, o.delta)
-        state.seen += len(batch)
-    state.step += 1
+        seen = sum(len(earlier) for earlier in run.batches[:run.step])
+        run.delta = loss.update_delta(run.delta, mean, len(batch), seen, o.delta)
+    run.step += 1
     return metrics
 
 
+# --- scores without gradients: the reference, held-out pairs, the watched pair --------------------
+
+
 @torch.no_grad()
-def score_all(run: Run, forks, batches, title) -> torch.Tensor:
-    """(N, 2) fp64 sequence log-probs of all forks under the present policy, on every rank's CPU."""
-    scores = torch.zeros(len(forks), 2, dtype=torch.float64, device=run.ranks.device)
-    bar = run.ranks.progress(len(batches), title, "batch")
-    for batch in batches:
-        for pack in run.packs(forks, batch):
+def score_all(run: Run, pairs: Pairs, title) -> torch.Tensor:
+    """(N, 2) fp64 sequence log-probs of all pairs under the present policy, on every rank's CPU."""
+    scores = torch.zeros(len(pairs.forks), 2, dtype=torch.float64, device=run.ranks.device)
+    bar = run.ranks.progress(len(pairs.batches), title, "batch")
+    for batch in pairs.batches:
+        for pack in run.packs(pairs, batch):
             scores[pack.pairs] = loss.sequence_logps(run.score(pack), pack.lengths)
         bar.update()
     bar.close()
@@ -472,115 +383,65 @@ def score_all(run: Run, forks, batches, title) -> torch.Tensor:
     return run.ranks.reduce(scores)  # each pair was scored by one rank, the others add zeros
 
 
+def reference_pass(run: Run):
+    """Score all pairs before step 0; a resumed run takes the scores that it began with. The same
+    code, packs and dtype as in training make step-0 rewards exactly 0: bf16 log-probs depend on the
+    pack. So the watched pair, whose snapshots are taken alone, is also scored alone."""
+    o, path = run.o, f"{run.o.out}/reference.safetensors"
+    sets = {"pairs": run.pairs, "eval_pairs": run.held_out, "watched": run.watched}
+    files = {name: file_sha256(file) for name, file in
+             (("pairs", o.pairs), ("eval_pairs", o.eval_pairs)) if file}
+    if run.step == 0:
+        for name, pairs in sets.items():
+            pairs.reference = score_all(run, pairs, f"reference, {name}")
+        scores = {name: pairs.reference for name, pairs in sets.items()}
+        run.ranks.main_only(lambda: qwen.write_tensors(path, scores, **files))
+        return
+    with run.ranks.together(), safe_open(path, framework="pt") as f:
+        for name, digest in files.items():
+            if f.metadata().get(name) != digest:
+                raise UserError(f"{path} belongs to other {name} than --{name} holds now")
+        for name, pairs in sets.items():
+            pairs.reference = f.get_tensor(name)
+
+
 @torch.no_grad()
 def score_held_out(run: Run) -> dict:
     """The diagnostics of the held-out pairs under the policy as it is, delta frozen."""
     sums = torch.zeros(len(loss.SUMS), dtype=torch.float64, device=run.ranks.device)
-    for batch in fixed_batches(run.eval_forks, run.o):
-        for pack in run.packs(run.eval_forks, batch, run.eval_reference):
+    for batch in run.held_out.batches:
+        for pack in run.packs(run.held_out, batch):
             sums += run.coefficients(pack, run.score(pack))[1]
     run.policy.reshard()
     return loss.average(run.ranks.reduce(sums).tolist(), run.o.loss)
-
-
-def fixed_batches(forks, o) -> list:
-    """Held-out pairs in file order, in batches of --batch_size: ranges of indices."""
-    return [range(i, min(i + o.batch_size, len(forks))) for i in range(0, len(forks), o.batch_size)]
-
-
-def first_epoch(run) -> list:
-    """The batches of epoch 0 that are trained: --max_steps may leave pairs out."""
-    batches = data.epoch_batches(len(run.forks), run.o.batch_size, run.o.seed, 0)
-    return batches[:total_steps(len(run.forks), run.o)]
-
-
-# --- the watched pair: how the coefficients of one pair's tokens move -----------------------------
-
-SNAPSHOTS = 10  # about so many are taken, and one after the last step
-
-
-def watched_fork(run):
-    """The pair of median length in tokens among those that are trained, with y- if any has it."""
-    forks = [run.forks[i] for batch in first_epoch(run) for i in batch]
-    forks = [fork for fork in forks if len(fork.rejected)] or forks
-    return sorted(forks, key=lambda fork: (len(fork), fork.line))[len(forks) // 2]
 
 
 @torch.no_grad()
 def snapshot(run: Run):
     """Add a line to surgery.jsonl: the watched pair's coefficients (of the summed loss) and
     log-probs now, one a token after the prompt: trunk, rejected, chosen."""
-    (pack,) = run.packs([watched_fork(run)], [0], run.watched_reference)
+    (pack,) = run.packs(run.watched, [0])
     row_logps = run.score(pack)  # the main rank's; the others forward a dummy
     run.policy.reshard()
-
-    def write():
-        coefficients, sums = run.coefficients(pack, row_logps)
-        sums = dict(zip(loss.SUMS, sums.tolist()))
-        data.append_row(os.path.join(run.o.out, "surgery.jsonl"), {
-            "step": run.state.step, "delta": run.state.delta,
-            "reward_chosen": sums["reward_chosen"], "reward_rejected": sums["reward_rejected"],
-            "coefficients": coefficients.tolist(), "logps": row_logps.tolist()})
-
-    run.ranks.main_only(write)
+    coefficients, sums = run.coefficients(pack, row_logps)
+    sums = dict(zip(loss.SUMS, sums.tolist()))
+    run.ranks.main_only(data.append_row, f"{run.o.out}/surgery.jsonl", {
+        "step": run.step, "delta": run.delta, "reward_chosen": sums["reward_chosen"],
+        "reward_rejected": sums["reward_rejected"], "coefficients": coefficients.tolist(),
+        "logps": row_logps.tolist()})
 
 
-def describe_watched(run) -> dict:
-    """The first line of surgery.jsonl: the pair as token texts, and its reference log-probs. Its
-    "step" is -1, so that no resume drops it."""
-    fork = watched_fork(run)
-    decode = data.load_chat(run.folder, run.config.vocab_size, run.o.template).tokenizer.decode
-    row = {"step": -1, "line": fork.line, "reference": run.watched_reference[0].tolist(),
-           "rejected_ids": fork.rejected.tolist(), "chosen_ids": fork.chosen.tolist()}
-    parts = {"prompt": fork.trunk[:fork.prompt_length], "trunk": fork.trunk[fork.prompt_length:],
-             "rejected": fork.rejected, "chosen": fork.chosen}
-    for name, ids in parts.items():
-        row[name] = [decode([i], skip_special_tokens=False) for i in ids]
-    return row
-
-
-# --- the reference --------------------------------------------------------------------------------
-
-
-def hash_forks(forks) -> str:
-    """Of encoded pairs: tokenizer and template are in it too."""
-    text = str([(f.prompt_length, f.trunk.tolist(), f.rejected.tolist(), f.chosen.tolist())
-                for f in forks])
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def reference_pass(run: Run):
-    """Score all pairs before step 0; a resumed run takes the scores that it began with.
-
-    The same code path, packs and dtype as in training make step-0 rewards exactly 0: bf16 log-probs
-    depend on the pack. So the watched pair, whose snapshots are taken alone, is also scored alone.
-    """
-    o, path = run.o, os.path.join(run.o.out, "reference.safetensors")
-    hashes = {"pairs": hash_forks(run.forks), "eval_pairs": hash_forks(run.eval_forks)}
-    if run.state.step == 0:
-        held_out = fixed_batches(run.eval_forks, o)
-        scores = {"pairs": score_all(run, run.forks, first_epoch(run), "reference"),
-                  "eval_pairs": score_all(run, run.eval_forks, held_out, "reference, held out"),
-                  "watched": score_all(run, [watched_fork(run)], [[0]], "reference, watched")}
-        run.ranks.main_only(lambda: qwen.write_tensors(path, scores, **hashes))
-    else:
-        with run.ranks.together():
-            scores = read_reference(path, hashes)
-    run.reference, run.eval_reference = scores["pairs"], scores["eval_pairs"]
-    run.watched_reference = scores["watched"]
-
-
-def read_reference(path, hashes) -> dict:
-    """The scores in a file. Raises UserError where it is missing, or its pairs' hashes differ."""
-    try:
-        with safe_open(path, framework="pt") as f:
-            kept, scores = f.metadata(), {name: f.get_tensor(name) for name in f.keys()}
-    except (OSError, SafetensorError) as e:
-        raise UserError(f"{path} is missing or corrupt ({e}): the run cannot go on") from None
-    differ = [name for name in hashes if kept.get(name) != hashes[name]]
-    if differ:
-        raise UserError(f"{path} belongs to other {' and '.join(differ)} than given now")
-    return scores
+def describe_watched(run: Run) -> dict:
+    """The first line of surgery.jsonl: the watched pair as token texts. Its step is -1, so that no
+    resume drops it."""
+    (fork,), row = run.watched.forks, {"step": -1}
+    chat = data.load_chat(run.o.model, run.policy.config.vocab_size, run.o.template)
+    prompt, trunk = fork.trunk[:fork.prompt_length], fork.trunk[fork.prompt_length:]
+    for name, ids in (("prompt", prompt), ("trunk", trunk), ("rejected", fork.rejected),
+                      ("chosen", fork.chosen)):
+        row[name] = [chat.tokenizer.decode([i], skip_special_tokens=False) for i in ids]
+    return {**row, "line": fork.line, "reference": run.watched.reference[0].tolist(),
+            "rejected_ids": fork.rejected.tolist(), "chosen_ids": fork.chosen.tolist()}
 
 
 # --- what the log warns of (figures: tests/bench/STUDY.md) ----------------------------------------
@@ -593,23 +454,23 @@ LEAST_BOUND = 20.0  # a bound on r+ of 13 did not keep the model near its base, 
 def describe_reference(run: Run) -> str:
     """What is known before step 1: nats of the answers, hence the bound on r+; which y+ the policy
     finds least probable beside its own y-; what is likely to go wrong. Sets run.rejected_nats."""
-    o, trained = run.o, [i for batch in first_epoch(run) for i in batch.tolist()]
-    pairs = [i for i in trained if len(run.forks[i].rejected)]
-    chosen, rejected = -run.reference[trained, 0], -run.reference[pairs, 1]
+    o, forks, reference = run.o, run.pairs.forks, run.pairs.reference
+    trained = [i for batch in run.pairs.batches for i in batch.tolist()]
+    pairs = [i for i in trained if len(forks[i].rejected)]
+    chosen, rejected = -reference[trained, 0], -reference[pairs, 1]
+    lines = [f"-log pi_ref({name}): median {nats.median():.1f}, 90th percentile "
+             f"{nats.quantile(0.9):.1f} nats"
+             for name, nats in (("y+", chosen), ("y-", rejected)) if len(nats)]
     median, bound = chosen.median().item(), o.beta * chosen.median().item()
-    lines = [f"-log pi_ref(y+): median {median:.1f}, 90th percentile {chosen.quantile(0.9):.1f} "
-             f"nats; r+ cannot exceed beta times that: {bound:.1f} at the median"]
+    lines.append(f"r+ cannot exceed beta times that of y+: {bound:.1f} at the median")
     if o.loss in TETHERED and 0 < bound < LEAST_BOUND:
-        lines.append(f"warning: the tether will not hold, as r+ is bounded by {bound:.1f}. With "
-                     f"--beta {2 * LEAST_BOUND / median:.2g} the bound is {2 * LEAST_BOUND:.0f}")
+        lines.append("warning: the tether will not hold, its bound is too low. With "
+                     f"--beta {2 * LEAST_BOUND / median:.2g} it is {2 * LEAST_BOUND:.0f}")
     if pairs:
-        lines.append(f"-log pi_ref(y-): median {rejected.median():.1f}, 90th percentile "
-                     f"{rejected.quantile(0.9):.1f} nats")
-        gaps = -run.reference[pairs, 0] - rejected
-        worst = gaps.argsort(descending=True)[:10].tolist()
-        shown = ", ".join(f"{run.forks[pairs[i]].line} ({gaps[i]:+.1f})" for i in worst)
-        lines.append(f"nats of y+ beyond those of y- are most in lines {shown}")
-        run.rejected_nats = rejected.median().item()
+        run.rejected_nats, gaps = rejected.median().item(), -reference[pairs, 0] - rejected
+        worst = ", ".join(f"{forks[pairs[i]].line} ({gaps[i]:+.1f})"
+                          for i in gaps.argsort(descending=True)[:10].tolist())
+        lines.append(f"nats of y+ beyond those of y- are most in lines {worst}")
         if median > 5 * run.rejected_nats:
             lines.append("warning: y+ has more than 5 times the nats of y-: the reward will be "
                          "spent on the Oracle's wording. It should change less")
@@ -617,21 +478,19 @@ def describe_reference(run: Run) -> str:
 
 
 def watch_tether(run: Run, metrics: dict):
-    """Warn of what came before a model was harmed (STUDY.md), each of it once a run."""
-    o, step, total = run.o, metrics["step"], total_steps(len(run.forks), run.o)
-    chosen, rejected = metrics["tether_chosen"], metrics["tether_rejected"]
-    texts = {}
+    """Warn of what came before a model was harmed, each of it once a run."""
+    step, total = metrics["step"], len(run.batches)
+    chosen, rejected, texts = metrics["tether_chosen"], metrics["tether_rejected"], {}
+    if step == total - 1 and chosen > LEARNED:
+        texts["end"] = f"lambda+ ends at {chosen:.2f}: the pairs still pull. Train longer"
     if rejected is not None:
-        lost = -metrics["reward_rejected"] / o.beta
-        if chosen > LEARNED and lost > 2 * run.rejected_nats:
-            texts["y-"] = (f"y- has lost {lost:.1f} nats, it had {run.rejected_nats:.1f}, and "
-                           f"lambda+ is {chosen:.2f}: other skills will suffer. Raise --beta")
-        if chosen <= LEARNED and rejected > 0.25 and step < total / 10:
+        lost, nats = -metrics["reward_rejected"] / run.o.beta, run.rejected_nats
+        if lost > 2 * nats and chosen > LEARNED:
+            texts["y-"] = (f"y- has lost {lost:.1f} nats, it had {nats:.1f}, and lambda+ is "
+                           f"{chosen:.2f}: other skills will suffer. Raise --beta")
+        if rejected > 0.25 and chosen <= LEARNED and step < total / 10:
             texts["y+"] = (f"lambda+ is {chosen:.3f} already, lambda- is {rejected:.2f}: y+ is "
                            "learned and the error is not. Does the Oracle rewrite too much?")
-    if step == total - 1 and chosen > LEARNED:
-        texts["end"] = (f"lambda+ ends at {chosen:.2f}: the pairs still pull. Train longer, or "
-                        "raise --beta if r+ is near its bound")
     for name in texts.keys() - run.warned:
         run.ranks.say(f"warning: step {step}: {texts[name]}")
         run.warned.add(name)
@@ -652,71 +511,47 @@ def checkpoint_tensors(run: Run) -> dict:
 
 
 def save_checkpoint(run: Run):
-    """checkpoints/step_N: a shard a rank and state.json, written beside, made durable, renamed."""
+    """checkpoints/step_N: a shard a rank and state.json, written beside, then renamed."""
     o, ranks, shards = run.o, run.ranks, run.o.shard_size or run.ranks.world
-    root, name = os.path.join(o.out, "checkpoints"), f"step_{run.state.step:06d}"
-    beside = os.path.join(root, "tmp_" + name)
-
-    def make_room():
-        os.makedirs(root, exist_ok=True)
-        for leftover in os.listdir(root):
-            if leftover.startswith("tmp_step_"):  # of a killed run
-                shutil.rmtree(os.path.join(root, leftover))
-        os.makedirs(beside)
-
-    ranks.main_only(make_room)
+    path, beside = f"{o.out}/checkpoints/step_{run.step:06d}", f"{o.out}/checkpoints/tmp"
     digests = torch.zeros(shards, 32, dtype=torch.int64, device=ranks.device)
     with ranks.together():
         if ranks.rank < shards:  # the first replica writes
-            path = os.path.join(beside, f"shard_{ranks.rank}.safetensors")
+            shard = f"{beside}/shard_{ranks.rank}.safetensors"
             tensors = {k: t.cpu().contiguous() for k, (t, *_) in checkpoint_tensors(run).items()}
-            qwen.write_tensors(path, tensors)
-            digests[ranks.rank] = torch.tensor(list(bytes.fromhex(file_sha256(path))))
+            qwen.write_tensors(shard, tensors)
+            digests[ranks.rank] = torch.tensor(list(bytes.fromhex(file_sha256(shard))))
     digests = [bytes(row).hex() for row in ranks.reduce(digests).tolist()]
-
-    def finish():
-        data.write_json(os.path.join(beside, "state.json"), {
-            **asdict(run.state), "shards": shards, "world": ranks.world,
-            "threads": torch.get_num_threads(), "sha256": digests})
-        fsync(beside)
-        os.rename(beside, os.path.join(root, name))
-        fsync(root)
-        for old in whole_checkpoints(o.out)[:-o.keep]:
-            os.rename(old, beside)  # first, so that no kill leaves half of one under its name
-            shutil.rmtree(beside)
-
-    ranks.main_only(finish)
+    with ranks.together():
+        if ranks.main:
+            data.write_json(f"{beside}/state.json", {
+                "step": run.step, "delta": run.delta, "shards": shards, "sha256": digests})
+            os.rename(beside, path)
+            for old in whole_checkpoints(o.out)[:-o.keep]:
+                os.rename(old, beside)  # first, so that no kill leaves half of one under its name
+                shutil.rmtree(beside)
 
 
 def file_sha256(path) -> str:
-    """Hex digest of a file's content."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def fsync(folder):
-    """Make the names in a folder durable, so that no rename after it can come first."""
-    handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
 def whole_checkpoints(out) -> list:
     """Paths of the whole checkpoints of a run, oldest first; only whole ones have this name."""
-    root = os.path.join(out, "checkpoints")
+    root = f"{out}/checkpoints"
     names = os.listdir(root) if os.path.isdir(root) else []
-    names = [n for n in names if re.fullmatch(r"step_\d{6,}", n)]
-    return [os.path.join(root, n) for n in sorted(names, key=lambda n: int(n[5:]))]
+    names = [name for name in names if name.startswith("step_")]
+    return [f"{root}/{name}" for name in sorted(names, key=lambda name: int(name[5:]))]
 
 
 def load_checkpoint(run: Run, path: str):
     """Restore weights, moments and state; each rank copies the rows it needs, whatever the number
     of ranks was. Raises UserError that names a corrupt or missing file."""
-    ranks, threads = run.ranks, torch.get_num_threads()
-    with ranks.together():
-        kept = data.read_json(os.path.join(path, "state.json"))
-        files = [os.path.join(path, f"shard_{i}.safetensors") for i in range(kept["shards"])]
-        for i in range(ranks.rank, len(files), ranks.world):  # each rank checks its part
+    with run.ranks.together():
+        kept = data.read_json(f"{path}/state.json")
+        files = [f"{path}/shard_{i}.safetensors" for i in range(kept["shards"])]
+        for i in range(run.ranks.rank, len(files), run.ranks.world):  # each checks its part
             if file_sha256(files[i]) != kept["sha256"][i]:
                 raise UserError(f"{files[i]} is corrupt: its hash is not the one in state.json")
     shards = [safe_open(file, framework="pt") for file in files]
@@ -729,163 +564,120 @@ def load_checkpoint(run: Run, path: str):
                 local[first - start:last - start].copy_(part)
     for moments in run.optimizer.state.values():
         moments["step"].fill_(kept["step"])
-    run.state = State(**{f.name: kept[f.name] for f in fields(State)})
-    if (kept["world"], kept["threads"]) != (ranks.world, threads):
-        ranks.say(f"saved by {kept['world']} ranks x {kept['threads']} threads, resumed by "
-                  f"{ranks.world} x {threads}: the curve goes on, but no longer to the bit")
+    run.step, run.delta = kept["step"], kept["delta"]
+    run.ranks.say(f"resumed from {path}")
 
 
 # --- from start to end ----------------------------------------------------------------------------
 
 
 def read_inputs(o: Options):
-    """(checkpoint folder, its Config, forks, held-out forks, text for the log)."""
-    folder = qwen.checkpoint_folder(o.model)
-    config = qwen.read_config(folder)
-    chat = data.load_chat(folder, config.vocab_size, o.template)
-    limits = (chat, o.max_length, o.max_change_ratio, o.loss in loss.PAIR_OBJECTIVES,
-              o.skip_malformed)
+    """(Config, forks, held-out forks, text for the log) of the files."""
+    config = qwen.read_config(qwen.checkpoint_folder(o.model))
+    limits = (data.load_chat(o.model, config.vocab_size, o.template), o.max_length,
+              o.max_change_ratio, o.loss in loss.PAIR_OBJECTIVES, o.skip_malformed)
     forks, log = data.load_forks(o.pairs, *limits)
-    eval_forks = []
-    if o.eval_pairs:
-        eval_forks, more = data.load_forks(o.eval_pairs, *limits)
-        log += "\n" + more
-    return folder, config, forks, eval_forks, log
+    if not o.eval_pairs:
+        return config, forks, [], log
+    eval_forks, more = data.load_forks(o.eval_pairs, *limits)
+    return config, forks, eval_forks, f"{log}\n{more}"
 
 
 def prepare(o: Options, ranks: Ranks) -> Run:
     """Read and check everything before anything is written: model, tokenizer, pairs, run folder."""
     with ranks.together():
-        taken = [name for name in ("config.json", "metrics.jsonl", "checkpoints", "model")
-                 if os.path.exists(os.path.join(o.out, name))]
-        if taken and not o.resume:
-            raise UserError(f"{o.out} holds a run already ({', '.join(taken)}): add --resume to go "
-                            "on with it, or choose another --out")
-        folder, config, forks, eval_forks, log = read_inputs(o)
+        for name in ("config.json", "model"):
+            if os.path.exists(f"{o.out}/{name}") and not o.resume:
+                raise UserError(f"{o.out} holds a run already ({name}): add --resume to go on with "
+                                "it, or choose another --out")
+        config, forks, eval_forks, log = read_inputs(o)
         ranks.say(log)
     with ranks.together():
-        policy = build_policy(folder, config, o, ranks)
-    count = sum(p.numel() for p in policy.parameters())
-    text = (f"{count / 1e6:.1f}M parameters, {ranks.world} rank(s) on {ranks.device.type} with "
-            f"{torch.get_num_threads()} thread(s) each, {o.dtype}")
-    ranks.say("\n".join([text, *qwen.unread_parts(folder)]))
-    return Run(o, ranks, config, folder, forks, eval_forks, policy, make_optimizer(policy, o),
-               peak_flops(ranks.device))
+        policy = build_policy(o.model, config, o, ranks)
+    weights = sum(p.numel() for p in policy.parameters())
+    text = f"{weights / 1e6:.1f}M weights, {ranks.world} rank(s) on {ranks.device.type}, {o.dtype}"
+    ranks.say("\n".join([text, *qwen.unread_parts(o.model)]))
+    return make_run(o, ranks, policy, forks, eval_forks)
 
 
 def lock_folder(out):
-    """Make the run folder, and lock it until the file that is returned is closed. Ranks whose
-    torchrun was killed live on for a while: a resumed run must not write beside them."""
+    """Make the run folder, locked while the returned file is open: ranks may outlive torchrun."""
     os.makedirs(out, exist_ok=True)
-    lock = open(os.path.join(out, ".lock"), "w")
+    lock = open(f"{out}/.lock", "w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"{out} is being written by another process, perhaps by ranks whose "
-                        "torchrun was killed: wait for it, or end it") from None
+        raise UserError(f"{out} is being written by another process: wait, or end it") from None
     except OSError:
         pass  # a file system without locks
     return lock
 
 
+def start_logs(run):
+    """Write the options and the watched pair; drop the lines of steps that come again."""
+    out = run.o.out
+    if not os.path.exists(f"{out}/config.json"):
+        data.write_json(f"{out}/config.json", {"options": asdict(run.o)})
+    if not os.path.exists(f"{out}/surgery.jsonl"):
+        data.write_rows(f"{out}/surgery.jsonl", [describe_watched(run)])
+    for name, end in (("metrics", run.step), ("surgery", run.step), ("eval", run.step + 1)):
+        path = f"{out}/{name}.jsonl"
+        if os.path.exists(path):
+            data.write_rows(path, [row for row in data.read_log(path) if row["step"] < end])
+
+
 def train(o: Options, ranks: Ranks) -> int:
-    """The whole run; returns the exit code."""
+    """The whole run; returns the exit code: 0, or 143 where SIGTERM ended it early."""
     run = prepare(o, ranks)
-    lock = ranks.main_only(lock_folder, o.out)  # an open file; None on the other ranks
-    with lock or contextlib.nullcontext():
-        begin_or_resume(run)
-        if not train_to_the_end(run):
-            ranks.say(f"SIGTERM: saved at step {run.state.step} of "
-                      f"{total_steps(len(run.forks), o)}; go on with --resume --out {o.out}")
-            return 143  # 128 + SIGTERM, as the shell has it
+    with ranks.main_only(lock_folder, o.out) or contextlib.nullcontext():
+        saved = whole_checkpoints(o.out)
+        if saved:
+            load_checkpoint(run, saved[-1])
+        reference_pass(run)
+        ranks.say(describe_reference(run))
+        ranks.main_only(start_logs, run)
+        total, an_epoch = len(run.batches), epoch_steps(len(run.pairs.forks), o)
+        bar = ranks.progress(total, os.path.basename(o.out), "step", run.step)
+        while run.step < total:
+            if run.step % max(1, total // 10) == 0:
+                snapshot(run)
+            batch, lr = run.batches[run.step], learning_rate(run.step, total, o)
+            started = time.perf_counter()
+            with ranks.together():
+                totals = train_step(run, batch, lr)
+                metrics = finish_step(run, batch, totals, lr, time.perf_counter() - started)
+                if ranks.main:
+                    data.append_row(f"{o.out}/metrics.jsonl", metrics)
+            if o.loss in TETHERED:
+                watch_tether(run, metrics)
+            bar.update()
+            bar.set_postfix({name: f"{metrics[name]:.3f}" for name in
+                             ("loss", "reward_chosen", "tether_chosen")}, refresh=False)
+            last = run.step == total
+            if run.held_out.forks and (last or run.step % an_epoch == 0):
+                held_out = {"step": run.step, **score_held_out(run)}
+                ranks.main_only(data.append_row, f"{o.out}/eval.jsonl", held_out)
+            if totals["stop"] or last or (o.save_every and run.step % o.save_every == 0):
+                save_checkpoint(run)
+            if totals["stop"] and not last:
+                ranks.say(f"SIGTERM: saved at step {run.step} of {total}; go on with --resume")
+                return 143  # 128 + SIGTERM, as the shell has it
+        bar.close()
+        snapshot(run)
         export_model(run)
-        ranks.say(f"done: {o.out}/model")
-        ranks.main_only(evaluation.report, [o.out], os.path.join(o.out, "report.html"))
-        ranks.say(f"curves, and where one pair's updates gather: {o.out}/report.html")
+        ranks.main_only(evaluation.report, [o.out], f"{o.out}/report.html")
+        ranks.say(f"done: {o.out}/model; curves and one pair's surgery: {o.out}/report.html")
     return 0
-
-
-def begin_or_resume(run):
-    """Load the last whole checkpoint if there is one, score the reference, write the options."""
-    o, ranks = run.o, run.ranks
-    saved = whole_checkpoints(o.out)
-    if saved:
-        load_checkpoint(run, saved[-1])
-        total = total_steps(len(run.forks), o)
-        ranks.say(f"resumed from {saved[-1]}: step {run.state.step} of {total}")
-    elif o.resume:
-        ranks.say("no whole checkpoint yet: starting from step 0")
-    reference_pass(run)
-    ranks.say(describe_reference(run))
-    step, config = run.state.step, os.path.join(o.out, "config.json")
-
-    def write():
-        if not os.path.exists(config):  # until here the same command may simply be given again
-            data.write_json(config, {"options": asdict(o)})
-        for name, end in (("metrics", step), ("surgery", step), ("eval", step + 1)):
-            keep_steps_before(os.path.join(o.out, f"{name}.jsonl"), end)
-        surgery = os.path.join(o.out, "surgery.jsonl")
-        if not data.read_log(surgery):
-            data.append_row(surgery, describe_watched(run))
-
-    ranks.main_only(write)
-
-
-def keep_steps_before(path, step):
-    """Drop the lines of a log that a resumed run will write again."""
-    if os.path.exists(path):
-        data.write_rows(path, [row for row in data.read_log(path) if row["step"] < step])
-
-
-def train_to_the_end(run: Run) -> bool:
-    """All steps that are left, with logs and checkpoints; False where SIGTERM ended them early."""
-    o, ranks, state = run.o, run.ranks, run.state
-    total, an_epoch = total_steps(len(run.forks), o), epoch_steps(len(run.forks), o)
-    bar = ranks.progress(total, o.loss, "step", state.step)
-    while state.step < total:
-        if state.step % max(1, total // SNAPSHOTS) == 0:
-            snapshot(run)
-        epoch, index = divmod(state.step, an_epoch)
-        batch = data.epoch_batches(len(run.forks), o.batch_size, o.seed, epoch)[index]
-        lr, started = learning_rate(state.step, total, o), time.perf_counter()
-        with ranks.together():
-            totals = train_step(run, batch, lr)
-            metrics = finish_step(run, batch, totals, lr, time.perf_counter() - started)
-            if ranks.main:
-                data.append_row(os.path.join(o.out, "metrics.jsonl"), metrics)
-        if o.loss in TETHERED:
-            watch_tether(run, metrics)
-        bar.update()
-        bar.set_postfix({name: f"{metrics[name]:.3f}" for name in
-                         ("loss", "reward_chosen", "tether_chosen")}, refresh=False)
-        last = state.step == total
-        if run.eval_forks and (last or state.step % an_epoch == 0):
-            held_out = {"step": state.step, **score_held_out(run)}
-            shown = [f"{name} {v:.4g}" for name, v in held_out.items() if v is not None]
-            ranks.say(f"held out: {', '.join(shown)}")
-            ranks.main_only(data.append_row, os.path.join(o.out, "eval.jsonl"), held_out)
-        due = o.save_every and state.step % o.save_every == 0
-        if totals["stop"] or last or due:
-            save_checkpoint(run)
-        if totals["stop"] and not last:
-            return False
-    bar.close()
-    snapshot(run)
-    return True
 
 
 def export_model(run):
     """The trained weights as a Hugging Face folder, OUT/model; only a whole one has this name."""
-    o, ranks, final = run.o, run.ranks, os.path.join(run.o.out, "model")
-    beside = final + ".tmp"
-    ranks.main_only(lambda: shutil.rmtree(beside, ignore_errors=True))
-    qwen.export(run.policy, beside, run.folder, ranks, getattr(torch, o.save_dtype))
-
-    def rename():
-        shutil.rmtree(final, ignore_errors=True)  # of an earlier end of this run
-        os.rename(beside, final)
-
-    ranks.main_only(rename)
+    final, ranks = f"{run.o.out}/model", run.ranks
+    qwen.export(run.policy, f"{final}.tmp", run.o.model, ranks, getattr(torch, run.o.save_dtype))
+    with ranks.together():
+        if ranks.main:
+            shutil.rmtree(final, ignore_errors=True)  # of an earlier end of this run
+            os.rename(f"{final}.tmp", final)
 
 
 # --- the toy story: the whole method on a bare machine (skip on first reading) --------------------

@@ -110,7 +110,7 @@ def fake_gpu(monkeypatch, rank, world):
         source = Path(path).read_text(encoding="utf-8").replace('"cuda"', '"lazy"')
         exec(compile(source, path, "exec"), vars(sys.modules[name]))
     train, model = sys.modules["train"], sys.modules["model"]
-    for module, name in ((train, "check_step_0"), (train.data, "append_row"), (model, "read_json"),
+    for module, name in ((train, "check_step"), (train.data, "append_row"), (model, "read_json"),
                          (model, "write_json")):
         patch(module, name, mock.MagicMock())  # these read, write or judge numbers
     for module, name in (train, "init_device_mesh"), (model, "causal_lower_right"):

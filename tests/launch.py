@@ -158,7 +158,7 @@ def files(folder) -> dict:
 def metrics(out, name="metrics") -> list:
     """What a run has logged so far, but for times and memory."""
     rows = data.read_log(os.path.join(out, f"{name}.jsonl"))
-    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "mfu", "memory_gb")}
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "memory_gb")}
             for row in rows]
 
 

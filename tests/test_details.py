@@ -137,7 +137,7 @@ def test_canary_stops_a_policy_that_differs_from_its_reference(world, tmp_path, 
 
     def differing(run):
         reference_pass(run)
-        change(run.reference)
+        change(run.pairs.reference)
     monkeypatch.setattr(train, "reference_pass", differing)
     said = run_here(world, out, "--loss", objective, code=1)
     assert "error: step 0 must give rewards of exactly 0" in said
@@ -201,12 +201,13 @@ def test_sigterm_to_one_rank_stops_both_at_the_same_step(world, tmp_path):
     started.send(signal.SIGTERM, rank=1)
     codes, said, step = started.wait(), started.said, last_step(out)
     assert codes == [143, 143] and 3 < step < 30
-    assert said.count(f"SIGTERM: saved at step {step} of 30; go on with --resume --out {out}") == 1
+    assert said.count(f"SIGTERM: saved at step {step} of 30; go on with --resume") == 1
     assert "done:" not in said and not os.path.exists(out / "model")
     assert sorted(os.listdir(out / "checkpoints" / f"step_{step:06d}")) == [
         "shard_0.safetensors", "shard_1.safetensors", "state.json"]
     assert [m["step"] for m in metrics(out)] == list(range(step))
-    assert f"step_{step:06d}: step {step} of 30" in run(world, out, *extra, "--resume", ranks=2)
+    said = run(world, out, *extra, "--resume", ranks=2)
+    assert f"resumed from {out}/checkpoints/step_{step:06d}\n" in said
     assert_same_end(tmp_path / "whole", out)
 
 

@@ -17,7 +17,7 @@ CASES = [  # layers, rank, ranks, --shard_size, tied, --loss, --checkpointing
     pytest.param((36, 0, 8, 0, False, "spot-bce", "full"), marks=pytest.mark.slow),
     pytest.param((36, 7, 8, 0, False, "spot-bce", "full"), marks=pytest.mark.slow),
 ]
-LOAD, SUMS = "build_policy > load_weights", ("copy to the CPU", "sum_over_ranks > reduce")
+LOAD, SUMS = "build_policy > load_weights", ("copy to the CPU", "train_step > reduce")
 # All that a step waits for: the sums over ranks, and, after the update, whether a rank failed.
 STEP = Counter({SUMS: 1, ("copy to the CPU", "together > reduce"): 1})
 
@@ -41,21 +41,22 @@ def make_run(train, ranks, watch, layers, shard_size, tied, objective, checkpoin
     with mock.patch.object(train.qwen, "open_tensors", lambda folder: tensors):
         policy, waits, collectives = watch.call(train.build_policy, "", config, o, ranks)
     assert not collectives and waits == {("copy to the device", LOAD): len(tensors)}
-    optimizer, forks = train.make_optimizer(policy, o), []
+    forks = []
     for i in range(4 * ranks.world):
         ids = list(range(100 + 10 * (i % 7)))
         paired = objective in train.loss.PAIR_OBJECTIVES or i % 2 == 0
         rejected = ids + [1002] + ids[:50] if paired else None
         forks.append(train.data.make_fork(ids, ids + [1001] + ids, rejected, i, 0.5))
-    return train.Run(o, ranks, config, "", forks, forks[:3], policy, optimizer)
+    return train.make_run(o, ranks, policy, forks, forks[:3])
 
 
 def count_packs_and_units(train, run, batches):
     """Packs are as many on every rank: one without work has dummies. Units are FSDP's."""
-    lengths = [len(fork) for fork in run.forks]
+    lengths = [len(fork) for fork in run.pairs.forks]
     plans = [train.data.split_batch(batch, lengths, run.ranks.world, 1200) for batch in batches]
-    tables = 0 if run.config.tie_word_embeddings else 2
-    return sum(len(plan) for plan in plans), run.config.num_hidden_layers + tables + 1
+    config = run.policy.config
+    tables = 0 if config.tie_word_embeddings else 2
+    return sum(len(plan) for plan in plans), config.num_hidden_layers + tables + 1
 
 
 def check_scoring(train, run, watch, batches, function, *args):
@@ -109,16 +110,16 @@ def test_one_rank(case, monkeypatch, tmp_path):
     layers, rank, world, *options = case
     with fake_gpu(monkeypatch, rank, world) as (train, ranks, watch):
         run = make_run(train, ranks, watch, layers, *options)
-        batches = train.data.epoch_batches(len(run.forks), run.o.batch_size, 0, 0)
+        batches = run.pairs.batches
         one_pair = batches[0][:1]
-        run.reference = run.eval_reference = check_scoring(
-            train, run, watch, batches, train.score_all, run.forks, batches, "reference")
+        run.pairs.reference = run.held_out.reference = check_scoring(
+            train, run, watch, batches, train.score_all, run.pairs, "reference")
         check_step(train, run, watch, batches[0])
-        assert rank == 0 or [len(pack.rows) for pack in run.packs(run.forks, one_pair)] == [0]
+        assert rank == 0 or [len(pack.rows) for pack in run.packs(run.pairs, one_pair)] == [0]
         check_step(train, run, watch, one_pair)
         check_scoring(train, run, watch, [range(3)], train.score_held_out)
         check_step(train, run, watch, batches[1])
-        run.watched_reference = run.reference[:1]
+        run.watched.reference = run.pairs.reference[:1]
         train.snapshot(run)
         check_step(train, run, watch, one_pair)
         check_files(train, run, watch, str(tmp_path))

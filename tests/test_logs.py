@@ -28,7 +28,8 @@ def test_in_a_file_progress_is_plain_lines(command, tmp_path):
     assert not any("\r" in line for line in lines) and len(lines) < 30
     bars = [line for line in lines if " of " in line and " in 0" in line]
     assert [bar.split(" in ")[0] for bar in bars] == [
-        "reference: 0 of 3", "reference: 3 of 3", "spot-bce: 0 of 6", "spot-bce: 6 of 6"]
+        "reference, pairs: 0 of 3", "reference, pairs: 3 of 3", "spot-bce: 0 of 6",
+        "spot-bce: 6 of 6"]
     assert "loss=" in bars[-1] and "tether_chosen=0." in bars[-1] and "step/s" in bars[-1]
 
 
@@ -82,8 +83,9 @@ def test_a_small_beta_is_warned_of_before_and_after(command, tmp_path):
     said = launch.run([*command, tmp_path / "out", "--beta", 0.01])
     nats = -load_file(tmp_path / "out/reference.safetensors")["pairs"][:, 0]
     median = sorted(nats.tolist())[11]
-    assert (f"warning: the tether will not hold, as r+ is bounded by {0.01 * median:.1f}. With "
-            f"--beta {40 / median:.2g} the bound is 40") in said
+    assert f"beta times that of y+: {0.01 * median:.1f} at the median" in said
+    assert ("warning: the tether will not hold, its bound is too low. With --beta "
+            f"{40 / median:.2g} it is 40") in said
     assert "warning: step 5: lambda+ ends at 0.50: the pairs still pull" in said
     said = launch.run([*command, tmp_path / "sft", "--beta", 0.01, "--loss", "sft"])
     assert "warning" not in said  # it has no tether
@@ -106,7 +108,7 @@ def test_an_oracle_of_many_words_is_warned_of(command, tmp_path):
 def test_each_warning_comes_once(figures, expected, capsys):
     o = train.Options(beta=1.0, batch_size=1, epochs=1)
     ranks = qwen.Ranks(0, 1, torch.device("cpu"))
-    run = train.Run(o, ranks, None, "", [None] * 100, [], None, None, rejected_nats=5.0)
+    run = train.Run(o, ranks, None, None, [[0]] * 100, None, None, None, rejected_nats=5.0)
     names = ("tether_chosen", "tether_rejected", "reward_rejected", "step")
     for _ in range(2):
         train.watch_tether(run, dict(zip(names, figures)))

@@ -3,6 +3,7 @@
 import glob
 import math
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -17,6 +18,9 @@ import model as qwen
 import train
 from data import UserError
 from launch import metrics
+
+sys.path.append(str(launch.ROOT / "tests" / "bench"))
+import common  # noqa: E402
 
 
 def argv(world, out, *extra):
@@ -138,7 +142,7 @@ def test_step_0_is_exact_and_checkpointing_changes_no_bit(world, tmp_path, dtype
     for kind in ("none", "full"):
         said = run_here(world, tmp_path / kind, "--max_steps", "1", "--dtype", dtype,
                         "--checkpointing", kind)
-        assert "sum of |reward| 0.0, loss 1.386294361, expected 1.386294361" in said
+        assert "step 0: sum of |reward| 0.0, loss of a pair 1.386294361\n" in said
     (first,) = metrics(tmp_path / "none")
     assert torch.tensor(first["loss"]).float() == torch.tensor(2 * math.log(2)).float()
     assert first["reward_chosen"] == first["reward_rejected"] == first["trunk_coef"] == 0.0
@@ -163,23 +167,21 @@ def test_every_objective_trains_and_evaluates(world, tmp_path, objective):
 
 def test_plan_counts_and_writes_nothing(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = ["--model", world["model"], "--pairs", world["pairs"], "--plan", "--gpus", "2",
-               "--batch_size", "8", "--tokens_per_pack", "512"]
+    options = ["--model", world["model"], "--pairs", world["pairs"], "--out", "no", "--plan",
+               "--gpus", "2", "--batch_size", "8", "--tokens_per_pack", "512"]
 
     def plan(*more):
         return train.plan(train.parse_options([*options, *more]))
 
     text = plan()
-    assert "TOO MUCH" not in text and not list(tmp_path.iterdir())
-    assert "TOO MUCH" in plan("--gpu_memory", "0.001")
-    with pytest.raises(UserError, match="--shard_size 4 does not divide --gpus 2"):
-        plan("--shard_size", "4")
+    assert not list(tmp_path.iterdir())
     config, chat = qwen.read_config(world["model"]), data.load_chat(world["model"], 265)
     forks, _ = data.load_forks(world["pairs"], chat, 8192, 0.6, True)
-    flops = sum(train.count_flops(config, data.make_pack(forks, [i])) for i in range(len(forks)))
-    # two epochs and the reference pass, which is forward alone
-    assert f"6 step(s), {flops * 7 / 3e15:.4g} PFLOP: " in text
-    assert f"1 step(s), {flops * 4 / 9e15:.4g} PFLOP: " in plan("--max_steps", "1")  # a third
+    # A weight is multiplied once forward and twice backward; the reference pass is forward alone.
+    weights = sum(p.numel() for p in qwen.Qwen3(config).parameters())
+    minutes = 2 * weights * sum(map(len, forks)) / (2 * 0.4 * 989e12) / 60
+    assert f"6 steps: on H100s about {7 * minutes:.2g} minutes of products" in text
+    assert f"1 steps: on H100s about {2 * minutes:.2g} minutes" in plan("--max_steps", "1")
     parts = [float(line.split()[0]) for line in text.splitlines() if " GB  " in line]
     assert sum(parts[:-1]) == pytest.approx(parts[-1], abs=0.04)
 
@@ -242,7 +244,7 @@ def test_counted_flops_equal_torchs_own_counter(world, monkeypatch):
     head = 2 * len(pack.rows) * 265 * 32  # recomputed in backward, which we do not count
     config = qwen.read_config(world["model"])
     pack.forks = []  # leaves attention out: torch counts masked-out work too
-    assert train.count_flops(config, pack) == products - head
+    assert common.count_flops(config, pack) == products - head
 
 
 # --- what is refused; broken files are in tests/faults --------------------------------------------
@@ -261,10 +263,10 @@ def test_bad_options_touch_nothing(world, tmp_path, monkeypatch, extra, message)
 
 def test_options_are_checked_all_at_once(tmp_path):
     with pytest.raises(UserError) as e:
-        train.parse_options(["--lr", "-1", "--epochs", "0", "--clip", "1e300", "--pairs", "p",
+        train.parse_options(["--lr", "-1", "--epochs", "0", "--clip", "0", "--pairs", "p",
                              "--warmup", "2"])
     for part in ("--model is required", "--out is required", "--lr is -1.0, a number above 0",
-                 "--epochs is 0", "--clip is 1e+300", "--warmup is 2.0"):
+                 "--epochs is 0", "--clip is 0.0", "--warmup is 2.0"):
         assert part in str(e.value)
 
 

@@ -106,7 +106,7 @@ def speed_table(a, forks):
     # Tokens of both whole sequences; the reference pass is one epoch's forward, a third of it.
     tokens = a.epochs * sum(len(f) + len(f.trunk) for f in forks)
     config = qwen.read_config(a.model)
-    flops = sum(train.count_flops(config, data.make_pack([fork], [0])) for fork in forks)
+    flops = sum(common.count_flops(config, data.make_pack([fork], [0])) for fork in forks)
     flops *= a.epochs + 1 / 3
     rows = []
     for kind, (seconds, gb, rate) in medians.items():

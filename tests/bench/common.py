@@ -70,11 +70,26 @@ def open_run(shape, forks, ranks, **options):
         policy = train.build_policy("", shape, o, ranks)
     finally:
         qwen.load_weights = load
-    run = train.Run(o, ranks, shape, "", forks, [], policy, train.make_optimizer(policy, o))
-    batches = data.epoch_batches(len(forks), o.batch_size, 0, 0)
-    run.reference = train.score_all(run, forks, batches, "reference")
-    run.state.step = 1  # step 0 insists on rewards of 0
+    run = train.make_run(o, ranks, policy, forks, [])
+    run.pairs.reference = train.score_all(run, run.pairs, "reference")
+    run.step = 1  # step 0 insists on rewards of 0
     return run
+
+
+def count_flops(config, pack) -> float:
+    """FLOPs of forward + backward of one pack: products only, recomputation left out."""
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    width = config.hidden_size
+    layer = width * (config.head_dim * 2 * (heads + groups) + 3 * config.intermediate_size)
+    visible = 0  # pairs of a query and a key that it sees
+    for start, trunk_end, rejected_end, chosen_end in pack.forks:
+        trunk = trunk_end - start
+        for length in (trunk, rejected_end - trunk_end, chosen_end - rejected_end):
+            visible += length * (length + 1) // 2
+        visible += (chosen_end - trunk_end) * trunk
+    attention = 2 * heads * config.head_dim * visible
+    head = config.vocab_size * width * len(pack.rows)
+    return 6.0 * (config.num_hidden_layers * (layer * len(pack.tokens) + attention) + head)
 
 
 def gemm_rate(dtype, size=2048):

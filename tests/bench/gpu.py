@@ -41,6 +41,8 @@ from common import data, qwen, train
 from parts import full_logits
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
+PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12,
+         "B200": 2250e12}
 Sizes = namedtuple("Sizes", "device narrow wide length pairs")  # length: tokens of an answer
 GPU = Sizes("cuda", qwen.Config(151936, 1024, 3072, 28, 16, 8, 128, 1e-6, 1e6, True),
             qwen.Config(151936, 4096, 12288, 12, 32, 8, 128, 1e-6, 1e6, False), 1500, 16)
@@ -151,23 +153,29 @@ def open_run(sizes, config, count):
         forks.append(common.make_pair(rng, config.vocab_size, length // 5, length, share=2 / 3))
     run = common.open_run(config, forks, qwen.open_ranks(600), dtype="bfloat16", batch_size=pairs)
     # Rewards of about N(0, 1): at 0 the trunk's gradients are 0, and products of zeros are faster.
-    run.reference += 10 * torch.randn(len(forks), 2)
+    run.pairs.reference += 10 * torch.randn(len(forks), 2)
     return run, [list(range(i, i + pairs)) for i in range(0, len(forks), pairs)]
+
+
+def peak_flops(device):
+    """Dense bf16 peak of this GPU in FLOP/s; infinite where it is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for card, peak in PEAKS.items() if card in name), math.inf)
 
 
 def narrow(sizes, report):
     """train.train_step on lengths never seen before, without and with recomputation."""
     run, batches = open_run(sizes, sizes.narrow, 8)
-    peak = train.peak_flops(run.ranks.device)
+    peak = peak_flops(run.ranks.device)
     train_step = functools.partial(train.train_step, run, lr=1e-6)
     report("parameters", sum(p.numel() for p in run.policy.parameters()) / 1e9, "billions")
     for name, part in (("none", batches[:4]), ("full", batches[4:])):
         for block in run.policy.layers:
             block.checkpointing = name == "full"
         _, took, memory = measure(train_step, part)
-        packs = [pack for batch in part[1:] for pack in run.packs(run.forks, batch)]
+        packs = [pack for batch in part[1:] for pack in run.packs(run.pairs, batch)]
         tokens = [len(pack.tokens) for pack in packs]
-        flops = sum(train.count_flops(sizes.narrow, pack) for pack in packs) / 3
+        flops = sum(common.count_flops(sizes.narrow, pack) for pack in packs) / 3
         options = replace(run.o, checkpointing=name, gpus=1)
         planned = train.plan_memory(run.policy, options, max(tokens))
         name = f"checkpointing {name}"
@@ -189,7 +197,7 @@ def transformers(sizes, report):
     from transformers import AutoModelForCausalLM, Qwen3Config
 
     run, batches = open_run(sizes, sizes.narrow, 5)
-    forks, reference = run.forks, run.reference.to(sizes.device)
+    forks, reference = run.pairs.forks, run.pairs.reference.to(sizes.device)
     weights = {qwen.hf_name(name): p.detach().full_tensor().cpu()
                for name, p in run.policy.named_parameters()}
     train_step = functools.partial(train.train_step, run, lr=1e-6)

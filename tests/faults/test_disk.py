@@ -35,13 +35,15 @@ def no_file_above(size):
 
 
 @contextmanager
-def full_at(name, path):
-    """The disk is full from the first call of "module.function" with `path` in an argument on."""
-    function = pkgutil.resolve_name(name)
+def full_at(name, path, count=1):
+    """The disk is full from the count-th call of "module.function" with `path` in an argument."""
+    function, calls = pkgutil.resolve_name(name), []
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def call(*args, **kwargs):
         if any(path in str(arg) for arg in args):
+            calls.append(1)
+        if len(calls) == count:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
         return function(*args, **kwargs)
 
@@ -72,12 +74,12 @@ def options(w, out):
             *SETTINGS, "--save_every", "1"]
 
 
-FULL = {  # what is being written: the function that meets the full disk, in its path
+FULL = {  # what is being written: the function that meets the full disk, its path, which call
     "reference cache": ("model.save_file", "reference.safetensors"),
     "options": ("data.write_text", "run/config.json"),
     "metrics": ("data.append_row", "metrics.jsonl"),
-    "checkpoint": ("model.save_file", "tmp_step_000002/shard_0.safetensors"),
-    "state": ("data.write_text", "tmp_step_000002/state.json"),
+    "checkpoint": ("model.save_file", "checkpoints/tmp/shard_0.safetensors", 2),
+    "state": ("data.write_text", "checkpoints/tmp/state.json", 2),
     "export": ("model.save_file", "model.tmp/model.safetensors"),
     "tokenizer of the export": ("shutil.copyfile", "model.tmp/generation_config.json"),
 }
@@ -85,8 +87,8 @@ FULL = {  # what is being written: the function that meets the full disk, in its
 
 @pytest.mark.parametrize("part", FULL)
 def test_a_full_disk_is_named_and_the_run_goes_on(world, tmp_path, part):
-    function, path = FULL[part]
-    with full_at(function, path):
+    function, path, *count = FULL[part]
+    with full_at(function, path, *count):
         code, output = program(train, *options(world, tmp_path / "run"))
     assert code == 1
     assert_full_disk(output)

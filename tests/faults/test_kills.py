@@ -62,7 +62,7 @@ PHASES = [  # the rank that dies as it makes the n-th call of this function; one
     (1, "model.write_tensors", 1),  # its shard of the first checkpoint
     (0, "os.rename", 1),  # of the whole checkpoint
     (1, "train.save_checkpoint", 2),
-    (0, "os.rmdir", 2),  # an old checkpoint, its files gone, after what the start before left
+    (0, "os.rmdir", 1),  # an old checkpoint, its files gone
     (1, "model.export", 1), (0, "shutil.copyfile", 1),  # weights are there, the tokenizer is not
     (0, "os.rename", 1),  # of the whole model
 ]
@@ -113,7 +113,7 @@ MOMENTS = {  # after it the signal comes within so many seconds
     "start": (lambda out: True, 2.0),
     "reference pass": (os.path.isdir, 0.2),
     "step": (lambda out: len(metrics(out)) > 0, 0.5),
-    "checkpoint": (lambda out: glob.glob(f"{out}/checkpoints/tmp_*"), 0.01),
+    "checkpoint": (lambda out: glob.glob(f"{out}/checkpoints/tmp"), 0.01),
     "export": (lambda out: os.path.isdir(f"{out}/model.tmp"), 0.005),
 }
 
@@ -154,7 +154,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_elsewhere(small, tmp_path, ranks):
     run = launch.Started([*command, "--out", tmp_path / "run"], 2, {0: ("os.rename", 3, die)})
     run.wait()
     assert 0 < last_step(tmp_path / "run") < 6
-    assert "no longer to the bit" in launch.run([*command, "--out", tmp_path / "run"], ranks)
+    launch.run([*command, "--out", tmp_path / "run"], ranks)
     assert_same_curve(undisturbed, tmp_path / "run")
 
 
