@@ -28,8 +28,8 @@ def test_in_a_file_progress_is_plain_lines(command, tmp_path):
     assert not any("\r" in line for line in lines) and len(lines) < 30
     bars = [line for line in lines if " of " in line and " in 0" in line]
     assert [bar.split(" in ")[0] for bar in bars] == [
-        "reference, pairs: 0 of 3", "reference, pairs: 3 of 3", "spot-bce: 0 of 6",
-        "spot-bce: 6 of 6"]
+        "reference, pairs: 0 of 3", "reference, pairs: 3 of 3", "out: 0 of 6",
+        "out: 6 of 6"]
     assert "loss=" in bars[-1] and "tether_chosen=0." in bars[-1] and "step/s" in bars[-1]
 
 
