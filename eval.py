@@ -368,7 +368,7 @@ class SamplingOptions:
 def check_sampling_options(o: SamplingOptions) -> list:
     """What is wrong with these options, as text."""
     problems = []
-    names = [name for name in ("model", "server", "function", "edited") if hasattr(o, name)]
+    names = [name for name in ("model", "server", "function") if hasattr(o, name)]
     given = [name for name in names if getattr(o, name)]
     if len(given) != 1:
         problems.append(f"exactly one of --{', --'.join(names)} expected, found {len(given)}")

@@ -1,7 +1,8 @@
 """Making the pairs: questions -> the policy's own wrong answers -> an Oracle's minimal corrections.
 
 Comes in:  a JSONL file of questions with gold answers, a policy, and an Oracle: a server with an
-           OpenAI-compatible chat endpoint, the policy itself, a Python function, or a person.
+           OpenAI-compatible chat endpoint, the policy itself, or a Python function. (A person adds
+           gemini_corrected_answer to the rows of errors.jsonl: then it is a pair file.)
 Goes out:  errors.jsonl (`elicit`), then pairs.jsonl (`rectify`) as train.py reads it.
 
     python oracle.py elicit --questions dapo-en.jsonl --model Qwen3-8B --out data/errors
@@ -292,17 +293,6 @@ def python_function(spec: str):
                         f"{type(e).__name__}: {e}") from None
 
 
-def edited_answers(path: str):
-    """A function that looks corrections up in a copy of errors.jsonl to which a human has added the
-    field "corrected_answer"."""
-    def parse(row, line):
-        corrected = row.get("corrected_answer") or ""
-        return item_id(row, line), data.check_text(corrected, "'corrected_answer'")
-
-    edited = dict(data.read_rows(path, parse)[0])
-    return lambda item: edited.get(item.id, "")
-
-
 # --- command line ---------------------------------------------------------------------------------
 
 
@@ -324,7 +314,6 @@ class RectifyOptions(SamplingOptions):
     errors: str = option("", "errors.jsonl of `elicit` (required)")
     tokenizer: str = option("", "the policy's folder, for the change ratio; needed without --model")
     function: str = option("", "FILE.py:NAME, a Python function as the Oracle: Item -> text")
-    edited: str = option("", "a copy of errors.jsonl with corrected_answer added by hand")
     prompt: str = option("correct", "what the Oracle is asked: to correct y-, the same with the "
                          "gold answer given, or just the question", tuple(PROMPTS))
     max_change_ratio: float = option(0.6, "drop pairs with 1 - LCS(y-, y+)/|y+| above this (gamma)")
@@ -350,8 +339,8 @@ def run_rectify(o: RectifyOptions, ranks: Ranks):
     """From options to files."""
     sampling, seed = o.sampling, o.seed
     with ranks.together():
-        if ranks.world > 1 and (o.target or o.edited):
-            raise UserError("--target and --edited need one process: use python, not torchrun")
+        if ranks.world > 1 and o.target:
+            raise UserError("--target needs one process: use python, not torchrun")
         if not o.tokenizer and not o.model:
             raise UserError("--tokenizer is required: the policy's folder, for the change ratio")
         items, _ = read_errors(o.errors)
@@ -359,8 +348,6 @@ def run_rectify(o: RectifyOptions, ranks: Ranks):
         encode = data.load_chat(folder, qwen.read_config(folder).vocab_size, o.template).encode
         if o.function:
             oracle, name = python_function(o.function)
-        elif o.edited:
-            oracle, name = edited_answers(o.edited), "edited by hand"
         else:
             oracle = open_policy(o, ranks.device, non_thinking=False)
             name = identity(oracle, o)
@@ -370,9 +357,6 @@ def run_rectify(o: RectifyOptions, ranks: Ranks):
     settings = {"command": "rectify", "seed": seed, "prompt": o.prompt, "asked": name,
                 "sampling": asdict(sampling)}
     claim_folder(o.out, settings, ranks, oracle)
-    if o.edited:  # the edited file is the record
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(os.path.join(o.out, "raw-0.jsonl"))
     rectify(items, o.out, oracle, encode, ranks, o.prompt, o.max_change_ratio, o.target, sampling,
             seed)
 

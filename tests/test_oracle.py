@@ -294,21 +294,17 @@ def test_target_stops_asking():
     assert data.read_json("out/summary.json")["not asked"] == 100 - len(pairs)
 
 
-def test_functions_and_edited_files_are_oracles_too():
+def test_a_function_is_an_oracle_and_so_is_a_person():
     given = write_errors(count=5)
     Path("mine.py").write_text(
         "def fix(item):\n    return item.answer.rpartition('{')[0] + '{' + item.gold + '}$.'\n")
     code, err = run(*RECTIFY, "a", "--function", "mine.py:fix")
     assert code == 0 and len(rows("a/pairs.jsonl")) == 5, err
-    edited = [dict(r) for r in given]
-    edited[1]["corrected_answer"] = given[1]["original_answer"].replace("{3}", "{2}")
-    for expected in (1, 2):  # editing goes on between two starts
-        write_rows("edited.jsonl", edited)
-        code, err = run(*RECTIFY, "b", "--edited", "edited.jsonl")
-        assert code == 0, err
-        assert len(rows("b/pairs.jsonl")) == expected
-        assert len(rows("b/rejected.jsonl")) == 5 - expected
-        edited[4]["corrected_answer"] = given[4]["original_answer"].replace("{9}", "{8}")
+    by_hand = [{**row, "gemini_corrected_answer": f"It is {i}."} for i, row in enumerate(given)]
+    write_rows("by_hand.jsonl", by_hand)
+    pairs, _, _ = data.read_pairs("by_hand.jsonl")
+    assert [pair.chosen for pair in pairs] == [f"It is {i}." for i in range(5)]
+    assert [pair.rejected for pair in pairs] == [row["original_answer"] for row in given]
 
 
 # --- what is refused; broken files are in tests/faults --------------------------------------------
@@ -338,7 +334,7 @@ def test_contradictory_options_are_refused():
     cases = {
         ("elicit",): (2, "--out is required", "--questions is required", "exactly one of --model"),
         ("rectify", *asked, "--errors", "e", "--model", "m"):
-            (2, "exactly one of --model, --server, --function, --edited expected, found 2"),
+            (2, "exactly one of --model, --server, --function expected, found 2"),
         ("elicit", *asked, "--questions", "q", "--workers", 0, "--body", "[]"):
             (2, "--workers is 0", "--body"),
         ("rectify", *asked, "--errors", "e"): (1, "--tokenizer is required"),

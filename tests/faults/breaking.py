@@ -26,7 +26,6 @@ SUMS = [{"id": f"n{i}", "question": f"{i} + {i}?", "answer": str(2 * i)} for i i
 ROWS = {
     "questions.jsonl": SUMS,
     "errors.jsonl": [{**row, "original_answer": "It is $\\boxed{1}$."} for row in SUMS],
-    "edited.jsonl": [{"id": "n0", "corrected_answer": "It is $\\boxed{0}$."}],
     "texts.jsonl": [{"text": "the quick brown fox"}, {"text": "a lazy dog"}],
     "tasks/own.jsonl": SUMS,
     "tasks/gpqa.jsonl": [tiny.gpqa_row(i) for i in range(3)],
@@ -37,7 +36,7 @@ COMMANDS = {  # "@" stands for the world's folder; all of them write to @out, @r
     "resume": (train, "--resume --out @run", ()),
     "elicit": (oracle, "elicit --model @model --questions @questions.jsonl --out @out", SAMPLING),
     "rectify": (oracle, "rectify --errors @errors.jsonl --tokenizer @model --out @out "
-                "--edited @edited.jsonl", ()),
+                "--function @mine.py:fix", ()),
     "retention": (evaluation, "retention --model @sharded --base @model --texts @texts.jsonl "
                   "--dtype float32", ()),
     "tasks": (evaluation, "--model @model --tasks own=@tasks/own.jsonl,gpqa --data @tasks "
@@ -63,6 +62,7 @@ def build(w):
     os.mkdir(w / "tasks")
     for name, rows in ROWS.items():
         data.write_rows(str(w / name), rows)
+    (w / "mine.py").write_text("def fix(item):\n    return item.answer + ' No: $\\\\boxed{0}$.'\n")
     shutil.copytree(w / "model", w / "sharded")
     split_weights(w / "sharded")
     argv = COMMANDS["train"][1].replace("@out", "@run").replace("@", f"{w}/").split()

@@ -31,11 +31,10 @@ CELLS = [  # the command, what is broken, what the message must match
     ("train", second_line("pairs.jsonl", b'{"prompt": "caf\xe9"}'), "line 2: .*byte 0xe9"),
     ("train", second_line("pairs.jsonl", b'{"prompt": "q"}'), r"line 2: .*\['prompt'\]"),
     ("train", cut("held.jsonl.gz", -12), "held.jsonl.gz: cannot be read: .*end-of-stream"),
-    # questions, errors, corrections by hand, texts
+    # questions, errors, functions, texts
     ("elicit", second_row("questions.jsonl", id="n0"), "1 ids occur more than once, first 'n0'"),
     ("rectify", second_row("errors.jsonl", original_answer=5), "line 2: 'original_answer': a str"),
-    ("rectify", holds("edited.jsonl", b'{"id": "n0", "corrected_answer": 5}\n'),
-     r"edited.jsonl.*\n  line 1: 'corrected_answer': a string expected, found int"),
+    ("rectify", holds("mine.py", b"def mend(item): 1"), "defines no|KeyError: 'fix'"),
     ("retention", second_row("texts.jsonl", text=5), "line 2: 'text': a string expected, found in"),
     # a checkpoint: configuration, tokenizer, template, weights
     ("train", gone("model"), "model is no folder: a folder with config.json"),
