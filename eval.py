@@ -579,7 +579,7 @@ REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in [
     # units and other words are quoted: \mathrm{m/s^2} is "m"/"s"^2
     (r"\b(?:square|sq)\s+([a-z]+)", r"\1^2"), (r"\bcubic\s+([a-z]+)", r"\1^3"),
     (r"[⁻⁰¹²³⁴-⁹]+", lambda m: "^{" + m[0].translate(SUPERSCRIPTS) + "}"), (r"[µμ]", r"\\mu "),
-    (r"\\(?:text|mbox|mathrm|operatorname)\w*\s*\{((?:[^{}]|\{[^{}]*\})*)\}",
+    (r"(?:\\(?:text|mbox|mathrm|operatorname|unit)\w*\s*\{|\{\\rm\s)((?:[^{}]|\{[^{}]*\})*)\}",
      lambda m: WORD.sub(r' "\1" ', f" {m[1].rstrip(' .')} ")),
     (r'\\mu\s*(?=")', '"mu" '), (r'(?<=[\d"}])((?:\s|\\[,;:! ])*)\\Omega\b', r'\1 "Omega" '),
     # thousands: 10{,}000   11,\! 111   1\,000
@@ -810,17 +810,16 @@ def apply_function(name, tokens, point):
 
 def compute(tokens):
     """The values of an expression at all points, None where it has none or is not mathematics."""
-    names = {t.lstrip('"') for t in tokens} - KEYWORDS
-    constant = not any(name[:1].isalpha() for name in names)
+    variables = [t for t in tokens if t.lstrip('"')[:1].isalpha() and t.lstrip('"') not in KEYWORDS]
     values = []
-    for point in range(1 if constant else len(POINTS)):
+    for point in range(len(POINTS) if variables else 1):
         stack = [" ", *reversed(tokens)]
         try:
             value = expression(stack, point)
         except (ValueError, ArithmeticError, TypeError):  # TypeError: the factorial of i
             value = None
         values.append(value if stack == [" "] else None)
-    return values * len(POINTS) if constant else values
+    return values if variables else values * len(POINTS)
 
 
 # --- grading: answers, and whether two are the same -----------------------------------------------
@@ -898,8 +897,7 @@ def parse_relation(sides, signs):
         elif len(sides) == 2 and is_name(right):
             sides, signs = [*sides, ["infty"]], signs + "<"
         if len(sides) == 3:
-            opening = "[" if signs[0] == "≤" else "("
-            closing = "]" if signs[1] == "≤" else ")"
+            opening, closing = "[" if signs[0] == "≤" else "(", "]" if signs[1] == "≤" else ")"
             left, right = sides[1], [opening, *sides[0], ",", *sides[2], closing]
             named, difference = True, ()
     if not named:
@@ -973,24 +971,25 @@ def equal_at_points(u, v, tolerance=0):
     """Whether two values are equal at all points where both are defined, two at least."""
     pairs = [(x, y) for x, y in zip(u, v) if x is not None and y is not None]
     for x, y in pairs:
-        bound = 0 if isinstance(x, Fraction) and isinstance(y, Fraction) else 1e-11
-        if abs(x - y) > max(tolerance, bound * max(abs(x), abs(y))):
+        exact = isinstance(x, Fraction) and isinstance(y, Fraction)
+        if abs(x - y) > max(tolerance, 0 if exact else 1e-11 * max(abs(x), abs(y))):
             return False
     return len(pairs) > 1
 
 
 # --- IFEval: was an instruction followed that a program can check? --------------------------------
 
-# The 25 kinds of google-research's instruction_following_eval by its rules, odd ones included. Plain
-# rules stand for its libraries: langdetect (`is_language`), nltk's sentences and words.
+# The 25 kinds of google-research's instruction_following_eval by its rules, odd ones included.
+# Plain rules stand for its libraries: langdetect (`is_language`), nltk's sentences and words.
 
 LANGUAGES = {  # letters of a script: {code: frequent words, where several languages share them}
     "a-zß-ɏ\u1e00-\u1eff": {
-        "en": "the of and to a in is it you that for", "es": "el la los las que en una por con se",
-        "pt": "os um uma que em do da não com para", "fr": "le la les des et est je pas vous du",
-        "de": "der die das und ist nicht ein zu ich", "it": "il la gli di che non è per della",
-        "pl": "na się nie że to jest do", "vi": "và của là có không cho một những các tôi",
-        "sw": "na ya wa kwa ni za katika cha", "fi": "ja on ei se että ovat oli mutta"},
+        "en": "the of and to a in is it you that for i not my on are be we this with",
+        "es": "el la los las que en una por con se", "pt": "os um uma que em do da não com as se",
+        "fr": "le la les des et est je pas vous du", "de": "der die das und ist nicht ein zu mit",
+        "it": "il la gli di che un non è per della", "pl": "na się nie że to jest do od po za dla",
+        "vi": "và của là có không cho một những các được với này tôi",
+        "sw": "na ya wa kwa ni za katika cha kuwa", "fi": "ja on ei se että ovat oli mutta kun"},
     "\u0400-\u04ff": {
         "ru": "и в не на что с по это как из он я", "uk": "і в не на що з та це як у є для він я",
         "bg": "и в не на че с да се е от за по си са"},

@@ -127,7 +127,7 @@ UNITS = r"""
 \mu \mathrm{m} ≡ \mathrm{\mu m} ≡ \text{ μm}
 { }^{\circ} \mathrm{C} ≡ ^\circ\text{C} ≡ °\mathrm{C}
 \mathrm{k\Omega} ≡ \text{ k\Omega} ≡ \mathrm{k}\Omega
-\mathrm{m/s} ≡ \text{m/s} ≡ m/s
+{\rm m/s} ≡ \unit{m/s} ≡ m/s
 \AA ≡ Å ≡ \mathrm{\AA}
 \mathrm{erg} \mathrm{s}^{-1} \mathrm{~cm}^{-2} ≡ \mathrm{erg/(s\ cm^2)} ≡
     \mathrm{erg\,s^{-1}\,cm^{-2}}
