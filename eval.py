@@ -436,16 +436,11 @@ def claim_folder(out: str, settings: dict, ranks: Ranks, policy=None):
 
 # --- grading: which answer does a text commit itself to? ------------------------------------------
 
-# `tokenize` turns spellings into canonical tokens by two tables. `parse_answer` takes lists, tuples
-# and relations apart. Expressions are computed at POINTS and compared: exact fractions where
-# possible, else floats within 1e-11 of the larger one. A float that has lost its digits (sin pi,
-# 1 - cos 10^-9) equals nothing but the same text.
-#
-# This differs from math-verify on purpose. A decimal equals an exact value only as its rounding to
-# six or more digits (0.333 is not 1/3), and another decimal only exactly. 10_2 is 2. Factorials,
-# 1e-5 and -1./3 are read. A unit that one side lacks is forgiven, two different units are not. p %
-# equals p and p / 100. A list is a set, a union is a list. Of several boxes the last one counts.
-# Not seen: even roots of negative numbers, intervals that touch, sin 30°.
+# `tokenize` turns spellings into canonical tokens, `parse_answer` takes lists, tuples and relations
+# apart, expressions are computed at POINTS and compared: fractions exactly, floats within 1e-11.
+# Unlike math-verify: a decimal equals an exact value only as its rounding to six or more digits and
+# another decimal only exactly; a unit that one side lacks is forgiven, two different ones are not;
+# p % equals p and p / 100; a list is a set, a union is a list; of several boxes the last counts.
 
 BOX = re.compile(r"\\f?box(?:ed)?\s*(\{|-?\d+(?:[.,/]\d+)*)")  # in prose, \boxed boxes no letter
 STATED = re.compile(
@@ -453,19 +448,19 @@ STATED = re.compile(
     r"|\banswers?\b[^.\n:$\\\d]{0,40}?(?:\b(?:is|are|be)\b|:|=))(?:[\s:,*`_]*"
     r"\b(?:thus|hence|therefore|then|simply|just|exactly|equal to|equals|given by)\b)*[\s:,*`_]*",
     re.I | re.M)
-FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
+FORMULA = re.compile(r"\$([^$\n]+)\$|(?:\$\$|\\[(\[])(.+?)(?:\$\$|\\[)\]])", re.S)
 
 
 def extract_answer(text: str) -> str | None:
     """What the last box of a response holds, else what its last "answer is", "Answer:" or "####"
     states. None if there is neither, or if the text ends inside <think> or its last box."""
     text = after_thinking(text)
-    answer = last_boxed(text)  # None: no box; "": one that never closes
+    answer = last_boxed(text)
     stated = list(STATED.finditer(text))
     if answer is None and stated:
         rest = text[stated[-1].end():]
         if formula := FORMULA.match(rest):
-            answer = formula[formula.lastindex]
+            answer = formula[1] or formula[2]
         else:
             line = rest.split("\n")[0].split("<|")[0]
             if mark := re.search(r"[*`_]+\Z", text[:stated[-1].end()]):  # **18** apples
@@ -476,10 +471,10 @@ def extract_answer(text: str) -> str | None:
 
 def after_thinking(text):
     """What a response says after its thinking; nothing if it was cut off before that."""
-    _, mark, answer = text.rpartition("</think>")
+    _, closed, answer = text.rpartition("</think>")
     if "<think>" in answer:
         return ""
-    return answer.lstrip() if mark else answer
+    return answer.lstrip() if closed else answer
 
 
 def last_boxed(text):
@@ -498,77 +493,60 @@ def last_boxed(text):
 
 # --- grading: text to tokens ----------------------------------------------------------------------
 
-MAX_CHARS, MAX_COMMAS, MAX_BITS = 400, 60, 3000  # beyond these only the same text is equal
-TEXT = r"\\(?:text|mbox|mathrm|operatorname)\w*\s*"
+MAX_CHARS, MAX_COMMAS, MAX_DIGITS = 400, 60, 1000  # beyond these only the same text is equal
+PROSE = re.compile(r"(?=[^$\\]*?[A-Za-z]{2})[^\d\\$]+((?:\$|\\[(\[]).*(?:\$|\\[)\]]))", re.S)
+WORD = re.compile(
+    r"(?<![\\A-Za-z\d])(?:\\(?=(?:mu|Omega|AA)(?![A-Za-z])))?([A-Za-z]+(?:['.-]+[A-Za-z]+)*)")
+FRAC = r"\\[dtc]?frac\s*(\{\d+\}|\d)\s*(\{\d+\}|\d)"
 MATRIX = r"\s*\{(?:[pbB]?matrix|array)\}"
-MULTIPLES = {"dozen": "12", "hundred": "100", "thousand": "1000", "million": "10^6",
-             "billion": "10^9"}
 SUPERSCRIPTS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
-UNIT_TEXT = (r"(?:[A-Za-z\s~/().'·*%°-]|\\(?:[,;:! ]|(?:cdot|times|mu|Omega|AA)(?![A-Za-z]))"
-             r"|\^\s*(?:-?\d|\{\s*-?\d+\s*\}))")
-WORD = re.compile(r"(?<![\\A-Za-z])([A-Za-z]+(?:['.-]+[A-Za-z]+)*)|\\(mu|Omega|AA)(?![A-Za-z])")
 REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in [
-    # numbers: 0.1\overline{6}, the ratio 3:4
-    (r"(?<![\w.])(\d{1,9}\.(\d{0,9}))\\(?:overline|bar|dot)\s*\{?(\d{1,9})\}?",
-     lambda m: f"({m[1]}+{m[3]}/{10 ** len(m[3]) - 1}/{10 ** len(m[2])})"),
-    (r"\A([\s$]*\d+)\s*:\s*(\d+[\s$]*)\Z", r"\1/\2"),
-    # units and other words: \mathrm{m/s^{2}} is "m"/"s"^{2}
-    (r"\{\\rm\s+([^{}]*)\}|\\(?:unit|si)\{([^{}]*)\}", lambda m: rf"\mathrm{{{m[1] or m[2]}}}"),
-    (TEXT + r"\{\s*\\[td]?frac\{([^{}]*)\}\{([^{}]*)\}\s*\}", r"\\mathrm{\1/\2}"),
-    (r"(\{\s*)(?:\{\})?\^\s*(?:\{\s*\\circ\s*\}|\\circ)\s*(?=[CF]\b)", r"\1°"),
-    (r'(?<=[\d"}])((?:\s|\\[,;:! ])*)\\Omega(?![A-Za-z])', r'\1 "Omega" '),
-    (r"[⁻⁰¹²³⁴-⁹]+", lambda m: "^{" + m[0].translate(SUPERSCRIPTS) + "}"), (r"[µμ]", r"\\mu "),
+    # units and other words are quoted: \mathrm{m/s^2} is "m"/"s"^2
     (r"\b(?:square|sq)\s+([a-z]+)", r"\1^2"), (r"\bcubic\s+([a-z]+)", r"\1^3"),
-    (TEXT + r"\{(" + UNIT_TEXT + r"+)\}", lambda m: WORD.sub(r' "\1\2" ', m[1].strip(" ."))),
-    (TEXT + r"\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1 "), (r'\\mu\s*(?=")', ' "mu" '),
+    (r"[⁻⁰¹²³⁴-⁹]+", lambda m: "^{" + m[0].translate(SUPERSCRIPTS) + "}"), (r"[µμ]", r"\\mu "),
+    (r"(?:\\(?:text|mbox|mathrm|operatorname|unit)\w*\s*\{|\{\\rm\s)((?:[^{}]|\{[^{}]*\})*)\}",
+     lambda m: WORD.sub(r' "\1" ', f" {m[1].rstrip(' .')} ")),
+    (r'\\mu\s*(?=")', '"mu" '), (r'(?<=[\d"}])((?:\s|\\[,;:! ])*)\\Omega\b', r'\1 "Omega" '),
     # thousands: 10{,}000   11,\! 111   1\,000
     (r"(?<=\d)(?:\{,\}|,\\!|\\[,! ])\s*(?=\d{3}(?!\d))", ""),
-    # layout
+    # layout, marks around an answer
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits|math(?:bf|it|cal)|boldsymbol|q?quad"
      r"|f?box(?:ed)?)(?![A-Za-z])|(?<!\\)\\[,;:! ()\[\]$]|[$£€~]|\{\s*\}", " "),
-    # words outside \text{}: a lone one is no product of letters
-    (r"\\mathbb\s*\{?\s*R\s*\}?|\ball real numbers\b", r"(-\\infty,\\infty)"),
-    (r"\A\s*([A-Za-z' ]*[A-Za-z]{3}[A-Za-z' ]*|[Nn]o)[.\s]*\Z", r' "\1" '),
-    (r'"?\b(?:and|or)\b"?|\\cup\b', ","),
-    (r'(?<=\d)\s*"?\b(' + "|".join(MULTIPLES) + r')\b"?', lambda m: "*" + MULTIPLES[m[1]]),
+    (r"\A[*`_\s]+|[*`_.,;:\s]+\Z", ""),
+    # words outside \text{}
+    (r"\A([A-Za-z' ]*[A-Za-z]{3}[A-Za-z' ]*|[Nn]o)\Z", lambda m: WORD.sub(r' "\1" ', m[0])),
     (r"(?<=[\d}])\s*([kcm]?m|ft|mi)\s*/\s*(s|h|hr|min)\b", r' "\1"/"\2"'),
-    # a matrix is ⟦(1,2),(3,4)⟧
+    (r"\\mathbb\s*\{?\s*R\s*\}?|\ball real numbers\b", r"(-\\infty,\\infty)"),
+    (r'"?\b(?:and|or)\b"?|\\cup\b', ","), (r"\b(?:np|math)\.(?=[a-z])", ""),
+    # a matrix is ⟦(1,2),(3,4)⟧; functions that are written as brackets
     (r"\\begin" + MATRIX + r"(?:\s*\{[^{}]*\})?", "⟦("),
     (r"(?:\\\\\s*)?\\end" + MATRIX, ")⟧"), (r"\\\\", "),("),
-    # functions that are written as brackets
     (r"(?:\||\\[lr]?vert\b)(.*?)(?:\||\\[lr]?vert\b)", r" abs(\1)"),
     (r"\\l(floor|ceil)\b(.*?)\\r\1\b", r" \1(\2)"),
     (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
-    # subscripts and superscripts: a subscript belongs to its name, but for a logarithm's base
-    (r"\s*([_^])\s*", r"\1"),
-    (r"(log|ln)_(\{[^{}]*\}|\w)", r"\1 _{\2}"),
-    (r"\^(?:\{\s*\\circ\s*\}|\\circ)", "°"),
-    (r"\\prime\s*", "'"), (r"\^\{?('+)\}?", r"\1"),
-    (r"\^(\{[^{}]*\}|\w)_(\{[^{}]*\}|\w)", r"_\2^\1"),  # v^2_0
-    (r"(?<![A-Za-z\\_^])([A-Za-z])\((\d+)\)", r"\1_{\2}"),  # I(0) is no product
-    (r"\((\d+)\)_", r"\1_"),
-    # mixed numbers: 1\frac45   1 4/5
-    (r"(?<![\w.^}])(\d+)\s*\\[dtc]?frac\s*(\{\d+\}|\d)\s*(\{\d+\}|\d)", r"(\1+\2/\3)"),
-    (r"(?<![\w.^])(\d+) +(\d+)/(\d+)(?![\d.])", r"(\1+\2/\3)"),
-    # \frac12; pi/2 ≈ 1.57, where the exact side counts; np.arcsin
-    (r"(frac|binom)\s*(\d)", r"\1{\2}"),
-    (r"((?<=[\d}])|(?<=pi))\s*(?:\\approx|\\simeq|≈)[^=]*\Z", ""),
-    (r"\b(?:np|math)\.(?=[a-z])", "")]]
-# What one token may be written as. Tokens are signs, numbers, names (letters first), words ('"cm').
+    # a subscript belongs to its name, but for a logarithm's base; I(0) is no product
+    (r"\s*([_^])\s*", r"\1"), (r"(log|ln)_(\{[^{}]*\}|\w)", r"\1 _{\2}"),
+    (r"\^(?:\{\s*\\circ\s*\}|\\circ)", "°"), (r"\^(?:\{\\prime\}|\\prime)", "'"),
+    (r"\^(\{[^{}]*\}|\w)_(\{[^{}]*\}|\w)", r"_\2^\1"), (r"\((\d+)\)_", r"\1_"),
+    (r"(?<![A-Za-z\\_^])([A-Za-z])\((\d+)\)", r"\1_{\2}"),
+    # numbers: 0.1\overline{6}   the ratio 3:4   1\frac45   1 4/5   \frac12   pi/2 ≈ 1.57
+    (r"(\.\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?", lambda m: m[1] + 40 * m[2]),
+    (r"\A\s*(\d+)\s*:\s*(\d+)\s*\Z", r"\1/\2"), (r"(?<![\w.^}])(\d+)\s*" + FRAC, r"(\1+\2/\3)"),
+    (r"(?<![\w.^])(\d+) +(\d+)/(\d+)(?![\d.])", r"(\1+\2/\3)"), (r"(frac|binom)\s*(\d)", r"\1{\2}"),
+    (r"((?<=[\d}])|(?<=pi))\s*(?:\\approx|\\simeq|≈)[^=]*\Z", "")]]
+# Token: its other spellings. Tokens are signs, numbers, names (letters first), words ('"cm').
 SPELLINGS = {
     "-": "− –", "*": r"\cdot \times × ·", "/": r"\div ÷ per", "^": "**", "±": r"\pm", "∓": r"\mp",
     ",": r"& ∪", "<": r"\lt", ">": r"\gt", "≤": r"\le \leq \leqslant <=", "≠": r"\ne \neq",
     "≥": r"\ge \geq \geqslant >=", "=": r"\in ∈ \approx \simeq ≈", "(": r"\langle", ")": r"\rangle",
-    r"\{": r"\lbrace", r"\}": r"\rbrace", "frac": r"\dfrac \tfrac \cfrac",
+    r"\{": r"\lbrace", r"\}": r"\rbrace", "frac": r"\dfrac \tfrac \cfrac", "": "the",
     "binom": r"\dbinom \tbinom", "sqrt": "√", "pi": "π", "theta": "θ", "phi": r"\varphi",
     "infty": "∞ infinity inf", '"emptyset': r"\emptyset \varnothing ∅", "asin": r"arcsin \arcsin",
-    "acos": r"arccos \arccos", "atan": r"arctan \arctan", "log": r"ln \ln", "": "the",
-    '"%': r"% \% percent percentage", '"°': r"° \degree degree degrees", '"m': "meter meters",
-    '"cm': "centimeter centimeters", '"km': "kilometer kilometers", '"in': "inch inches",
-    '"ft': "foot feet", '"mi': "mile miles", '"h': "hour hours hr", '"min': "minute minutes",
-    '"s': "second seconds sec", '"g': "gram grams", '"kg': "kilogram kilograms",
-    '"lb': "pound pounds", '"yr': "year years", '"mol': "mole moles", '"J': "joule joules",
-    '"N': "newton newtons", '"L': "liter liters", '"W': "watt watts", '"AA': r"\AA Å"}
+    "acos": r"arccos \arccos", "atan": r"arctan \arctan", "log": r"ln \ln", '"AA': r"\AA Å",
+    '"%': r"% \% percent percentage", '"°': r"° \degree degree", '"m': "meter", '"cm': "centimeter",
+    '"km': "kilometer", '"in': "inch inches", '"ft': "foot feet", '"mi': "mile", '"h': "hour hr",
+    '"min': "minute", '"s': "second sec", '"g': "gram", '"kg': "kilogram", '"lb': "pound",
+    '"yr': "year", '"mol': "mole", '"J': "joule", '"N': "newton", '"L': "liter", '"W': "watt"}
 SAME = {old: new for new, olds in SPELLINGS.items() for old in olds.split()}
 TOKEN = re.compile(r"""
     ( "[^"]*" | (?<![A-Za-z\d\\])[A-Za-z]{4,}
@@ -583,10 +561,14 @@ CLOSE = {"(": ")", "[": "]", "{": "}", r"\{": r"\}", "⟦": "⟧"}
 
 
 def tokenize(text: str) -> list[str]:
-    """Canonical tokens of LaTeX or plain text; raises ValueError if they are too many."""
+    """Canonical tokens of LaTeX or plain text, of what its box holds or its formula after prose.
+    Raises ValueError if they are too many."""
+    text = last_boxed(text) or text
+    if formula := PROSE.match(text):
+        text = formula[1]
     if len(text) > MAX_CHARS or text.count(",") + text.count(";") > MAX_COMMAS:
         raise ValueError("too long")
-    if "\\begin" not in text:  # `\\frac`, a command escaped twice; in a matrix `\\` ends a row
+    if "\\begin" not in text:  # in a matrix `\\` ends a row, elsewhere it is escaped twice
         text = text.replace("\\\\", "\\")
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
@@ -595,8 +577,9 @@ def tokenize(text: str) -> list[str]:
     tokens = []
     for m in TOKEN.finditer(text):
         if m[1]:
-            for word in m[1].strip('"').split():
-                tokens.append(SAME.get(word.lower(), word if word in KEYWORDS else '"' + word))
+            word = m[1].strip('"')
+            key = word.lower() if word.lower() in SAME else word.lower().removesuffix("s")  # plural
+            tokens.append(SAME.get(key, word if word in KEYWORDS else '"' + word))
         elif m[2]:  # a name is the same with and without braces, a_{n}
             tokens.append(SAME.get(m[2], re.sub(r'[\s{}"\\]', "", m[2])))
         else:
@@ -604,15 +587,11 @@ def tokenize(text: str) -> list[str]:
     return [t for t in tokens if t]
 
 
-def depths(tokens):
-    """How many brackets are open after each token. Their kind is ignored: intervals mix them."""
-    return list(itertools.accumulate((t in CLOSE) - (t in CLOSE.values()) for t in tokens))
-
-
 def split_tokens(tokens, separators):
-    """The non-empty parts between separators outside brackets, and these separators."""
-    parts, cuts = [[]], []
-    for token, depth in zip(tokens, depths(tokens)):
+    """The filled parts between separators outside brackets, and these. Brackets may mix: [0, 1)"""
+    parts, cuts, depth = [[]], [], 0
+    for token in tokens:
+        depth += (token in CLOSE) - (token in CLOSE.values())
         if depth == 0 and token in separators:
             cuts.append(token)
             parts.append([])
@@ -625,8 +604,8 @@ def split_tokens(tokens, separators):
 
 
 def power(x, n):
-    """x^n over the reals: x^(1/3) of a negative x is negative, x^(1/2) of it is undefined."""
-    if isinstance(x, Fraction) and fraction_bits(x) * abs(n) > 2 * MAX_BITS:
+    """x^n over the reals: x^(1/3) of a negative x is negative, x^(1/2) is undefined."""
+    if isinstance(x, Fraction) and len(str(x)) * abs(n) > 3 * MAX_DIGITS:
         x = float(x)
     if isinstance(x + n, complex) or x >= 0 or n % 1 == 0:
         return x ** n
@@ -636,19 +615,14 @@ def power(x, n):
     return -((-x) ** float(n))
 
 
-def fraction_bits(x):
-    """Bits of the larger part of a fraction: what it costs to compute with."""
-    return max(abs(x.numerator), x.denominator).bit_length()
-
-
 def factorial(n):
-    """n!, exact for whole n up to 400, else by the gamma function."""
     if isinstance(n, Fraction) and n.denominator == 1 and 0 <= n <= 400:
         return Fraction(math.factorial(int(n)))
     return math.gamma(n + 1)
 
 
-CONSTANTS = {"pi": math.pi, "e": math.e, "i": 1j}
+CONSTANTS = {"pi": math.pi, "e": math.e, "i": 1j, "thousand": Fraction(10**3),
+             "million": Fraction(10**6), "billion": Fraction(10**9)}
 ALMOST = Fraction(1, 10**9)  # floor(log_2 8) is 3
 OPERATIONS = {
     "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "^": power,
@@ -657,15 +631,14 @@ OPERATIONS = {
     "sec": lambda x: 1 / operate("cos", x), "csc": lambda x: 1 / operate("sin", x),
     "cot": lambda x: 1 / operate("tan", x), "floor": lambda x: Fraction(math.floor(x + ALMOST)),
     "ceil": lambda x: Fraction(math.ceil(x - ALMOST))}
-TRIGONOMETRY = "sin cos tan asin acos atan sinh cosh tanh sec csc cot"
-FUNCTIONS = {*TRIGONOMETRY.split(), "log", "abs", "exp", "floor", "ceil"}
+FUNCTIONS = set(
+    "sin cos tan asin acos atan sinh cosh tanh sec csc cot log abs exp floor ceil".split())
 KEYWORDS = {*FUNCTIONS, *OPERATIONS, *CONSTANTS, "sqrt", "infty"}
 BINDING = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 4, "!": 5}
 SIGN, ATOM = 3, 5  # how tightly a sign binds, -x^2 is -(x^2), and what an operand is
-STARTS_ATOM = re.compile(r"""[^\W_]|["([{]""").match
-# Variables are (low to high) / denominator: small, near 1 (x^2018 fits a float), medium, large
-# (floor(x/100) is not 0), negative (|x| is not x), of either sign, integers (for (-1)^n, floor and
-# ceil; so many that n and m are even and odd in all combinations).
+FACTOR_START = re.compile(r"""[^\W\d_]|["([{]""").match  # x of 2x; 2 3 is no product
+# Variables are (low to high) / denominator: small, near 1 (x^2018), medium, large (floor(x/100)),
+# negative (|x|), of either sign, integers ((-1)^n; many, so that n and m have all parities).
 POINTS = [(1, 996, 997), (900, 996, 997), (998, 1100, 997), (998, 9000, 997),
           (99_000, 990_000, 997), (-9000, -998, 997), (-2500, 2500, 997),
           (2, 13, 1), (3, 40, 1), *[(1, 10, 1)] * 12]
@@ -674,16 +647,14 @@ POINTS = [(1, 996, 997), (900, 996, 997), (998, 1100, 997), (998, 9000, 997),
 def operate(op, *args):
     """One operation, exact on fractions where it can be. Raises ArithmeticError if no digit is
     certain: a sum or a function that is small beside what it came from has lost them."""
-    scale = 0
-    if op not in OPERATIONS:
+    if op in OPERATIONS:
+        value = OPERATIONS[op](*args)
+        scale = max(map(abs, args)) if op in ("+", "-") else 0
+    else:
         library = cmath if isinstance(args[0], complex) else math
         value, scale = getattr(library, op)(args[0]), min(1, abs(args[0]))
-    else:
-        value = OPERATIONS[op](*args)
-        if op in ("+", "-"):
-            scale = max(abs(x) for x in args)
     if isinstance(value, Fraction):
-        return value if fraction_bits(value) <= MAX_BITS else float(value)
+        return value if len(str(value)) <= MAX_DIGITS else float(value)
     lost = abs(value) < 1e-4 * scale or (value == 0 and all(args))
     too_large = op in ("sin", "cos", "tan") and abs(args[0]) > 1e5
     if lost or too_large or not cmath.isfinite(value):
@@ -692,8 +663,8 @@ def operate(op, *args):
 
 
 def expression(tokens, point, floor=0):
-    """A Pratt parser that computes at once: the value of the longest expression whose operators
-    bind tighter than `floor`. It is taken from `tokens`, a stack with " " at the bottom."""
+    """A Pratt parser that computes at once: the value of the longest expression on the stack
+    `tokens` whose operators bind tighter than `floor`. Below it lies " "."""
     if tokens[-1] in ("+", "-"):
         sign = Fraction(tokens.pop() + "1")
         value = operate("*", sign, expression(tokens, point, SIGN))
@@ -701,12 +672,10 @@ def expression(tokens, point, floor=0):
         value = atom(tokens, point)
     while True:
         op = tokens[-1]
-        if op not in BINDING and STARTS_ATOM(op):
-            op = "*"  # 2x
+        if op not in BINDING and FACTOR_START(op):
+            op = "*"
         if BINDING.get(op, 0) <= floor:
             return value
-        if tokens[-1][0].isdigit():
-            raise ValueError("a number after an operand: 2 3")
         if op == tokens[-1]:
             tokens.pop()
         if op == "!":
@@ -716,7 +685,6 @@ def expression(tokens, point, floor=0):
 
 
 def atom(tokens, point):
-    """The value of a bracket, a number, a function of its arguments, or a name."""
     token = tokens.pop()
     name = token.lstrip('"')
     if token in CLOSE:
@@ -724,7 +692,7 @@ def atom(tokens, point):
         if tokens.pop() != CLOSE[token]:
             raise ValueError("a bracket is open")
         return value
-    if token[0].isdigit() or (token[0] == "." and len(token) > 1):
+    if token.lstrip(".")[:1].isdigit():
         digits, _, base = token.partition("_")
         return Fraction(int(digits, int(base.strip("{}"))) if base else digits)
     if token == "sqrt":
@@ -755,7 +723,7 @@ def apply_function(name, tokens, point):
         argument = expression(tokens, point, ATOM)
     else:
         argument = expression(tokens, point, BINDING["*"])
-        while STARTS_ATOM(tokens[-1]) and tokens[-1] not in FUNCTIONS and tokens[-1] != "(":
+        while FACTOR_START(tokens[-1]) and tokens[-1] not in FUNCTIONS and tokens[-1] != "(":
             argument = operate("*", argument, expression(tokens, point, BINDING["*"]))
     value = operate(name, argument)
     if "_" in marks:
@@ -767,57 +735,47 @@ def apply_function(name, tokens, point):
 
 def compute(tokens):
     """The values of an expression at all points, None where it has none or is not mathematics."""
-    names = [t.lstrip('"') for t in tokens]
-    constant = all(name in KEYWORDS or not name[:1].isalpha() for name in names)
+    variables = [t for t in tokens if t.lstrip('"')[:1].isalpha() and t.lstrip('"') not in KEYWORDS]
     values = []
-    for point in range(1 if constant else len(POINTS)):
+    for point in range(len(POINTS) if variables else 1):
         stack = [" ", *reversed(tokens)]
         try:
             value = expression(stack, point)
         except (ValueError, ArithmeticError, TypeError):  # TypeError: the factorial of i
             value = None
         values.append(value if stack == [" "] else None)
-    return values * len(POINTS) if constant else values
+    return values if variables else values * len(POINTS)
 
 
 # --- grading: answers, and whether two are the same -----------------------------------------------
 
-# An operand, then words with powers: 9.8 "m / "s ^ 2, but not 5 "cm - 3
-FACTOR = r' "\S+(?: \^(?: \{)?(?: -)? \d+\.?(?: \})?)?'
-FACTORS = FACTOR + r"(?:(?: \*)?" + FACTOR + ")*"
-GROUP = "(?:" + FACTORS + r"| \(" + FACTORS + r" \))"
-UNIT = re.compile(r'((?:.*? )??[^" ]*[\w)\]}!])(' + GROUP + "(?: /" + GROUP + ")*"
-                  r"| frac \{" + FACTORS + r" \} \{" + FACTORS + r" \})")
-RELATIONS = ("=", "≠", "<", "≤", ">", "≥")
-CHAINS = ({"="}, {"≠"}, {"<", "≤"}, {">", "≥"})  # relations that may stand in one chain
-# x, a_n, f(x), f^{-1}(x), (p,q), frac{dM}{dt}: letters and brackets, no operation on them
-NAME = re.compile(r"""(?!(?:pi|e|i|infty)\Z)([^\W\d]\w*+(\^\{-1\}(?=\())?|['"(){},])+""")
-PROSE = re.compile(r"(?=[^$\\]*?[A-Za-z]{2})[^\d\\$]+(\$.*\$|\\\(.*\\\)|\\\[.*\\\])", re.S)
+MIRRORED = str.maketrans("<≤>≥", ">≥<≤")
+FACTOR = r'"\S+(?: \^(?: \{)?(?: -)? \d+\.?(?: \})?)?'  # a word, maybe with a power
+UNIT = re.compile(  # an operand, then its unit: 9.8 "m / "s ^ 2, but not 5 "cm - 3
+    rf'((?:.*? )??[^" ]*[\w)\]}}!]) ((?:\( |frac \{{ )?{FACTOR}(?: (?:{FACTOR}|[*/(){{}}]))*)')
+ROUNDED = re.compile(r"[+-]? ?[0.]*[1-9](\.?\d){5,}")  # six or more digits
 
 
 class Answer(NamedTuple):
-    """kind            text       items          values at all points
-    "leaf"          its text                  of the expression; [None] of words
-    "list"                     in any order
-    its brackets               in order       (a tuple, interval or matrix)
-    "=" of a name   the name   [what it is]   left minus right; () of x < 5: x is in (-oo, 5)
-    a relation                                left minus right"""
+    """An answer. In x = 5 and in 0 < x < 5 it is the right side, 5 and (0, 5), and has a name."""
 
-    kind: str
-    text: str = ""
-    items: list | tuple = ()
-    values: list | tuple = ()
-    unit: str = ""  # of a leaf
+    kind: str  # "list", in any order; its brackets, in order; "leaf"; "relation" without a name
+    items: list | tuple = ()  # of a list, tuple, interval or matrix
+    text: str = ""  # of a leaf, without its unit
+    unit: str = ""
+    values: list | tuple = ()  # of a leaf at all points; [None] of words
+    relation: str = ""  # "=", "≠", "<" or "≤", if it is one
+    name: str = ""
+    difference: list | tuple = ()  # left minus right side at all points; () of an interval
 
 
 def parse_answer(tokens: list) -> Answer:
-    """Tokens to an answer, outermost structure first; raises ValueError where a part is empty."""
-    while tokens and tokens[-1] in (".", ",", ";", ":"):
-        tokens = tokens[:-1]
+    """Tokens to an answer, outermost structure first; ValueError where a part is empty."""
     if not tokens:
         raise ValueError("nothing there")
     inside, brackets = tokens[1:-1], tokens[0] + tokens[-1]
-    enclosed = inside and tokens[0] in CLOSE and min(depths(tokens)[:-1]) > 0
+    _, closed = split_tokens(tokens, CLOSE.values())
+    enclosed = inside and tokens[0] in CLOSE and closed == tokens[-1:]
     if enclosed and brackets in ("{}", r"\{\}"):
         return parse_answer(inside)
     parts, _ = split_tokens(tokens, ";")
@@ -828,68 +786,62 @@ def parse_answer(tokens: list) -> Answer:
     if len(parts) == 1:
         parts, _ = split_tokens(tokens, ",")
     if len(parts) > 1:
-        return Answer("list", items=[parse_answer(p) for p in parts])
-    if split_tokens(tokens, RELATIONS)[1]:
-        return read_relation(tokens)
+        return Answer("list", [parse_answer(p) for p in parts])
+    sides, signs = split_tokens(tokens, "=≠<≤>≥")
+    if signs:
+        return parse_relation(sides, "".join(signs))
     if enclosed and brackets in ("()", "[]", "(]", "[)", "⟦⟧"):
         items = [parse_answer(p) for p in split_tokens(inside, ",;")[0]]
         if brackets == "⟦⟧" or len(items) == 2:
-            return Answer(brackets, items=items)
-        return items[0] if len(items) == 1 else Answer("()", items=items)  # [1,2,3] is (1,2,3)
-    return read_leaf(tokens)
-
-
-def read_relation(tokens):
-    """x = 5, 5 = x, a = b = 5, 2 + 3 = 5, 2x + y = 5, x in (0, 1), x < 5, 1 <= x < 5, 2x + y < 5"""
-    sides, signs = split_tokens(tokens, RELATIONS)
-    if len(sides) != len(signs) + 1 or not any(set(signs) <= chain for chain in CHAINS):
-        raise ValueError("a side is empty, or relations are mixed")
-    if signs[0] in (">", "≥"):
-        sides = sides[::-1]
-        signs = [{">": "<", "≥": "≤"}[sign] for sign in reversed(signs)]
-    elif signs[0] == "=" and is_name(sides[-1]) and not is_name(sides[0]):
-        sides = sides[::-1]
-    name, rest = sides[0], sides[-1]
-    values = compute(["(", *name, ")", "-", "(", *rest, ")"])
-    if signs[0] in ("<", "≤"):
-        if len(sides) == 2 and is_name(sides[0]):
-            sides, signs = [["-", "infty"], *sides], ["<", *signs]
-        elif len(sides) == 2 and is_name(sides[1]):
-            sides, signs = [*sides, ["infty"]], [*signs, "<"]
-        if len(sides) != 3:
-            return Answer(signs[0], values=values)
-        opening = "[" if signs[0] == "≤" else "("
-        closing = "]" if signs[1] == "≤" else ")"
-        name, rest = sides[1], [opening, *sides[0], ",", *sides[2], closing]
-        values = []  # N < n is not N = n
-    else:
-        constant = len({*compute(name)} - {None}) == 1
-        if signs[0] == "≠" or (len(sides) == 2 and not is_name(name) and not constant):
-            return Answer(signs[0], values=values)
-    return Answer("=", "".join(name).replace('"', ""), [parse_answer(rest)], values)
-
-
-def is_name(tokens):
-    """AB = 5 says what a segment is, but xy = 6 is an equation."""
-    product = len(tokens) > 1 and all(len(t) == 1 and t.islower() for t in tokens)
-    return bool(NAME.fullmatch("".join(tokens))) and not product
-
-
-def read_leaf(tokens):
-    """An expression, its unit apart, or else words."""
+            return Answer(brackets, items)
+        return items[0] if len(items) == 1 else Answer("()", items)  # [1,2,3] is (1,2,3)
     text, unit = " ".join(tokens), ""
-    if quantity := UNIT.fullmatch(text):  # not 5 cm - 3
+    if quantity := UNIT.fullmatch(text):
         text, unit = quantity.groups()
     tokens = text.split(" ")
     words = all(t[0] == '"' and len(t) > 2 for t in tokens)
     values = [None] if words else compute(tokens)
-    return Answer("leaf", text.replace('"', ""), values=values, unit=unit.strip())
+    return Answer("leaf", text=text.replace('"', ""), unit=unit, values=values)
+
+
+def parse_relation(sides, signs):
+    """x = 5, 5 = x, a = b = 5, 2 + 3 = 5, 2x + y = 5, x in (0, 1), x < 5, 1 <= x < 5, 2x + y < 5"""
+    if len(sides) != len(signs) + 1 or not re.fullmatch("=+|≠+|[<≤]+|[>≥]+", signs):
+        raise ValueError("a side is empty, or relations are mixed")
+    if signs[0] in ">≥":
+        sides, signs = sides[::-1], signs[::-1].translate(MIRRORED)
+    elif signs[0] == "=" and is_name(sides[-1]) and not is_name(sides[0]):
+        sides = sides[::-1]
+    left, right, named = sides[0], sides[-1], False
+    difference = compute(["(", *left, ")", "-", "(", *right, ")"])
+    if signs[0] == "=":
+        named = is_name(left) or len(sides) > 2 or len({*compute(left)} - {None}) == 1
+    elif signs[0] in "<≤":  # of one name an interval
+        if len(sides) == 2 and is_name(left):
+            sides, signs = [["-", "infty"], *sides], "<" + signs
+        elif len(sides) == 2 and is_name(right):
+            sides, signs = [*sides, ["infty"]], signs + "<"
+        if len(sides) == 3:
+            opening, closing = "[" if signs[0] == "≤" else "(", "]" if signs[1] == "≤" else ")"
+            left, right = sides[1], [opening, *sides[0], ",", *sides[2], closing]
+            named, difference = True, ()
+    if not named:
+        return Answer("relation", relation=signs[0], difference=difference)
+    name = "".join(left).replace('"', "")
+    return parse_answer(right)._replace(relation="=", name=name, difference=difference)
+
+
+def is_name(tokens):
+    """x, a_n, AB, f(x), f^{-1}(x), (p,q), frac{dM}{dt}: letters and brackets. xy is a product."""
+    text = "".join(tokens).replace("^{-1}(", "(")
+    product = len(tokens) > 1 and all(len(t) == 1 and t.islower() for t in tokens)
+    letters = re.fullmatch(r"""([^\W\d]\w*+|['"(){},])+""", text)
+    return bool(letters) and not product and text not in {*CONSTANTS, "infty"}
 
 
 def answers_match(pred: str, gold: str, tolerance=0) -> bool:
     """Whether two answers are equal as mathematics (see above), numbers up to a tolerance. Takes
     any strings, never raises, does a bounded amount of work. An empty answer matches nothing."""
-    pred, gold = bare_answer(pred), bare_answer(gold)
     try:
         pred, gold = tokenize(pred), tokenize(gold)
         if pred != gold:
@@ -899,127 +851,100 @@ def answers_match(pred: str, gold: str, tolerance=0) -> bool:
     return bool(pred) and pred == gold
 
 
-def bare_answer(text):
-    """What the box holds, or the formula after prose: Hence $x > 2$ holds."""
-    text = last_boxed(text) or text
-    formula = PROSE.match(text)
-    return (formula[1] if formula else text).lstrip("*`_ \t\n").rstrip("*`_. \t\n")
-
-
-def same_answer(a, b, tolerance=0) -> bool:
-    """Whether two answers are equal. In lists each member must have its like on the other side. An
-    equation is any multiple of itself, an inequality any positive one."""
+def same_answer(a, b, tolerance) -> bool:
+    """Whether each member of a list has its like in the other, coordinates are equal in order, and
+    an equation is a multiple of the other, an inequality a positive one."""
     equal = functools.partial(same_answer, tolerance=tolerance)
-
-    def equal_in_order():
-        return len(a.items) == len(b.items) and all(map(equal, a.items, b.items))
-
+    if a.relation and b.relation and (a.name != b.name or not a.name):
+        ratios = [x / y for x, y in zip(a.difference, b.difference) if x and y]
+        constant = a.relation == b.relation and equal_at_points(ratios, ratios[:1] * len(ratios))
+        return constant and (a.relation in "=≠" or ratios[0].real > 0)
     if a.kind == b.kind == "leaf":
         return same_leaf(a, b, tolerance)
-    if a.kind == b.kind != "list" and a.text == b.text and a.items and b.items:
-        return equal_in_order()
-    if a.kind in RELATIONS and b.kind in RELATIONS:
-        ratios = [x / y for x, y in zip(a.values, b.values) if x and y]
-        constant = a.kind == b.kind and equal_at_points(ratios, ratios[:1] * len(ratios))
-        return constant and (a.kind in ("=", "≠") or ratios[0].real > 0)
-    if b.kind in RELATIONS or (b.kind != "list" and a.kind not in RELATIONS):
+    if a.kind != "list":
         a, b = b, a
-    if a.kind in RELATIONS:  # x = 5 is 5
-        return bool(a.items) and equal(a.items[0], b)
-    if b.kind != "list":
+    names = {x.name for x in a.items} - {""}
+    point = len(names) == len(a.items) > 1 and b.kind not in ("list", "leaf", "relation")
+    if a.kind == b.kind != "list" or point:  # x = 2, y = 3 is (2, 3)
+        return len(a.items) == len(b.items) and all(map(equal, a.items, b.items))
+    if a.kind != "list":
         return False
-    names = {x.text for x in b.items if x.kind == "=" and x.items}
-    if a.kind not in ("list", "leaf") and len(names) == len(b.items) > 1:  # x = 2, y = 3 is (2, 3)
-        return equal_in_order()
-    xs, ys = a.items if a.kind == "list" else [a], b.items
-    return (all(any(equal(x, y) for y in ys) for x in xs)
-            and all(any(equal(x, y) for x in xs) for y in ys))
+    others = b.items if b.kind == "list" else [b]
+    return (all(any(equal(x, y) for y in others) for x in a.items)
+            and all(any(equal(x, y) for x in a.items) for y in others))
 
 
 def same_leaf(a, b, tolerance):
-    """Words by their letters; values at all points, where a percent sign, a missing unit, and the
-    rounding of an exact value to six or more digits are forgiven."""
+    """Whether expressions are equal at all points, or words have the same letters."""
     if a.unit and b.unit and a.unit != b.unit:
         if not equal_at_points(compute(a.unit.split()), compute(b.unit.split())):
             return False
     decimals = [x.text for x in (a, b) if "." in x.text]
-    if len(decimals) == 1 and re.fullmatch(r"[+-]? ?[0.]*[1-9](\.?\d){5,}", decimals[0]):
+    if len(decimals) == 1 and ROUNDED.fullmatch(decimals[0]):
         places = len(decimals[0].partition(".")[2])  # up to half a digit, and a bit for rounding
         tolerance = max(tolerance, Fraction(50001, 10**(places + 5)))
     if a.text == b.text or equal_at_points(a.values, b.values, tolerance):
         return True
     if (a.unit == '"%') != (b.unit == '"%'):
         share, other = (a, b) if a.unit == '"%' else (b, a)
-        percents = [None if x is None else 100 * x for x in other.values]
-        return equal_at_points(share.values, percents)
-    if [None] not in (a.values, b.values):
-        return False
-    letters = a.text.replace(" ", "").casefold()
-    return letters.isalpha() and letters == b.text.replace(" ", "").casefold()
+        return equal_at_points(share.values, [x if x is None else 100 * x for x in other.values])
+    letters = [x.text.replace(" ", "").casefold() for x in (a, b)]
+    return [None] in (a.values, b.values) and letters[0] == letters[1] and letters[0].isalpha()
 
 
 def equal_at_points(u, v, tolerance=0):
     """Whether two values are equal at all points where both are defined, two at least."""
     pairs = [(x, y) for x, y in zip(u, v) if x is not None and y is not None]
     for x, y in pairs:
-        bound = 0 if isinstance(x, Fraction) and isinstance(y, Fraction) else 1e-11
-        if abs(x - y) > max(tolerance, bound * max(abs(x), abs(y))):
+        exact = isinstance(x, Fraction) and isinstance(y, Fraction)
+        if abs(x - y) > max(tolerance, 0 if exact else 1e-11 * max(abs(x), abs(y))):
             return False
     return len(pairs) > 1
 
 
 # --- IFEval: was an instruction followed that a program can check? --------------------------------
 
-# The 25 kinds of google-research's instruction_following_eval by its rules, odd ones included. Its
-# libraries are a plain rule here, so a verdict can differ: langdetect is `is_language`, nltk's
-# sentence splitter is `count_sentences`, and its words are `[\w./-]+`. Keywords are literal text.
+# The 25 kinds of google-research's instruction_following_eval by its rules, odd ones included.
+# Plain rules stand for its libraries: langdetect (`is_language`), nltk's sentences and words.
 
 LANGUAGES = {  # letters of a script: {code: frequent words, where several languages share them}
     "a-zß-ɏ\u1e00-\u1eff": {
         "en": "the of and to a in is it you that for i not my on are be we this with",
-        "es": "el la los las que en un una por con del se como más",
-        "pt": "os um uma que em do da não com para as se como mais",
-        "fr": "le la les des et un une est je pas vous du que pour dans",
-        "de": "der die das und ist nicht ein eine zu den ich mit von auf",
-        "it": "il la gli di che un una non è per del della sono in",
-        "pl": "na się nie że to jest do od po za dla jak",
+        "es": "el la los las que en una por con se", "pt": "os um uma que em do da não com as se",
+        "fr": "le la les des et est je pas vous du", "de": "der die das und ist nicht ein zu mit",
+        "it": "il la gli di che un non è per della", "pl": "na się nie że to jest do od po za dla",
         "vi": "và của là có không cho một những các được với này tôi",
-        "sw": "na ya wa kwa ni za katika cha kuwa hii",
-        "fi": "ja on ei se että ovat oli mutta kun hän niin"},
+        "sw": "na ya wa kwa ni za katika cha kuwa", "fi": "ja on ei se että ovat oli mutta kun"},
     "\u0400-\u04ff": {
-        "ru": "и в не на что с по это как из он я у для",
-        "uk": "і в не на що з та це як у є для він я про",
+        "ru": "и в не на что с по это как из он я", "uk": "і в не на що з та це як у є для він я",
         "bg": "и в не на че с да се е от за по си са"},
     "\u0620-\u06d3": {
-        "ar": "في من على إلى أن التي هذا هذه لا ما",
-        "fa": "و به از که در را این است با آن",
+        "ar": "في من على إلى أن التي هذا هذه لا ما", "fa": "و به از که در را این است با آن",
         "ur": "کے کی میں ہے اور سے کا کو نے یہ"},
     "\u0900-\u0963": {
-        "hi": "है के में की और से का को हैं नहीं",
-        "mr": "आहे आणि मध्ये हे ते नाही आहेत ती हा तो",
+        "hi": "है के में की और से का को हैं नहीं", "mr": "आहे आणि मध्ये हे ते नाही आहेत ती हा तो",
         "ne": "छ र मा हो छन् लाई पनि यो छैन भने"},
-    "\u3040-\u30ff": {"ja": ""}, "\u0590-\u05ff": {"he": ""}, "\u0980-\u09ff": {"bn": ""},
-    "\u0a00-\u0a7f": {"pa": ""}, "\u0a80-\u0aff": {"gu": ""}, "\u0b80-\u0bff": {"ta": ""},
-    "\u0c00-\u0c7f": {"te": ""}, "\u0c80-\u0cff": {"kn": ""}, "\u0d00-\u0d7f": {"ml": ""},
-    "\u0e00-\u0e7f": {"th": ""}, "\uac00-\ud7af": {"ko": ""}}
+    **{letters: {code: ""} for code, letters in {
+        "ja": "\u3040-\u30ff", "he": "\u0590-\u05ff", "bn": "\u0980-\u09ff", "pa": "\u0a00-\u0a7f",
+        "gu": "\u0a80-\u0aff", "ta": "\u0b80-\u0bff", "te": "\u0c00-\u0c7f", "kn": "\u0c80-\u0cff",
+        "ml": "\u0d00-\u0d7f", "th": "\u0e00-\u0e7f", "ko": "\uac00-\ud7af"}.items()}}
 
 
 def is_language(text, language):
     """Whether `text` is in a language: of those in the script with the most letters, the one with
     the most frequent words. Text without letters is in any language."""
-    if not any(language in codes for codes in LANGUAGES.values()):
-        raise ValueError(f"unknown language {language!r}")
+    [script] = [letters for letters, codes in LANGUAGES.items() if language in codes]
+    text = text.lower()
     if not any(c.isalpha() for c in text):
         return True
-    text = text.lower()
-    script = max(LANGUAGES, key=lambda letters: len(re.findall(f"[{letters}]", text)))
+    if script != max(LANGUAGES, key=lambda letters: len(re.findall(f"[{letters}]", text))):
+        return False
     words = Counter(re.findall(f"[{script}]+", text))
     scores = {code: sum(words[word] for word in frequent.split())
               for code, frequent in LANGUAGES[script].items()}
-    best = max(scores, key=scores.get)
-    if best == "en" and scores["en"] == 0:  # a title may lack frequent words; a sentence has some
-        return language == "en" and 1 < words.total() < 10
-    return best == language
+    if script.startswith("a-z") and not any(scores.values()):
+        return language == "en" and 1 < words.total() < 10  # a title may lack frequent words
+    return language == max(scores, key=scores.get)
 
 
 SENTENCE_END = re.compile(r"""[(\[{"'*]*(.*[.?!])(?=["')\]}*:?!]|$)""")
@@ -1050,40 +975,26 @@ def is_json(text):
 def split_parts(text, divider):
     """The parts between dividers; none if one is empty that is neither the first nor the last."""
     parts = [part.strip() for part in text.split(divider)]
-    if not parts[0]:
-        parts = parts[1:]
-    if parts and not parts[-1]:
-        parts = parts[:-1]
-    return [] if "" in parts else parts
+    return [part for part in parts if part] if all(parts[1:-1]) else []
 
 
 def nth_paragraph_starts(text, num_paragraphs, nth_paragraph, first_word):
     """Empty paragraphs do not count for the number, but do for which is the nth."""
     paragraphs = [paragraph.strip() for paragraph in text.split("\n\n")]
-    filled = len([paragraph for paragraph in paragraphs if paragraph])
-    if filled != num_paragraphs or nth_paragraph > filled or not paragraphs[nth_paragraph - 1]:
+    if sum(map(bool, paragraphs)) != num_paragraphs or nth_paragraph > num_paragraphs:
         return False
-    word = paragraphs[nth_paragraph - 1].split()[0].lstrip("'").lstrip('"')
-    return re.split("[.,?!'\"]", word)[0].lower() == first_word.lower()
+    start = re.match(r"""'*"*([^\s.,?!'"]*)""", paragraphs[nth_paragraph - 1])[1]
+    return start.lower() == first_word.lower()
 
 
-def compare_count(count, relation, threshold):
-    """A comparison by its name in the files; KeyError for any other."""
-    return {"less than": count < threshold, "at least": count >= threshold}[relation]
-
-
-def occurrences(pattern, text):
-    """How often a pattern occurs, whatever the case."""
-    return len(re.findall(pattern, text, re.IGNORECASE | re.MULTILINE))
-
-
+COMPARE = {"less than": operator.lt, "at least": operator.ge}
 POSTSCRIPTS = {"P.S.": r"p\.\s?s\.", "P.P.S": r"p\.\s?p\.\s?s"}
 # Instruction: its check. The parameters after `text` have the names of its arguments in the files.
 # Some patterns are written anew: the official ones match the same, in quadratic time.
 CHECKS = {
     "change_case:capital_word_frequency": lambda text, capital_frequency, capital_relation:
-        compare_count(sum(word.isupper() for word in re.findall(r"[\w./-]+", text)),
-                      capital_relation, capital_frequency),
+        COMPARE[capital_relation](sum(word.isupper() for word in re.findall(r"[\w./-]+", text)),
+                                  capital_frequency),
     "change_case:english_capital": lambda text: text.isupper() and is_language(text, "en"),
     "change_case:english_lowercase": lambda text: text.islower() and is_language(text, "en"),
     "combination:repeat_prompt": lambda text, prompt_to_repeat:
@@ -1092,37 +1003,36 @@ CHECKS = {
         len(split_parts(text, "******")) == len(set(split_parts(text, "******"))) == 2,
     "detectable_content:number_placeholders": lambda text, num_placeholders:
         re.findall(r"\[[^\]\n]*(\]?)", text).count("]") >= num_placeholders,
-    "detectable_content:postscript": lambda text, postscript_marker: occurrences(
-        POSTSCRIPTS.get(postscript_marker.strip(), re.escape(postscript_marker.strip())), text) > 0,
+    "detectable_content:postscript": lambda text, postscript_marker: bool(re.search(POSTSCRIPTS.get(
+        postscript_marker.strip(), re.escape(postscript_marker.strip())), text, re.IGNORECASE)),
     "detectable_format:constrained_response": lambda text:
         any(f"My answer is {choice}." in text for choice in ("yes", "no", "maybe")),
     "detectable_format:json_format": is_json,
     "detectable_format:multiple_sections": lambda text, section_spliter, num_sections:
         len(re.findall(re.escape(section_spliter.strip()) + r"\s?\d+", text)) >= num_sections,
-    "detectable_format:number_bullet_lists": lambda text, num_bullets:
-        occurrences(r"^[^\S\n]*\*[^*].*", text) + occurrences(r"^[^\S\n]*-", text) == num_bullets,
+    "detectable_format:number_bullet_lists": lambda text, num_bullets: num_bullets == sum(
+        len(re.findall(r"(?m)^[^\S\n]*" + bullet, text)) for bullet in (r"\*[^*].*", "-")),
     "detectable_format:number_highlighted_sections": lambda text, num_highlights:
         sum(1 for pattern in (r"\*([^\n*]*)\*", r"\*\*([^\n*]*)\*\*")
             for inner in re.findall(pattern, text) if inner.strip()) >= num_highlights,
     "detectable_format:title": lambda text: any(
         line.partition("<<")[2].rpartition(">>")[0].lstrip("<").rstrip(">").strip()
         for line in text.split("\n")),
-    # Lists, not generators, in all and any: read_ifeval must meet every keyword's type.
-    "keywords:existence": lambda text, keywords: all([k.lower() in text.lower() for k in keywords]),
+    "keywords:existence": lambda text, keywords: all(k.lower() in text.lower() for k in keywords),
     "keywords:forbidden_words": lambda text, forbidden_words:
-        not any([occurrences(rf"\b{re.escape(word)}\b", text) for word in forbidden_words]),
+        not any(re.search(rf"(?i)\b{re.escape(word)}\b", text) for word in forbidden_words),
     "keywords:frequency": lambda text, keyword, frequency, relation:
-        compare_count(text.lower().count(keyword.strip().lower()), relation, frequency),
+        COMPARE[relation](text.lower().count(keyword.strip().lower()), frequency),
     "keywords:letter_frequency": lambda text, letter, let_frequency, let_relation:
-        compare_count(text.lower().count(letter.lower()), let_relation, let_frequency),
+        COMPARE[let_relation](text.lower().count(letter.lower()), let_frequency),
     "language:response_language": is_language,
     "length_constraints:nth_paragraph_first_word": nth_paragraph_starts,
     "length_constraints:number_paragraphs": lambda text, num_paragraphs:
         len(split_parts(text, "***")) == num_paragraphs,
     "length_constraints:number_sentences": lambda text, num_sentences, relation:
-        compare_count(count_sentences(text), relation, num_sentences),
+        COMPARE[relation](count_sentences(text), num_sentences),
     "length_constraints:number_words": lambda text, num_words, relation:
-        compare_count(occurrences(r"\w+", text), relation, num_words),
+        COMPARE[relation](len(re.findall(r"\w+", text)), num_words),
     "punctuation:no_comma": lambda text: "," not in text,
     "startend:end_checker": lambda text, end_phrase:
         text.strip().strip('"').lower().endswith(end_phrase.strip().lower()),
@@ -1133,43 +1043,40 @@ def ifeval_verdicts(response: str, instruction_ids: list, kwargs: list) -> tuple
     """Strict and loose verdict of each instruction on a response. Loose: on any of eight texts: the
     response whole, without its first line, its last, or both, and each also without `*`. An empty
     text follows nothing. Raises UserError for an unknown instruction and for wrong arguments."""
-    lines, texts, strict, loose = response.split("\n"), [response], [], []
-    for part in (lines[1:], lines[:-1], lines[1:-1]):
-        texts.append("\n".join(part).strip())
+    lines, verdicts = response.split("\n"), []
+    texts = [response, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
     texts += [text.replace("*", "") for text in texts]
     for instruction, arguments in zip(instruction_ids, kwargs):
         try:
             given = {k: v for k, v in arguments.items() if v is not None}
-            verdicts = [text.strip() != "" and CHECKS[instruction](text, **given) for text in texts]
+            verdicts.append([bool(text.strip()) and CHECKS[instruction](text, **given)
+                             for text in texts])
         except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise UserError(f"IFEval has no instruction {instruction!r} with the arguments "
                             f"{arguments!r} ({e})") from None
-        strict.append(verdicts[0])
-        loose.append(any(verdicts))
-    return strict, loose
+    return [of_texts[0] for of_texts in verdicts], [any(of_texts) for of_texts in verdicts]
 
 
 def read_ifeval(row, prompt):
     """A row of IFEval: (messages, (instructions, their arguments)); raises UserError."""
-    ids, arguments = row.get("instruction_id_list"), row.get("kwargs")
-    are_lists = isinstance(ids, list) and isinstance(arguments, list)
-    if not are_lists or not ids or len(ids) != len(arguments):
+    ids, kwargs = row.get("instruction_id_list"), row.get("kwargs")
+    if not (isinstance(ids, list) and isinstance(kwargs, list) and len(ids) == len(kwargs) > 0):
         raise UserError("'instruction_id_list', 'kwargs': two filled lists of one length expected")
-    ifeval_verdicts("x", ids, arguments)  # raises for what it does not know
-    return user_turn(prompt, data.check_text(row.get("prompt"), "'prompt'")), (ids, arguments)
+    ifeval_verdicts("x", ids, kwargs)  # raises for what it does not know
+    return user_turn(prompt, data.check_text(row.get("prompt"), "'prompt'")), (ids, kwargs)
 
 
 def grade_ifeval(text, gold):
     """Prompt level: all instructions followed; instruction level: the share that was followed."""
     strict, loose = ifeval_verdicts(after_thinking(text), *gold)
-    return {"prompt strict": all(strict), "instruction strict": sum(strict) / len(strict),
-            "prompt loose": all(loose), "instruction loose": sum(loose) / len(loose)}
+    return {"prompt strict": all(strict), "instruction strict": fmean(strict),
+            "prompt loose": all(loose), "instruction loose": fmean(loose)}
 
 
 # --- math: gold answers and their rows ------------------------------------------------------------
 
-GOLD_FIELDS = ("final_answer", "answer", "ground_truth", "label", "reward_model.ground_truth",
-               "solution")
+GOLD_FIELDS = ["final_answer", "answer", "ground_truth", "label", "reward_model.ground_truth",
+               "solution"]
 
 
 @dataclass(frozen=True)
@@ -1189,7 +1096,7 @@ def gold_answer(row: dict) -> str:
     value = row.get(key)
     if key == "final_answer" and isinstance(value, list):  # OlympiadBench
         value = ", ".join(map(str, value))
-    if type(value) not in (str, int, float) or value != value:  # NaN
+    if type(value) not in (str, int, float):
         raise UserError(f"a gold answer expected in {', '.join(GOLD_FIELDS)}: a string or a "
                         f"number, found {value!r:.60}")
     text = data.check_text(str(value), repr(key)).strip()
@@ -1206,16 +1113,14 @@ def math_gold(row: dict) -> Gold:
     if parts is None:  # elsewhere `error` and `unit` may be anything
         return Gold(text)
     try:
-        tolerance = Fraction(str(float(row.get("error") or 0)))  # "1e-1" is 1/10
-    except (TypeError, ValueError):
+        tolerance = Fraction(str(row.get("error") or 0))  # "1e-1" is 1/10
+    except ValueError:
         raise UserError(f"'error': a number expected, found {row['error']!r:.60}") from None
     unit = str(row.get("unit") or "").strip("$ ")
     if unit and "\\" not in unit:
         unit = rf"\text{{{unit}}}"
     several = row.get("is_multiple_answer") is True or (isinstance(parts, list) and len(parts) > 1)
-    if several:
-        text = space_commas(text)
-    return Gold(f"{text} {unit}".strip(), several, tolerance)
+    return Gold(f"{space_commas(text) if several else text} {unit}".strip(), several, tolerance)
 
 
 def space_commas(text):
@@ -1225,16 +1130,13 @@ def space_commas(text):
 
 def grade_math(text: str, gold: Gold) -> bool:
     """Several answers may also stand in several boxes of one line, the last that has a box."""
-    answers = [extract_answer(text)]
-    if answers[0] is None:
-        return False
-    if gold.several:
-        lines = [line for line in after_thinking(text).split("\n") if BOX.search(line)]
-        line = lines[-1] if lines else ""
-        starts = [box.start() for box in BOX.finditer(line)]
-        boxes = [last_boxed(line[i:j]) for i, j in zip(starts, [*starts[1:], None])]
-        answers = [space_commas(answers[0]), space_commas(", ".join(boxes))]
-    return any(answers_match(answer, gold.text, gold.tolerance) for answer in answers)
+    answer = extract_answer(text)
+    if answer is None or not gold.several:
+        return answer is not None and answers_match(answer, gold.text, gold.tolerance)
+    lines = [line for line in after_thinking(text).split("\n") if BOX.search(line)]
+    boxes = [last_boxed(part) for line in lines[-1:] for part in re.split(r"(?=\\f?box)", line)]
+    answers = [answer, ", ".join(filter(None, boxes))]
+    return any(answers_match(space_commas(a), gold.text, gold.tolerance) for a in answers)
 
 
 def read_math(row, prompt):
@@ -1265,14 +1167,15 @@ Chosen Move: (row,column)"""
 OTHER = {"X": "O", "O": "X"}
 
 
-def connect4_state(board: list, player: str) -> str:
-    """The position as the official file writes it. `board`: 6 rows of 7 cells, row 0 lowest, each
-    "X", "O" or "_"; `player` is to move."""
+def connect4_row(board: list, player: str) -> dict:
+    """A position in the official layout: its text, and [my, the opponent's] winning moves. `board`:
+    6 rows of 7 cells, row 0 lowest, each "X", "O" or "_"; `player` is to move."""
     rows = ["".join(f"({r},{c}):{board[r][c]} " for c in range(7)) for r in reversed(range(6))]
     moves = [f"({r},{c})" for r, c in valid_moves(board)]
-    return ("\nCurrent Game Board: \n" + "\n".join(rows) + "\n\nCurrent valid moves for player "
-            f"{player}: {moves}\nYou are player {player}, please choose the best move considering "
-            "the current board state.\n")
+    state = ("\nCurrent Game Board: \n" + "\n".join(rows) + "\n\nCurrent valid moves for player "
+             f"{player}: {moves}\nYou are player {player}, please choose the best move considering "
+             "the current board state.\n")
+    return {"state": state, "answer": [winning_moves(board, p) for p in (player, OTHER[player])]}
 
 
 def valid_moves(board):
@@ -1296,12 +1199,6 @@ def winning_moves(board: list, player: str) -> list[list[int]]:
     return [[r, c] for r, c in valid_moves(board) if wins(board, r, c, player)]
 
 
-def connect4_row(board, player) -> dict:
-    """A position in the official layout; the answer is [mine, opponent's] winning moves."""
-    answer = [winning_moves(board, player), winning_moves(board, OTHER[player])]
-    return {"state": connect4_state(board, player), "answer": answer}
-
-
 def connect4_rows(count: int, seed: int) -> list[dict]:
     """`count` rows in the official layout: positions, any but the last, of games of two random
     players. All differ, and of any first n at most a fifth has no winning move, as in the paper."""
@@ -1316,40 +1213,31 @@ def connect4_rows(count: int, seed: int) -> list[dict]:
         row = connect4_row(*rng.choice(positions))
         is_empty = row["answer"] == [[], []]
         if row["state"] not in rows and not (is_empty and 5 * (empty + 1) > len(rows) + 1):
-            if is_empty:
-                empty += 1
+            empty += is_empty
             rows[row["state"]] = row
     return list(rows.values())
 
 
 def read_connect4(row, prompt):
-    """A row of the official file; layout and labels must be those of the rules."""
-    state = data.check_text(row.get("state"), "'state'")
-    board = [["_"] * 7 for _ in range(6)]
-    for r, c, disc in re.findall(r"\(([0-5]),([0-6])\):([XO])", state):
-        board[int(r)][int(c)] = disc
-    expected = connect4_row(board, "O" if "You are player O" in state else "X")
-    for key, value in expected.items():
-        if row.get(key) != value:
-            raise UserError(f"{key!r}: by layout and rules of the official file {value!r} "
-                            f"expected, found {row.get(key)!r:.200}")
-    return user_turn(prompt, state), expected["answer"]
+    """A row of the official file; its labels are taken as they are."""
+    state, answer = data.check_text(row.get("state"), "'state'"), row.get("answer")
+    if not isinstance(answer, list) or len(answer) != 2:
+        raise UserError(f"'answer': two lists of moves expected, found {answer!r:.200}")
+    return user_turn(prompt, state), answer
 
 
 def grade_connect4(text: str, answer: list) -> dict:
     """Scores of a response. As in the published scorer upper case does not matter, the first result
     of each kind counts, and cells are multisets. Different from it: thinking is dropped, (r, c) may
     have spaces, and a result with neither cells nor None is wrong."""
-    text, right, found = after_thinking(text).lower(), [], []
+    text, right, missing = after_thinking(text).lower(), [], False
     for number, moves in enumerate(answer, 1):
         result = re.search(rf"intermediate thinking results {number} *:([^\]\n]{{0,1000}})\]", text)
-        written = result[1] if result else ""
-        cells = re.findall(r"\(\s*(\d+)\s*,\s*(\d+)\s*\)", written)
-        is_clear = ("none" in written) != (cells != [])
+        cells = re.findall(r"\(\s*(\d+)\s*,\s*(\d+)\s*\)", result[1]) if result else []
+        is_clear = result is not None and ("none" in result[1]) != bool(cells)
         right.append(is_clear and sorted([int(r), int(c)] for r, c in cells) == sorted(moves))
-        found.append(result is not None)
-    return {"joint": all(right), "mine": right[0], "opponent": right[1],
-            "no answer": not all(found)}
+        missing = missing or result is None
+    return {"joint": all(right), "mine": right[0], "opponent": right[1], "no answer": missing}
 
 
 # --- GPQA -----------------------------------------------------------------------------------------
