@@ -910,13 +910,18 @@ def equal_at_points(u, v, tolerance=0):
 LANGUAGES = {  # letters of a script: {code: frequent words, where several languages share them}
     "a-zß-ɏ\u1e00-\u1eff": {
         "en": "the of and to a in is it you that for i not my on are be we this with",
-        "es": "el la los las que en una por con se", "pt": "os um uma que em do da não com as se",
-        "fr": "le la les des et est je pas vous du", "de": "der die das und ist nicht ein zu mit",
-        "it": "il la gli di che un non è per della", "pl": "na się nie że to jest do od po za dla",
+        "es": "el la los las que en un una por con del se como más",
+        "pt": "os um uma que em do da não com para as se como mais",
+        "fr": "le la les des et un une est je pas vous du que pour dans",
+        "de": "der die das und ist nicht ein eine zu den ich mit von auf",
+        "it": "il la gli di che un una non è per del della sono in",
+        "pl": "na się nie że to jest do od po za dla jak",
         "vi": "và của là có không cho một những các được với này tôi",
-        "sw": "na ya wa kwa ni za katika cha kuwa", "fi": "ja on ei se että ovat oli mutta kun"},
+        "sw": "na ya wa kwa ni za katika cha kuwa hii",
+        "fi": "ja on ei se että ovat oli mutta kun hän niin"},
     "\u0400-\u04ff": {
-        "ru": "и в не на что с по это как из он я", "uk": "і в не на що з та це як у є для він я",
+        "ru": "и в не на что с по это как из он я у для",
+        "uk": "і в не на що з та це як у є для він я про",
         "bg": "и в не на че с да се е от за по си са"},
     "\u0620-\u06d3": {
         "ar": "في من على إلى أن التي هذا هذه لا ما", "fa": "و به از که در را این است با آن",
