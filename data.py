@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import zlib
 from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -109,7 +110,7 @@ def read_rows(path: str, parse, skip_malformed: bool = False) -> tuple[list, Cou
     try:
         with opener(path, "rb") as f:
             text = f.read().removeprefix(b"\xef\xbb\xbf")  # a byte order mark
-    except (OSError, EOFError) as e:
+    except (OSError, EOFError, zlib.error) as e:
         raise UserError(f"{path}: cannot be read: {e}") from None
     for start, (name, command) in OTHER_FORMATS.items():
         if text[:99].lstrip().startswith(start):
@@ -175,7 +176,10 @@ def parse_pair(row: dict, line: int, notes: Counter) -> Pair:
             raise UserError(f"{key!r} is not rendered here: put it into a message, or remove it")
     known = (*OFFICIAL, *TRL, *NOT_RENDERED, "is_correct")
     notes.update(f"column {key} ignored" for key in row if key not in known)
-    if not row.get("is_correct", True):
+    correct = row.get("is_correct", True)
+    if not isinstance(correct, bool):
+        raise UserError(f"'is_correct': true or false expected, found {correct!r:.40}")
+    if not correct:
         raise Drop("correction is wrong (is_correct: false)")
     official = "gemini_corrected_answer" in row or "original_answer" in row
     first, second, chosen_key, rejected_key = OFFICIAL if official else TRL
@@ -216,6 +220,8 @@ def prompt_messages(value, key: str, role: str = "user") -> list:
             raise UserError(f"{name}: tool calls and thoughts beside the content are not rendered")
         content = turn.get("content")
         if isinstance(content, list):
+            if not all(isinstance(part, dict) for part in content):
+                raise UserError(f"{name}: parts of type text expected, found {content!r:.80}")
             content = "".join(check_text(part.get("text"), f"{name}, a part") for part in content)
         messages.append({"role": turn["role"], "content": check_text(content, name)})
     if not messages or messages[-1]["role"] != role:
@@ -485,7 +491,7 @@ def make_pack(forks: list, indices: list, reference=None) -> Pack:
         positions += [np.arange(trunk + rejected), np.arange(trunk, trunk + chosen)]
         if rejected:
             spans.append((start, trunk_end, rejected_end, end))
-        else:  # prompt and answer are one plain sequence
+        else:  # for attention one plain sequence; in `lengths` the answer still counts as chosen
             spans.append((start, end, end, end))
         # A token is predicted from the one before it, the first of y+ from the trunk's last.
         rows += [np.arange(start + fork.prompt_length - 1, rejected_end - 1), [trunk_end - 1],

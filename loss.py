@@ -44,8 +44,9 @@ class _LinearLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets):
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        top = torch.full(targets.shape, -math.inf, dtype=wide, device=hidden.device)  # row maximum
-        total = torch.zeros_like(top)  # sum of exp(logit - top) so far
+        # An online logsumexp: the running maximum of a row, the sum of exp(logit - top) so far.
+        top = torch.full(targets.shape, -math.inf, dtype=wide, device=hidden.device)
+        total = torch.zeros_like(top)
         picked = torch.zeros_like(top)  # the target's logit, from the same GEMM as the normaliser
         for start, end, inside, column in _vocabulary_blocks(weight, targets):
             logits = (hidden @ weight[start:end].T).to(wide)
@@ -61,12 +62,12 @@ class _LinearLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         hidden, weight, targets, logsumexp = ctx.saved_tensors
-        # A row's logits have the gradient g * (onehot(target) - softmax).
         grad_hidden = torch.zeros_like(hidden, dtype=logsumexp.dtype)
         grad_weight = torch.empty_like(weight)
         for start, end, inside, column in _vocabulary_blocks(weight, targets):
             logits = (hidden @ weight[start:end].T).to(logsumexp.dtype)
             grad_logits = logits.sub_(logsumexp[:, None]).exp_().mul_(-grad[:, None])
+            # So far -g * softmax; g is added in the target's column.
             at_target = grad_logits.gather(1, column) + torch.where(inside, grad, 0.0)[:, None]
             grad_logits.scatter_(1, column, at_target)  # one entry a row: no atomics, deterministic
             grad_logits = grad_logits.to(hidden.dtype)
@@ -223,9 +224,10 @@ def update_delta(delta, batch_mean, batch_pairs, seen_pairs, kind="ema") -> floa
     return (delta * seen_pairs + batch_mean * batch_pairs) / (seen_pairs + batch_pairs)
 
 
-COUNT_OF = {"loss": "examples", "reward_chosen": "examples", "reward_rejected": "pairs",
-          "margin": "pairs", "accuracy": "pairs", "tether_chosen": "examples",
-          "tether_rejected": "pairs", "trunk_coef": "trunk_rows"}
+COUNT_OF = {
+    "loss": "examples", "reward_chosen": "examples", "reward_rejected": "pairs", "margin": "pairs",
+    "accuracy": "pairs", "tether_chosen": "examples", "tether_rejected": "pairs",
+    "trunk_coef": "trunk_rows"}
 SUMS = (*COUNT_OF, "abs_reward", "examples", "pairs", "chosen_tokens", "trunk_rows")
 
 

@@ -587,7 +587,7 @@ class Ranks:
             yield
         except (UserError, OSError, SafetensorError) as e:
             error = e
-        # Each rank sends its number if it failed, else the number of ranks: the least speaks.
+        # Each rank sends its number if it failed, else the number of ranks: the lowest one speaks.
         own = torch.full((), self.rank if error else self.world, device=self.device)
         first_failed = int(self.reduce(own, dist.ReduceOp.MIN))
         if self.rank == first_failed:

@@ -112,11 +112,14 @@ def parse_options(argv=None) -> Options:
     if given.keys() <= {"out", "seed"}:
         o.out = o.out or "runs/toy"
     else:
-        required = ("model", "pairs", "out")
+        required = ["model", "pairs"] if o.plan else ["model", "pairs", "out"]
         problems += [f"--{name} is required" for name in required if not getattr(o, name)]
     for name in ("beta", "lr", "epochs", "batch_size", "clip", "keep", "gpus"):
         if not getattr(o, name) > 0:
             problems.append(f"--{name} is {getattr(o, name)}, a number above 0 expected")
+    for name in ("max_steps", "save_every", "shard_size", "seed"):
+        if getattr(o, name) < 0:
+            problems.append(f"--{name} is {getattr(o, name)}, 0 or more expected")
     if not 0 <= o.warmup <= 1:
         problems.append(f"--warmup is {o.warmup}, a share between 0 and 1 expected")
     if o.delta != "ema" and o.loss != "spot-bco":
@@ -204,6 +207,8 @@ def plan_memory(policy, o: Options, tokens: int) -> dict:
 def plan(o: Options) -> str:
     """What the run takes on --gpus H100s, held-out pairs left out: memory by part, minutes."""
     shards, size = o.shard_size or o.gpus, getattr(torch, o.dtype).itemsize
+    if o.gpus % shards:
+        raise UserError(f"--shard_size {o.shard_size} does not divide --gpus {o.gpus}")
     config, forks, _, log = read_inputs(o)
     with torch.device("meta"):
         policy = qwen.Qwen3(config)
@@ -234,8 +239,8 @@ STOP = threading.Event()  # set by SIGTERM; a step's all-reduce makes all ranks 
 
 
 @dataclass
-class Pairs:
-    """Pairs, and the batches of their indices in which they are scored before training."""
+class ForkSet:
+    """Pairs laid out as forks, and the batches of their indices that are scored before training."""
 
     forks: list
     batches: list
@@ -251,19 +256,20 @@ class Run:
     policy: torch.nn.Module
     optimizer: torch.optim.Optimizer
     batches: list  # indices of pairs, a batch an optimizer step
-    pairs: Pairs
-    held_out: Pairs  # perhaps none
-    watched: Pairs  # one of the pairs: the report shows how its tokens' coefficients move
+    train_set: ForkSet
+    held_out: ForkSet  # perhaps of no pair
+    watched: ForkSet  # of one pair: the report shows how its tokens' coefficients move
     step: int = 0  # how many are done
     delta: float = 0.0  # the running mean of spot-bco
     rejected_nats: float = math.inf  # median of -log pi_ref(y-), set by describe_reference
     warned: set = field(default_factory=set)  # by watch_tether
 
-    def packs(self, pairs: Pairs, batch):
+    def packs(self, fork_set: ForkSet, batch):
         """This rank's micro-batches of one global batch, on the device."""
-        lengths, world = [len(fork) for fork in pairs.forks], self.ranks.world
+        forks, world = fork_set.forks, self.ranks.world
+        lengths = [len(fork) for fork in forks]
         for micro_batch in data.split_batch(batch, lengths, world, self.o.tokens_per_pack):
-            pack = data.make_pack(pairs.forks, micro_batch[self.ranks.rank], pairs.reference)
+            pack = data.make_pack(forks, micro_batch[self.ranks.rank], fork_set.reference)
             yield pack.to(self.ranks.device)
 
     def score(self, pack):
@@ -283,14 +289,15 @@ def make_run(o: Options, ranks: Ranks, policy, forks, eval_forks) -> Run:
     for epoch in range(o.epochs):
         batches += data.epoch_batches(len(forks), o.batch_size, o.seed, epoch)
     batches = batches[:total_steps(len(forks), o)]
+    # The reference is scored in the batches of epoch 0: with the same packs step 0 is exact.
     first_epoch = batches[:epoch_steps(len(forks), o)]
     trained = [forks[i] for batch in first_epoch for i in batch]
     trained = [fork for fork in trained if len(fork.rejected)] or trained
     watched = sorted(trained, key=lambda fork: (len(fork), fork.line))[len(trained) // 2]
     count, size = len(eval_forks), o.batch_size
     held_out = [range(i, min(i + size, count)) for i in range(0, count, size)]
-    return Run(o, ranks, policy, make_optimizer(policy, o), batches, Pairs(forks, first_epoch),
-               Pairs(eval_forks, held_out), Pairs([watched], [[0]]))
+    return Run(o, ranks, policy, make_optimizer(policy, o), batches, ForkSet(forks, first_epoch),
+               ForkSet(eval_forks, held_out), ForkSet([watched], [[0]]))
 
 
 def epoch_steps(pairs: int, o: Options) -> int:
@@ -306,17 +313,17 @@ def total_steps(pairs: int, o: Options) -> int:
 def train_step(run: Run, batch, lr: float) -> dict:
     """One optimizer step on one global batch of pair indices. Returns the sums over all ranks that
     loss.SUMS names, "stop" (above 0: a rank was sent SIGTERM), "grad_norm" before clipping."""
-    o, count, forks = run.o, len(batch), [run.pairs.forks[i] for i in batch]
+    o, count, forks = run.o, len(batch), [run.train_set.forks[i] for i in batch]
     if o.loss in loss.TOKEN_OBJECTIVES:  # a global number that every rank knows: no communication
         count = sum(len(f.trunk) - f.prompt_length + len(f.chosen) for f in forks)
     sums = torch.zeros(len(loss.SUMS), dtype=torch.float64, device=run.ranks.device)
-    for pack in run.packs(run.pairs, batch):
+    for pack in run.packs(run.train_set, batch):
         row_logps = run.score(pack)
         coefficients, pack_sums = run.coefficients(pack, row_logps)
         row_logps.backward(coefficients / count)
         sums += pack_sums
     grad_norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), o.clip).full_tensor()
-    # Our only communication in a step, and its only wait for the GPU.
+    # Our only communication in a step, and its only wait for the GPU: the norm comes along.
     stop = sums.new_full((1,), float(STOP.is_set()))
     everything = run.ranks.reduce(torch.cat([sums, stop, grad_norm.double().view(1)])).tolist()
     totals = dict(zip((*loss.SUMS, "stop", "grad_norm"), everything))
@@ -332,14 +339,14 @@ def train_step(run: Run, batch, lr: float) -> dict:
 def check_step(run, forks, totals: dict):
     """Raises UserError, on all ranks alike and before the weights are touched, where a number is
     not finite, and at step 0, where the policy is its own reference, a reward is not exactly 0."""
-    total, norm = totals["loss"], totals["grad_norm"]
-    if not math.isfinite(total + norm):
+    mean = loss.average([totals[name] for name in loss.SUMS], run.o.loss)["loss"]
+    norm = totals["grad_norm"]
+    if not math.isfinite(mean + norm):
         lines = ", ".join(str(fork.line) for fork in forks)
-        raise UserError(f"step {run.step}: loss {total}, gradient norm {norm}: not finite, "
+        raise UserError(f"step {run.step}: loss {mean}, gradient norm {norm}: not finite, "
                         f"weights left as they were. Its pairs: lines {lines} of {run.o.pairs}")
     if run.step == 0:
-        run.ranks.say(f"step 0: sum of |reward| {totals['abs_reward']}, loss of a pair "
-                      f"{total / len(forks):.9f}")
+        run.ranks.say(f"step 0: sum of |reward| {totals['abs_reward']}, loss {mean:.9f}")
         if totals["abs_reward"] != 0:
             raise UserError("step 0 must give rewards of exactly 0: the forward pass is not "
                             "deterministic here. If it returns, try --dtype float32")
@@ -349,7 +356,7 @@ def finish_step(run, batch, totals: dict, lr: float, seconds: float) -> dict:
     """Move the run one step on; returns the step's line of metrics.jsonl. Means (loss.average),
     delta and grad_norm are from before the update, tokens those of all ranks, memory_gb is the main
     rank's peak so far: of its GPU, or resident."""
-    o, forks = run.o, run.pairs.forks
+    o, forks = run.o, run.train_set.forks
     tokens = sum(len(forks[i]) for i in batch)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if run.ranks.device.type == "cuda":
@@ -370,12 +377,12 @@ def finish_step(run, batch, totals: dict, lr: float, seconds: float) -> dict:
 
 
 @torch.no_grad()
-def score_all(run: Run, pairs: Pairs, title) -> torch.Tensor:
+def score_all(run: Run, fork_set: ForkSet, title) -> torch.Tensor:
     """(N, 2) fp64 sequence log-probs of all pairs under the present policy, on every rank's CPU."""
-    scores = torch.zeros(len(pairs.forks), 2, dtype=torch.float64, device=run.ranks.device)
-    bar = run.ranks.progress(len(pairs.batches), title, "batch")
-    for batch in pairs.batches:
-        for pack in run.packs(pairs, batch):
+    scores = torch.zeros(len(fork_set.forks), 2, dtype=torch.float64, device=run.ranks.device)
+    bar = run.ranks.progress(len(fork_set.batches), title, "batch")
+    for batch in fork_set.batches:
+        for pack in run.packs(fork_set, batch):
             scores[pack.pairs] = loss.sequence_logps(run.score(pack), pack.lengths)
         bar.update()
     bar.close()
@@ -383,26 +390,32 @@ def score_all(run: Run, pairs: Pairs, title) -> torch.Tensor:
     return run.ranks.reduce(scores)  # each pair was scored by one rank, the others add zeros
 
 
+def hash_forks(forks) -> str:
+    """Of encoded pairs: tokenizer, template and filters are in it too."""
+    ids = [(f.prompt_length, f.trunk.tolist(), f.rejected.tolist(), f.chosen.tolist())
+           for f in forks]
+    return hashlib.sha256(str(ids).encode()).hexdigest()
+
+
 def reference_pass(run: Run):
     """Score all pairs before step 0; a resumed run takes the scores that it began with. The same
-    code, packs and dtype as in training make step-0 rewards exactly 0: bf16 log-probs depend on the
-    pack. So the watched pair, whose snapshots are taken alone, is also scored alone."""
-    o, path = run.o, f"{run.o.out}/reference.safetensors"
-    sets = {"pairs": run.pairs, "eval_pairs": run.held_out, "watched": run.watched}
-    files = {name: file_sha256(file) for name, file in
-             (("pairs", o.pairs), ("eval_pairs", o.eval_pairs)) if file}
+    code, packs and dtype as in training make step-0 rewards exactly 0. In bf16 a log-prob depends
+    on its pack: snapshots score the watched pair alone, so its reference is scored alone too."""
+    path = f"{run.o.out}/reference.safetensors"
+    sets = {"pairs": run.train_set, "eval_pairs": run.held_out, "watched": run.watched}
+    digests = {name: hash_forks(fork_set.forks) for name, fork_set in sets.items()}
     if run.step == 0:
-        for name, pairs in sets.items():
-            pairs.reference = score_all(run, pairs, f"reference, {name}")
-        scores = {name: pairs.reference for name, pairs in sets.items()}
-        run.ranks.main_only(lambda: qwen.write_tensors(path, scores, **files))
+        for name, fork_set in sets.items():
+            fork_set.reference = score_all(run, fork_set, f"reference, {name}")
+        scores = {name: fork_set.reference for name, fork_set in sets.items()}
+        run.ranks.main_only(lambda: qwen.write_tensors(path, scores, **digests))
         return
     with run.ranks.together(), safe_open(path, framework="pt") as f:
-        for name, digest in files.items():
-            if f.metadata().get(name) != digest:
-                raise UserError(f"{path} belongs to other {name} than --{name} holds now")
-        for name, pairs in sets.items():
-            pairs.reference = f.get_tensor(name)
+        for name, fork_set in sets.items():
+            if f.metadata()[name] != digests[name]:
+                raise UserError(f"{path} belongs to other {name} than given now, or to another "
+                                "tokenizer or template")
+            fork_set.reference = f.get_tensor(name)
 
 
 @torch.no_grad()
@@ -454,8 +467,8 @@ LEAST_BOUND = 20.0  # a bound on r+ of 13 did not keep the model near its base, 
 def describe_reference(run: Run) -> str:
     """What is known before step 1: nats of the answers, hence the bound on r+; which y+ the policy
     finds least probable beside its own y-; what is likely to go wrong. Sets run.rejected_nats."""
-    o, forks, reference = run.o, run.pairs.forks, run.pairs.reference
-    trained = [i for batch in run.pairs.batches for i in batch.tolist()]
+    o, forks, reference = run.o, run.train_set.forks, run.train_set.reference
+    trained = [i for batch in run.train_set.batches for i in batch.tolist()]
     pairs = [i for i in trained if len(forks[i].rejected)]
     chosen, rejected = -reference[trained, 0], -reference[pairs, 1]
     lines = [f"-log pi_ref({name}): median {nats.median():.1f}, 90th percentile "
@@ -480,17 +493,19 @@ def describe_reference(run: Run) -> str:
 def watch_tether(run: Run, metrics: dict):
     """Warn of what came before a model was harmed, each of it once a run."""
     step, total = metrics["step"], len(run.batches)
-    chosen, rejected, texts = metrics["tether_chosen"], metrics["tether_rejected"], {}
-    if step == total - 1 and chosen > LEARNED:
-        texts["end"] = f"lambda+ ends at {chosen:.2f}: the pairs still pull. Train longer"
-    if rejected is not None:
+    tether_chosen, tether_rejected = metrics["tether_chosen"], metrics["tether_rejected"]
+    texts = {}
+    if step == total - 1 and tether_chosen > LEARNED:
+        texts["end"] = f"lambda+ ends at {tether_chosen:.2f}: the pairs still pull. Train longer"
+    if tether_rejected is not None:
         lost, nats = -metrics["reward_rejected"] / run.o.beta, run.rejected_nats
-        if lost > 2 * nats and chosen > LEARNED:
+        if lost > 2 * nats and tether_chosen > LEARNED:
             texts["y-"] = (f"y- has lost {lost:.1f} nats, it had {nats:.1f}, and lambda+ is "
-                           f"{chosen:.2f}: other skills will suffer. Raise --beta")
-        if rejected > 0.25 and chosen <= LEARNED and step < total / 10:
-            texts["y+"] = (f"lambda+ is {chosen:.3f} already, lambda- is {rejected:.2f}: y+ is "
-                           "learned and the error is not. Does the Oracle rewrite too much?")
+                           f"{tether_chosen:.2f}: other skills will suffer. Raise --beta")
+        if tether_rejected > 0.25 and tether_chosen <= LEARNED and step < total / 10:
+            texts["y+"] = (f"lambda+ is {tether_chosen:.3f} already, lambda- is "
+                           f"{tether_rejected:.2f}: y+ is learned and the error is not. Does the "
+                           "Oracle rewrite too much?")
     for name in texts.keys() - run.warned:
         run.ranks.say(f"warning: step {step}: {texts[name]}")
         run.warned.add(name)
@@ -616,10 +631,10 @@ def lock_folder(out):
 def start_logs(run):
     """Write the options and the watched pair; drop the lines of steps that come again."""
     out = run.o.out
-    if not os.path.exists(f"{out}/config.json"):
+    if run.step == 0:
         data.write_json(f"{out}/config.json", {"options": asdict(run.o)})
-    if not os.path.exists(f"{out}/surgery.jsonl"):
         data.write_rows(f"{out}/surgery.jsonl", [describe_watched(run)])
+    # A line of eval.jsonl says how many steps were done, the others which step comes.
     for name, end in (("metrics", run.step), ("surgery", run.step), ("eval", run.step + 1)):
         path = f"{out}/{name}.jsonl"
         if os.path.exists(path):
@@ -630,14 +645,17 @@ def train(o: Options, ranks: Ranks) -> int:
     """The whole run; returns the exit code: 0, or 143 where SIGTERM ended it early."""
     run = prepare(o, ranks)
     with ranks.main_only(lock_folder, o.out) or contextlib.nullcontext():
-        saved = whole_checkpoints(o.out)
-        if saved:
-            load_checkpoint(run, saved[-1])
+        last = 0  # the step of the last checkpoint, from the main rank: a network disk may lag
+        if ranks.main and whole_checkpoints(o.out):
+            last = int(whole_checkpoints(o.out)[-1].rpartition("_")[2])
+        last = int(ranks.reduce(torch.tensor(last)))
+        if last:
+            load_checkpoint(run, f"{o.out}/checkpoints/step_{last:06d}")
         reference_pass(run)
         ranks.say(describe_reference(run))
         ranks.main_only(start_logs, run)
-        total, an_epoch = len(run.batches), epoch_steps(len(run.pairs.forks), o)
-        bar = ranks.progress(total, os.path.basename(o.out), "step", run.step)
+        total, an_epoch = len(run.batches), epoch_steps(len(run.train_set.forks), o)
+        bar = ranks.progress(total, os.path.basename(os.path.abspath(o.out)), "step", run.step)
         while run.step < total:
             if run.step % max(1, total // 10) == 0:
                 snapshot(run)
@@ -673,6 +691,7 @@ def train(o: Options, ranks: Ranks) -> int:
 def export_model(run):
     """The trained weights as a Hugging Face folder, OUT/model; only a whole one has this name."""
     final, ranks = f"{run.o.out}/model", run.ranks
+    ranks.main_only(shutil.rmtree, f"{final}.tmp", True)  # of a killed export
     qwen.export(run.policy, f"{final}.tmp", run.o.model, ranks, getattr(torch, run.o.save_dtype))
     with ranks.together():
         if ranks.main:
@@ -699,7 +718,7 @@ TOY_COLUMNS = (  # title, figure, digits, meaning
     ("r+", "reward_chosen", 1, "beta times the nats that y+ has gained, mean of the last epoch"),
     ("r-", "reward_rejected", 1, "the same of y-"),
     ("lambda+", "tether_chosen", 3, "1 - sigmoid(r+), factor of SPoT's push on y+; SFT+'s is 1"))
-TOY = {  # every number of the story; a change of any makes a new folder
+TOY = {  # every number of the story; a change of one makes a new folder
     "shape": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3,
               "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32},
     "world": {"rows": 8000, "chain": 6, "share": 0.2, "doubt": 0.8},

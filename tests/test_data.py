@@ -97,6 +97,8 @@ BAD = [
     ({**TRL, "tools": [{"name": "f"}]}, "'tools' is not rendered"),
     ({**TRL, "prompt": [{"role": "tool", "content": "x"}]}, "role system, user or assistant"),
     ({**TRL, "prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "'prompt', a part: a"),
+    ({**TRL, "prompt": [{"role": "user", "content": ["hi"]}]}, "'prompt': parts of type text"),
+    ({**OFFICIAL, "is_correct": "false"}, "'is_correct': true or false expected"),
     ('{"prompt": "q", "chosen": "\\ud800", "rejected": "x"}', "lone surrogate"),
 ]
 

@@ -137,7 +137,7 @@ def test_canary_stops_a_policy_that_differs_from_its_reference(world, tmp_path, 
 
     def differing(run):
         reference_pass(run)
-        change(run.pairs.reference)
+        change(run.train_set.reference)
     monkeypatch.setattr(train, "reference_pass", differing)
     said = run_here(world, out, "--loss", objective, code=1)
     assert "error: step 0 must give rewards of exactly 0" in said

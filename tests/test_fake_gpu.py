@@ -52,7 +52,7 @@ def make_run(train, ranks, watch, layers, shard_size, tied, objective, checkpoin
 
 def count_packs_and_units(train, run, batches):
     """Packs are as many on every rank: one without work has dummies. Units are FSDP's."""
-    lengths = [len(fork) for fork in run.pairs.forks]
+    lengths = [len(fork) for fork in run.train_set.forks]
     plans = [train.data.split_batch(batch, lengths, run.ranks.world, 1200) for batch in batches]
     config = run.policy.config
     tables = 0 if config.tie_word_embeddings else 2
@@ -110,16 +110,16 @@ def test_one_rank(case, monkeypatch, tmp_path):
     layers, rank, world, *options = case
     with fake_gpu(monkeypatch, rank, world) as (train, ranks, watch):
         run = make_run(train, ranks, watch, layers, *options)
-        batches = run.pairs.batches
+        batches = run.train_set.batches
         one_pair = batches[0][:1]
-        run.pairs.reference = run.held_out.reference = check_scoring(
-            train, run, watch, batches, train.score_all, run.pairs, "reference")
+        run.train_set.reference = run.held_out.reference = check_scoring(
+            train, run, watch, batches, train.score_all, run.train_set, "reference")
         check_step(train, run, watch, batches[0])
-        assert rank == 0 or [len(pack.rows) for pack in run.packs(run.pairs, one_pair)] == [0]
+        assert rank == 0 or [len(pack.rows) for pack in run.packs(run.train_set, one_pair)] == [0]
         check_step(train, run, watch, one_pair)
         check_scoring(train, run, watch, [range(3)], train.score_held_out)
         check_step(train, run, watch, batches[1])
-        run.watched.reference = run.pairs.reference[:1]
+        run.watched.reference = run.train_set.reference[:1]
         train.snapshot(run)
         check_step(train, run, watch, one_pair)
         check_files(train, run, watch, str(tmp_path))

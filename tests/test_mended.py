@@ -8,7 +8,8 @@ import launch
 
 import eval as evaluation
 import oracle
-from data import UserError, write_json
+import train
+from data import UserError, read_log, write_json
 from launch import program
 from test_report import Page, make_run
 from tiny import write_rows
@@ -114,3 +115,49 @@ def test_a_chart_has_the_first_and_the_last_step_of_any_run(count, tmp_path):
     assert first == (0, -1) and last == (count - 1, pytest.approx(-count, rel=1e-3))
     assert f"steps 0 to {count - 1}" in page.text
     assert min(count, 200) <= len(points) <= evaluation.MAX_SHOWN + 1
+
+
+# --- runs that are begun or resumed ---------------------------------------------------------------
+
+
+def train_here(world, out, *more):
+    """Exit code and output of a run of three steps."""
+    return program(train, "--model", world["model"], "--pairs", world["pairs"], "--out", out,
+                   "--dtype", "float32", "--batch_size", 8, "--epochs", 1, "--checkpointing",
+                   "none", "--save_every", 1, "--keep", 9, *more)
+
+
+@pytest.mark.parametrize("name", ["max_steps", "save_every", "shard_size", "seed"])
+def test_a_number_below_zero_is_refused(name):
+    with pytest.raises(UserError, match=f"--{name} is -1, 0 or more expected"):
+        train.parse_options(["--model", "m", "--pairs", "p", "--out", "o", f"--{name}", "-1"])
+
+
+def test_a_run_that_begins_again_watches_a_pair_of_its_own(world, tmp_path):
+    other = {**world, "pairs": write_rows(tmp_path / "p.jsonl", read_log(world["pairs"])[5:17])}
+    for pairs, out in (world, "again"), (other, "fresh"):
+        assert train_here(pairs, tmp_path / out)[0] == 0
+    for name in ("checkpoints", "model"):  # as if killed before the first checkpoint
+        shutil.rmtree(tmp_path / "again" / name)
+    code, said = train_here(other, tmp_path / "again", "--resume")
+    assert code == 0, said
+    for name in ("surgery", "metrics"):
+        rows = [launch.metrics(tmp_path / out, name) for out in ("again", "fresh")]
+        assert rows[0] == rows[1]
+
+
+def test_a_resumed_run_refuses_pairs_that_are_encoded_in_another_way(world, tmp_path):
+    assert train_here(world, tmp_path / "out")[0] == 0
+    for name in ("checkpoints/step_000003", "model"):
+        shutil.rmtree(tmp_path / "out" / name)
+    other = {**world, "model": shutil.copytree(world["model"], tmp_path / "model")}
+    (tmp_path / "model/chat_template.jinja").write_text(train.TOY_TEMPLATE)
+    code, said = train_here(other, tmp_path / "out", "--resume")
+    assert code == 1 and "belongs to other pairs than given now, or to another tokenizer" in said
+
+
+def test_what_a_killed_export_has_left_is_not_exported(world, tmp_path):
+    (tmp_path / "out/model.tmp").mkdir(parents=True)
+    (tmp_path / "out/model.tmp/model-00001-of-00002.safetensors").write_bytes(b"half")
+    assert train_here(world, tmp_path / "out")[0] == 0
+    assert len(list((tmp_path / "out/model").glob("*.safetensors"))) == 1

@@ -71,7 +71,7 @@ def open_run(shape, forks, ranks, **options):
     finally:
         qwen.load_weights = load
     run = train.make_run(o, ranks, policy, forks, [])
-    run.pairs.reference = train.score_all(run, run.pairs, "reference")
+    run.train_set.reference = train.score_all(run, run.train_set, "reference")
     run.step = 1  # step 0 insists on rewards of 0
     return run
 

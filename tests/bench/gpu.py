@@ -153,7 +153,7 @@ def open_run(sizes, config, count):
         forks.append(common.make_pair(rng, config.vocab_size, length // 5, length, share=2 / 3))
     run = common.open_run(config, forks, qwen.open_ranks(600), dtype="bfloat16", batch_size=pairs)
     # Rewards of about N(0, 1): at 0 the trunk's gradients are 0, and products of zeros are faster.
-    run.pairs.reference += 10 * torch.randn(len(forks), 2)
+    run.train_set.reference += 10 * torch.randn(len(forks), 2)
     return run, [list(range(i, i + pairs)) for i in range(0, len(forks), pairs)]
 
 
@@ -173,7 +173,7 @@ def narrow(sizes, report):
         for block in run.policy.layers:
             block.checkpointing = name == "full"
         _, took, memory = measure(train_step, part)
-        packs = [pack for batch in part[1:] for pack in run.packs(run.pairs, batch)]
+        packs = [pack for batch in part[1:] for pack in run.packs(run.train_set, batch)]
         tokens = [len(pack.tokens) for pack in packs]
         flops = sum(common.count_flops(sizes.narrow, pack) for pack in packs) / 3
         options = replace(run.o, checkpointing=name, gpus=1)
@@ -197,7 +197,7 @@ def transformers(sizes, report):
     from transformers import AutoModelForCausalLM, Qwen3Config
 
     run, batches = open_run(sizes, sizes.narrow, 5)
-    forks, reference = run.pairs.forks, run.pairs.reference.to(sizes.device)
+    forks, reference = run.train_set.forks, run.train_set.reference.to(sizes.device)
     weights = {qwen.hf_name(name): p.detach().full_tensor().cpu()
                for name, p in run.policy.named_parameters()}
     train_step = functools.partial(train.train_step, run, lr=1e-6)

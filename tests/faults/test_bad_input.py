@@ -31,6 +31,7 @@ CELLS = [  # the command, what is broken, what the message must match
     ("train", second_line("pairs.jsonl", b'{"prompt": "caf\xe9"}'), "line 2: .*byte 0xe9"),
     ("train", second_line("pairs.jsonl", b'{"prompt": "q"}'), r"line 2: .*\['prompt'\]"),
     ("train", cut("held.jsonl.gz", -12), "held.jsonl.gz: cannot be read: .*end-of-stream"),
+    ("train", flip("held.jsonl.gz", 40), "held.jsonl.gz: cannot be read: "),
     # questions, errors, functions, texts
     ("elicit", second_row("questions.jsonl", id="n0"), "1 ids occur more than once, first 'n0'"),
     ("rectify", second_row("errors.jsonl", original_answer=5), "line 2: 'original_answer': a str"),
