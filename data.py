@@ -92,7 +92,14 @@ def read_log(path: str) -> list:
     if not os.path.exists(path):
         return []
     with open(path, "rb") as f:
-        return [json.loads(line) for line in f.read().split(b"\n")[:-1]]
+        lines = f.read().split(b"\n")[:-1]
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as e:  # a full disk can cut one in the middle
+            raise UserError(f"{path}, line {number}: {e}: remove the line") from None
+    return rows
 
 
 OTHER_FORMATS = {  # how a file begins: what it is, and a command that makes JSON Lines of it

@@ -19,6 +19,7 @@ import json
 import os
 import re
 import runpy
+import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 
@@ -254,7 +255,7 @@ def oracle_messages(item: Item, prompt: str) -> list:
 def judge_correction(item, record, encode, prompt, by_function, max_change_ratio):
     """("pairs", fields of the pair row) or (reason, None) for one raw answer."""
     if "error" in record:
-        return "request failed: " + record["error"], None
+        return "request failed", None
     if record["finish"] == "length":
         return "cut off by the token limit", None
     text = after_thinking(record["text"])
@@ -285,7 +286,10 @@ def python_function(spec: str):
     returns the corrected text. Returns the function, and a name that tells its versions apart."""
     path, _, name = spec.partition(":")
     try:
+        sys.path.insert(0, os.path.dirname(os.path.abspath(path)))  # it may import its neighbours
         function = runpy.run_path(path)[name]
+        if not callable(function):
+            raise TypeError(f"{name} is no function")
         with open(path, "rb") as f:
             return function, f"{spec} {hashlib.sha256(f.read()).hexdigest()[:16]}"
     except (Exception, SystemExit) as e:
