@@ -1299,20 +1299,21 @@ def question_messages(row: dict, prompt: str) -> list:
     raise UserError(f"question, problem or prompt expected, found {sorted(row)!r:.100}")
 
 
-def item_id(row: dict, line: int) -> str:
-    """The row's own id, else its line number."""
-    for key in ("id", "index", "key", "Record ID"):
-        if row.get(key) is not None:
-            return data.check_text(str(row[key]), f'"{key}"')
-    return str(line)
+def read_items(path: str, parse, skip_malformed: bool = False) -> tuple[list, Counter]:
+    """`data.read_rows` through parse(row, its id), the line number where it has none. An id that
+    occurs twice is malformed."""
+    seen = set()
 
+    def parse_new(row, line):
+        name = next((str(row[key]) for key in ("id", "index", "key", "Record ID")
+                     if row.get(key) is not None), str(line))
+        item = parse(row, data.check_text(name, "'id'"))
+        if name in seen:
+            raise UserError(f"the id {name!a} again: make field id (or index) unique, or remove it")
+        seen.add(name)
+        return item
 
-def refuse_repeated(ids: list, path: str):
-    """Raise UserError if an id occurs twice."""
-    repeated = [name for name, count in Counter(ids).items() if count > 1]
-    if repeated:
-        raise UserError(f"{path}: {len(repeated)} ids occur more than once, first {repeated[0]!a}: "
-                        "make field id (or index) unique, or remove it")
+    return data.read_rows(path, parse_new, skip_malformed)
 
 
 def load_task(spec: str, folder: str) -> Task:
@@ -1325,11 +1326,7 @@ def load_task(spec: str, folder: str) -> Task:
     task = TASKS.get(name) or replace(TASKS["gsm8k"], name=name)
     path = path or os.path.join(folder, f"{name}.jsonl")
 
-    def parse(row, line):
-        return item_id(row, line), *task.read(row, task.prompt)
-
-    rows, _ = data.read_rows(path, parse)
-    refuse_repeated([name for name, *_ in rows], path)
+    rows, _ = read_items(path, lambda row, name: (name, *task.read(row, task.prompt)))
     return replace(task, rows=rows)
 
 

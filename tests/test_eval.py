@@ -171,7 +171,7 @@ BAD = [
     (["--tasks", "../x=own.jsonl"], "is no name"), (["--tasks", "results.json=x"], "is no name"),
     ({"question": "q"}, "a gold answer expected"),
     ({"answer": "4"}, "question, problem or prompt expected"),
-    ({"id": 1, "question": "q", "answer": "4"}, "1 ids occur more than once"),
+    ({"id": 1, "question": "q", "answer": "4"}, "the id '1' again"),
 ]
 
 
