@@ -343,7 +343,6 @@ def known_template(folder: str) -> str:
 
 # --- change ratio and forks -----------------------------------------------------------------------
 
-
 def lcs_length(a, b) -> int:
     """Length of the longest common subsequence by Hyyro's recurrence: 8k x 8k tokens in 10 ms."""
     positions = {}
@@ -433,7 +432,6 @@ def load_forks(path, chat, max_length, max_change_ratio, need_rejected, skip_mal
 
 
 # --- the plan (who computes which pair when) and packs --------------------------------------------
-
 
 def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> list:
     """Arrays of pair indices, one an optimizer step, the last smaller. Ranks play no part."""

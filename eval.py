@@ -256,7 +256,6 @@ def read_completion(answer: dict) -> dict:
 
 # --- sampling: every answer kept as it comes ------------------------------------------------------
 
-
 def read_answers(folder: str, keys=None) -> dict:
     """{key: record} of all ranks' raw answers; an answer goes before a failed request. Raises
     UserError for answers to something that is not in `keys`."""
@@ -618,7 +617,6 @@ def split_tokens(tokens, separators):
 
 
 # --- grading: an expression to numbers ------------------------------------------------------------
-
 
 def power(x, n):
     """x^n over the reals: x^(1/3) of a negative x is negative, x^(1/2) is undefined."""
@@ -1258,7 +1256,6 @@ def grade_gpqa(text, right):
 
 # --- tasks ----------------------------------------------------------------------------------------
 
-
 @dataclass(frozen=True)
 class Task:
     """One benchmark: what is asked, how its file is read, and how an answer is scored."""
@@ -1331,7 +1328,6 @@ def load_task(spec: str, folder: str) -> Task:
 
 
 # --- evaluation: statistics, scores, comparison, retention ----------------------------------------
-
 
 def clustered(scores: list, weights: list | None = None) -> tuple[float, float | None]:
     """(mean, its standard error) of per-question lists of scores, in the scores' unit. Samples of a
@@ -1671,7 +1667,6 @@ Point at a token for its coefficient and log p.</p><div class="grid">{watched}</
 
 
 # --- command line ---------------------------------------------------------------------------------
-
 
 @dataclass
 class EvalOptions(SamplingOptions):

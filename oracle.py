@@ -66,7 +66,6 @@ PROMPTS = {  # {question}, {answer}, {gold} are filled for each error
 
 # --- reading questions and errors -----------------------------------------------------------------
 
-
 @dataclass
 class Item:
     """One question, or one wrong answer to it."""
@@ -149,7 +148,6 @@ def sorted_at_the_end(policy, asked, out, ranks, names, judge):
 
 # --- elicit: the policy's own wrong answers -------------------------------------------------------
 
-
 def elicit(items: list, out: str, policy: LocalModel | Server, sampling: Sampling, ranks: Ranks,
            samples: int = 1, seed: int = 0):
     """Sample `samples` answers to every question and grade them.
@@ -193,7 +191,6 @@ def judge_answer(item: Item, record: dict) -> tuple:
 
 
 # --- rectify: the Oracle's corrections ------------------------------------------------------------
-
 
 def rectify(items: list, out: str, oracle, encode, ranks: Ranks, prompt: str = "correct",
             max_change_ratio: float = 0.6, target: int = 0, sampling: Sampling | None = None,
@@ -295,7 +292,6 @@ def python_function(spec: str):
 
 
 # --- command line ---------------------------------------------------------------------------------
-
 
 @dataclass
 class ElicitOptions(SamplingOptions):
