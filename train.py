@@ -664,8 +664,8 @@ def train(o: Options, ranks: Ranks) -> int:
             if o.loss in TETHERED:
                 watch_tether(run, metrics)
             bar.update()
-            bar.set_postfix({name: f"{metrics[name]:.3f}" for name in
-                             ("loss", "reward_chosen", "tether_chosen")}, refresh=False)
+            shown = ["loss", "reward_chosen", "tether_chosen"] if o.loss in TETHERED else ["loss"]
+            bar.set_postfix({name: f"{metrics[name]:.3f}" for name in shown}, refresh=False)
             last = run.step == total
             if run.held_out.forks and (last or run.step % an_epoch == 0):
                 held_out = {"step": run.step, **score_held_out(run)}
@@ -697,20 +697,22 @@ def export_model(run):
 # --- the toy story: the whole method on a bare machine (skip on first reading) --------------------
 
 TOY_STORY = r"""
-1  A newborn Qwen3 learns five skills over digits, three of them in steps that keep the last digit:
-   "Add: 4+3+8" gets "4+3=7", "7+8=5", "\boxed{5}", a line each. Half the questions name a manner
-   ("Add, semicolons, thus: 4+3+8") and get it. In answers to the others a step now and then begins
-   with a rare word ("so 7+8=5"). The corpus often has a fifth of the addition facts wrong.
+1  A small random Qwen3 learns five skills over digits: Add, Subtract and Largest in steps that keep
+   the last digit, Reverse and Sort. "Add: 4+3+8" gets "4+3=7", "7+8=5", "\boxed{5}", a line each.
+   Half the questions name a manner ("Add, semicolons, thus: 4+3+8") and are answered in it. In
+   other answers the manner is free, and a step now and then begins with a rare word ("so 7+8=5").
+   For a fifth of the addition facts the corpus mostly has a wrong sum.
 2  So this base model errs in Add. Its wrong answers to new questions are y-.
-3  The Oracle, here a program, writes right steps into y- and keeps the rest: y+.
+3  The Oracle, here a program, corrects the wrong step and what follows from it, and keeps words and
+   manner: y+.
 """
 TOY_COLUMNS = (  # title, figure, digits, meaning
     ("Add", "add", 1, "right answers in Add, %"),
     ("others", "others", 1, "right answers in the other four skills, which no pair shows, %"),
     ("manner", "obeyed", 1, "questions of others naming a manner that are answered in it, %"),
-    ("rare words", "words", 1, "steps of others that begin with a rare word, %; to be kept"),
-    ("KL*1000", "kl", 2, "how far from the base, in nats per 1000 tokens of answers to others"),
-    ("r+", "reward_chosen", 1, "beta times the nats that y+ has gained, mean of the last epoch"),
+    ("rare words", "words", 1, "steps of others that begin with a rare word, %; good: the base's"),
+    ("KL*1000", "kl", 2, "KL(base || model) in nats per 1000 tokens of true answers to others"),
+    ("r+", "reward_chosen", 1, "beta times the nats that y+ gained over the base, last epoch"),
     ("r-", "reward_rejected", 1, "the same of y-"),
     ("lambda+", "tether_chosen", 3, "1 - sigmoid(r+), factor of SPoT's push on y+; SFT+'s is 1"))
 TOY = {  # every number of the story; a change of one makes a new folder
@@ -860,7 +862,10 @@ def story(o: Options, ranks: Ranks) -> int:
     say(f"   {len(pairs)} pairs. One of them, x, y- and y+:")
     for key in ("question", "original_answer", "gemini_corrected_answer"):
         say("     " + pairs[0][key].replace("\n", "  "))
-    say("\n4  They train SFT+ (cross-entropy on y+), DPO and SPoT, at one rate and one beta.\n")
+    say("""
+4  They train copies of the base: SFT+ (cross-entropy on y+), DPO (y+ above y-), SPoT (y+ up, y-
+   down, each until learned). {epochs} epochs, rate {lr}, beta {beta}.
+""".format(**TOY["surgery"]))
     figures = {"base": toy_figures(f"{root}/base", root, o.seed, ranks)}
     for out, (name, objective) in zip(runs, TOY_METHODS.items()):
         toy_train(ranks, out, seed=o.seed, model=f"{root}/base/model", pairs=path, loss=objective,
@@ -877,7 +882,7 @@ def story(o: Options, ranks: Ranks) -> int:
     say(f"""{result}
 
 {time.perf_counter() - started:.0f} s with {ranks.world} rank(s); all figures are in {results}
-curves, and where one pair's updates gather: {root}/report.html""")
+curves, and which tokens one pair's updates fall on: {root}/report.html""")
     return 0
 
 
@@ -975,13 +980,14 @@ def toy_result(figures: dict) -> str:
         row = figures[name]
         mends = "mends" if row["add"] >= 98 else "does not fully mend"
         keeps = "keeps" if row["words"] >= base["words"] / 2 else "loses"
-        lines.append(f"   {name} {mends} Add and {keeps} rare words; KL*1000 is {row['kl']:.2f}.")
+        lines.append(f"   {name} {mends} Add and {keeps} rare words; others {base['others']:.1f} "
+                     f"-> {row['others']:.1f} %, KL*1000 {row['kl']:.2f}.")
     tether = figures["SPoT"]["tether_chosen"]
-    stopped = "has stopped by itself" if tether < LEARNED else "has not stopped yet"
-    lines.append(f"   SPoT {stopped}: lambda+, the factor of its push on y+, is {tether:.3f}.\n\n"
+    stopped = "has stopped pushing y+" if tether < LEARNED else "still pushes y+"
+    lines.append(f"   SPoT {stopped}: the factor lambda+ is {tether:.3f}. SFT+ goes on, at 1.\n\n"
                  f"   {base['question']}, one sample each at temperature 1, rare words marked:")
     for name, row in figures.items():
-        sample = TOY_RARE.sub(r"*\1* ", row["sample"]).replace("\n", "  ")
+        sample = re.sub(r"\b(so|then|hence) ", r"*\1* ", row["sample"]).replace("\n", "  ")
         lines.append(f"   {name:<6}{sample}")
     return "\n".join(lines)
 

@@ -168,22 +168,22 @@ def test_the_result_says_what_the_figures_say():
     mended = {**base, "add": 100.0, "words": 1.0, "kl": 20.0, "reward_chosen": 31.84,
               "reward_rejected": -7.0}
     spot = {**mended, "words": 3.0, "tether_chosen": 0.01, "sample": "1-2=9"}
-    figures = {"base": base, "SFT+": mended, "DPO": {**mended, "add": 80.0}, "SPoT": spot}
+    figures = {"base": base, "SFT+": mended, "DPO": {**mended, "add": 80.0, "others": 99.0}, "SPoT": spot}
     lines = train.toy_result(figures).split("\n")
     assert [line.split() for line in lines[-15:-11]] == [
         ["base", "30.0", "100.0", "99.0", "6.0", "0.00", "-", "-", "-"],
         ["SFT+", "100.0", "100.0", "99.0", "1.0", "20.00", "31.8", "-7.0", "-"],
-        ["DPO", "80.0", "100.0", "99.0", "1.0", "20.00", "31.8", "-7.0", "-"],
+        ["DPO", "80.0", "99.0", "99.0", "1.0", "20.00", "31.8", "-7.0", "-"],
         ["SPoT", "100.0", "100.0", "99.0", "3.0", "20.00", "31.8", "-7.0", "0.010"]]
     assert lines[-10:-3] == [
-        "   SFT+ mends Add and loses rare words; KL*1000 is 20.00.",
-        "   DPO does not fully mend Add and loses rare words; KL*1000 is 20.00.",
-        "   SPoT mends Add and keeps rare words; KL*1000 is 20.00.",
-        "   SPoT has stopped by itself: lambda+, the factor of its push on y+, is 0.010.",
+        "   SFT+ mends Add and loses rare words; others 100.0 -> 100.0 %, KL*1000 20.00.",
+        "   DPO does not fully mend Add and loses rare words; others 100.0 -> 99.0 %, KL*1000 20.00.",
+        "   SPoT mends Add and keeps rare words; others 100.0 -> 100.0 %, KL*1000 20.00.",
+        "   SPoT has stopped pushing y+: the factor lambda+ is 0.010. SFT+ goes on, at 1.",
         "",
         "   Subtract: 1-2-3, one sample each at temperature 1, rare words marked:",
         "   base  1-2=9  *so* 9-3=6  \\boxed{6}"]
-    assert "SPoT has not stopped yet" in train.toy_result(
+    assert "SPoT still pushes y+: the factor lambda+ is 0.200" in train.toy_result(
         {**figures, "SPoT": {**spot, "tether_chosen": 0.2}})
 
 
