@@ -48,7 +48,7 @@ def work(argv, environment, folder, fault):
 
 
 def insert(name, count, fault):
-    """From now on the count-th call of "module.function" meets a fault: `die` or `disk_full`."""
+    """From now on the count-th call of "module.function" meets a fault: `die`, `disk_full`, `late`."""
     module, _, function_name = name.rpartition(".")
     function, calls = pkgutil.resolve_name(name), []
 
@@ -67,6 +67,10 @@ def die():
 
 def disk_full():
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def late():
+    time.sleep(1)
 
 
 def free_port():

@@ -4,9 +4,6 @@ import math
 import os
 import shutil
 import signal
-import stat
-import subprocess
-import sys
 import time
 
 import launch
@@ -212,18 +209,11 @@ def test_sigterm_to_one_rank_stops_both_at_the_same_step(world, tmp_path):
 
 
 def test_two_ranks_say_once_what_is_wrong_with_the_options(world, tmp_path):
-    """Rank 0 starts a second after rank 1, which must wait until it has spoken."""
-    script = tmp_path / "start.sh"
-    script.write_text('#!/bin/sh\n[ "$RANK" = 0 ] && sleep 1\n'
-                      f'exec "{sys.executable}" train.py "$@"\n')
-    script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         "--no-python", script, *argv(world, tmp_path / "out", "--loss", "foo")],
-        cwd=launch.ROOT, capture_output=True, text=True, timeout=120)
-    said = done.stdout + done.stderr
-    assert done.returncode != 0
-    assert said.count("argument --loss: invalid choice: 'foo'") == 1, said[-3000:]
+    """Rank 0 is a second later than rank 1, which must wait until it has spoken."""
+    command = ["train.py", *argv(world, tmp_path / "out", "--loss", "foo")]
+    started = launch.Started(command, 2, {0: ("train.parse_options", 1, launch.late)})
+    assert started.wait() == [2, -signal.SIGKILL]
+    assert started.said.count("argument --loss: invalid choice: 'foo'") == 1, started.said
     assert not os.path.exists(tmp_path / "out")
 
 

@@ -1,5 +1,5 @@
-"""What a trained model meets outside: transformers, PEFT and TRL open our files; and a second round
-of the whole method starts from it. All by the command lines of the README, in the toy world."""
+"""What a trained model meets outside: transformers and TRL open our files; and a second round of the
+whole method starts from it. All by the command lines of the README, in the toy world."""
 
 import pytest
 import torch
@@ -67,17 +67,8 @@ def test_a_second_round_starts_from_the_first_ones_model(base, first):
     assert log[0]["reward_chosen"] == log[0]["reward_rejected"] == 0
 
 
-def greedy(folder, questions):
-    """Texts by our own sampler."""
-    policy = evaluation.open_local_model(str(folder), torch.float32, torch.device("cpu"))
-    prompts = [policy.chat.prompt([{"role": "user", "content": text}]) for text in questions]
-    done = qwen.generate(policy.model, prompts, [0] * len(prompts), max_tokens=40, temperature=0,
-                         end=[policy.chat.im_end])
-    return [policy.chat.tokenizer.decode(ids) for ids, _ in done]
-
-
 def test_transformers_pipeline_writes_the_same_texts(base, first):
-    from transformers import AutoTokenizer, pipeline
+    from transformers import pipeline
 
     questions = train.toy_questions("Add", "pipeline", 20, 3)
     folder = base / "first/model"
@@ -85,39 +76,11 @@ def test_transformers_pipeline_writes_the_same_texts(base, first):
     turns = [[{"role": "user", "content": text}] for text in questions]
     texts = [out[0]["generated_text"][-1]["content"] for out in
              hf(turns, max_new_tokens=40, do_sample=False)]
-    assert texts == greedy(folder, questions)
-    chat = data.load_chat(str(folder), hf.model.config.vocab_size)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    for turn in turns:
-        assert chat.prompt(turn) == tokenizer.apply_chat_template(
-            turn, add_generation_prompt=True, tokenize=True, return_dict=False)
-
-
-def test_an_adapter_of_peft_is_trained_on_top_and_merged_back(base, first, tmp_path):
-    peft = pytest.importorskip("peft")
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    hf = AutoModelForCausalLM.from_pretrained(base / "first/model", dtype=torch.float32)
-    tuned = peft.get_peft_model(hf, peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
-    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
-    optimizer = torch.optim.AdamW(tuned.parameters(), lr=1e-2)
-    for _ in range(3):
-        tuned(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-    tuned.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(data.UserError, match="config.json is missing|LoRA adapter"):
-        qwen.load_model(qwen.checkpoint_folder(str(tmp_path / "adapter")))
-    merged = tuned.merge_and_unload()
-    merged.save_pretrained(tmp_path / "merged")
-    ours = qwen.load_model(str(tmp_path / "merged"))
-    with torch.no_grad():
-        expected = merged(input_ids=ids).logits[0]
-        positions = torch.arange(len(ids[0]))
-        spans = [(0, len(ids[0]), len(ids[0]), len(ids[0]))]
-        found = ours(ids[0], positions, spans, positions[:-1], ids[0][1:])
-    logps = expected[:-1].log_softmax(-1).gather(1, ids[0][1:, None])[:, 0]
-    torch.testing.assert_close(found, logps, rtol=0, atol=1e-5)
+    policy = evaluation.open_local_model(str(folder), torch.float32, torch.device("cpu"))
+    prompts = [policy.chat.prompt(turn) for turn in turns]
+    done = qwen.generate(policy.model, prompts, [0] * 20, max_tokens=40, temperature=0,
+                         end=[policy.chat.im_end])
+    assert texts == [policy.chat.tokenizer.decode(ids) for ids, _ in done]
 
 
 def test_trls_dpo_trainer_takes_our_pairs_after_a_rename(base, first, tmp_path):

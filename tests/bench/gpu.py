@@ -18,7 +18,6 @@ alone. Each figure is a row of a Markdown table on stdout; all else goes to stde
 
 import argparse
 import copy
-import functools
 import gc
 import math
 import multiprocessing
@@ -61,7 +60,7 @@ def seconds(run, *arguments) -> float:
 
 
 def measure(step, batches):
-    """(result of the first batch, mean seconds of the others, their peak GB; 0 on a CPU)."""
+    """(step(batch) of the first, mean seconds of the others, their peak GB; 0 on a CPU)."""
     first = step(batches[0])
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -120,9 +119,8 @@ def training(sizes, report):
     ranks = qwen.open_ranks(600)
     with tempfile.TemporaryDirectory() as folder:
         given = ["--model", tiny.write_checkpoint(f"{folder}/model"), "--template", "hybrid",
-                 "--pairs", tiny.write_pairs(f"{folder}/pairs.jsonl"), "--lr", "1e-4",
-                 "--batch_size", "8",
-                 "--max_change_ratio", "1", "--epochs", "9", "--max_steps", "25"]
+                 "--pairs", tiny.write_pairs(f"{folder}/pairs.jsonl"), "--max_change_ratio", "1",
+                 "--lr", "1e-4", "--batch_size", "8", "--epochs", "9", "--max_steps", "25"]
         outs = [f"{folder}/{name}" for name in ("undisturbed", "repeated", "stopped")]
         train.STOP.set()  # as SIGTERM does: the first step is the last one
         stopped = train.train(train.parse_options([*given, "--out", outs[2]]), ranks)
@@ -145,29 +143,27 @@ def training(sizes, report):
 
 # --- speed ----------------------------------------------------------------------------------------
 
-def open_run(sizes, config, count):
-    """(train.Run in bf16, `count` batches of indices), with pairs of ever new lengths."""
-    rng, pairs, forks = np.random.default_rng(0), sizes.pairs, []
+
+def open_run(sizes, count):
+    """(train.Run in bf16, its training step on a batch, `count` batches of indices), with pairs of
+    ever new lengths."""
+    rng, pairs, forks, vocab = np.random.default_rng(0), sizes.pairs, [], sizes.narrow.vocab_size
     for _ in range(count * pairs):
         length = int(sizes.length * rng.uniform(0.5, 1.5))
-        forks.append(common.make_pair(rng, config.vocab_size, length // 5, length, share=2 / 3))
-    run = common.open_run(config, forks, qwen.open_ranks(600), dtype="bfloat16", batch_size=pairs)
+        forks.append(common.make_pair(rng, vocab, length // 5, length, share=2 / 3))
+    run = common.open_run(sizes.narrow, forks, qwen.open_ranks(600), dtype="bfloat16",
+                          batch_size=pairs)
     # Rewards of about N(0, 1): at 0 the trunk's gradients are 0, and products of zeros are faster.
     run.train_set.reference += 10 * torch.randn(len(forks), 2)
-    return run, [list(range(i, i + pairs)) for i in range(0, len(forks), pairs)]
-
-
-def peak_flops(device):
-    """Dense bf16 peak of this GPU in FLOP/s; infinite where it is not known."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for card, peak in PEAKS.items() if card in name), math.inf)
+    batches = [list(range(i, i + pairs)) for i in range(0, len(forks), pairs)]
+    return run, lambda batch: train.train_step(run, batch, lr=1e-6), batches
 
 
 def narrow(sizes, report):
     """train.train_step on lengths never seen before, without and with recomputation."""
-    run, batches = open_run(sizes, sizes.narrow, 8)
-    peak = peak_flops(run.ranks.device)
-    train_step = functools.partial(train.train_step, run, lr=1e-6)
+    run, train_step, batches = open_run(sizes, 8)
+    card = torch.cuda.get_device_name() if sizes.device == "cuda" else ""
+    peak = next((PEAKS[name] for name in PEAKS if name in card), math.inf)
     report("parameters", sum(p.numel() for p in run.policy.parameters()) / 1e9, "billions")
     for name, part in (("none", batches[:4]), ("full", batches[4:])):
         for block in run.policy.layers:
@@ -196,11 +192,10 @@ def wide(sizes, report):
 def transformers(sizes, report):
     from transformers import AutoModelForCausalLM, Qwen3Config
 
-    run, batches = open_run(sizes, sizes.narrow, 5)
+    run, train_step, batches = open_run(sizes, 5)
     forks, reference = run.train_set.forks, run.train_set.reference.to(sizes.device)
     weights = {qwen.hf_name(name): p.detach().full_tensor().cpu()
                for name, p in run.policy.named_parameters()}
-    train_step = functools.partial(train.train_step, run, lr=1e-6)
     totals, ours, memory = measure(train_step, batches)
     expected = loss.average(totals.values(), "spot-bce")["loss"]
     report("ours: a step", 1e3 * ours, "ms")
@@ -208,8 +203,8 @@ def transformers(sizes, report):
     del run, train_step
     gc.collect()
     torch.cuda.empty_cache()
-    shape = Qwen3Config(**asdict(sizes.narrow))
-    hf = AutoModelForCausalLM.from_config(shape, dtype=FP32, attn_implementation="sdpa")
+    hf = AutoModelForCausalLM.from_config(Qwen3Config(**asdict(sizes.narrow)), dtype=FP32,
+                                          attn_implementation="sdpa")
     hf.load_state_dict(weights, strict=False)  # but for the tied head, which is the embedding
     hf.to(sizes.device).train()
     optimizer = torch.optim.AdamW(hf.parameters(), lr=1e-6, betas=(0.9, 0.95), fused=True)
@@ -286,9 +281,8 @@ def generation(sizes, report):
 
     own = qwen.Qwen3(sizes.narrow).to(sizes.device, BF16)
     common.fill(own)
-    generate = functools.partial(qwen.generate, own, prompts, max_tokens=longest)
-    generate(range(count))
-    took = seconds(generate, range(count))
+    *_, took, _ = measure(lambda seeds: qwen.generate(own, prompts, seeds, max_tokens=longest),
+                          [range(count)] * 2)
     report(f"{count} answers of {longest} tokens", count * longest / took, "tokens/s")
 
 
@@ -303,12 +297,10 @@ def run_part(name, sizes):
     wrong = []
 
     def report(what, value, unit="", limit=None):
-        verdict = ""
-        if limit is not None:
-            verdict = f"at most {limit:g}: ok"
-            if not value <= limit:
-                verdict = f"at most {limit:g}: WRONG"
-                wrong.append(what)
+        verdict = "" if limit is None else f"at most {limit:g}: ok"
+        if limit is not None and not value <= limit:
+            verdict = f"at most {limit:g}: WRONG"
+            wrong.append(what)
         shown = f"{value:.4g}" if isinstance(value, float) else value
         print(f"| {name} | {what} | {shown} | {unit} | {verdict} |", flush=True)
     torch.manual_seed(0)
