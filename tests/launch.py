@@ -48,7 +48,7 @@ def work(argv, environment, folder, fault):
 
 
 def insert(name, count, fault):
-    """From now on the count-th call of "module.function" meets a fault: `die`, `disk_full`, `late`."""
+    """From now on the count-th call of "module.function" meets a fault: a function below."""
     module, _, function_name = name.rpartition(".")
     function, calls = pkgutil.resolve_name(name), []
 

@@ -1,5 +1,5 @@
-"""What a trained model meets outside: transformers and TRL open our files; and a second round of the
-whole method starts from it. All by the command lines of the README, in the toy world."""
+"""What a trained model meets outside: transformers and TRL open our files, and a second round of
+the whole method starts from it. All by the command lines of the README, in the toy world."""
 
 import pytest
 import torch
