@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from tqdm import tqdm
 
 import data
@@ -146,6 +147,7 @@ def program(module, *argv) -> tuple:
             signal.signal(signal.SIGTERM, handler)
             if dist.is_initialized():
                 dist.destroy_process_group()
+            _clear_sharding_prop_cache()  # it remembers the groups of meshes
             for bar in list(tqdm._instances):  # an error left it; the next program would draw it
                 bar.close()
     return code, output.getvalue()

@@ -175,14 +175,13 @@ def test_the_result_says_what_the_figures_say():
         ["SFT+", "100.0", "100.0", "99.0", "1.0", "20.00", "31.8", "-7.0", "-"],
         ["DPO", "80.0", "100.0", "99.0", "1.0", "20.00", "31.8", "-7.0", "-"],
         ["SPoT", "100.0", "100.0", "99.0", "3.0", "20.00", "31.8", "-7.0", "0.010"]]
-    assert lines[-10:-3] == [
-        "   SFT+ mends Add and loses rare words; KL*1000 is 20.00.",
-        "   DPO does not fully mend Add and loses rare words; KL*1000 is 20.00.",
-        "   SPoT mends Add and keeps rare words; KL*1000 is 20.00.",
-        "   SPoT has stopped by itself: lambda+, the factor of its push on y+, is 0.010.",
-        "",
-        "   Subtract: 1-2-3, one sample each at temperature 1, rare words marked:",
-        "   base  1-2=9  *so* 9-3=6  \\boxed{6}"]
+    assert [line.strip() for line in lines[-10:-3]] == [
+        "SFT+ mends Add and loses rare words; KL*1000 is 20.00.",
+        "DPO does not fully mend Add and loses rare words; KL*1000 is 20.00.",
+        "SPoT mends Add and keeps rare words; KL*1000 is 20.00.",
+        "SPoT has stopped by itself: lambda+, the factor of its push on y+, is 0.010.", "",
+        "Subtract: 1-2-3, one sample each at temperature 1, rare words marked:",
+        "base  1-2=9  *so* 9-3=6  \\boxed{6}"]
     assert "SPoT has not stopped yet" in train.toy_result(
         {**figures, "SPoT": {**spot, "tether_chosen": 0.2}})
 

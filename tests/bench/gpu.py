@@ -7,7 +7,6 @@
     training      step 0 of train.py in bf16; a run stopped and resumed
     narrow        an optimizer step of Qwen3-0.6B: tokens/s, MFU, memory; its kernels on stderr
     wide          the same at Qwen3-8B's width, 12 layers of 36, which take some 110 GB
-    transformers  the same step as a user of transformers writes it, on padded pairs
     head          linear_logps against full logits
     generation    greedy answers against full forwards on the CPU; tokens/s
 
@@ -18,7 +17,6 @@ alone. Each figure is a row of a Markdown table on stdout; all else goes to stde
 
 import argparse
 import copy
-import gc
 import math
 import multiprocessing
 import os
@@ -26,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import namedtuple
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -60,12 +58,12 @@ def seconds(run, *arguments) -> float:
 
 
 def measure(step, batches):
-    """(step(batch) of the first, mean seconds of the others, their peak GB; 0 on a CPU)."""
-    first = step(batches[0])
+    """(mean seconds of all but the first, their peak GB; 0 on a CPU)."""
+    step(batches[0])
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     took = [seconds(step, batch) for batch in batches[1:]]
-    return first, sum(took) / len(took), torch.cuda.max_memory_allocated() / 1e9
+    return sum(took) / len(took), torch.cuda.max_memory_allocated() / 1e9
 
 
 def recorded(run, *arguments):
@@ -145,8 +143,7 @@ def training(sizes, report):
 
 
 def open_run(sizes, count):
-    """(train.Run in bf16, its training step on a batch, `count` batches of indices), with pairs of
-    ever new lengths."""
+    """(train.Run in bf16, `count` batches of indices), with pairs of ever new lengths."""
     rng, pairs, forks, vocab = np.random.default_rng(0), sizes.pairs, [], sizes.narrow.vocab_size
     for _ in range(count * pairs):
         length = int(sizes.length * rng.uniform(0.5, 1.5))
@@ -155,20 +152,22 @@ def open_run(sizes, count):
                           batch_size=pairs)
     # Rewards of about N(0, 1): at 0 the trunk's gradients are 0, and products of zeros are faster.
     run.train_set.reference += 10 * torch.randn(len(forks), 2)
-    batches = [list(range(i, i + pairs)) for i in range(0, len(forks), pairs)]
-    return run, lambda batch: train.train_step(run, batch, lr=1e-6), batches
+    return run, [list(range(i, i + pairs)) for i in range(0, len(forks), pairs)]
 
 
 def narrow(sizes, report):
     """train.train_step on lengths never seen before, without and with recomputation."""
-    run, train_step, batches = open_run(sizes, 8)
+    run, batches = open_run(sizes, 8)
     card = torch.cuda.get_device_name() if sizes.device == "cuda" else ""
     peak = next((PEAKS[name] for name in PEAKS if name in card), math.inf)
+
+    def train_step(batch):
+        train.train_step(run, batch, lr=1e-6)
     report("parameters", sum(p.numel() for p in run.policy.parameters()) / 1e9, "billions")
     for name, part in (("none", batches[:4]), ("full", batches[4:])):
         for block in run.policy.layers:
             block.checkpointing = name == "full"
-        _, took, memory = measure(train_step, part)
+        took, memory = measure(train_step, part)
         packs = [pack for batch in part[1:] for pack in run.packs(run.train_set, batch)]
         tokens = [len(pack.tokens) for pack in packs]
         flops = sum(common.count_flops(sizes.narrow, pack) for pack in packs) / 3
@@ -189,65 +188,6 @@ def wide(sizes, report):
     narrow(sizes._replace(narrow=sizes.wide), report)
 
 
-def transformers(sizes, report):
-    from transformers import AutoModelForCausalLM, Qwen3Config
-
-    run, train_step, batches = open_run(sizes, 5)
-    forks, reference = run.train_set.forks, run.train_set.reference.to(sizes.device)
-    weights = {qwen.hf_name(name): p.detach().full_tensor().cpu()
-               for name, p in run.policy.named_parameters()}
-    totals, ours, memory = measure(train_step, batches)
-    expected = loss.average(totals.values(), "spot-bce")["loss"]
-    report("ours: a step", 1e3 * ours, "ms")
-    report("ours: peak memory", memory, "GB")
-    del run, train_step
-    gc.collect()
-    torch.cuda.empty_cache()
-    hf = AutoModelForCausalLM.from_config(Qwen3Config(**asdict(sizes.narrow)), dtype=FP32,
-                                          attn_implementation="sdpa")
-    hf.load_state_dict(weights, strict=False)  # but for the tied head, which is the embedding
-    hf.to(sizes.device).train()
-    optimizer = torch.optim.AdamW(hf.parameters(), lr=1e-6, betas=(0.9, 0.95), fused=True)
-    first, theirs, memory = measure(lambda batch: padded_step(
-        hf, optimizer, [forks[i] for i in batch], reference[batch]), batches)
-    report("transformers: first loss, to ours", abs(first - expected), "nats", 0.1)
-    report("transformers: a step", 1e3 * theirs, "ms")
-    report("transformers: peak memory", memory, "GB")
-    report("transformers: time, to ours", theirs / ours, "times")
-    qwen.close_ranks()
-
-
-def padded_step(hf, optimizer, forks, reference, micro=4):
-    """SPoT-BCE in bf16 autocast, `micro` pairs at a time; the mean loss."""
-    total = 0.0
-    for i in range(0, len(forks), micro):
-        logps = padded_logps(hf, forks[i:i + micro])
-        rewards = 0.1 * (logps - reference[i:i + micro])
-        mean = loss.spot_bce(*rewards.T).sum() / len(forks)
-        mean.backward()
-        total += mean.item()
-    torch.nn.utils.clip_grad_norm_(hf.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    return total
-
-
-def padded_logps(hf, forks):
-    """(pairs, 2) log-probs of the chosen and the rejected answers: padded on the right, full
-    logits, log_softmax, gather."""
-    rows = [torch.from_numpy(np.concatenate([f.trunk, branch])).long()
-            for f in forks for branch in (f.chosen, f.rejected)]
-    lengths = torch.tensor([[len(row)] for row in rows], device=hf.device)
-    prompts = torch.tensor([[f.prompt_length] for f in forks for _ in range(2)], device=hf.device)
-    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(hf.device)
-    place = torch.arange(tokens.shape[1], device=hf.device)
-    mask = (place < lengths).long()
-    with torch.autocast(hf.device.type, BF16):
-        logits = hf(input_ids=tokens, attention_mask=mask, use_cache=False).logits[:, :-1]
-    logps = logits.float().log_softmax(-1).gather(2, tokens[:, 1:, None]).squeeze(2)
-    return (logps * (mask * (place >= prompts))[:, 1:]).sum(1).view(-1, 2)
-
-
 def head(sizes, report):
     rows, vocab, width = 8192, sizes.wide.vocab_size, sizes.wide.hidden_size
     device, gradients = sizes.device, []
@@ -259,7 +199,7 @@ def head(sizes, report):
         hidden.grad = weight.grad = None
         logps(hidden, weight, targets).sum().backward()
     for logps in (full_logits, loss.linear_logps):
-        _, took, memory = measure(run, [logps] * 6)
+        took, memory = measure(run, [logps] * 6)
         report(f"{logps.__name__}, {rows} x {vocab} x {width}", 1e3 * took, "ms")
         report(f"{logps.__name__}: peak memory with inputs and gradients", memory, "GB")
         gradients.append((hidden.grad.cpu(), weight.grad[:4096].cpu()))
@@ -281,15 +221,14 @@ def generation(sizes, report):
 
     own = qwen.Qwen3(sizes.narrow).to(sizes.device, BF16)
     common.fill(own)
-    *_, took, _ = measure(lambda seeds: qwen.generate(own, prompts, seeds, max_tokens=longest),
-                          [range(count)] * 2)
+    took, _ = measure(lambda seeds: qwen.generate(own, prompts, seeds, max_tokens=longest),
+                      [range(count)] * 2)
     report(f"{count} answers of {longest} tokens", count * longest / took, "tokens/s")
 
 
 # --- one process a part ---------------------------------------------------------------------------
 
-PARTS = {part.__name__: part for part in (model, training, narrow, wide, transformers, head,
-                                          generation)}
+PARTS = {part.__name__: part for part in (model, training, narrow, wide, head, generation)}
 
 
 def run_part(name, sizes):
