@@ -92,7 +92,14 @@ def read_log(path: str) -> list:
     if not os.path.exists(path):
         return []
     with open(path, "rb") as f:
-        return [json.loads(line) for line in f.read().split(b"\n")[:-1]]
+        lines = f.read().split(b"\n")[:-1]
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as e:  # a full disk can cut one in the middle
+            raise UserError(f"{path}, line {number}: {e}: remove the line") from None
+    return rows
 
 
 OTHER_FORMATS = {  # how a file begins: what it is, and a command that makes JSON Lines of it
@@ -336,7 +343,6 @@ def known_template(folder: str) -> str:
 
 # --- change ratio and forks -----------------------------------------------------------------------
 
-
 def lcs_length(a, b) -> int:
     """Length of the longest common subsequence by Hyyro's recurrence: 8k x 8k tokens in 10 ms."""
     positions = {}
@@ -426,7 +432,6 @@ def load_forks(path, chat, max_length, max_change_ratio, need_rejected, skip_mal
 
 
 # --- the plan (who computes which pair when) and packs --------------------------------------------
-
 
 def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> list:
     """Arrays of pair indices, one an optimizer step, the last smaller. Ranks play no part."""

@@ -140,17 +140,18 @@ def fetch_json(server: Server, path: str, body: dict | None = None) -> dict:
     headers = {"Content-Type": "application/json"}
     if server.key:
         headers["Authorization"] = f"Bearer {server.key}"
-    content = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(server.url + path, content, headers)
+    sent = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(server.url + path, sent, headers)
     for attempt in range(server.tries):
-        pause, error = min(60.0, 2.0**attempt) * random.uniform(0.5, 1.0), None
+        pause = min(60.0, 2.0**attempt) * random.uniform(0.5, 1.0)
+        last_error = None
         try:
             with OPENER.open(request, timeout=server.timeout) as answer:
                 status, content = answer.status, answer.read()
             if len(server.key) > 11:  # a shorter one is a dummy, and a part of many words
                 content = content.replace(server.key.encode(), b"***")
             problem = f"HTTP {status}: {' '.join(content.decode(errors='replace').split())}"
-            if status in (401, 402, 403, 404, 405):
+            if status in (401, 402, 404, 405):  # 403 may be about this one question
                 raise UserError(f"{server.url}{path}: {problem[:300]}. Are the key (OPENAI_API_KEY)"
                                 ", the address and the model's name right?")
             if 300 <= status < 500 and status not in (408, 409, 425, 429):
@@ -163,12 +164,12 @@ def fetch_json(server: Server, path: str, body: dict | None = None) -> dict:
             if retry_after.isdecimal():
                 pause = max(pause, min(600.0, float(retry_after)))
         except (OSError, TypeError, ValueError, HTTPException) as e:
-            error, problem = e, f"{type(e).__name__}: {e}"
+            last_error, problem = e, f"{type(e).__name__}: {e}"
         if attempt + 1 < server.tries:
             time.sleep(pause)
-    if isinstance(error, urllib.error.URLError):
-        raise UserError(f"{server.url} cannot be reached: {error.reason}. Is the server up? What "
-                        "has arrived is kept; the same command goes on from there.")
+    if isinstance(last_error, urllib.error.URLError):
+        raise UserError(f"{server.url} cannot be reached: {last_error.reason}. Is the server up? "
+                        "What has arrived is kept; the same command goes on from there.")
     raise RequestFailed(f"{problem[:300]} (tried {server.tries} times)")
 
 
@@ -177,9 +178,11 @@ def ask(server: Server, request: Request, sampling: Sampling) -> dict:
     while True:
         own = {**asdict(sampling), "seed": request.seed, **server.extras}
         for key, new_name in server.refused.items():
-            own[new_name] = own.pop(key, None)  # under None it is not sent
+            value = own.pop(key, None)
+            if new_name:
+                own[new_name] = value
         body = {"model": server.model, "messages": request.messages, **own, **server.body}
-        body = {key: value for key, value in body.items() if key and value is not None}
+        body = {key: value for key, value in body.items() if value is not None}
         try:
             return read_completion(fetch_json(server, "/chat/completions", body))
         except RequestFailed as e:
@@ -189,7 +192,7 @@ def ask(server: Server, request: Request, sampling: Sampling) -> dict:
 
 # A key in an error is not refused in a copy of the request ("top_k": 20), nor behind these words.
 COPIED = r"""\\*["']: ?[\d{\["']"""
-ADVICE = "(?i)did you mean|(?<!un)supported(?: parameters)?:"
+ADVICE = "(?i)did you mean|(?<!un)supported(?: parameters)?(?::| are)|expected one of|allowed:"
 
 
 def drop_refused(server: Server, body: dict, error: str) -> bool:
@@ -197,19 +200,25 @@ def drop_refused(server: Server, body: dict, error: str) -> bool:
     the run. Raises UserError for a key that the user gave."""
     if not error.startswith(("HTTP 400", "HTTP 422")):
         return False
+    for message in body.get("messages", []):  # an error may quote the question, escaped or not
+        quoted = r"(?:\\+[nt]|\W)+".join(re.findall(r"\w+", message["content"]))
+        error = re.sub(quoted, "", error)
     words = re.split(ADVICE, error)[0]
-    named = [key for key in body if key not in ("model", "messages")
-             and re.search(rf"\b{re.escape(key)}\b(?!{COPIED})", words)]
-    refused = {key: None for key in named if key.replace("completion_", "") not in server.given}
-    new_name = re.search("max_completion_tokens.{0,9} instead", words)
-    if new_name and "max_tokens" in body.keys() - server.body.keys():
+    named = {key for key in body.keys() - {"model", "messages"}
+             if re.search(rf"\b{re.escape(key)}\b(?!{COPIED})", words)}
+    given = server.given | server.body.keys()
+    refused = dict.fromkeys(sorted(named - given))
+    renamed = re.search("max_completion_tokens.{0,9} instead", words)
+    if renamed and "max_tokens" not in server.body:
         refused["max_tokens"] = "max_completion_tokens"  # the same limit, a given one too
+        if "max_tokens" in given:
+            server.given.add("max_completion_tokens")
     if {"temperature", "top_p"} <= refused.keys():  # "cannot both be specified"
         del refused["temperature"]
     # A limit depends on the prompt: where the user's is refused, only this request fails.
-    given = [key for key in named if not key.startswith("max_")]
-    if given and not refused:
-        raise UserError(f"{server.url} refuses {', '.join(given)}: {error[:310]}")
+    unmet = [key for key in sorted(named & given) if not key.startswith("max_")]
+    if unmet and not refused:
+        raise UserError(f"{server.url} refuses {', '.join(unmet)}: {error[:310]}")
     with server.lock:
         new = {key: name for key, name in refused.items() if key not in server.refused}
         server.refused = {**server.refused, **new}
@@ -233,7 +242,7 @@ def read_completion(answer: dict) -> dict:
             text = "".join(part["text"] for part in text if part["type"] == "text")
         tokens = int((answer.get("usage") or {}).get("completion_tokens") or 0)
         partial = text.strip() or " ".join(map(str, others.values()))
-    except (LookupError, TypeError, ValueError, AttributeError):
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
         raise RequestFailed(f"no chat completion: {json.dumps(answer)[:300]}") from None
     cut = ending.lower() in ("length", "max_tokens")
     if not cut and ending.lower() not in ("stop", "eos", "eos_token", "end_turn", "stop_sequence"):
@@ -246,7 +255,6 @@ def read_completion(answer: dict) -> dict:
 
 
 # --- sampling: every answer kept as it comes ------------------------------------------------------
-
 
 def read_answers(folder: str, keys=None) -> dict:
     """{key: record} of all ranks' raw answers; an answer goes before a failed request. Raises
@@ -280,7 +288,8 @@ def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks
             log.seek(0)
             log.truncate(log.read().rfind(b"\n") + 1)
         answers = read_answers(folder, {r.key for r in requests})
-    todo = [r for r in requests if "text" not in answers.get(r.key, {})][ranks.rank::ranks.world]
+    missing = [r for r in requests if "text" not in answers.get(r.key, {})]
+    todo = missing[ranks.rank::ranks.world]
     bar, counts, lock = ranks.progress(len(todo), title, "answer"), Counter(), threading.Lock()
 
     def keep(request, record):
@@ -314,11 +323,11 @@ def ask_in_parallel(server: Server, requests: list, sampling: Sampling, keep):
     try:
         for future in as_completed([pool.submit(answer, request) for request in requests]):
             yield future.result()
-    except GeneratorExit:
+    except GeneratorExit:  # the consumer has enough: what is under way is waited for
         pool.shutdown(cancel_futures=True)
         raise
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait
+    finally:  # Ctrl-C and errors do not wait
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def answer_locally(local: LocalModel, requests: list, sampling: Sampling, keep) -> list:
@@ -395,11 +404,13 @@ def open_policy(o: SamplingOptions, device, non_thinking: bool = True):
     server = Server(o.server.rstrip("/"), o.server_model, key, o.workers, o.request_timeout,
                     o.tries, extras, body, given={*body, *o.given})
     if not server.model:
-        names = [entry["id"] for entry in fetch_json(server, "/models")["data"]]
-        if len(names) != 1:
-            raise UserError(f"{server.url} serves {len(names)} models ({', '.join(names):.200}): "
-                            "choose one with --server_model")
-        server.model = names[0]
+        listing = fetch_json(server, "/models")
+        try:
+            names = [entry["id"] for entry in listing["data"]]
+            (server.model,) = names
+        except (LookupError, TypeError, ValueError):
+            raise UserError(f"{server.url}/models lists not one model but {listing!r:.300}: choose "
+                            "one with --server_model") from None
     return server
 
 
@@ -416,13 +427,14 @@ def identity(policy, o: SamplingOptions) -> str:
 
 
 def claim_folder(out: str, settings: dict, ranks: Ranks, policy=None):
-    """Make `out`, or check that it was made with the same settings; ends all ranks where not."""
+    """Make `out`, or check that it was made with the same settings, and take over what a server
+    refused then; ends all ranks where they differ."""
     path = os.path.join(out, "settings.json")
     with ranks.together():
         if not ranks.main:
             return
         os.makedirs(out, exist_ok=True)
-        if not os.listdir(out):
+        if set(os.listdir(out)) <= {"settings.json.tmp"}:  # a kill may leave it
             write_json(path, settings)
         kept = read_json(path) if os.path.exists(path) else {}
         differ = [f"{name} was {kept.get(name)!r}, now {value!r}"
@@ -431,7 +443,9 @@ def claim_folder(out: str, settings: dict, ranks: Ranks, policy=None):
             raise UserError(f"{out} is not empty and holds work with other settings: choose another"
                             f" --out{data.listed(differ)}")
         if isinstance(policy, Server):
-            policy.settings, policy.refused = path, kept.get("refused", {})
+            policy.settings = path
+            policy.refused = {key: name for key, name in kept.get("refused", {}).items()
+                              if name or key not in policy.given}
 
 
 # --- grading: which answer does a text commit itself to? ------------------------------------------
@@ -448,7 +462,9 @@ STATED = re.compile(
     r"|\banswers?\b[^.\n:$\\\d]{0,40}?(?:\b(?:is|are|be)\b|:|=))(?:[\s:,*`_]*"
     r"\b(?:thus|hence|therefore|then|simply|just|exactly|equal to|equals|given by)\b)*[\s:,*`_]*",
     re.I | re.M)
-FORMULA = re.compile(r"\$([^$\n]+)\$|(?:\$\$|\\[(\[])(.+?)(?:\$\$|\\[)\]])", re.S)
+FORMULA = re.compile(  # one that no other formula follows: $2$ or $3$, $x$ = 5
+    r"(?>\$([^$\n]+)\$|(?:\$\$|\\[(\[])(.+?)(?:\$\$|\\[)\]]))"
+    r"(?!\s*(?:=|(?:,|and\b|or\b|, and\b|, or\b)\s*[$\\]))", re.S)
 
 
 def extract_answer(text: str) -> str | None:
@@ -601,7 +617,6 @@ def split_tokens(tokens, separators):
 
 
 # --- grading: an expression to numbers ------------------------------------------------------------
-
 
 def power(x, n):
     """x^n over the reals: x^(1/3) of a negative x is negative, x^(1/2) is undefined."""
@@ -1056,7 +1071,7 @@ def ifeval_verdicts(response: str, instruction_ids: list, kwargs: list) -> tuple
             given = {k: v for k, v in arguments.items() if v is not None}
             verdicts.append([bool(text.strip()) and CHECKS[instruction](text, **given)
                              for text in texts])
-        except (AttributeError, KeyError, TypeError, ValueError) as e:
+        except (AttributeError, LookupError, TypeError, ValueError) as e:
             raise UserError(f"IFEval has no instruction {instruction!r} with the arguments "
                             f"{arguments!r} ({e})") from None
     return [of_texts[0] for of_texts in verdicts], [any(of_texts) for of_texts in verdicts]
@@ -1105,7 +1120,8 @@ def gold_answer(row: dict) -> str:
         raise UserError(f"a gold answer expected in {', '.join(GOLD_FIELDS)}: a string or a "
                         f"number, found {value!r:.60}")
     text = data.check_text(str(value), repr(key)).strip()
-    gold = extract_answer(text) if "boxed" in text or "####" in text else text
+    is_bare = key != "solution" and "boxed" not in text and "####" not in text
+    gold = text if is_bare else extract_answer(text)
     if not gold or len(gold) > MAX_CHARS:
         raise UserError(f"{key!r}: no final answer in it (\\boxed{{}}, ####, or the bare answer "
                         f"expected), found {text!r:.60}")
@@ -1169,65 +1185,13 @@ would win at once if it were their turn now, in exactly this form, None standing
 [Intermediate Thinking Results 2: None]
 The first line is about you, the second about your opponent. End with your move in this form:
 Chosen Move: (row,column)"""
-OTHER = {"X": "O", "O": "X"}
-
-
-def connect4_row(board: list, player: str) -> dict:
-    """A position in the official layout: its text, and [my, the opponent's] winning moves. `board`:
-    6 rows of 7 cells, row 0 lowest, each "X", "O" or "_"; `player` is to move."""
-    rows = ["".join(f"({r},{c}):{board[r][c]} " for c in range(7)) for r in reversed(range(6))]
-    moves = [f"({r},{c})" for r, c in valid_moves(board)]
-    state = ("\nCurrent Game Board: \n" + "\n".join(rows) + "\n\nCurrent valid moves for player "
-             f"{player}: {moves}\nYou are player {player}, please choose the best move considering "
-             "the current board state.\n")
-    return {"state": state, "answer": [winning_moves(board, p) for p in (player, OTHER[player])]}
-
-
-def valid_moves(board):
-    """The lowest empty cell of each column that has one, by column."""
-    return [(column.index("_"), c) for c, column in enumerate(zip(*board)) if "_" in column]
-
-
-def wins(board, row, col, player):
-    """Whether a disc of the player at this cell makes four or more in a row."""
-    board = [cells[:] for cells in board]
-    board[row][col] = player
-    for dr, dc in ((0, 1), (1, 0), (1, 1), (1, -1)):
-        line = [(row + k * dr, col + k * dc) for k in range(-3, 4)]
-        if player * 4 in "".join(board[r][c] for r, c in line if 0 <= r < 6 and 0 <= c < 7):
-            return True
-    return False
-
-
-def winning_moves(board: list, player: str) -> list[list[int]]:
-    """The valid moves [row, col], by column, with which `player` would win, were it their turn."""
-    return [[r, c] for r, c in valid_moves(board) if wins(board, r, c, player)]
-
-
-def connect4_rows(count: int, seed: int) -> list[dict]:
-    """`count` rows in the official layout: positions, any but the last, of games of two random
-    players. All differ, and of any first n at most a fifth has no winning move, as in the paper."""
-    rng, rows, empty = random.Random(seed), {}, 0  # rows by state
-    while len(rows) < count:
-        board, player, over, positions = [["_"] * 7 for _ in range(6)], "X", False, []
-        while not over:
-            positions.append(([row[:] for row in board], player))
-            r, c = rng.choice(valid_moves(board))
-            over = wins(board, r, c, player) or len(positions) == 42
-            board[r][c], player = player, OTHER[player]
-        row = connect4_row(*rng.choice(positions))
-        is_empty = row["answer"] == [[], []]
-        if row["state"] not in rows and not (is_empty and 5 * (empty + 1) > len(rows) + 1):
-            empty += is_empty
-            rows[row["state"]] = row
-    return list(rows.values())
 
 
 def read_connect4(row, prompt):
-    """A row of the official file; its labels are taken as they are."""
+    """A row of the official file; its labels, [my, the opponent's] winning moves, are taken."""
     state, answer = data.check_text(row.get("state"), "'state'"), row.get("answer")
-    if not isinstance(answer, list) or len(answer) != 2:
-        raise UserError(f"'answer': two lists of moves expected, found {answer!r:.200}")
+    if not re.fullmatch(r"\[(\[(\[\d, \d\](, )?)*\](, )?){2}\]", str(answer)):
+        raise UserError(f"'answer': two lists of [row, column] expected, found {answer!r:.99}")
     return user_turn(prompt, state), answer
 
 
@@ -1292,7 +1256,6 @@ def grade_gpqa(text, right):
 
 # --- tasks ----------------------------------------------------------------------------------------
 
-
 @dataclass(frozen=True)
 class Task:
     """One benchmark: what is asked, how its file is read, and how an answer is scored."""
@@ -1333,20 +1296,21 @@ def question_messages(row: dict, prompt: str) -> list:
     raise UserError(f"question, problem or prompt expected, found {sorted(row)!r:.100}")
 
 
-def item_id(row: dict, line: int) -> str:
-    """The row's own id, else its line number."""
-    for key in ("id", "index", "key", "Record ID"):
-        if row.get(key) is not None:
-            return data.check_text(str(row[key]), f'"{key}"')
-    return str(line)
+def read_items(path: str, parse, skip_malformed: bool = False) -> tuple[list, Counter]:
+    """`data.read_rows` through parse(row, its id), the line number where it has none. An id that
+    occurs twice is malformed."""
+    seen = set()
 
+    def parse_new(row, line):
+        name = next((str(row[key]) for key in ("id", "index", "key", "Record ID")
+                     if row.get(key) is not None), str(line))
+        item = parse(row, data.check_text(name, "'id'"))
+        if name in seen:
+            raise UserError(f"the id {name!a} again: make field id (or index) unique, or remove it")
+        seen.add(name)
+        return item
 
-def refuse_repeated(ids: list, path: str):
-    """Raise UserError if an id occurs twice."""
-    repeated = [name for name, count in Counter(ids).items() if count > 1]
-    if repeated:
-        raise UserError(f"{path}: {len(repeated)} ids occur more than once, first {repeated[0]!a}: "
-                        "make field id (or index) unique, or remove it")
+    return data.read_rows(path, parse_new, skip_malformed)
 
 
 def load_task(spec: str, folder: str) -> Task:
@@ -1359,19 +1323,11 @@ def load_task(spec: str, folder: str) -> Task:
     task = TASKS.get(name) or replace(TASKS["gsm8k"], name=name)
     path = path or os.path.join(folder, f"{name}.jsonl")
 
-    def parse(row, line):
-        return item_id(row, line), *task.read(row, task.prompt)
-
-    if spec == "connect4" and not os.path.exists(path):
-        rows = [parse(row, i) for i, row in enumerate(connect4_rows(500, seed=0))]
-    else:
-        rows, _ = data.read_rows(path, parse)
-    refuse_repeated([name for name, *_ in rows], path)
+    rows, _ = read_items(path, lambda row, name: (name, *task.read(row, task.prompt)))
     return replace(task, rows=rows)
 
 
 # --- evaluation: statistics, scores, comparison, retention ----------------------------------------
-
 
 def clustered(scores: list, weights: list | None = None) -> tuple[float, float | None]:
     """(mean, its standard error) of per-question lists of scores, in the scores' unit. Samples of a
@@ -1480,8 +1436,12 @@ def results_table(results: dict) -> str:
     """The headline figures in % as the paper lays them out: in-domain, OOD, IF, other tasks, and
     the mean of each group and of all nine where all of a group's tasks are there."""
     headline = {name: next(iter(r["metrics"].values())) for name, r in results.items()}
-    columns = [(name, "---", percent(*headline[name]))
-               for name in {**TASKS, **headline} if name in headline]
+    columns = []
+    for name in {**TASKS, **headline}:
+        if name in headline:
+            missing = results[name]["unanswered"]
+            note = f" ({missing} unanswered)" if missing else ""
+            columns.append((name, "---", percent(*headline[name]) + note))
     for group in ("in-domain", "OOD", "overall"):
         names = [t.name for t in TASKS.values() if t.group and group in (t.group, "overall")]
         if all(name in headline for name in names):
@@ -1502,7 +1462,8 @@ def compare_runs(folders: list, seed: int = 0) -> str:
     if not a.keys() & b.keys():
         raise UserError(f"nothing to compare: A has {', '.join(a)}, B has {', '.join(b)}")
     for task in (task for task in a if task in b):
-        scores, asked = zip(*((run[task]["scores"], run[task]["questions"]) for run in (a, b)))
+        scores = [run[task]["scores"] for run in (a, b)]
+        asked = [run[task]["questions"] for run in (a, b)]
         both = [q for q in scores[0] if q in scores[1]]
         if len(both) < max(2, *asked):
             notes.append(f"\n{task}: of {asked[0]} questions in A and {asked[1]} in B, {len(both)} "
@@ -1526,7 +1487,7 @@ def read_sequences(path: str, chat: data.Chat, max_length: int) -> tuple[list, s
     counts = Counter()
 
     def parse(row, line):
-        if "text" in row:
+        if row.get("text") is not None:
             ids, first = chat.encode(data.check_text(row["text"], "'text'")), 1
         else:
             pair = data.parse_pair(row, line, counts)
@@ -1564,9 +1525,10 @@ def retention(model: qwen.Qwen3, base: qwen.Qwen3, sequences: list, ranks: Ranks
         hidden = [m.norm(m.hidden_states(tokens, positions, layout)) for m in (model, base)]
         for at in range(first, length, ROWS_AT_ONCE):
             target = tokens[at:at + ROWS_AT_ONCE, None]
-            p, q = [(h[at - 1:at - 1 + len(target)].float() @ w.T).log_softmax(-1)
-                    for h, w in zip(hidden, heads)]
-            values = p.gather(1, target), q.gather(1, target), (q.exp() * (q - p)).sum(-1)
+            logp, logp_base = [(h[at - 1:at - 1 + len(target)].float() @ w.T).log_softmax(-1)
+                               for h, w in zip(hidden, heads)]
+            kl = (logp_base.exp() * (logp_base - logp)).sum(-1)
+            values = logp.gather(1, target), logp_base.gather(1, target), kl
             sums[i] += torch.stack([x.double().sum().cpu() for x in values])
         bar.update()
     bar.close()
@@ -1617,7 +1579,8 @@ def line_chart(title: str, figures: tuple, runs: list) -> str:
             curve = [(row["step"], row[key]) for row in run[log] if row.get(key) is not None]
             if curve:
                 points += curve
-                shown = curve[:-1:1 + len(curve) // MAX_SHOWN] + curve[-1:]
+                stride = 1 + len(curve) // MAX_SHOWN
+                shown = curve[:-1:stride] + curve[-1:]
                 path = "L".join(f"{step},{-value:.4g}" for step, value in shown)
                 paths += (f'<path d="M{path}h0" stroke="{run["colour"]}" '  # h0: one point is a dot
                           f'stroke-dasharray="{dashes}"/>')
@@ -1705,13 +1668,12 @@ Point at a token for its coefficient and log p.</p><div class="grid">{watched}</
 
 # --- command line ---------------------------------------------------------------------------------
 
-
 @dataclass
 class EvalOptions(SamplingOptions):
     """sample and score benchmarks (the default)"""
 
     tasks: str = option("", f"comma-separated: {', '.join(TASKS)}, or NAME=FILE.jsonl (required)")
-    data: str = option("data/eval", "folder of NAME.jsonl files; connect4 needs none")
+    data: str = option("data/eval", "folder of NAME.jsonl files")
     samples: int = option(0, "answers per question; 0: the paper's number")
     limit: int = option(0, "only the first that many questions of each task; 0: all")
     show: int = option(0, "print the first answers to that many questions of each task, graded")
@@ -1746,7 +1708,8 @@ def run_comparison(o, ranks: Ranks):
 def run_retention(o, ranks: Ranks):
     with ranks.together():
         dtype = getattr(torch, o.dtype)
-        model, base = (open_local_model(name, dtype, ranks.device) for name in (o.model, o.base))
+        model, base = (open_local_model(folder, dtype, ranks.device, template=o.template)
+                       for folder in (o.model, o.base))
         a, b = ((m.model.config.vocab_size, m.chat.tokenizer.get_vocab()) for m in (model, base))
         if a != b:
             raise UserError("--model and --base differ in tokenizer or number of tokens: no KL")
@@ -1776,6 +1739,8 @@ def add_tools(subparsers):
     drift.add_argument("--model", required=True, help="checkpoint folder")
     drift.add_argument("--base", required=True, help="the model before training")
     drift.add_argument("--texts", required=True, help='JSONL with "text", or a pair file: its y+')
+    drift.add_argument("--template", default="", choices=("", "hybrid", "instruct"),
+                       help="chat template, whatever the file says")
     drift.add_argument("--max_length", type=int, default=4096, help="tokens of a text [4096]")
     drift.add_argument("--dtype", default="bfloat16", help="float32 or bfloat16 [bfloat16]",
                        choices=("float32", "bfloat16"))

@@ -36,7 +36,6 @@ GPU_FACTOR = 16
 
 # --- log-probabilities of rows, without logits, and of sequences ----------------------------------
 
-
 class _LinearLogps(torch.autograd.Function):
     """Both passes walk over blocks of the *vocabulary*, not of the rows: each block of the weight
     is read once, and its gradient is one product over all rows."""
@@ -211,7 +210,6 @@ def row_parts(lengths: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 # --- the running mean delta, and diagnostics ------------------------------------------------------
-
 
 def update_delta(delta, batch_mean, batch_pairs, seen_pairs, kind="ema") -> float:
     """delta for the *next* step, from this step's global batch. Step 0 has 0, the true mean there.

@@ -42,7 +42,6 @@ for _dtype in (torch.float32, torch.float64):
 
 # --- configuration --------------------------------------------------------------------------------
 
-
 @dataclass
 class Config:
     """The numbers of a dense Qwen3 that change the computation, named as in config.json."""
@@ -100,7 +99,6 @@ def read_config(folder: str) -> Config:
 
 
 # --- the network ----------------------------------------------------------------------------------
-
 
 class Qwen3(nn.Module):
     """The whole network; `forward` goes from ids to the log-probability of every scored row."""
@@ -225,7 +223,6 @@ def rotate(x, cos, sin):
 
 
 # --- attention over forks -------------------------------------------------------------------------
-
 
 def fork_attention(q, k, v, forks):
     """Softmax attention inside forks: q (H, T, d), k and v (K, T, d) to (H, T, d).
@@ -531,7 +528,6 @@ def write_tensors(path: str, tensors: dict, **metadata: str):
 
 
 # --- processes: ranks, exit codes, options --------------------------------------------------------
-
 
 class PlainLines:
     """stderr for tqdm where it is no terminal: each state of a bar becomes a line."""

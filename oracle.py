@@ -19,8 +19,9 @@ import json
 import os
 import re
 import runpy
+import sys
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import data
 import eval as evaluation
@@ -28,8 +29,8 @@ import model as qwen
 from data import END, START, Drop, UserError
 from eval import (INSTRUCTION, LAST_LINE, LocalModel, Sampling, SamplingOptions, Server,
                   after_thinking, answers_match, claim_folder, extract_answer, gold_answer,
-                  identity, item_id, open_policy, question_messages, read_answers,
-                  refuse_repeated, request_for, sample)
+                  identity, open_policy, question_messages, read_answers, read_items, request_for,
+                  sample)
 from model import Ranks, option
 
 _REPAIR = r"""Below are a problem and a student's solution, which ends in a wrong answer.{given}
@@ -54,17 +55,16 @@ Write the whole repaired solution between these two lines:
 {START}
 {END}
 """
-PROMPTS = {  # {given} and {first} are filled here, {question}, {answer}, {gold} for each error
-    "correct": _REPAIR.replace("{given}", "").replace(
-        "{first}", "First solve the problem yourself."),
-    "correct_with_answer": _REPAIR.replace("{given}", " The right final answer is {gold}.").replace(
-        "{first}", "First find out where the solution leaves the way to the right answer."),
-    "direct": "{question}",
-}
+GIVEN = " The right final answer is {gold}."
+SOLVE = "First solve the problem yourself."
+FIND = "First find out where the solution leaves the way to the right answer."
+PROMPTS = {  # {question}, {answer}, {gold} are filled for each error
+    "correct": _REPAIR.replace("{given}", "").replace("{first}", SOLVE),
+    "correct_with_answer": _REPAIR.replace("{given}", GIVEN).replace("{first}", FIND),
+    "direct": "{question}"}
 
 
 # --- reading questions and errors -----------------------------------------------------------------
-
 
 @dataclass
 class Item:
@@ -85,71 +85,68 @@ def read_questions(path, instruction, skip_malformed=False):
     are; a question that is there already is dropped."""
     seen = set()
 
-    def parse(row, line):
+    def parse(row, name):
         messages = question_messages(row, instruction)
         text = json.dumps(messages)
         if text in seen:
             raise Drop("the same question again")
         seen.add(text)
         question = messages if len(messages) > 1 else messages[0]["content"]
-        return Item(item_id(row, line), question, gold_answer(row))
+        return Item(name, question, gold_answer(row))
 
-    items, dropped = data.read_rows(path, parse, skip_malformed)
-    refuse_repeated([item.id for item in items], path)
-    return items, dropped
+    return read_items(path, parse, skip_malformed)
 
 
 def read_errors(path):
     """Rows of errors.jsonl: question, original_answer, ground_truth (or a field of gold_answer)."""
-    def parse(row, line):
+    def parse(row, name):
         data.prompt_messages(row.get("question"), "question")  # raises if it is no prompt
         answer = data.check_text(row.get("original_answer"), "'original_answer'")
-        return Item(item_id(row, line), row["question"], gold_answer(row), answer)
+        return Item(name, row["question"], gold_answer(row), answer)
 
-    items, dropped = data.read_rows(path, parse)
-    refuse_repeated([item.id for item in items], path)
-    return items, dropped
+    return read_items(path, parse)
+
+
+def sort_answers(policy, asked, out, ranks, names, judge):
+    """Sort what arrived of `asked`, {key: Item}, into the files `names`: judge(item, record) gives
+    a verdict, which is counted in summary.json, and {file name: row}."""
+    answers = read_answers(out, asked)
+    arrived = [(asked[key], answers[key]) for key in asked if key in answers]
+    files, counts = {name: [] for name in names}, Counter()
+    for item, record in arrived:
+        verdict, rows = judge(item, record)
+        counts[verdict] += 1
+        for name, row in rows.items():
+            files[name].append(row)
+    for name, rows in files.items():
+        data.write_rows(os.path.join(out, f"{name}.jsonl"), rows)
+    summary = {"answers wanted": len(asked), "not asked": len(asked) - len(arrived)} | counts
+    ranks.say("\n".join(f"{n:7}  {outcome}" for outcome, n in summary.items()) + f"\n{out}")
+    if isinstance(policy, Server) and policy.refused:
+        summary["refused by the server"] = list(policy.refused)  # keys of the request
+    data.write_json(os.path.join(out, "summary.json"), summary)
+    errors = [record["error"] for _, record in arrived if "error" in record]
+    if isinstance(policy, Server) and arrived and len(errors) == len(arrived):
+        raise UserError(f"all {len(errors)} requests failed, the first with: {errors[0]:.200}; the "
+                        "same command asks them again")
 
 
 @contextlib.contextmanager
 def sorted_at_the_end(policy, asked, out, ranks, names, judge):
-    """Run a block that samples `asked`, {key: Item}, into `out`, then sort what arrived into the
-    files `names`, also after Ctrl-C or an error: judge(item, record) returns a verdict, which is
-    counted in summary.json, and {file name: row}."""
-    def conclude():
-        answers = read_answers(out, asked)
-        arrived = [(asked[key], answers[key]) for key in asked if key in answers]
-        files, counts = {name: [] for name in names}, Counter()
-        for item, record in arrived:
-            verdict, rows = judge(item, record)
-            counts[verdict] += 1
-            for name, row in rows.items():
-                files[name].append(row)
-        for name, rows in files.items():
-            data.write_rows(os.path.join(out, f"{name}.jsonl"), rows)
-        summary = {"answers wanted": len(asked), "not asked": len(asked) - len(arrived)} | counts
-        ranks.say("\n".join(f"{n:7}  {outcome}" for outcome, n in summary.items()) + f"\n{out}")
-        if isinstance(policy, Server) and policy.refused:
-            summary["refused by the server"] = list(policy.refused)  # keys of the request
-        data.write_json(os.path.join(out, "summary.json"), summary)
-        errors = [record["error"] for _, record in arrived if "error" in record]
-        if isinstance(policy, Server) and arrived and len(errors) == len(arrived):
-            raise UserError(f"all {len(errors)} requests failed, the first with: {errors[0]:.200}; "
-                            "the same command asks them again")
-
+    """Run a block that samples, then `sort_answers`, also where Ctrl-C or an error ended it."""
+    arguments = policy, asked, out, ranks, names, judge
     try:
         with ranks.together():
             yield
-    except (SystemExit, KeyboardInterrupt):
+    except (SystemExit, KeyboardInterrupt):  # SystemExit: `together` has printed an error
         if ranks.main:
-            with contextlib.suppress(UserError, OSError):  # the error that ended it was printed
-                conclude()
+            with contextlib.suppress(UserError, OSError):
+                sort_answers(*arguments)
         raise
-    ranks.main_only(conclude)
+    ranks.main_only(sort_answers, *arguments)
 
 
 # --- elicit: the policy's own wrong answers -------------------------------------------------------
-
 
 def elicit(items: list, out: str, policy: LocalModel | Server, sampling: Sampling, ranks: Ranks,
            samples: int = 1, seed: int = 0):
@@ -195,7 +192,6 @@ def judge_answer(item: Item, record: dict) -> tuple:
 
 # --- rectify: the Oracle's corrections ------------------------------------------------------------
 
-
 def rectify(items: list, out: str, oracle, encode, ranks: Ranks, prompt: str = "correct",
             max_change_ratio: float = 0.6, target: int = 0, sampling: Sampling | None = None,
             seed: int | None = None):
@@ -224,9 +220,8 @@ def rectify(items: list, out: str, oracle, encode, ranks: Ranks, prompt: str = "
         row = {"index": item.id, "question": item.question, "ground_truth": item.gold}
         if pair:
             return verdict, {"pairs": row | pair}
-        raw = {key: record[key] for key in ("text", "error", "partial") if key in record}
         row |= {"original_answer": item.answer, "reason": verdict}
-        return verdict, {"rejected": row | raw}
+        return verdict, {"rejected": row | record}
 
     policy, at_once = call if by_function else oracle, 512 if target else 10**9
     pairs = 0
@@ -254,7 +249,7 @@ def oracle_messages(item: Item, prompt: str) -> list:
 def judge_correction(item, record, encode, prompt, by_function, max_change_ratio):
     """("pairs", fields of the pair row) or (reason, None) for one raw answer."""
     if "error" in record:
-        return "request failed: " + record["error"], None
+        return "request failed", None
     if record["finish"] == "length":
         return "cut off by the token limit", None
     text = after_thinking(record["text"])
@@ -285,7 +280,10 @@ def python_function(spec: str):
     returns the corrected text. Returns the function, and a name that tells its versions apart."""
     path, _, name = spec.partition(":")
     try:
+        sys.path.insert(0, os.path.dirname(os.path.abspath(path)))  # it may import its neighbours
         function = runpy.run_path(path)[name]
+        if not callable(function):
+            raise TypeError(f"{name} is no function")
         with open(path, "rb") as f:
             return function, f"{spec} {hashlib.sha256(f.read()).hexdigest()[:16]}"
     except (Exception, SystemExit) as e:
@@ -294,7 +292,6 @@ def python_function(spec: str):
 
 
 # --- command line ---------------------------------------------------------------------------------
-
 
 @dataclass
 class ElicitOptions(SamplingOptions):
@@ -352,7 +349,8 @@ def run_rectify(o: RectifyOptions, ranks: Ranks):
             oracle = open_policy(o, ranks.device, non_thinking=False)
             name = identity(oracle, o)
         if o.server:  # it has its own best settings
-            sampling = replace(sampling, **dict.fromkeys(asdict(sampling).keys() - set(o.given)))
+            values = asdict(sampling).items()
+            sampling = Sampling(**{key: x if key in o.given else None for key, x in values})
             seed = seed if "seed" in o.given else None
     settings = {"command": "rectify", "seed": seed, "prompt": o.prompt, "asked": name,
                 "sampling": asdict(sampling)}

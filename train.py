@@ -131,7 +131,6 @@ def parse_options(argv=None) -> Options:
 
 # --- the sharded policy and its optimizer ---------------------------------------------------------
 
-
 def build_policy(folder, config, o: Options, ranks: Ranks):
     """The policy with fp32 weights, sharded: made on the meta device, wrapped block by block and
     as a whole, given memory, filled; each rank reads its own rows."""
@@ -179,7 +178,6 @@ def learning_rate(step: int, total: int, o: Options) -> float:
 
 
 # --- a plan without a run -------------------------------------------------------------------------
-
 
 def plan_memory(policy, o: Options, tokens: int) -> dict:
     """Peak bytes of a GPU in a step, by part; `tokens` of the largest pack. Within 2.2 % of torch's
@@ -375,7 +373,6 @@ def finish_step(run, batch, totals: dict, lr: float, seconds: float) -> dict:
 
 # --- scores without gradients: the reference, held-out pairs, the watched pair --------------------
 
-
 @torch.no_grad()
 def score_all(run: Run, fork_set: ForkSet, title) -> torch.Tensor:
     """(N, 2) fp64 sequence log-probs of all pairs under the present policy, on every rank's CPU."""
@@ -513,7 +510,6 @@ def watch_tether(run: Run, metrics: dict):
 
 # --- checkpoints ----------------------------------------------------------------------------------
 
-
 def checkpoint_tensors(run: Run) -> dict:
     """{name: (local tensor, first row, end row, rows in all)} of fp32 weights and both moments."""
     tensors = {}
@@ -584,7 +580,6 @@ def load_checkpoint(run: Run, path: str):
 
 
 # --- from start to end ----------------------------------------------------------------------------
-
 
 def read_inputs(o: Options):
     """(Config, forks, held-out forks, text for the log) of the files."""
@@ -755,7 +750,7 @@ def toy_question(skill: str, rng, chain: int, manner: str = "") -> str:
 
 
 def toy_questions(skill: str, seed, count: int, chain: int, manners: bool = False) -> list:
-    """So many different questions; with manners each names one."""
+    """`count` different questions; with manners each names one."""
     rng, questions = random.Random(f"{skill} {seed} {manners}"), {}  # a dict keeps the order
     while len(questions) < count:
         manner = rng.choice(list(TOY_MANNERS)) if manners else ""
@@ -784,8 +779,8 @@ def toy_answer(question, manner="lines, plain", add=lambda a, b: (a + b) % 10, w
 
 
 def toy_corpus(rows: int, chain: int, share: float, doubt: float, seed: int):
-    """What the base learns from: positive-only rows of a pair file, the skills in turn. Of the
-    addition facts the given share is, as often as doubt says, taken for one more."""
+    """What the base learns from: positive-only rows of a pair file, the skills in turn. A given
+    share of the addition facts is doubted: with probability `doubt` the result is one too high."""
     rng = random.Random(f"corpus {seed}")
     facts = [(a, b) for a in range(10) for b in range(1, 6)]
     doubted = set(rng.sample(facts, round(share * len(facts))))

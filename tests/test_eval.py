@@ -39,6 +39,8 @@ def sets(tmp_path_factory):
         {"key": 1, "prompt": "p", "instruction_id_list": [comma], "kwargs": [{}]},
         {"key": 2, "prompt": "q", "instruction_id_list": [comma, "startend:quotation"],
          "kwargs": [{}, {}]}])
+    write_rows(folder / "connect4.jsonl", [  # positions of which the grader reads the answers alone
+        {"state": f"Board {i}. You are player X.", "answer": [[[0, i]], []]} for i in range(3)])
     write_rows(folder / "own.jsonl", [{"question": "2 + 2?", "answer": "so 4\n#### 4"}])
     return folder
 
@@ -169,7 +171,7 @@ BAD = [
     (["--tasks", "../x=own.jsonl"], "is no name"), (["--tasks", "results.json=x"], "is no name"),
     ({"question": "q"}, "a gold answer expected"),
     ({"answer": "4"}, "question, problem or prompt expected"),
-    ({"id": 1, "question": "q", "answer": "4"}, "1 ids occur more than once"),
+    ({"id": 1, "question": "q", "answer": "4"}, "the id '1' again"),
 ]
 
 

@@ -162,6 +162,11 @@ EXTRACTED = [
     ("So the answer is simply $x+1$.", "x+1"), ("The final answer is equal to 3/4.", "3/4"),
     ("Hence the answer is exactly 0.5 because it is half.", "0.5"), ("Answer: (C) 12", "(C) 12"),
     (r"The answer is, hence, \(\frac{1}{2}\).", r"\frac{1}{2}"),
+    # formulas that belong together
+    ("The final answer is $3$ and $4$.", "$3$ and $4$"), (r"Answer: \(2\), \(3\).", r"\(2\), \(3\)"),
+    ("The answers are $1$, $2$, and $3$, as said", "$1$, $2$, and $3$, as said"),
+    ("The answer is $x$ = 5.", "$x$ = 5"), ("The answer is $2$, because we add.", "2"),
+    ("The answer is $2$ and we are done.", "2"), ("The answer is $5$ or so", "5"),
     # after thinking
     (r"<think>\boxed{1}", None), (r"<think>\boxed{1}</think> no", None),
     (r"<think>\boxed{1}</think> \boxed{2}", "2"), ("a</think>b</think>The answer is 3", "3"),

@@ -13,7 +13,7 @@ from misbehaving import Misbehaving, completion
 import data
 import eval as evaluation
 import oracle
-from data import read_json
+from data import UserError, read_json
 
 KNOWN = {"model", "messages", "temperature", "top_p", "max_tokens"}
 OPENAI = {*KNOWN, "max_completion_tokens", "seed"}
@@ -196,6 +196,47 @@ def test_a_given_limit_is_sent_under_its_new_name():
         assert all(body["max_tokens"] == 5000 for _, body in server.requests)
 
 
+@pytest.mark.parametrize("body", [
+    {"max_completion_tokens": 10**6}, {"max_tokens": None, "max_completion_tokens": 10**6}])
+def test_a_refused_limit_in_body_fails_its_requests_and_no_more(body):
+    def refuse(sent):
+        text = f"max_completion_tokens is too large: {sent['max_completion_tokens']}"
+        return openai_error(text, "max_completion_tokens", "invalid_value")
+    with strict(refuse) as server:
+        code, err = elicit(server, "--body", json.dumps(body))
+    assert code == 1 and "all 6 requests failed" in err and "is too large: 1000000" in err
+    assert len(server.requests) == 6
+
+
+def test_a_refused_key_that_is_given_later_is_sent():
+    with strict(transformers) as server:
+        assert elicit(server)[0] == 0 and "top_k" not in server.requests[-1][1]
+        code, err = elicit(server, "--top_k", 20, "--samples", 2)
+    assert code == 1 and "refuses top_k" in err and server.requests[-1][1]["top_k"] == 20
+
+
+def test_one_forbidden_question_ends_no_run():
+    def refuse(body):
+        if "3 + 3" in body["messages"][-1]["content"]:
+            return 403, {"error": {"message": "your input was flagged", "code": 403}}
+    with strict(refuse) as server:
+        code, err = score(server)
+    assert code == 0, err
+    with open("scores/results.md", encoding="utf-8") as f:
+        assert "(5 unanswered)" in f.read()
+    assert read_json("scores/results.json")["sums"]["questions"] == 6
+
+
+@pytest.mark.parametrize("listing", [
+    [{"id": "m"}], {"models": []}, {"data": None}, {"data": []}, {"data": [{"name": "m"}]},
+    {"data": [{"id": "m"}, {"id": "n"}]}])
+def test_a_server_that_lists_not_one_model_needs_its_name(listing, monkeypatch):
+    monkeypatch.setattr(evaluation, "fetch_json", lambda *_: listing)
+    options = evaluation.SamplingOptions(server="http://localhost:1/v1")
+    with pytest.raises(UserError, match="choose one with --server_model"):
+        evaluation.open_policy(options, None)
+
+
 def test_null_in_body_removes_any_key():
     keys = {"model", "messages", "temperature", "top_p", "top_k", "max_tokens", "seed",
             "chat_template_kwargs"}
@@ -217,18 +258,27 @@ def test_an_error_that_repeats_the_request_drops_nothing():
     assert len(server.requests) == 6 and "refused" not in read_json("errors/settings.json")
 
 
+QUESTION = "What temperature has a gas\nwith \"top_p\" and seed 3?"
+
+
 @pytest.mark.parametrize("error, dropped", [
     ({"message": "property 'top_k' is unsupported, did you mean 'top_p'?"}, ["top_k"]),
     ({"message": "Unrecognized argument: top_k. Supported: temperature, top_p, seed"}, ["top_k"]),
     ({"message": "Unrecognized request arguments supplied: seed, top_k"}, ["seed", "top_k"]),
+    ({"message": "unknown field `top_k`, expected one of `model`, `top_p`, `max_tokens`, `seed`"},
+     ["top_k"]),
+    ({"message": "Extra inputs are not permitted: top_k. Allowed: temperature, top_p"}, ["top_k"]),
+    ({"message": f"top_k is unknown. Bad input: {json.dumps(QUESTION)}"}, ["top_k"]),
+    ({"message": f"Not allowed by our policy: {QUESTION}"}, []),
     ({"message": "Invalid max_tokens value, the valid range is [1, 8192]"}, ["max_tokens"]),
     ({"code": "Invalid input", "message": json.dumps({"detail": [
         {"type": "extra_forbidden", "loc": ["body", "seed"], "input": 1}]})}, ["seed"]),
     ({"message": "too long: {'messages': ['?'], 'temperature': 0.7, 'seed': 1}"}, [])])
 def test_only_refused_keys_are_dropped_not_those_that_an_error_quotes(error, dropped):
     server = evaluation.Server("http://localhost:1/v1", "m")
-    body = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "seed": 1, "max_tokens": 9}
-    answer = "HTTP 400: " + json.dumps({"error": error})
+    body = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "seed": 1, "max_tokens": 9,
+            "messages": [{"content": QUESTION}]}
+    answer = "HTTP 400: " + " ".join(json.dumps({"error": error}).split())
     assert evaluation.drop_refused(server, body, answer) == bool(dropped)
     assert sorted(server.refused) == dropped
 

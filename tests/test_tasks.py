@@ -2,7 +2,9 @@
 
 import itertools
 import math
+import os
 import random
+import sys
 from collections import Counter
 from fractions import Fraction
 
@@ -12,9 +14,12 @@ from tiny import SHARED, needs_data, write_rows
 
 import eval as tasks
 import oracle
-from eval import (choice_letter, clustered, connect4_row, connect4_rows, grade_connect4,
-                  grade_math, load_task, math_gold, paired_bootstrap, pass_at_k, winning_moves)
+from eval import (choice_letter, clustered, grade_connect4, grade_math, load_task, math_gold,
+                  paired_bootstrap, pass_at_k)
 from data import UserError, read_log
+
+sys.path.append(os.path.join(os.path.dirname(__file__), "bench"))
+from connect4 import OTHER, connect4_row, connect4_rows, winning_moves  # noqa: E402
 
 # --- math: gold answers ---------------------------------------------------------------------------
 
@@ -27,6 +32,7 @@ GRADED = [  # row, responses that are right, responses that are wrong
     ({"answer": "025"}, [r"\boxed{25}", r"\boxed{025}"], [r"\boxed{250}"]),  # AIME
     ({"answer": 27.0}, [r"\boxed{27}"], [r"\boxed{27.1}", r"\boxed{2.70}", "27"]),  # AMC
     # fields of OlympiadBench mean nothing without final_answer
+    ({"solution": "Add 2 and 2. The answer is 4."}, [r"\boxed{4}"], [r"\boxed{2}"]),
     ({"solution": r"so \boxed{4.5e33} erg", "error": 3, "unit": {}},
      [r"\boxed{4.5 \times 10^{33}}"], [r"\boxed{4.5}"]),  # Minerva
     (olympiad("$69$,$84$", True),
@@ -57,7 +63,8 @@ def test_math_rows(row, right, wrong):
 @pytest.mark.parametrize("row, expected", [
     (olympiad("1", error="small"), "'error'"), (olympiad("1", final_answer=[]), "'final_answer'"),
     (olympiad("1", final_answer=None), "a string or a number"), ({}, "a gold answer expected"),
-    ({"answer": True}, "a gold answer"), ({"answer": "\\boxed{"}, "no final answer in it")])
+    ({"answer": True}, "a gold answer"), ({"answer": "\\boxed{"}, "no final answer in it"),
+    ({"solution": "A proof without an end."}, "no final answer in it")])
 def test_bad_math_rows(row, expected):
     with pytest.raises(UserError, match=expected):
         math_gold(row)
@@ -144,7 +151,7 @@ def test_official_states_are_read_solved_and_rendered_exactly():
         board, player = board_of(row["state"]), row["state"].split("You are player ")[1][0]
         assert connect4_row(board, player) == row
         assert brute_winning_moves(board, player) == answer[0] == row["answer"][0]
-        assert brute_winning_moves(board, tasks.OTHER[player]) == answer[1] == row["answer"][1]
+        assert brute_winning_moves(board, OTHER[player]) == answer[1] == row["answer"][1]
 
 
 def test_generated_states_meet_the_filter(tmp_path):
@@ -161,9 +168,10 @@ def test_generated_states_meet_the_filter(tmp_path):
         assert not has_four(board, "X") and not has_four(board, "O")
         assert row == connect4_row(board, player)
     assert connect4_rows(100, seed=0) == rows[:100] and connect4_rows(100, seed=1) != rows[:100]
-    made, read = load_task("connect4", str(tmp_path)), write_rows(tmp_path / "c.jsonl", rows)
-    assert [r[1:] for r in load_task(f"connect4={read}", "").rows] == [r[1:] for r in made.rows]
-    for bad in ({"state": rows[0]["state"]}, {**rows[1], "answer": "None"}, {"answer": [[], []]}):
+    task = load_task(f"connect4={write_rows(tmp_path / 'c.jsonl', rows)}", "")
+    assert [answer for *_, answer in task.rows] == [row["answer"] for row in rows]
+    for bad in ({"state": rows[0]["state"]}, {**rows[1], "answer": "None"}, {"answer": [[], []]},
+                {**rows[1], "answer": [None, []]}, {**rows[1], "answer": [["(2,0)"], []]}):
         path = write_rows(tmp_path / "c.jsonl", [rows[0], bad, rows[2]])
         with pytest.raises(UserError, match="(?s)1 malformed.*line 2: '(answer|state)'"):
             load_task(f"connect4={path}", "")

@@ -33,7 +33,7 @@ CELLS = [  # the command, what is broken, what the message must match
     ("train", cut("held.jsonl.gz", -12), "held.jsonl.gz: cannot be read: .*end-of-stream"),
     ("train", flip("held.jsonl.gz", 40), "held.jsonl.gz: cannot be read: "),
     # questions, errors, functions, texts
-    ("elicit", second_row("questions.jsonl", id="n0"), "1 ids occur more than once, first 'n0'"),
+    ("elicit", second_row("questions.jsonl", id="n0"), "line 2: the id 'n0' again"),
     ("rectify", second_row("errors.jsonl", original_answer=5), "line 2: 'original_answer': a str"),
     ("rectify", holds("mine.py", b"def mend(item): 1"), "defines no|KeyError: 'fix'"),
     ("retention", second_row("texts.jsonl", text=5), "line 2: 'text': a string expected, found in"),
