@@ -244,20 +244,6 @@ def test_coefficients_equal_closed_forms_and_finite_differences(objective):
         assert found[i].item() == pytest.approx((two[0] - two[1]) / 2e-4, abs=1e-7)
 
 
-def test_step_0_is_exact():
-    rows, lengths, _ = random_rows(forks=32)
-    rows = rows.float()
-    reference = loss.sequence_logps(rows, lengths)
-    for objective in ("spot-bce", "spot-bco", "dpo"):
-        coefficients, sums = loss.row_coefficients(objective, rows, lengths, reference, BETA)
-        mean = loss.average(sums.tolist(), objective)
-        assert named(sums)["abs_reward"] == 0 and mean["trunk_coef"] == 0
-        assert mean["tether_chosen"] == mean["tether_rejected"] == 0.5
-        expected = math.log(2) * (1 if objective == "dpo" else 2)
-        assert torch.tensor(mean["loss"]).float() == torch.tensor(expected).float()
-        assert set(coefficients.tolist()) == {0.0, *torch.tensor([0.05, -0.05]).tolist()}
-
-
 def test_wrong_objectives_are_refused():
     rows, lengths, reference = random_rows(one_branch=True)
     with pytest.raises(ValueError, match="one of .*'spot-bce'.* found 'ppo'"):

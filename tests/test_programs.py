@@ -1,5 +1,5 @@
-"""What a trained model meets outside: transformers and TRL open our files, and a second round of
-the whole method starts from it. All by the command lines of the README, in the toy world."""
+"""What a trained model meets: a second round of the whole method starts from it, and transformers'
+pipeline samples from it. All by the command lines of the README, in the toy world."""
 
 import pytest
 import torch
@@ -81,25 +81,3 @@ def test_transformers_pipeline_writes_the_same_texts(base, first):
     done = qwen.generate(policy.model, prompts, [0] * 20, max_tokens=40, temperature=0,
                          end=[policy.chat.im_end])
     assert texts == [policy.chat.tokenizer.decode(ids) for ids, _ in done]
-
-
-def test_trls_dpo_trainer_takes_our_pairs_after_a_rename(base, first, tmp_path):
-    from datasets import load_dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import DPOConfig, DPOTrainer
-
-    rows = load_dataset("json", data_files=str(base / "first-pairs/pairs.jsonl"), split="train",
-                        cache_dir=str(tmp_path / "cache"))
-    renamed = {"question": "prompt", "gemini_corrected_answer": "chosen",
-               "original_answer": "rejected"}
-    rows = rows.select_columns(list(renamed)).rename_columns(renamed)
-    model = AutoModelForCausalLM.from_pretrained(base / "base/model", dtype=torch.float32)
-    trainer = DPOTrainer(
-        model=model, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(
-            base / "base/model"),
-        args=DPOConfig(output_dir=str(tmp_path / "out"), max_steps=2, report_to="none",
-                       use_cpu=True, bf16=False, logging_steps=1, save_strategy="no",
-                       per_device_train_batch_size=4))
-    trainer.train()
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    assert len(losses) == 2 and losses[0] == pytest.approx(0.693147, abs=1e-4)

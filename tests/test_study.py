@@ -9,13 +9,11 @@ import subprocess
 import sys
 import time
 
+import chart
 import numpy as np
 import pytest
+import study
 from launch import ROOT, program
-
-sys.path.append(str(ROOT / "tests" / "bench"))
-import chart  # noqa: E402
-import study  # noqa: E402
 
 YES, NO, UNKNOWN = "holds", "does not hold", "not decided"
 

@@ -3,7 +3,6 @@
 import glob
 import math
 import os
-import sys
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+import common
 import data
 import launch
 import loss
@@ -18,9 +18,6 @@ import model as qwen
 import train
 from data import UserError
 from launch import metrics
-
-sys.path.append(str(launch.ROOT / "tests" / "bench"))
-import common  # noqa: E402
 
 
 def argv(world, out, *extra):

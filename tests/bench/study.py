@@ -9,20 +9,6 @@ A world is the story's of train.py with a seed of its own: corpus, base model, e
 is train.py's `train` at one setting, measured by the story's own functions; what is not varied is
 as in the story: rate 1.5e-4, beta 10, 4 epochs. Figures are kept in OUT/runs, a file a job; from
 them OUT/study.json, and from that OUT/STUDY.md and OUT/study-a.svg to study-e.svg.
-
-Expected before the runs, from a pilot of two worlds:
-1. SFT+ moves further from the base than every reward-based loss, costs the other skills a point or
-   two, and loses the rare words, which no pair shows. Reward-SFT (a tether, no contrast) keeps the
-   skills and loses the words; DPO, BCE and BCO keep both.
-2. No pull-up: y+ and y- differ in facts, so r- falls under every loss, under SFT+ too.
-3. DPO sinks r- more than it lifts r+; its r+ stays below BCE's, and Add suffers for it.
-4. BCO does not reach BCE's r+, as its delta follows r- down; it moves further than BCE.
-5. lambda+ of Reward-SFT and BCE falls below 0.05 in the first half of the steps, and from 4 to 12
-   epochs they move on less than SFT+, which never stops.
-6. The further the Oracle is from y-, the less is learned. Half of the pairs do as well.
-7. What changes sits on divergent tokens, under BCE more than under SFT+.
-Figure b: at every Add that SFT+ reaches, BCE is nearer to the base. Figure c: a bound on r+ of
-5 (beta 1) does not hold, 15 holds in part, 50 holds, 150 begins to cost Add.
 """
 
 import argparse

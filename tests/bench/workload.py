@@ -32,13 +32,9 @@ PAIRS = 32
 TEMPLATE = (tiny.TEMPLATES / "qwen3_training.jinja").read_text(encoding="utf-8")
 
 
-def made_up_words():
-    """6,000 of 2 to 9 letters."""
-    rng, letters = random.Random(7), string.ascii_lowercase
-    return ["".join(rng.choice(letters) for _ in range(rng.randint(2, 9))) for _ in range(6000)]
-
-
-WORDS = made_up_words()
+rng = random.Random(7)
+WORDS = ["".join(rng.choice(string.ascii_lowercase) for _ in range(rng.randint(2, 9)))
+         for _ in range(6000)]
 
 
 def text(rng, count):
