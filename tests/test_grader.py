@@ -13,38 +13,20 @@ import eval as grader
 from data import read_log
 from eval import answers_match, extract_answer
 
-LINES = Path(__file__).with_name("grader_cases.txt").read_text(encoding="utf-8").splitlines()
+CASES, UNITS = (Path(__file__).with_name(f"grader_{name}.txt").read_text(encoding="utf-8")
+                .splitlines() for name in ("cases", "units"))
 
 
-@pytest.mark.parametrize("line", LINES)
+@pytest.mark.parametrize("line", CASES)
 def test_cases(line):
     """Verdicts written by hand before the grader was asked: "group: one side ≡ (or ≢) the other"."""
     a, sign, b = re.fullmatch(r"[a-z ]+: (.*?) ?([≡≢]) ?(.*)", line).groups()
     assert answers_match(a, b) == answers_match(b, a) == (sign == "≡")
 
 
-UNITS = r"""
-\mathrm{m/s^2} ≡ \mathrm{m/s^{2}} ≡ \text{ m/s}^2 ≡ \mathrm{~m} / \mathrm{s}^{2} ≡ \text{m s}^{-2} ≡
-    \mathrm{~m} \cdot \mathrm{s}^{-2} ≡ \frac{\mathrm{m}}{\mathrm{s}^2} ≡ \,\mathrm{m\,s^{-2}} ≡
-    m/s^2 ≡ m/s² ≡ \text{ m·s⁻²} ≡ \text{ meters per second}^2 ≡ meters per square second
-\text{km/h} ≡ \mathrm{~km} / \mathrm{h} ≡ km/h ≡ \text{kilometers per hour} ≡ km per hour
-\mathrm{kJ/(mol \cdot K)} ≡ \mathrm{~kJ} /(\text { mole } \mathrm{K}) ≡
-    \mathrm{kJ\,mol^{-1}\,K^{-1}}
-\mathrm{cm}^{2} ≡ \text{ cm^2} ≡ \mbox{ cm}^2 ≡ square cm ≡ \text{ square centimeters} ≡ cm²
-\mu \mathrm{m} ≡ \mathrm{\mu m} ≡ \text{ μm}
-{ }^{\circ} \mathrm{C} ≡ ^\circ\text{C} ≡ °\mathrm{C}
-\mathrm{k\Omega} ≡ \text{ k\Omega} ≡ \mathrm{k}\Omega
-{\rm m/s} ≡ \unit{m/s} ≡ m/s
-\AA ≡ Å ≡ \mathrm{\AA}
-\mathrm{erg} \mathrm{s}^{-1} \mathrm{~cm}^{-2} ≡ \mathrm{erg/(s\ cm^2)} ≡
-    \mathrm{erg\,s^{-1}\,cm^{-2}}
-"""
-UNITS = [unit.split(" ≡ ") for unit in re.sub(r"\n +", " ", UNITS.strip()).split("\n")]
-
-
 @pytest.mark.parametrize("number", ["9.8", r"4.5\times 10^{-3}", r"\frac{1}{2}\sqrt{3}"])
 def test_a_missing_unit_is_forgiven_and_another_one_is_not(number):
-    answers = [(rf"{number}\ {spelling}", i) for i, unit in enumerate(UNITS) for spelling in unit]
+    answers = [(rf"{number}\ {spelling}", unit) for unit in UNITS for spelling in unit.split(" ≡ ")]
     for a, unit in answers:
         assert answers_match(a, number) and answers_match(number, f"${a}.$"), a
         assert not answers_match(a, "9.7") and not answers_match(a, number + "+1"), a

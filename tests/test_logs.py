@@ -32,17 +32,14 @@ def test_without_bars_the_results_are_said(world, tmp_path):
     assert " of 6" not in said and "step 0: sum of |reward| 0.0" in said and "done: " in said
 
 
-def test_many_updates_make_few_lines(capsys):
+def test_many_updates_make_few_lines(capsys, monkeypatch):
     for rank, quiet, expected in ((0, False, 2), (0, True, 0), (1, False, 0)):
         bar = qwen.Ranks(rank, 2, torch.device("cpu"), quiet).progress(10_000, "counting", "step")
         for _ in range(10_000):
             bar.update()
         bar.close()
         assert len(capsys.readouterr().err.splitlines()) == expected
-
-
-def test_on_a_terminal_it_is_a_bar(capsys, monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # on a terminal it is a bar
     bar = qwen.Ranks(0, 1, torch.device("cpu")).progress(3, "counting", "step")
     bar.update(3)
     bar.close()

@@ -3,16 +3,16 @@
     python tests/bench/gpu.py                           # or --parts model,head
     python tests/bench/gpu.py --small                   # toy sizes on the CPU, about a minute
 
-    model         log-probs and gradients against fp64 on the CPU; attention's kernels
-    training      step 0 of train.py in bf16; a run stopped and resumed
-    narrow        an optimizer step of Qwen3-0.6B: tokens/s, MFU, memory; its kernels on stderr
-    wide          the same at Qwen3-8B's width, 12 layers of 36, which take some 110 GB
-    head          linear_logps against full logits
-    generation    greedy answers against full forwards on the CPU; tokens/s
+    model       log-probs and gradients against fp64 on the CPU; attention's kernels
+    training    step 0 of train.py in bf16; a run stopped and resumed
+    narrow      an optimizer step of Qwen3-0.6B: tokens/s, MFU, memory; its kernels on stderr
+    wide        the same at Qwen3-8B's width, 12 layers of 36, which take some 110 GB
+    head        linear_logps against full logits
+    generation  greedy answers against full forwards on the CPU; tokens/s
 
-All weights are random. Each part is a process of its own: an error or a timeout costs that part
-alone. Each figure is a row of a Markdown table on stdout; all else goes to stderr. The exit code is
-1 where a part failed or a figure is beyond its limit. Needs requirements-dev.txt.
+All weights are random. Each part is a process of its own; each figure is a row of a Markdown table
+on stdout. The exit code is 1 where a part failed or a figure is beyond its limit. Needs
+requirements-dev.txt; against_trl.py compares with TRL, on a GPU too.
 """
 
 import argparse

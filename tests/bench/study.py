@@ -192,9 +192,9 @@ def plan_runs(world, s):
 RANKS = None  # of a worker process
 
 
-def start_worker(cores, log, toy):
-    """A process group of one, on a core of its own; what it says goes to a file. It ends with the
-    study, however that ends."""
+def start_worker(log, toy):
+    """A process group of one; what it says goes to a file. It ends with the study, however that
+    ends."""
     global RANKS
 
     def watch():
@@ -202,7 +202,6 @@ def start_worker(cores, log, toy):
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    os.sched_setaffinity(0, {cores.get()})
     for stream in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     train.TOY.update(toy)
@@ -227,12 +226,9 @@ def run_all(out, s, count, workers):
     if os.path.exists(path) and data.read_json(path) != settings:
         sys.exit(f"error: {out} holds a study with other settings: choose another --out")
     data.write_json(path, settings)
-    context, here = multiprocessing.get_context("spawn"), sorted(os.sched_getaffinity(0))
-    cores = context.Queue()
-    for i in range(workers):
-        cores.put(here[i % len(here)])
-    arguments, worlds, runs = (cores, f"{out}/workers.log", s["toy"]), [], []
-    with ProcessPoolExecutor(workers, context, start_worker, arguments) as pool:
+    spawn, worlds, runs = multiprocessing.get_context("spawn"), [], []
+    arguments = (f"{out}/workers.log", s["toy"])
+    with ProcessPoolExecutor(workers, spawn, start_worker, arguments) as pool:
         for start in range(0, count, workers):
             group = range(start, min(start + workers, count))
             worlds += do(pool, out, s, [{"name": f"world-{w}", "world": w} for w in group])
