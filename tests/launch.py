@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from tqdm import tqdm
 
 import data
@@ -48,7 +49,7 @@ def work(argv, environment, folder, fault):
 
 
 def insert(name, count, fault):
-    """From now on the count-th call of "module.function" meets a fault: `die` or `disk_full`."""
+    """From now on the count-th call of "module.function" meets a fault: a function below."""
     module, _, function_name = name.rpartition(".")
     function, calls = pkgutil.resolve_name(name), []
 
@@ -67,6 +68,10 @@ def die():
 
 def disk_full():
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def late():
+    time.sleep(1)
 
 
 def free_port():
@@ -142,6 +147,7 @@ def program(module, *argv) -> tuple:
             signal.signal(signal.SIGTERM, handler)
             if dist.is_initialized():
                 dist.destroy_process_group()
+            _clear_sharding_prop_cache()  # it remembers the groups of meshes
             for bar in list(tqdm._instances):  # an error left it; the next program would draw it
                 bar.close()
     return code, output.getvalue()

@@ -171,13 +171,6 @@ def folder(tmp_path):
     return tmp_path
 
 
-def hf_prompt(folder, messages):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder).apply_chat_template(
-        messages, add_generation_prompt=True, enable_thinking=False, return_dict=False)
-
-
 CONVERSATIONS = [
     TURNS, TURNS[1:], [{"role": "user", "content": "naïve ∑ 𝛽 \n\n  two  spaces\n"}],
     [*TURNS[:2], {"role": "assistant", "content": "<think>\nno\n</think>\n\nyes"}, TURNS[3]],
@@ -187,41 +180,39 @@ CONVERSATIONS = [
 
 
 @needs_data
-def test_prompts_equal_transformers_on_every_real_row():
+def test_real_prompts_equal_transformers_and_pairs_are_filtered_as_their_makers_counted():
     from transformers import AutoTokenizer
 
-    folder = str(SHARED / "qwen3_tokenizer")
+    folder, path = str(SHARED / "qwen3_tokenizer"), str(SHARED / "gsm8k" / "pairs.jsonl")
     chat, hf = data.load_chat(folder, 151936), AutoTokenizer.from_pretrained(folder)
     assert chat.think == [151667, 271, 151668, 271] and chat.im_end == 151645
-    pairs, dropped, _ = data.read_pairs(str(SHARED / "gsm8k" / "pairs.jsonl"))
+    pairs, dropped, _ = data.read_pairs(path)
     assert len(pairs) == 3263 and not dropped
-    for messages in [p.messages for p in pairs] + CONVERSATIONS:
+    for messages in [p.messages for p in pairs[::5]] + CONVERSATIONS:
         assert chat.prompt(messages) == hf.apply_chat_template(
             messages, add_generation_prompt=True, enable_thinking=False, return_dict=False)
-
-
-@needs_data
-def test_real_pairs_are_filtered_as_their_makers_counted():
-    chat = data.load_chat(str(SHARED / "qwen3_tokenizer"), 151936)
-    forks, log = data.load_forks(str(SHARED / "gsm8k" / "pairs.jsonl"), chat, 8192, 0.6, True)
+    forks, log = data.load_forks(path, chat, 8192, 0.6, True)
     assert len(forks) == 2657 and "dropped    606  change ratio above 0.6" in log
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_instruct_2507", "qwen3_instruct_2507_training"])
 @pytest.mark.parametrize("form", ["chat_template.jinja", "tokenizer_config.json"])
 def test_known_templates_equal_transformers(folder, name, form):
+    from transformers import AutoTokenizer
+
     template = (tiny.TEMPLATES / f"{name}.jinja").read_text()
     config = json.loads((folder / "tokenizer_config.json").read_text())
     if form == "chat_template.jinja":  # wins over tokenizer_config.json
         (folder / form).write_text(template.strip())
     else:
         (folder / form).write_text(json.dumps({**config, "chat_template": template}))
-    chat = data.load_chat(str(folder), 261)
+    chat, hf = data.load_chat(str(folder), 261), AutoTokenizer.from_pretrained(folder)
     assert bool(chat.think) == ("instruct" not in name)
     for messages in CONVERSATIONS[:5]:
         # Under instruct a thought stays text here, and is a token in transformers.
         if chat.think or "<think>" not in str(messages):
-            assert chat.prompt(messages) == hf_prompt(folder, messages)
+            assert chat.prompt(messages) == hf.apply_chat_template(
+                messages, add_generation_prompt=True, enable_thinking=False, return_dict=False)
 
 
 @pytest.mark.parametrize("change", [
@@ -237,12 +228,6 @@ def test_other_templates_are_refused_unless_one_is_named(folder, change):
     assert data.load_chat(str(folder), 261, "instruct").think == []
 
 
-def changed_tokenizer(folder, change):
-    spec = json.loads((folder / "tokenizer.json").read_text())
-    change(spec)
-    (folder / "tokenizer.json").write_text(json.dumps(spec))
-
-
 @pytest.mark.parametrize("change, message", [
     (lambda t: t["added_tokens"].pop(2), "<|im_end|> is missing"),
     (lambda t: t["added_tokens"][2].update(special=False), "or not marked special"),
@@ -252,15 +237,14 @@ def changed_tokenizer(folder, change):
     (lambda t: t.update(pre_tokenizer={"type": "FixedLength", "length": 0}), "FixedLength is in"),
     (lambda t: t.update(decoder={"type": "Replace"}), "Replace is in")])
 def test_tokenizers_of_other_kinds_are_refused(folder, change, message):
-    changed_tokenizer(folder, change)
+    with pytest.raises(UserError, match="token id 260, but the model's vocabulary has 260 rows"):
+        data.load_chat(str(folder), 260)
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    change(spec)
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(UserError) as e:
         data.load_chat(str(folder), 261)
     assert message in str(e.value)
-
-
-def test_a_vocabulary_larger_than_the_models_is_refused(folder):
-    with pytest.raises(UserError, match="token id 260, but the model's vocabulary has 260 rows"):
-        data.load_chat(str(folder), 260)
 
 
 def test_what_is_dropped_is_counted_by_reason(folder, tmp_path):

@@ -8,49 +8,38 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import data
 import launch
 import model as qwen
 import tiny
 import train
+from test_train import argv, run_here
 
 
-@pytest.fixture(scope="module")
-def command(tmp_path_factory):
-    root = tmp_path_factory.mktemp("logs")
-    return ["train.py", "--model", tiny.write_checkpoint(root / "model"), "--pairs",
-            tiny.write_pairs(root / "pairs.jsonl"), "--dtype", "float32", "--batch_size", 8,
-            "--max_change_ratio", 1, "--lr", 1e-4, "--out"]
-
-
-def test_in_a_file_progress_is_plain_lines(command, tmp_path):
-    lines = launch.run([*command, tmp_path / "out"], ranks=2).split("\n")
+def test_in_a_file_progress_is_plain_lines(world, tmp_path):
+    lines = launch.run(["train.py", *argv(world, tmp_path / "out")], ranks=2).split("\n")
     assert not any("\r" in line for line in lines) and len(lines) < 30
     bars = [line for line in lines if " of " in line and " in 0" in line]
     assert [bar.split(" in ")[0] for bar in bars] == [
-        "reference, pairs: 0 of 3", "reference, pairs: 3 of 3", "out: 0 of 6",
-        "out: 6 of 6"]
+        "reference, pairs: 0 of 3", "reference, pairs: 3 of 3", "out: 0 of 6", "out: 6 of 6"]
     assert "loss=" in bars[-1] and "tether_chosen=0." in bars[-1] and "step/s" in bars[-1]
 
 
-def test_without_bars_the_results_are_said(command, tmp_path):
-    argv = [sys.executable, *map(str, command), tmp_path / "out"]  # tqdm reads it at its import
-    said = subprocess.run(argv, cwd=launch.ROOT, env={**os.environ, "TQDM_DISABLE": "1"},
+def test_without_bars_the_results_are_said(world, tmp_path):
+    command = [sys.executable, "train.py", *argv(world, tmp_path / "out")]
+    # tqdm reads the variable at its import.
+    said = subprocess.run(command, cwd=launch.ROOT, env={**os.environ, "TQDM_DISABLE": "1"},
                           check=True, capture_output=True, text=True).stderr
     assert " of 6" not in said and "step 0: sum of |reward| 0.0" in said and "done: " in said
 
 
-def test_many_updates_make_few_lines(capsys):
+def test_many_updates_make_few_lines(capsys, monkeypatch):
     for rank, quiet, expected in ((0, False, 2), (0, True, 0), (1, False, 0)):
         bar = qwen.Ranks(rank, 2, torch.device("cpu"), quiet).progress(10_000, "counting", "step")
         for _ in range(10_000):
             bar.update()
         bar.close()
         assert len(capsys.readouterr().err.splitlines()) == expected
-
-
-def test_on_a_terminal_it_is_a_bar(capsys, monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # on a terminal it is a bar
     bar = qwen.Ranks(0, 1, torch.device("cpu")).progress(3, "counting", "step")
     bar.update(3)
     bar.close()
@@ -60,9 +49,9 @@ def test_on_a_terminal_it_is_a_bar(capsys, monkeypatch):
 # --- warnings -------------------------------------------------------------------------------------
 
 
-def test_the_reference_in_nats_by_hand(command, tmp_path):
+def test_the_reference_in_nats_by_hand(world, tmp_path):
     """The log of a run beside its own reference file."""
-    said = launch.run([*command, tmp_path / "out", "--beta", 0.5])
+    said = run_here(world, tmp_path / "out", "--beta", "0.5")
     pairs = -load_file(tmp_path / "out/reference.safetensors")["pairs"]
     chosen, rejected = pairs.T.tolist()
     assert len(pairs) == 24
@@ -79,23 +68,23 @@ def test_the_reference_in_nats_by_hand(command, tmp_path):
     assert "the tether will not hold" not in said and "Oracle's wording" not in said
 
 
-def test_a_small_beta_is_warned_of_before_and_after(command, tmp_path):
-    said = launch.run([*command, tmp_path / "out", "--beta", 0.01])
+def test_a_small_beta_is_warned_of_before_and_after(world, tmp_path):
+    said = run_here(world, tmp_path / "out", "--beta", "0.01")
     nats = -load_file(tmp_path / "out/reference.safetensors")["pairs"][:, 0]
     median = sorted(nats.tolist())[11]
     assert f"beta times that of y+: {0.01 * median:.1f} at the median" in said
     assert ("warning: the tether will not hold, its bound is too low. With --beta "
             f"{40 / median:.2g} it is 40") in said
     assert "warning: step 5: lambda+ ends at 0.50: the pairs still pull" in said
-    said = launch.run([*command, tmp_path / "sft", "--beta", 0.01, "--loss", "sft"])
+    said = run_here(world, tmp_path / "sft", "--beta", "0.01", "--loss", "sft")
     assert "warning" not in said  # it has no tether
 
 
-def test_an_oracle_of_many_words_is_warned_of(command, tmp_path):
+def test_an_oracle_of_many_words_is_warned_of(world, tmp_path):
     rows = [{"question": f"q {i}", "original_answer": "ab", "gemini_corrected_answer":
              "ab and then many more words of its own"} for i in range(8)]
-    data.write_rows(str(tmp_path / "pairs.jsonl"), rows)
-    said = launch.run([*command, tmp_path / "out", "--pairs", tmp_path / "pairs.jsonl"])
+    pairs = tiny.write_rows(tmp_path / "pairs.jsonl", rows)
+    said = run_here({**world, "pairs": pairs}, tmp_path / "out")
     assert "warning: y+ has more than 5 times the nats of y-" in said
 
 

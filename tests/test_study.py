@@ -9,15 +9,12 @@ import subprocess
 import sys
 import time
 
+import chart
 import numpy as np
 import pytest
+import study
+from launch import ROOT, program
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.append(os.path.join(ROOT, "tests", "bench"))
-import chart  # noqa: E402
-import study  # noqa: E402
-
-SCRIPT = os.path.join("tests", "bench", "study.py")
 YES, NO, UNKNOWN = "holds", "does not hold", "not decided"
 
 
@@ -74,13 +71,12 @@ def test_verdicts_follow_from_the_figures():
 
 
 def test_verdicts_command_writes_the_same_bytes_and_keeps_what_was_written_by_hand(tmp_path):
-    (tmp_path / "study.json").write_text(json.dumps(made_up()))
+    (tmp_path / "study.json").write_text(json.dumps(made_up(worlds=2)))
     (tmp_path / "STUDY.md").write_text("Mine.\n{}last year's\n{}Mine.\n".format(*study.MARKS))
     seen = []
     for _ in range(2):
-        done = subprocess.run([sys.executable, SCRIPT, "--verdicts", tmp_path / "study.json"],
-                              cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        code, output = program(study, "--verdicts", tmp_path / "study.json")
+        assert not code, output
         seen.append({path.name: path.read_bytes() for path in tmp_path.iterdir()})
     assert seen[0] == seen[1] and len(seen[0]) == 7  # JSON, text, five figures
     text = seen[0]["STUDY.md"].decode()
@@ -105,7 +101,7 @@ def test_places_of_a_chart_by_hand():
 
 @pytest.mark.slow  # a minute or two
 def test_short_form_killed_and_resumed(tmp_path):
-    command = [sys.executable, SCRIPT, "--out", str(tmp_path), "--short"]
+    command = [sys.executable, study.__file__, "--out", str(tmp_path), "--short"]
     first = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
     while len(list(tmp_path.glob("runs/*.json"))) < 8:
         assert first.poll() is None

@@ -3,7 +3,6 @@
 import glob
 import math
 import os
-import sys
 
 import numpy as np
 import pytest
@@ -18,9 +17,6 @@ import model as qwen
 import train
 from data import UserError
 from launch import metrics
-
-sys.path.append(str(launch.ROOT / "tests" / "bench"))
-import common  # noqa: E402
 
 
 def argv(world, out, *extra):
@@ -71,18 +67,17 @@ def run_layout(world, layout, out, *extra):
 
 @pytest.fixture(scope="module")
 def layouts(world, tmp_path_factory):
-    """One run of 20 steps in every layout; the checkpoint after step 1 is kept."""
+    """One run of 12 steps in every layout; the checkpoint after step 1 is kept."""
     outs = [tmp_path_factory.mktemp("layouts") / str(i) for i in range(len(LAYOUTS))]
     for layout, out in zip(LAYOUTS, outs):
-        run_layout(world, layout, out, "--max_steps", "20", "--epochs", "9", "--save_every", "1",
-                   "--keep", "20")
+        run_layout(world, layout, out, "--epochs", "4", "--save_every", "1", "--keep", "12")
     return outs
 
 
 def test_curve_is_independent_of_ranks_packs_and_micro_batches(layouts):
     curves = torch.tensor([[(m["loss"], m["grad_norm"], m["reward_rejected"]) for m in metrics(out)]
                            for out in layouts], dtype=torch.float64)
-    assert curves.shape[1] == 20
+    assert curves.shape[1] == 12
     assert curves[0, 0, 0] - curves[0, -1, 0] > 0.01  # it learns, so equality says something
     worst = ((curves - curves[0]).abs() / curves[0].abs().clamp_min(1e-2)).amax((1, 2))
     print("largest relative difference of loss, gradient norm, reward by layout:", worst.tolist())
@@ -187,7 +182,9 @@ def test_plan_counts_and_writes_nothing(world, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("gpus,checkpointing,tied", [
-    (1, "none", True), (1, "full", True), (8, "none", False), (8, "full", False)])
+    (1, "full", True), (8, "none", False),
+    pytest.param(1, "none", True, marks=pytest.mark.slow),
+    pytest.param(8, "full", False, marks=pytest.mark.slow)])
 def test_planned_memory_is_what_torchs_tracker_sees(gpus, checkpointing, tied, monkeypatch):
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
@@ -223,28 +220,6 @@ def test_learning_rate_by_hand():
     rates = [train.learning_rate(k, 10, o) for k in range(10)]
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[6] == pytest.approx(0.5) and 0 < rates[9] < 0.04
-
-
-def test_counted_flops_equal_torchs_own_counter(world, monkeypatch):
-    from torch.utils._python_dispatch import _disable_current_modes
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model = qwen.load_model(world["model"])
-    chat = data.load_chat(world["model"], 265)
-    forks, _ = data.load_forks(world["pairs"], chat, 512, 1.0, True)
-    pack = data.make_pack(forks, [0, 1])
-    # the counter does not know the in-place product of the head's backward
-    more = {torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]}
-    in_a_mode = _disable_current_modes()(qwen.causal_lower_right)  # no mode lets torch make a bias
-    monkeypatch.setattr(qwen, "causal_lower_right", in_a_mode)
-    with FlopCounterMode(display=False, custom_mapping=more) as counter:
-        model(pack.tokens, pack.positions, pack.forks, pack.rows, pack.targets).sum().backward()
-    counts = counter.get_flop_counts()["Global"]
-    products = sum(v for k, v in counts.items() if "mm" in str(k))
-    head = 2 * len(pack.rows) * 265 * 32  # recomputed in backward, which we do not count
-    config = qwen.read_config(world["model"])
-    pack.forks = []  # leaves attention out: torch counts masked-out work too
-    assert common.count_flops(config, pack) == products - head
 
 
 # --- what is refused; broken files are in tests/faults --------------------------------------------

@@ -4,11 +4,10 @@
     python tests/bench/against_trl.py --model DIR --pairs FILE --repeats 0 --losses 4
 
 A Markdown table of pairs/s, tokens/s (of both whole sequences; reference pass included, loading and
-saving left out), the share of the rate of a 2,048^3 product in the same process, and peak memory.
-The share counts the products that the pairs need with shared prefixes and without recomputation,
-the same number for both sides. With --losses also the losses of so many steps, all pairs a batch:
-ours, TRL's on our tokens, and TRL's on its own. FILE holds rows of the official kind whose pairs
-all pass the filters; TRL takes them 4 at a time. Needs requirements-dev.txt.
+saving left out), peak memory, and the share of the rate of a 2,048^3 product, of the products that
+the pairs need with shared prefixes and without recomputation. With --losses also the losses of so
+many steps, all pairs a batch: ours, TRL's on our tokens, and TRL's on its own. FILE holds rows of
+the official kind whose pairs all pass the filters. Needs requirements-dev.txt.
 """
 
 import argparse

@@ -4,15 +4,12 @@
     python tests/bench/parts.py --part prefix
     python tests/bench/parts.py --part growth
 
-head    linear_logps beside full logits as most trainers have them, forward and backward. Memory is
-        the rise of a process's peak above its state with inputs, weight and both gradients.
-prefix  what sharing the prefix saves: one step on 4 forks beside the same pairs as two plain
-        sequences each, in fp32, for shares of 0 to 90 % of an answer and its prompt in common, in
-        alternation, medians. Ideal is a time ratio equal to the token ratio: attention grows a
-        little faster than that, and the head sees no prompt.
-growth  time and memory as pairs, length, vocabulary and layers grow, one at a time: the real step
-        in fp32 from 2 layers of 256, half of an answer shared, batches of 8, packs of 4,096 tokens,
-        each in a process of its own. Time over counted FLOPs, to the base's, should stay near 1;
+head    linear_logps beside full logits, forward and backward. Memory is the rise of a process's
+        peak above its state with inputs, weight and both gradients.
+prefix  a step on 4 forks beside the same pairs as two plain sequences each, in fp32, for shares of
+        0 to 90 % of an answer and its prompt in common. Ideal are equal ratios of time and tokens.
+growth  time and memory of a step in fp32 as pairs, length, vocabulary and layers grow, one at a
+        time, in processes of their own. Time over counted FLOPs, to the base's, should stay near 1;
         planned is what `train.py --plan` foresees, with the process before the model was made.
 """
 

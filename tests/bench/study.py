@@ -72,7 +72,6 @@ SHORT = {**FULL, "seeds": [0], "epochs": 2, "all_epochs": [1, 2, 3], "rates": [1
 def build_world(out, job, s, ranks):
     """Base model, pairs, and the other files of rows; the base's figures and those of the files."""
     root, seed = f"{out}/{job['name']}", job["world"]
-    base = f"{root}/base/model"
     pairs = data.read_log(train.toy_pairs(root, seed, ranks))
     right = data.read_log(f"{root}/errors/correct.jsonl")
     files = {"pairs": pairs, "half": pairs[::2], "own": (right * len(pairs))[:len(pairs)]}
@@ -83,7 +82,8 @@ def build_world(out, job, s, ranks):
             files[name].append({**row, "gemini_corrected_answer": voiced})
     for name, rows in files.items():
         data.write_rows(f"{root}/{name}.jsonl", rows)
-    described = {name: describe(base, f"{root}/{name}.jsonl") for name in ("pairs", *s["voices"])}
+    described = {name: describe(f"{root}/base/model", f"{root}/{name}.jsonl")
+                 for name in ("pairs", *s["voices"])}
     figures = train.toy_figures(f"{root}/base", root, seed, ranks)
     return {**figures, "rows": len(pairs), "files": described}
 
@@ -125,9 +125,9 @@ def run_one(out, job, s, ranks):
                "taut": 100 * min(taut, default=len(log)) / len(log)}
     figures["log_kl"] = math.log10(figures["kl"] / 1000)  # of nats a token
     if job["epochs"] == s["all_epochs"][-1] and job["method"] in REWARDED:
-        rows = [log[int(i)] for i in np.linspace(0, len(log) - 1, 40)]
         keys = ("step", "reward_chosen", "reward_rejected")
-        figures["curve"] = [[row[key] for key in keys] for row in rows]
+        figures["curve"] = [[log[int(i)][key] for key in keys]
+                            for i in np.linspace(0, len(log) - 1, 40)]
     shutil.rmtree(folder)
     return figures
 
@@ -206,9 +206,9 @@ def plan_runs(world, s):
 RANKS = None  # of a worker process
 
 
-def start_worker(cores, log, toy):
-    """A process group of one, on a core of its own; what it says goes to a file. It ends with the
-    study, however that ends."""
+def start_worker(log, toy):
+    """A process group of one; what it says goes to a file. It ends with the study, however that
+    ends."""
     global RANKS
 
     def watch():
@@ -216,10 +216,8 @@ def start_worker(cores, log, toy):
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    os.sched_setaffinity(0, {cores.get()})
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
+    for stream in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     train.TOY.update(toy)
     RANKS = replace(train.open_ranks(600), quiet=True)
     torch.set_num_threads(1)
@@ -229,8 +227,7 @@ def work(out, job, s):
     """One world or run: its figures, from OUT/runs if they are there."""
     path = f"{out}/runs/{job['name']}.json"
     if not os.path.exists(path):
-        began = time.process_time()
-        make = run_one if "method" in job else build_world
+        began, make = time.process_time(), run_one if "method" in job else build_world
         figures = make(out, job, s, RANKS)
         data.write_json(path, {**job, **figures, "seconds": time.process_time() - began})
     return data.read_json(path)
@@ -243,12 +240,9 @@ def run_all(out, s, count, workers):
     if os.path.exists(path) and data.read_json(path) != settings:
         sys.exit(f"error: {out} holds a study with other settings: choose another --out")
     data.write_json(path, settings)
-    context, here = multiprocessing.get_context("spawn"), sorted(os.sched_getaffinity(0))
-    cores = context.Queue()
-    for i in range(workers):
-        cores.put(here[i % len(here)])
-    arguments, worlds, runs = (cores, f"{out}/workers.log", s["toy"]), [], []
-    with ProcessPoolExecutor(workers, context, start_worker, arguments) as pool:
+    spawn, worlds, runs = multiprocessing.get_context("spawn"), [], []
+    arguments = (f"{out}/workers.log", s["toy"])
+    with ProcessPoolExecutor(workers, spawn, start_worker, arguments) as pool:
         for start in range(0, count, workers):
             group = range(start, min(start + workers, count))
             worlds += do(pool, out, s, [{"name": f"world-{w}", "world": w} for w in group])

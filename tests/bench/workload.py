@@ -3,11 +3,10 @@
     python tests/bench/workload.py --out OUT                                  # A
     python tests/bench/workload.py --out OUT --tokenizer DIR --pairs FILE     # B
 
-A: 8 layers of 512, fp32, with a vocabulary of 16,384 that is trained here, on made-up words; the
-pairs are of the same words, the first error after 10 to 90 % of an answer. B: 4 layers of 512,
-bf16, with the tokenizer files of a Qwen3 checkpoint DIR and the first 32 rows of FILE, of the
-official kind. OUT is then a --model for the other benchmarks and for train.py, OUT/pairs.jsonl its
---pairs. All is made from fixed seeds. Needs requirements-dev.txt.
+A: 8 layers of 512, fp32, a vocabulary of 16,384 of made-up words; the pairs' answers part after 10
+to 90 % of their words. B: 4 layers of 512, bf16, with the tokenizer files of a Qwen3 checkpoint DIR
+and the first 32 rows of FILE. OUT is then a --model for the other benchmarks and for train.py,
+OUT/pairs.jsonl its --pairs. All is made from fixed seeds. Needs requirements-dev.txt.
 """
 
 import itertools
@@ -32,13 +31,9 @@ PAIRS = 32
 TEMPLATE = (tiny.TEMPLATES / "qwen3_training.jinja").read_text(encoding="utf-8")
 
 
-def made_up_words():
-    """6,000 of 2 to 9 letters."""
-    rng, letters = random.Random(7), string.ascii_lowercase
-    return ["".join(rng.choice(letters) for _ in range(rng.randint(2, 9))) for _ in range(6000)]
-
-
-WORDS = made_up_words()
+rng = random.Random(7)
+WORDS = ["".join(rng.choice(string.ascii_lowercase) for _ in range(rng.randint(2, 9)))
+         for _ in range(6000)]
 
 
 def text(rng, count):

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 
 import launch
 import pytest
-import tiny
 from breaking import SETTINGS
 from launch import assert_same_end, program
 from misbehaving import Misbehaving, completion
@@ -58,20 +57,17 @@ def assert_full_disk(output):
     assert "Traceback" not in error
 
 
+def options(world, out):
+    """Of a run of four steps."""
+    return ["--model", world["model"], "--pairs", world["pairs"], "--eval_pairs", world["pairs"],
+            "--out", out, *SETTINGS, "--save_every", "1", "--max_steps", "4"]
+
+
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A checkpoint and pairs; `undisturbed` is a run of four steps."""
-    w = tmp_path_factory.mktemp("disk")
-    tiny.write_checkpoint(w / "model")
-    tiny.write_pairs(w / "pairs.jsonl", 8)
-    assert program(train, *options(w, w / "undisturbed"))[0] == 0
-    return w
-
-
-def options(w, out):
-    pairs = w / "pairs.jsonl"
-    return ["--model", w / "model", "--pairs", pairs, "--eval_pairs", pairs, "--out", out,
-            *SETTINGS, "--save_every", "1"]
+def undisturbed(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("disk") / "undisturbed"
+    assert program(train, *options(world, out))[0] == 0
+    return out
 
 
 FULL = {  # what is being written: the function that meets the full disk, its path, which call
@@ -86,7 +82,7 @@ FULL = {  # what is being written: the function that meets the full disk, its pa
 
 
 @pytest.mark.parametrize("part", FULL)
-def test_a_full_disk_is_named_and_the_run_goes_on(world, tmp_path, part):
+def test_a_full_disk_is_named_and_the_run_goes_on(world, undisturbed, tmp_path, part):
     function, path, *count = FULL[part]
     with full_at(function, path, *count):
         code, output = program(train, *options(world, tmp_path / "run"))
@@ -101,7 +97,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on(world, tmp_path, part):
         assert code == 0, output
     code, output = program(train, "--resume", "--out", tmp_path / "run")
     assert code == 0, output
-    assert_same_end(world / "undisturbed", tmp_path / "run")
+    assert_same_end(undisturbed, tmp_path / "run")
 
 
 def test_a_full_disk_at_the_export_of_two_ranks_ends_both(world, tmp_path):

@@ -4,6 +4,7 @@ The real programs run as ranks (launch.py). Each test compares what is left at t
 run leaves that nobody disturbed. The long forms: pytest -m slow -s tests/faults/test_kills.py
 """
 
+import contextlib
 import glob
 import os
 import random
@@ -245,10 +246,8 @@ def test_two_nodes_give_one_nodes_curve(wide, tmp_path, killed):
         said = [node.communicate(timeout=300)[1] for node in nodes]
     finally:
         for pid in descendants(nodes[0].pid) + descendants(nodes[1].pid):
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
     assert [node.returncode for node in nodes] == [0, 0], said[0][-2000:] + said[1][-2000:]
     assert any(f"resumed from {out}" in text for text in said) == killed
     assert_same_curve(undisturbed, out)

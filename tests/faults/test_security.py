@@ -25,17 +25,13 @@ FORBIDDEN = re.compile(
     r"|\bos\.(?:system|popen)\b|\bdist\.\w*_object|trust_remote_code", re.M)
 
 
-@pytest.mark.parametrize("name", ["loss", "data", "model", "eval", "oracle", "train"])
-def test_no_source_runs_what_it_reads(name):
-    allowed = ["import runpy"] if name == "oracle" else []
-    assert FORBIDDEN.findall((ROOT / f"{name}.py").read_text()) == allowed
-
-
-@pytest.mark.parametrize("source", [
-    "import pickle", "from pickle import loads", "x = eval('1')", "f = torch.load",
-    "load(f, trust_remote_code=True)", "dist.all_gather_object(x)"])
-def test_what_would_run_it_is_found(source):
-    assert FORBIDDEN.search(source)
+def test_no_source_runs_what_it_reads():
+    for name in ("loss", "data", "model", "eval", "oracle", "train"):
+        allowed = ["import runpy"] if name == "oracle" else []
+        assert FORBIDDEN.findall((ROOT / f"{name}.py").read_text()) == allowed, name
+    for source in ("import pickle", "from pickle import loads", "x = eval('1')", "f = torch.load",
+                   "load(f, trust_remote_code=True)", "dist.all_gather_object(x)"):
+        assert FORBIDDEN.search(source)
 
 
 def behave(body, attempt):
