@@ -19,8 +19,7 @@ Expected before the runs, from a pilot of two worlds:
    epochs they move on less than SFT+, which never stops.
 6. The further the Oracle is from y-, the less is learned. Half of the pairs do as well.
 7. What changes sits on divergent tokens, under BCE more than under SFT+.
-b: at every Add of SFT+, BCE is nearer to the base. c: a bound on r+ of 5 (beta 1) does not hold, 15
-in part, 50 holds, 150 begins to cost Add.
+c. A bound on r+ of 5 (beta 1) does not hold, 15 in part, 50 holds, 150 begins to cost Add.
 """
 
 import argparse
