@@ -147,6 +147,8 @@ def read_rows(path: str, parse, skip_malformed: bool = False) -> tuple[list, Cou
 # Fields of the prompt (two names), y+ and y- in rows of the SPoT authors and in TRL's.
 OFFICIAL = ("question", "prompt", "gemini_corrected_answer", "original_answer")
 TRL = ("prompt", "question", "chosen", "rejected")
+# Columns that oracle.py and the SPoT authors write beside them.
+RECORDED = ("index", "ground_truth", "gemini_extracted_answer", "is_correct", "change_ratio")
 # Columns of a row, keys of a message: templates render them, we do not.
 NOT_RENDERED = ("tools", "system", "images", "chat_template_kwargs", "tool_calls",
                 "reasoning_content", "thinking")
@@ -181,7 +183,7 @@ def parse_pair(row: dict, line: int, notes: Counter) -> Pair:
     for key in NOT_RENDERED:
         if row.get(key):
             raise UserError(f"{key!r} is not rendered here: put it into a message, or remove it")
-    known = (*OFFICIAL, *TRL, *NOT_RENDERED, "is_correct")
+    known = (*OFFICIAL, *TRL, *NOT_RENDERED, *RECORDED)
     notes.update(f"column {key} ignored" for key in row if key not in known)
     correct = row.get("is_correct", True)
     if not isinstance(correct, bool):
