@@ -631,6 +631,7 @@ def power(x, n):
 
 
 def factorial(n):
+    """n!, exact for whole n up to 400, else by the gamma function."""
     if isinstance(n, Fraction) and n.denominator == 1 and 0 <= n <= 400:
         return Fraction(math.factorial(int(n)))
     return math.gamma(n + 1)
@@ -700,6 +701,7 @@ def expression(tokens, point, floor=0):
 
 
 def atom(tokens, point):
+    """The value of a bracket, a number, a function of its arguments, or a name."""
     token = tokens.pop()
     name = token.lstrip('"')
     if token in CLOSE:
@@ -1680,6 +1682,7 @@ class EvalOptions(SamplingOptions):
 
 
 def run_evaluation(o: EvalOptions, ranks: Ranks):
+    """`eval.py evaluate`, from options to files."""
     with ranks.together():
         tasks = [load_task(spec.strip(), o.data) for spec in o.tasks.split(",")]
         if len({task.name for task in tasks}) < len(tasks):
@@ -1702,10 +1705,12 @@ def run_evaluation(o: EvalOptions, ranks: Ranks):
 
 
 def run_comparison(o, ranks: Ranks):
+    """`eval.py compare`."""
     ranks.main_only(lambda: print(compare_runs([o.a, o.b])))
 
 
 def run_retention(o, ranks: Ranks):
+    """`eval.py retention`, from options to figures."""
     with ranks.together():
         dtype = getattr(torch, o.dtype)
         model, base = (open_local_model(folder, dtype, ranks.device, template=o.template)
@@ -1721,6 +1726,7 @@ def run_retention(o, ranks: Ranks):
 
 
 def run_report(o, ranks: Ranks):
+    """`eval.py report`."""
     ranks.main_only(report, o.runs, o.out)
     ranks.say(f"written: {o.out}")
 

@@ -1,16 +1,14 @@
 """Making the pairs: questions -> the policy's own wrong answers -> an Oracle's minimal corrections.
 
-Comes in:  a JSONL file of questions with gold answers, a policy, and an Oracle: a server with an
-           OpenAI-compatible chat endpoint, the policy itself, or a Python function. (A person adds
-           gemini_corrected_answer to the rows of errors.jsonl: then it is a pair file.)
+Comes in:  questions with gold answers (JSONL), a policy, and an Oracle: a server, a model, a Python
+           function, or a person, who adds gemini_corrected_answer to the rows of errors.jsonl.
 Goes out:  errors.jsonl (`elicit`), then pairs.jsonl (`rectify`) as train.py reads it.
 
     python oracle.py elicit --questions dapo-en.jsonl --model Qwen3-8B --out data/errors
     python oracle.py rectify --errors data/errors/errors.jsonl --server https://host/v1 \\
         --tokenizer Qwen3-8B --out data/pairs
 
-Both keep every raw answer in OUT/raw-*.jsonl as it comes. All other files of OUT are made from
-those, so a kill loses nothing: start the same command again. `elicit` also runs under torchrun.
+A kill loses no answer (OUT/raw-*.jsonl): repeat the command. `elicit` also runs under torchrun.
 """
 
 import contextlib
@@ -108,8 +106,8 @@ def read_errors(path):
 
 
 def sort_answers(policy, asked, out, ranks, names, judge):
-    """Sort what arrived of `asked`, {key: Item}, into the files `names`: judge(item, record) gives
-    a verdict, which is counted in summary.json, and {file name: row}."""
+    """Sort what arrived of `asked`, {key: Item}, into the files `names`, by judge(item, record): a
+    verdict, which is counted in summary.json, and {file name: row}."""
     answers = read_answers(out, asked)
     arrived = [(asked[key], answers[key]) for key in asked if key in answers]
     files, counts = {name: [] for name in names}, Counter()

@@ -304,6 +304,7 @@ def epoch_steps(pairs: int, o: Options) -> int:
 
 
 def total_steps(pairs: int, o: Options) -> int:
+    """Optimizer steps of the whole run."""
     steps = epoch_steps(pairs, o) * o.epochs
     return min(steps, o.max_steps or steps)
 
@@ -524,7 +525,7 @@ def checkpoint_tensors(run: Run) -> dict:
 def save_checkpoint(run: Run):
     """checkpoints/step_N: a shard a rank and state.json, written beside, then renamed."""
     o, ranks, shards = run.o, run.ranks, run.o.shard_size or run.ranks.world
-    path, beside = f"{o.out}/checkpoints/step_{run.step:06d}", f"{o.out}/checkpoints/tmp"
+    path, beside = f"{o.out}/checkpoints/step_{run.step:06d}", f"{o.out}/checkpoints/new"
     digests = torch.zeros(shards, 32, dtype=torch.int64, device=ranks.device)
     with ranks.together():
         if ranks.rank < shards:  # the first replica writes
@@ -544,6 +545,7 @@ def save_checkpoint(run: Run):
 
 
 def file_sha256(path) -> str:
+    """Hex digest of a file's content."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 

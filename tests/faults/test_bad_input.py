@@ -116,7 +116,7 @@ TOLERATED = {
     "a torn last line of metrics.jsonl": ("resume", cut("run/metrics.jsonl", -7)),
     "no metrics.jsonl": ("resume", gone("run/metrics.jsonl")),
     "a checkpoint half written": (
-        "resume", lambda w: shutil.copytree(w / STEP, w / "run/checkpoints/tmp")),
+        "resume", lambda w: shutil.copytree(w / STEP, w / "run/checkpoints/new")),
     "links into the hub's cache": ("train", as_the_hub_keeps_it),
 }
 

@@ -74,8 +74,8 @@ FULL = {  # what is being written: the function that meets the full disk, its pa
     "reference cache": ("model.save_file", "reference.safetensors"),
     "options": ("data.write_text", "run/config.json"),
     "metrics": ("data.append_row", "metrics.jsonl"),
-    "checkpoint": ("model.save_file", "checkpoints/tmp/shard_0.safetensors", 2),
-    "state": ("data.write_text", "checkpoints/tmp/state.json", 2),
+    "checkpoint": ("model.save_file", "checkpoints/new/shard_0.safetensors", 2),
+    "state": ("data.write_text", "checkpoints/new/state.json", 2),
     "export": ("model.save_file", "model.tmp/model.safetensors"),
     "tokenizer of the export": ("shutil.copyfile", "model.tmp/generation_config.json"),
 }

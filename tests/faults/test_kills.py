@@ -114,7 +114,7 @@ MOMENTS = {  # after it the signal comes within so many seconds
     "start": (lambda out: True, 2.0),
     "reference pass": (os.path.isdir, 0.2),
     "step": (lambda out: len(metrics(out)) > 0, 0.5),
-    "checkpoint": (lambda out: glob.glob(f"{out}/checkpoints/tmp"), 0.01),
+    "checkpoint": (lambda out: glob.glob(f"{out}/checkpoints/new"), 0.01),
     "export": (lambda out: os.path.isdir(f"{out}/model.tmp"), 0.005),
 }
 
