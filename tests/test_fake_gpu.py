@@ -13,6 +13,7 @@ CASES = [  # layers, rank, ranks, --shard_size, tied, --loss, --checkpointing
     (2, 7, 8, 0, False, "dpo", "none"),
     (2, 0, 8, 4, False, "spot-bce", "full"),
     (2, 7, 8, 4, True, "sft", "full"),
+    (2, 7, 8, 0, True, "reward-sft", "none"),
     pytest.param((36, 7, 8, 0, False, "spot-bce", "full"), marks=pytest.mark.slow),
 ]
 LOAD, SUMS = "build_policy > load_weights", ("copy to the CPU", "train_step > reduce")
