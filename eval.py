@@ -209,7 +209,7 @@ def drop_refused(server: Server, body: dict, error: str) -> bool:
     given = server.given | server.body.keys()
     refused = dict.fromkeys(sorted(named - given))
     renamed = re.search("max_completion_tokens.{0,9} instead", words)
-    if renamed and "max_tokens" not in server.body:
+    if renamed and "max_tokens" in body.keys() - server.body.keys():
         refused["max_tokens"] = "max_completion_tokens"  # the same limit, a given one too
         if "max_tokens" in given:
             server.given.add("max_completion_tokens")

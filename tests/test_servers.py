@@ -208,6 +208,14 @@ def test_a_refused_limit_in_body_fails_its_requests_and_no_more(body):
     assert len(server.requests) == 6
 
 
+def test_a_server_that_repeats_itself_ends_no_request_in_a_loop():
+    def refuse(sent):
+        return openai_error("Use 'max_completion_tokens' instead.", "max_tokens", "unsupported")
+    with strict(refuse) as server:
+        code, err = elicit(server, "--workers", 1)
+    assert code == 1 and "all 6 requests failed" in err and len(server.requests) <= 6 + 2
+
+
 def test_a_refused_key_that_is_given_later_is_sent():
     with strict(transformers) as server:
         assert elicit(server)[0] == 0 and "top_k" not in server.requests[-1][1]
