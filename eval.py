@@ -1492,9 +1492,9 @@ def read_sequences(path: str, chat: data.Chat, max_length: int) -> tuple[list, s
         if row.get("text") is not None:
             ids, first = chat.encode(data.check_text(row["text"], "'text'")), 1
         else:
-            pair = data.parse_pair(row, line, counts)
-            prompt = chat.prompt(pair.messages)
-            ids, first = [*prompt, *chat.encode(pair.chosen), chat.im_end], len(prompt)
+            messages, chosen, _ = data.parse_pair(row, counts)
+            prompt = chat.prompt(messages)
+            ids, first = [*prompt, *chat.encode(chosen), chat.im_end], len(prompt)
         if min(len(ids), max_length) <= first:
             raise data.Drop("dropped: no token to score")
         counts[f"cut at {max_length} tokens"] += len(ids) > max_length

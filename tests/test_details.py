@@ -57,7 +57,7 @@ def test_second_gradient_is_of_the_second_batch_alone(world, two_steps):
 
     out, _, first, second = two_steps
     hf = AutoModelForCausalLM.from_pretrained(world["model"], dtype=torch.float32)
-    chat, (pairs, *_) = data.load_chat(world["model"], 265), data.read_pairs(world["pairs"])
+    chat, (pairs, *_) = data.load_chat(world["model"], 265), tiny.read_pairs(world["pairs"])
     pairs = [pairs[i] for i in data.epoch_batches(24, 8, 0, 0)[1]]
     with torch.no_grad():
         reference = both_logps(hf, chat, pairs)
@@ -160,7 +160,7 @@ def test_held_out_numbers_equal_transformers(world, tmp_path):
     run_here(world, out, "--loss", "spot-bco", "--eval_pairs", held_out, "--lr", "1e-3",
              "--epochs", "3", "--max_steps", "7", "--save_every", "1", "--keep", "9",
              "--save_dtype", "float32")
-    chat, (pairs, *_) = data.load_chat(world["model"], 265), data.read_pairs(held_out)
+    chat, (pairs, *_) = data.load_chat(world["model"], 265), tiny.read_pairs(held_out)
     hf = AutoModelForCausalLM.from_pretrained(world["model"], dtype=torch.float32)
     with torch.no_grad():
         reference = both_logps(hf, chat, pairs)

@@ -44,8 +44,8 @@ def make_run(train, ranks, watch, layers, shard_size, tied, objective, checkpoin
     for i in range(4 * ranks.world):
         ids = list(range(100 + 10 * (i % 7)))
         paired = objective in train.loss.PAIR_OBJECTIVES or i % 2 == 0
-        rejected = ids + [1002] + ids[:50] if paired else None
-        forks.append(train.data.make_fork(ids, ids + [1001] + ids, rejected, i, 0.5))
+        rejected = ids + [1002] + ids[:50] if paired else []
+        forks.append(train.data.make_fork(ids, ids + [1001] + ids, rejected, i))
     return train.make_run(o, ranks, policy, forks, forks[:3])
 
 

@@ -49,7 +49,7 @@ def separate(model, prompt, answer):
 def test_fork_equals_two_sequences(case, tied):
     pairs = [(p, a + [END], b and b + [END]) for p, a, b in CASES[case]]
     model = tiny_model(tied)
-    forks = [data.make_fork(*pair) for pair in pairs]
+    forks = [data.make_fork(p, a, b or []) for p, a, b in pairs]
     pack = data.make_pack(forks, list(range(len(forks))))
     with torch.no_grad():
         plain = [(separate(model, p, a), b and separate(model, p, b)) for p, a, b in pairs]
@@ -112,7 +112,7 @@ def test_trunk_is_computed_once():
 
 
 def test_a_pack_is_as_long_as_its_forks():
-    forks = [data.make_fork([1, 2], [3, END], [4, END]), data.make_fork([5], [6, 7, END], None)]
+    forks = [data.make_fork([1, 2], [3, END], [4, END]), data.make_fork([5], [6, 7, END], [])]
     pack = data.make_pack(forks, [1, 0])
     assert len(pack.tokens) == 10 and max(pack.rows) < 10
     assert pack.forks == [(0, 4, 4, 4), (4, 6, 8, 10)]  # without y-: one plain sequence

@@ -161,7 +161,7 @@ def test_rectify_makes_pairs_that_train_reads(monkeypatch):
     assert [p["gemini_extracted_answer"] for p in pairs] == [r["ground_truth"] for r in given]
     assert all(oracle.START not in p["gemini_corrected_answer"] for p in pairs)
     assert all(0 < p["change_ratio"] < 0.1 for p in pairs)
-    read, dropped, _ = data.read_pairs("out/pairs.jsonl")
+    read, dropped, _ = tiny.read_pairs("out/pairs.jsonl")
     assert len(read) == len(given) and not dropped
     assert data.read_json("out/summary.json")["pairs"] == len(given)
 
@@ -303,7 +303,7 @@ def test_a_function_is_an_oracle_and_so_is_a_person():
     assert code == 0 and len(rows("a/pairs.jsonl")) == 5, err
     by_hand = [{**row, "gemini_corrected_answer": f"It is {i}."} for i, row in enumerate(given)]
     write_rows("by_hand.jsonl", by_hand)
-    pairs, _, _ = data.read_pairs("by_hand.jsonl")
+    pairs, _, _ = tiny.read_pairs("by_hand.jsonl")
     assert [pair.chosen for pair in pairs] == [f"It is {i}." for i in range(5)]
     assert [pair.rejected for pair in pairs] == [row["original_answer"] for row in given]
 
@@ -374,7 +374,7 @@ def test_elicit_sorts_the_answers_of_a_server():
     errors = rows("out/errors.jsonl")
     assert len(errors) == 8 and all(oracle.LAST_LINE in e["question"] for e in errors)
     assert len(rows("out/samples.jsonl")) == 20
-    read, dropped, _ = data.read_pairs("out/correct.jsonl")
+    read, dropped, _ = tiny.read_pairs("out/correct.jsonl")
     assert len(read) == 4 and all(p.rejected == "" for p in read) and not dropped
 
 

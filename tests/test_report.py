@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import data
 import eval as evaluation
+import tiny
 import train
 from launch import assert_same_end, metrics, program
 from test_details import run_and_stop
@@ -83,7 +84,7 @@ def test_watched_pair_is_the_same_on_one_and_two_ranks(world, watched, tmp_path)
     assert len(fork) == sorted(map(len, forks))[len(forks) // 2]
     assert pair["chosen_ids"] == fork.chosen.tolist()
     text = "".join(pair["trunk"] + pair["chosen"])
-    assert text == data.read_pairs(world["pairs"])[0][fork.line - 1].chosen + "<|im_end|>"
+    assert text == tiny.read_pairs(world["pairs"])[0][fork.line - 1].chosen + "<|im_end|>"
     kept = load_file(watched / "reference.safetensors")["pairs"][forks.index(fork)]
     np.testing.assert_allclose(pair["reference"], kept, atol=1e-4)
 

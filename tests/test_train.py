@@ -14,6 +14,7 @@ import data
 import launch
 import loss
 import model as qwen
+import tiny
 import train
 from data import UserError
 from launch import metrics
@@ -101,7 +102,7 @@ def transformers_gradients(folder, pairs_path):
     from transformers import AutoModelForCausalLM
 
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    pairs, *_ = data.read_pairs(pairs_path)
+    pairs, *_ = tiny.read_pairs(pairs_path)
     first = [pairs[i] for i in data.epoch_batches(24, 8, 0, 0)[0]]
     chosen, rejected = both_logps(hf, data.load_chat(folder, 265), first).unbind(1)
     (0.05 * (rejected - chosen).mean()).backward()

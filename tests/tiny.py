@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import random
+from collections import Counter, namedtuple
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,17 @@ def write_pairs(path, count=24, seed=0):
                    "gemini_corrected_answer": f"x {shared} {words(rng.randint(1, 3))} {tail}"}
             f.write(json.dumps(row) + "\n")
     return str(path)
+
+
+Pair = namedtuple("Pair", "messages chosen rejected line")
+
+
+def read_pairs(path, skip_malformed=False):
+    """(Pairs as text, Counter of dropped rows, Counter of what was noticed) of a pair file."""
+    notes = Counter()
+    pairs, dropped = data.read_rows(
+        path, lambda row, line: Pair(*data.parse_pair(row, notes), line), skip_malformed)
+    return pairs, dropped, notes
 
 
 def write_rows(path, rows):

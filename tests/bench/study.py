@@ -99,7 +99,13 @@ def describe(base, path):
     forks, pack, logps = score(qwen.load_model(base), base, path)
     nats = -loss.sequence_logps(logps, pack.lengths).median(0).values
     return {"chosen": nats[0].item(), "rejected": nats[1].item(),
-            "change_ratio": np.mean([fork.ratio for fork in forks]).item()}
+            "change_ratio": np.mean([change_ratio(fork) for fork in forks]).item()}
+
+
+def change_ratio(fork):
+    """data.change_ratio of a fork's whole answers, without <|im_end|>."""
+    start = fork.trunk[fork.prompt_length:]
+    return data.change_ratio([*start, *fork.rejected[:-1]], [*start, *fork.chosen[:-1]])
 
 
 def run_one(out, job, s, ranks):

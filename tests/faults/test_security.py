@@ -87,7 +87,7 @@ def test_special_tokens_in_text_are_never_special_ids(tmp_path, text):
     for role in ("system", "user", "assistant"):
         ids = chat.prompt([{"role": role, "content": text}, {"role": "user", "content": text}])
         assert (ids.count(chat.im_start), ids.count(chat.im_end)) == (3, 2)
-    pair = data.Pair([{"role": "user", "content": text}], f"{text} good", f"{text} bad", 1)
-    (fork,), *_ = data.make_forks([pair], chat, 512, 1.0, True)
+    row = {"prompt": text, "chosen": f"{text} good", "rejected": f"{text} bad"}
+    (fork,), _ = data.load_forks(tiny.write_rows(tmp_path / "p", [row]), chat, 512, 1.0, True)
     for part in (fork.trunk, fork.rejected, fork.chosen):
         assert list(part).count(chat.im_end) == 1
