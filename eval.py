@@ -100,9 +100,8 @@ def open_local_model(folder: str, dtype, device, batch_size: int = 32, template:
     chat = data.load_chat(folder, qwen.read_config(folder).vocab_size, template)
     end, path = {chat.im_end}, os.path.join(folder, "generation_config.json")
     if os.path.exists(path):
-        ids = read_json(path).get("eos_token_id")
-        if ids is not None:
-            end.update(ids if isinstance(ids, list) else [ids])
+        ids = read_json(path).get("eos_token_id") or []
+        end.update(ids if isinstance(ids, list) else [ids])
     return LocalModel(qwen.load_model(folder, dtype, device), chat, end, batch_size)
 
 
@@ -129,9 +128,8 @@ class RequestFailed(UserError):
 
 
 OPENER = urllib.request.OpenerDirector()  # follows no redirect: that would carry the key elsewhere
-OPENER.add_handler(urllib.request.ProxyHandler())
-OPENER.add_handler(urllib.request.HTTPHandler())
-OPENER.add_handler(urllib.request.HTTPSHandler())
+for _handler in ("ProxyHandler", "HTTPHandler", "HTTPSHandler"):
+    OPENER.add_handler(getattr(urllib.request, _handler)())
 
 
 def fetch_json(server: Server, path: str, body: dict | None = None) -> dict:
@@ -144,7 +142,6 @@ def fetch_json(server: Server, path: str, body: dict | None = None) -> dict:
     request = urllib.request.Request(server.url + path, sent, headers)
     for attempt in range(server.tries):
         pause = min(60.0, 2.0**attempt) * random.uniform(0.5, 1.0)
-        last_error = None
         try:
             with OPENER.open(request, timeout=server.timeout) as answer:
                 status, content = answer.status, answer.read()
@@ -164,70 +161,64 @@ def fetch_json(server: Server, path: str, body: dict | None = None) -> dict:
             if retry_after.isdecimal():
                 pause = max(pause, min(600.0, float(retry_after)))
         except (OSError, TypeError, ValueError, HTTPException) as e:
-            last_error, problem = e, f"{type(e).__name__}: {e}"
+            problem = f"{type(e).__name__}: {e}"
+            if isinstance(e, urllib.error.URLError) and attempt + 1 == server.tries:
+                raise UserError(f"{server.url} cannot be reached: {e.reason}. Is the server up? The "
+                                "same command goes on from what has arrived.") from None
         if attempt + 1 < server.tries:
             time.sleep(pause)
-    if isinstance(last_error, urllib.error.URLError):
-        raise UserError(f"{server.url} cannot be reached: {last_error.reason}. Is the server up? "
-                        "What has arrived is kept; the same command goes on from there.")
     raise RequestFailed(f"{problem[:300]} (tried {server.tries} times)")
 
 
+# What a request can do without, in this order; an error that refuses one may name others as advice.
+OPTIONAL = ("chat_template_kwargs", "top_k", "seed", "max_tokens", "top_p", "temperature")
+
+
 def ask(server: Server, request: Request, sampling: Sampling) -> dict:
-    """One chat completion: {"text", "finish": "stop" | "length", "tokens"} or {"error": why}."""
+    """One chat completion: {"text", "finish": "stop" | "length", "tokens"} or {"error": why}. What
+    the server refuses and nobody gave is left out; once that is answered, for the whole run."""
+    values, refused = {**asdict(sampling), "seed": request.seed, **server.extras}, server.refused
     while True:
-        own = {**asdict(sampling), "seed": request.seed, **server.extras}
-        for key, new_name in server.refused.items():
-            value = own.pop(key, None)
-            if new_name:
-                own[new_name] = value
-        body = {"model": server.model, "messages": request.messages, **own, **server.body}
-        body = {key: value for key, value in body.items() if value is not None}
+        named = {refused.get(key, key): value for key, value in values.items()}
+        body = {"model": server.model, "messages": request.messages, **named, **server.body}
+        body = {key: value for key, value in body.items() if key and value is not None}
         try:
-            return read_completion(fetch_json(server, "/chat/completions", body))
+            record = read_completion(fetch_json(server, "/chat/completions", body))
+            break
         except RequestFailed as e:
-            if not drop_refused(server, body, str(e)):
+            more = find_refused(server, body, str(e))
+            if not more:
                 return {"error": str(e)[:310]}
-
-
-# A key in an error is not refused in a copy of the request ("top_k": 20), nor behind these words.
-COPIED = r"""\\*["']: ?[\d{\["']"""
-ADVICE = "(?i)did you mean|(?<!un)supported(?: parameters)?(?::| are)|expected one of|allowed:"
-
-
-def drop_refused(server: Server, body: dict, error: str) -> bool:
-    """Whether the server refuses keys that we sent of our own accord: they are dropped, once for
-    the run. Raises UserError for a key that the user gave."""
-    if not error.startswith(("HTTP 400", "HTTP 422")):
-        return False
-    for message in body.get("messages", []):  # an error may quote the question, escaped or not
-        quoted = r"(?:\\+[nt]|\W)+".join(re.findall(r"\w+", message["content"]))
-        error = re.sub(quoted, "", error)
-    words = re.split(ADVICE, error)[0]
-    named = {key for key in body.keys() - {"model", "messages"}
-             if re.search(rf"\b{re.escape(key)}\b(?!{COPIED})", words)}
-    given = server.given | server.body.keys()
-    refused = dict.fromkeys(sorted(named - given))
-    renamed = re.search("max_completion_tokens.{0,9} instead", words)
-    if renamed and "max_tokens" in body.keys() - server.body.keys():
-        refused["max_tokens"] = "max_completion_tokens"  # the same limit, a given one too
-        if "max_tokens" in given:
-            server.given.add("max_completion_tokens")
-    if {"temperature", "top_p"} <= refused.keys():  # "cannot both be specified"
-        del refused["temperature"]
-    # A limit depends on the prompt: where the user's is refused, only this request fails.
-    unmet = [key for key in sorted(named & given) if not key.startswith("max_")]
-    if unmet and not refused:
-        raise UserError(f"{server.url} refuses {', '.join(unmet)}: {error[:310]}")
+            refused = {**refused, **more}
     with server.lock:
-        new = {key: name for key, name in refused.items() if key not in server.refused}
-        server.refused = {**server.refused, **new}
-        for key, name in new.items():
-            instead = f"with {name} instead" if name else "without it"
+        for key in refused.keys() - server.refused.keys():
+            instead = f"with {refused[key]} instead" if refused[key] else "without it"
             tqdm.write(f"the server refuses {key}: sampling goes on {instead}", file=sys.stderr)
-        if new and server.settings:
-            write_json(server.settings, {**read_json(server.settings), "refused": server.refused})
-    return bool(refused)
+            server.refused = {**server.refused, key: refused[key]}
+            if server.settings:
+                kept = read_json(server.settings)
+                write_json(server.settings, {**kept, "refused": server.refused})
+    return record
+
+
+def find_refused(server: Server, body: dict, error: str) -> dict:
+    """{key: its new name, or None} of one key of our own that an error refuses; {} if none. Raises
+    UserError where what the user gave is refused."""
+    if not error.startswith(("HTTP 400", "HTTP 422")):
+        return {}
+    if "max_tokens" in body and re.search("max_completion_tokens.{0,9} instead", error):
+        return {"max_tokens": "max_completion_tokens"}  # the same limit, a given one too
+    copied = r"""\\*["']: ?[\d{\["']"""  # "top_k": 20 in a copy of the request refuses nothing
+    named = [key for key in body if re.search(rf"\b{re.escape(key)}\b(?!{copied})", error)]
+    given = server.given | server.body.keys()
+    for key in OPTIONAL:
+        if key in named and key not in given:
+            return {key: None}
+    # A limit depends on the prompt: where the user's is refused, only this request fails.
+    unmet = [key for key in named if key in given and not key.startswith("max_")]
+    if unmet:
+        raise UserError(f"{server.url} refuses {', '.join(unmet)}: {error[:310]}")
+    return {}
 
 
 def read_completion(answer: dict) -> dict:
@@ -353,7 +344,7 @@ class SamplingOptions:
     model: str = option("", "ask this Qwen3 checkpoint (a folder), in this process")
     server: str = option("", "ask an OpenAI-compatible server, http://host/v1 (key OPENAI_API_KEY)")
     server_model: str = option("", "model name at the server; empty: the only one it serves")
-    body: str = option("", "JSON object: more keys of each request to the server; null removes one")
+    body: str = option("{}", "more keys of each request to the server, as JSON; null removes one")
     workers: int = option(16, "requests to the server at a time")
     request_timeout: float = option(600.0, "seconds to wait for the server")
     tries: int = option(6, "attempts per request, with growing pauses")
@@ -376,17 +367,12 @@ class SamplingOptions:
 
 def check_sampling_options(o: SamplingOptions) -> list:
     """What is wrong with these options, as text."""
-    problems = []
-    names = [name for name in ("model", "server", "function") if hasattr(o, name)]
-    given = [name for name in names if getattr(o, name)]
-    if len(given) != 1:
-        problems.append(f"exactly one of --{', --'.join(names)} expected, found {len(given)}")
+    names, problems = [name for name in ("model", "server", "function") if hasattr(o, name)], []
+    count = sum(getattr(o, name) != "" for name in names)
+    if count != 1:
+        problems.append(f"exactly one of --{', --'.join(names)} expected, found {count}")
     if not 0 < o.top_p <= 1:
         problems.append(f"--top_p is {o.top_p}, a share above 0 and up to 1 expected")
-    try:
-        data.parse_object((o.body or "{}").encode(errors="replace"))
-    except UserError as e:
-        problems.append(f"--body is {o.body!r:.60}: {e}")
     return problems
 
 
@@ -400,14 +386,16 @@ def open_policy(o: SamplingOptions, device, non_thinking: bool = True):
     if not re.fullmatch("[!-~]*", key):  # http.client would show it in its error
         raise UserError("OPENAI_API_KEY holds characters that no HTTP header can carry")
     extras = {"chat_template_kwargs": {"enable_thinking": False}} if non_thinking else {}
-    body = json.loads(o.body or "{}")
+    try:
+        body = data.parse_object(o.body.encode(errors="replace"))
+    except UserError as e:
+        raise UserError(f"--body is {o.body!r:.60}: {e}") from None
     server = Server(o.server.rstrip("/"), o.server_model, key, o.workers, o.request_timeout,
                     o.tries, extras, body, given={*body, *o.given})
     if not server.model:
         listing = fetch_json(server, "/models")
         try:
-            names = [entry["id"] for entry in listing["data"]]
-            (server.model,) = names
+            (server.model,) = [entry["id"] for entry in listing["data"]]
         except (LookupError, TypeError, ValueError):
             raise UserError(f"{server.url}/models lists not one model but {listing!r:.300}: choose "
                             "one with --server_model") from None
@@ -419,11 +407,11 @@ def identity(policy, o: SamplingOptions) -> str:
     hash of its tensors' first rows (two trainings of one base differ there), dtype, template."""
     if isinstance(policy, Server):
         return f"{policy.model} {json.dumps(policy.body, sort_keys=True)}"
-    digest, folder = hashlib.sha256(), qwen.checkpoint_folder(o.model)
+    digest, folder = hashlib.sha256(), os.path.abspath(o.model)
     for name, (_, tensor) in sorted(qwen.open_tensors(folder).items()):
         digest.update(name.encode() + tensor[:1].float().numpy().tobytes())
-    basename = os.path.basename(os.path.abspath(folder))
-    return f"{basename} {digest.hexdigest()[:16]} {o.dtype} {o.template}".rstrip()
+    name = f"{os.path.basename(folder)} {digest.hexdigest()[:16]} {o.dtype} {o.template}"
+    return name.rstrip()
 
 
 def claim_folder(out: str, settings: dict, ranks: Ranks, policy=None):

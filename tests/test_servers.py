@@ -158,12 +158,12 @@ def test_default_commands_pass(refuse):
 def test_a_refused_key_is_dropped_once_and_stays_so_when_resumed():
     with strict(gemini) as server:
         elicit(server, "--workers", 1)
-        assert len(server.requests) == 6 + 1  # one retry, then never again
+        assert len(server.requests) == 6 + 3  # one retry a key, then never again
         assert server.requests[0][1].keys() >= EXTRAS.keys()
-        assert all(not body.keys() & EXTRAS.keys() for _, body in server.requests[1:])
+        assert all(not body.keys() & EXTRAS.keys() for _, body in server.requests[3:])
         code, err = elicit(server, "--workers", 1, "--samples", 2)
-        assert code == 0 and "refuses" not in err and len(server.requests) == 6 + 1 + 6
-        assert all(not body.keys() & EXTRAS.keys() for _, body in server.requests[1:])
+        assert code == 0 and "refuses" not in err and len(server.requests) == 6 + 3 + 6
+        assert all(not body.keys() & EXTRAS.keys() for _, body in server.requests[3:])
 
 
 @pytest.mark.parametrize("refuse, given", [
@@ -213,7 +213,7 @@ def test_a_server_that_repeats_itself_ends_no_request_in_a_loop():
         return openai_error("Use 'max_completion_tokens' instead.", "max_tokens", "unsupported")
     with strict(refuse) as server:
         code, err = elicit(server, "--workers", 1)
-    assert code == 1 and "all 6 requests failed" in err and len(server.requests) <= 6 + 2
+    assert code == 1 and "all 6 requests failed" in err and len(server.requests) == 2 * 6
 
 
 def test_a_refused_key_that_is_given_later_is_sent():
@@ -269,26 +269,33 @@ def test_an_error_that_repeats_the_request_drops_nothing():
 QUESTION = "What temperature has a gas\nwith \"top_p\" and seed 3?"
 
 
-@pytest.mark.parametrize("error, dropped", [
-    ({"message": "property 'top_k' is unsupported, did you mean 'top_p'?"}, ["top_k"]),
-    ({"message": "Unrecognized argument: top_k. Supported: temperature, top_p, seed"}, ["top_k"]),
-    ({"message": "Unrecognized request arguments supplied: seed, top_k"}, ["seed", "top_k"]),
-    ({"message": "unknown field `top_k`, expected one of `model`, `top_p`, `max_tokens`, `seed`"},
-     ["top_k"]),
-    ({"message": "Extra inputs are not permitted: top_k. Allowed: temperature, top_p"}, ["top_k"]),
-    ({"message": f"top_k is unknown. Bad input: {json.dumps(QUESTION)}"}, ["top_k"]),
-    ({"message": f"Not allowed by our policy: {QUESTION}"}, []),
-    ({"message": "Invalid max_tokens value, the valid range is [1, 8192]"}, ["max_tokens"]),
+@pytest.mark.parametrize("error, refused", [
+    ({"message": "property 'top_k' is unsupported, did you mean 'top_p'?"}, "top_k"),
+    ({"message": "Unrecognized argument: top_k. Supported: temperature, top_p, seed"}, "top_k"),
+    ({"message": "Unrecognized request arguments supplied: seed, top_k"}, "top_k"),
+    ({"message": "unknown field `seed`, expected one of `model`, `max_tokens`, `top_p`"}, "seed"),
+    ({"message": f"top_k is unknown. Bad input: {json.dumps(QUESTION)}"}, "top_k"),
+    ({"message": "Invalid max_tokens value, the valid range is [1, 8192]"}, "max_tokens"),
     ({"code": "Invalid input", "message": json.dumps({"detail": [
-        {"type": "extra_forbidden", "loc": ["body", "seed"], "input": 1}]})}, ["seed"]),
-    ({"message": "too long: {'messages': ['?'], 'temperature': 0.7, 'seed': 1}"}, [])])
-def test_only_refused_keys_are_dropped_not_those_that_an_error_quotes(error, dropped):
-    server = evaluation.Server("http://localhost:1/v1", "m")
-    body = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "seed": 1, "max_tokens": 9,
-            "messages": [{"content": QUESTION}]}
+        {"type": "extra_forbidden", "loc": ["body", "seed"], "input": 1}]})}, "seed"),
+    ({"message": "too long: {'messages': ['?'], 'temperature': 0.7, 'seed': 1}"}, None)])
+def test_one_refused_key_at_a_time_is_named(error, refused):
+    body = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "seed": 1, "max_tokens": 9}
     answer = "HTTP 400: " + " ".join(json.dumps({"error": error}).split())
-    assert evaluation.drop_refused(server, body, answer) == bool(dropped)
-    assert sorted(server.refused) == dropped
+    server = evaluation.Server("http://localhost:1/v1", "m")
+    assert evaluation.find_refused(server, body, answer) == ({refused: None} if refused else {})
+
+
+def test_a_key_is_dropped_for_the_run_only_where_the_request_then_passes():
+    """One question is refused for its content, by an error that quotes its words."""
+    def refuse(body):
+        if "3 + 3" in body["messages"][-1]["content"]:
+            return 400, {"error": {"message": f"Not allowed by our policy: {QUESTION}"}}
+    with strict(refuse) as server:
+        code, err = elicit(server)
+    assert code == 0 and "refuses" not in err, err
+    assert "refused" not in read_json("errors/settings.json")
+    assert read_json("errors/summary.json")["request failed"] == 1
 
 
 read = evaluation.read_completion
