@@ -135,7 +135,8 @@ def read_rows(path: str, parse, skip_malformed: bool = False) -> tuple[list, Cou
 # Prompt (two names), y+ and y- in rows of the SPoT authors and in TRL's.
 OFFICIAL = ("question", "prompt", "gemini_corrected_answer", "original_answer")
 TRL = ("prompt", "question", "chosen", "rejected")
-KNOWN = {*OFFICIAL, *TRL, "index", "ground_truth", "is_correct", "change_ratio"}
+KNOWN = {*OFFICIAL, *TRL, "index", "ground_truth", "is_correct", "change_ratio",
+         "gemini_extracted_answer"}
 # In a row or a message; templates render them, we do not.
 NOT_RENDERED = ("tools", "system", "images", "chat_template_kwargs", "tool_calls",
                 "reasoning_content", "thinking")
