@@ -81,16 +81,6 @@ def test_what_one_rank_alone_can_do_is_refused_on_two(world, tmp_path):
     assert rejected[0] == rejected[1] and rejected[0].count("\n") == 5
 
 
-@pytest.mark.parametrize("line", ["import sys; sys.exit()", "exit('done')", "raise SystemExit(0)",
-                                  "import none_such", "1 / 0", "def fix("])
-def test_a_function_file_that_ends_early_is_named(line, world, tmp_path):
-    (tmp_path / "mine.py").write_text(f"{line}\ndef fix(item):\n    return item.gold\n")
-    code, said = program(oracle, "rectify", "--errors", wrong_answers(tmp_path, 1), "--tokenizer",
-                         world["model"], "--out", tmp_path / "out", "--function",
-                         f"{tmp_path}/mine.py:fix")
-    assert code == 1 and "mine.py:fix', FILE.py:NAME expected, cannot be loaded" in said, said
-
-
 # --- files of others, and charts ------------------------------------------------------------------
 
 

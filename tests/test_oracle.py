@@ -89,26 +89,19 @@ def test_a_fault_that_passes_is_retried(after, least, most, pauses):
     assert server.requests[0][1]["seed"] == 1 and "Authorization" not in server.requests[0][0]
 
 
-LASTING = {  # what the server does, the error, the number of tries
-    "429": ((429, {}, b"slow down"), r"HTTP 429: slow down \(tried 3 times\)", 3),
-    "400": ((400, {}, b"too long"), "HTTP 400: too long", 1),
-    "302": ((302, {"Location": "http://127.0.0.1:9/"}, b""), "HTTP 302: ", 1),
-    "drop": ("drop", r"RemoteDisconnected: .*\(tried 3 times\)", 3),
-    "truncated": ("truncated", r"IncompleteRead: .*\(tried 3 times\)", 3),
-    "hang": ("hang", r"TimeoutError: timed out \(tried 3 times\)", 3),
-    "no JSON": (b"<html>", r"JSONDecodeError: .*\(tried 3 times\)", 3),
-    "torn error": ((500, {"Content-Length": "99"}, b"half"),
-                   r"IncompleteRead: .*\(tried 3 times\)", 3),
-    "error in a 200": ({"error": {"code": 503}},
-                       r'HTTP 200: \{"error": \{"code": 503\}\} \(tried 3 times\)', 3),
-    "no choices": ({"choices": []}, "no chat completion: .*", 1),
-    "content of numbers": (completion(7), "no chat completion: .*", 1),
-}
-
-
-@pytest.mark.parametrize("fault", LASTING)
-def test_a_fault_that_stays_is_a_named_outcome(fault, pauses):
-    answer, reason, times = LASTING[fault]
+@pytest.mark.parametrize("answer, reason, times", [
+    ((429, {}, b"slow down"), r"HTTP 429: slow down \(tried 3 times\)", 3),
+    ((400, {}, b"too long"), "HTTP 400: too long", 1),
+    ((302, {"Location": "http://127.0.0.1:9/"}, b""), "HTTP 302: ", 1),
+    ("drop", r"RemoteDisconnected: .*\(tried 3 times\)", 3),
+    ("truncated", r"IncompleteRead: .*\(tried 3 times\)", 3),
+    ("hang", r"TimeoutError: timed out \(tried 3 times\)", 3),
+    (b"<html>", r"JSONDecodeError: .*\(tried 3 times\)", 3),
+    ((500, {"Content-Length": "99"}, b"half"), r"IncompleteRead: .*\(tried 3 times\)", 3),
+    ({"error": {"code": 503}}, r'HTTP 200: \{"error": \{"code": 503\}\} \(tried 3 times\)', 3),
+    ({"choices": []}, "no chat completion: .*", 1),
+    (completion(7), "no chat completion: .*", 1)])
+def test_a_fault_that_stays_is_a_named_outcome(answer, reason, times, pauses):
     with Misbehaving(lambda *_: answer) as server:
         record = ask(server, 0.3)
     assert list(record) == ["error"] and re.fullmatch(reason, record["error"]), record
@@ -116,29 +109,22 @@ def test_a_fault_that_stays_is_a_named_outcome(fault, pauses):
     assert all(0.5 * 2**i <= pause <= 2**i for i, pause in enumerate(pauses))
 
 
-def open_server(url, model=""):
-    options = evaluation.SamplingOptions(server=url, server_model=model)
-    return evaluation.open_policy(options, None)
+def open_server(url):
+    return evaluation.open_policy(evaluation.SamplingOptions(server=url), None)
 
 
-def test_the_only_model_of_a_server_is_found(monkeypatch):
+def test_the_only_model_is_found_and_bad_addresses_and_keys_are_refused(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with Misbehaving(good) as server:
         client = open_server(server.url + "/")
-        assert client.model == "stand-in" and client.url == server.url and KEY not in repr(client)
-    with Misbehaving(good, ["a", "b"]) as server:
-        with pytest.raises(UserError, match="lists not one model but .*'a'.*'b'"):
-            open_server(server.url)
-
-
-def test_addresses_and_keys_that_cannot_work_are_refused(monkeypatch):
+    assert client.model == "stand-in" and client.url == server.url and KEY not in repr(client)
     for url in ("", "localhost:8000", "ftp://x/v1", "http://user:pw@host/v1"):
         with pytest.raises(UserError, match="--server: http://") as refused:
-            open_server(url, "m")
+            open_server(url)
         assert "pw" not in str(refused.value)
     monkeypatch.setenv("OPENAI_API_KEY", "k€y")
     with pytest.raises(UserError, match="no HTTP header can carry") as refused:
-        open_server("http://x/v1", "m")
+        open_server("http://x/v1")
     assert "k€y" not in str(refused.value)
 
 
@@ -157,8 +143,8 @@ def test_rectify_makes_pairs_that_train_reads(monkeypatch):
         code, err = rectify(server)  # nothing left to ask
         assert code == 0 and len(server.requests) == len(given)
     pairs = rows("out/pairs.jsonl")
-    assert [p["index"] for p in pairs] == [r["id"] for r in given]
-    assert [p["gemini_extracted_answer"] for p in pairs] == [r["ground_truth"] for r in given]
+    assert [(p["index"], p["gemini_extracted_answer"]) for p in pairs] == [
+        (r["id"], r["ground_truth"]) for r in given]
     assert all(oracle.START not in p["gemini_corrected_answer"] for p in pairs)
     assert all(0 < p["change_ratio"] < 0.1 for p in pairs)
     read, dropped, _ = tiny.read_pairs("out/pairs.jsonl")
@@ -166,56 +152,31 @@ def test_rectify_makes_pairs_that_train_reads(monkeypatch):
     assert data.read_json("out/summary.json")["pairs"] == len(given)
 
 
-def test_failing_functions_are_outcomes():
-    given, mine, base = write_errors(count=7), Path("mine.py"), (*RECTIFY, "out")
-    mine.write_text(
-        "import sys\ndef fix(item):\n    if item.id == 'q5':\n        sys.exit(0)\n"
-        "    if item.id == 'q6':\n        raise ValueError('/tmp/\\udcff')\n"
-        "    return [None, 7, '\\ud800', item.answer][int(item.id[1:])]\n")
-    code, err = run(*base, "--function", "mine.py:fix")
-    assert code == 0, err
-    rejected = rows("out/rejected.jsonl")
-    reasons = [f"{row['reason']} {row.get('error', '')}" for row in rejected]
+def test_a_function_is_an_oracle_and_its_failures_are_outcomes():
+    given, base = write_errors(count=7), (*RECTIFY, "out", "--function")
+    Path("mine.py").write_text(
+        "def fix(item):\n    if item.id == 'q6':\n        raise ValueError('/tmp/\\udcff')\n"
+        "    right = item.answer.rpartition('{')[0] + '{' + item.gold + '}$.'\n"
+        "    return [right, None, 7, '\\ud800', item.answer][int(item.id[1:])]\n")
+    code, err = run(*base, "mine.py:fix")
+    assert code == 0 and [row["index"] for row in rows("out/pairs.jsonl")] == ["q0"], err
+    reasons = [f"{row['reason']} {row.get('error', '')}" for row in rows("out/rejected.jsonl")]
     parts = ("found NoneType", "found int", "surrogate", "answer is wrong", "IndexError",
-             "SystemExit: 0", "ValueError: /tmp/?")
+             "ValueError: /tmp/?")
     assert all(part in reason for reason, part in zip(reasons, parts, strict=True))
-    mine.write_text("def fix(item):\n    return item.gold\n")
-    code, err = run(*base, "--function", "mine.py:fix")  # another one in the folder of the first
-    assert code == 1 and "other settings" in err and len(rows("out/raw-0.jsonl")) == len(given)
-    for spec, fault, text in (("mine.py:nope", "KeyError: 'nope'", "x = 1"),
-                              ("mine.py:fix", "SyntaxError", "def fix("),
-                              ("none.py:fix", "FileNotFoundError", "")):
-        mine.write_text(text)
-        code, err = run(*base, "--function", spec)
-        assert code == 1 and f"FILE.py:NAME expected, cannot be loaded: {fault}" in err
-
-
-def start(folder, server, *more):
-    """rectify in a process of its own."""
-    return launch.Started(["oracle.py", "rectify", "--errors", folder / "errors.jsonl",
-                           "--tokenizer", folder / "policy", "--out", folder / "out", "--server",
-                           server.url, *more])
-
-
-def test_sigterm_keeps_what_has_arrived(tmp_path):
-    write_errors(count=30)
-
-    def behave(body, attempt):
-        return good(body, attempt) if len(server.requests) <= 20 else "hang"
-    with Misbehaving(behave) as server:
-        started = start(tmp_path, server, "--workers", 2)
-        while len(server.requests) < 22:
-            time.sleep(0.01)
-        time.sleep(0.3)
-        started.send(signal.SIGTERM)
-        assert started.wait() == [130] and "the same command goes on" in started.said
-        assert "Traceback" not in started.said
-    assert len(rows("out/pairs.jsonl")) == 20
+    Path("mine.py").write_text("def fix(item):\n    return item.gold\n")
+    for spec, message in (("mine.py:fix", "other settings"),  # its file has changed
+                          ("mine.py:nope", "FILE.py:NAME: mine.py defines no 'nope'"),
+                          ("none.py:fix", "No such file or directory: ")):
+        code, err = run(*base, spec)
+        assert code == 1 and message in err and len(rows("out/raw-0.jsonl")) == len(given)
 
 
 def verdict_of(text, finish="stop", prompt="correct", answer="It is $\\boxed{5}$."):
     item, record = oracle.Item("1", "q", "4", answer), {"text": text, "finish": finish}
-    return oracle.judge_correction(item, record, lambda t: list(t.encode()), prompt, False, 0.6)
+    verdict, files = oracle.judge_correction(lambda t: list(t.encode()), prompt, False, 0.6, item,
+                                             record)
+    return verdict, files["pairs" if verdict == "pairs" else "rejected"]
 
 
 def marked(text):
@@ -227,16 +188,17 @@ def test_every_flaw_of_a_correction_has_its_reason():
         "no text between the markers": [
             "It is $\\boxed{4}$.", f"{oracle.START} It is $\\boxed{{4}}$.",
             f"{oracle.END} $\\boxed{{4}}$ {oracle.START}", ""],
-        "empty correction": [marked(""), marked(" \n")],
-        "no final answer in the correction": [marked("It is four."), marked("It is $\\boxed{")],
+        "no final answer in the correction": [
+            marked("It is four."), marked("It is $\\boxed{"), marked(""), marked(" \n")],
         "the correction's answer is wrong": [marked("$\\boxed{5}$."), marked("$\\boxed{44}$.")],
         "change ratio above 0.6": [marked("A wholly other way of saying it gives $\\boxed{4}$.")],
     }
     for expected, texts in reason.items():
         for text in texts:
-            assert verdict_of(text) == (expected, None), text
+            verdict, row = verdict_of(text)
+            assert verdict == row["reason"] == expected, text
     right = "It is $\\boxed{4}$."
-    assert verdict_of(marked(right), "length") == ("cut off by the token limit", None)
+    assert verdict_of(marked(right), "length")[0] == "cut off by the token limit"
     verdict, pair = verdict_of("<think>" + marked("no") + "</think>" + marked(right))
     assert verdict == "pairs" and pair["gemini_corrected_answer"] == right
     assert pair["change_ratio"] == round(1 - 17 / 18, 4)  # one byte of 18 is new
@@ -245,23 +207,25 @@ def test_every_flaw_of_a_correction_has_its_reason():
     assert pair["policy_answer"] == "It is $\\boxed{5}$."
 
 
-def test_a_run_of_which_every_request_failed_is_no_success():
-    write_errors(count=3)
-    with Misbehaving(lambda *_: (400, {}, b"no")) as server:
-        code, err = rectify(server)
-    assert code == 1 and "error: all 3 requests failed, the first with: HTTP 400: no" in err
-    code, err = rectify(server, "--out", "b", "--server_model", "m", "--tries", 1)  # closed
-    assert code == 1 and "cannot be reached" in err and "Traceback" not in err
+def test_a_fence_around_the_whole_correction_is_no_part_of_it():
+    right = "It is $\\boxed{4}$."
+    fenced, blocks = f"```latex\n{right}\n```", f"```\n1\n```\n{right}\n```\n2\n```"
+    for text, answer, kept in ((fenced, right, right), (fenced, fenced, fenced),
+                               (blocks, f"1 {blocks}", blocks)):
+        verdict, pair = verdict_of(marked(text), answer=answer)
+        assert verdict == "pairs" and pair["gemini_corrected_answer"] == kept
 
 
 def test_the_prompts_carry_what_they_should():
     item = oracle.Item("1", "Q {answer} {gold}", "GOLD", "WRONG {question}")
-    (message,) = oracle.oracle_messages(item, "correct")
-    assert item.question in message["content"] and item.answer in message["content"]
-    assert "GOLD" not in message["content"]
-    (message,) = oracle.oracle_messages(item, "correct_with_answer")
-    assert message["content"].count("GOLD") == 1 and oracle.LAST_LINE in message["content"]
-    assert oracle.oracle_messages(item, "direct") == item.messages
+    turns = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
+    several = oracle.Item("2", turns, "GOLD")
+    assert oracle.oracle_messages(several, "direct") == turns
+    texts = [oracle.oracle_messages(i, prompt)[0]["content"] for i, prompt in (
+        (item, "correct"), (item, "correct_with_answer"), (several, "correct"))]
+    assert all(item.question in text and item.answer in text for text in texts[:2])
+    assert [text.count("GOLD") for text in texts] == [0, 1, 0] and oracle.LAST_LINE in texts[1]
+    assert "[Problem]\nsystem: S\n\nuser: U\n" in texts[2]
 
 
 def test_401_stops_at_once():
@@ -273,75 +237,53 @@ def test_401_stops_at_once():
         code, err = rectify(server, "--workers", 4)
         assert code == 1 and "HTTP 401: wrong key. Are the key (OPENAI_API_KEY)" in err
         assert err.count("error:") == 1 and len(server.requests) < 60
-        kept = rows("out/pairs.jsonl")  # what had arrived is there
+        kept, before, count = rows("out/raw-0.jsonl"), set(server.asked), len(server.requests)
         assert 30 <= len(kept) <= 40
-        before = set(server.asked)
+        code, err = rectify(server, "--target", 1)  # sorts what has arrived, asks nothing
+        assert code == 0 and len(rows("out/pairs.jsonl")) == len(kept), err
+        assert len(server.requests) == count
         server.behave = good
         code, err = rectify(server)
         assert code == 0 and len(rows("out/pairs.jsonl")) == 200
-        again = [p for p in before if server.asked[p] > 1]
-        assert len(again) == len(before) - len(kept)
+        assert sum(server.asked[p] > 1 for p in before) == len(before) - len(kept)
 
 
 def test_target_stops_asking():
     write_errors(count=100)
     with Misbehaving(good) as server:
         code, err = rectify(server, "--target", 10, "--workers", 3)
-        assert code == 0, err
-        pairs = rows("out/pairs.jsonl")
-        assert 10 <= len(pairs) < 30 and len(server.requests) == len(pairs)
-        rectify(server, "--target", 10)
-        assert len(server.requests) == len(pairs)  # enough already
+    pairs = rows("out/pairs.jsonl")
+    assert code == 0 and 10 <= len(pairs) == len(server.requests) < 30, err
     assert data.read_json("out/summary.json")["not asked"] == 100 - len(pairs)
-
-
-def test_a_function_is_an_oracle_and_so_is_a_person():
-    given = write_errors(count=5)
-    Path("mine.py").write_text(
-        "def fix(item):\n    return item.answer.rpartition('{')[0] + '{' + item.gold + '}$.'\n")
-    code, err = run(*RECTIFY, "a", "--function", "mine.py:fix")
-    assert code == 0 and len(rows("a/pairs.jsonl")) == 5, err
-    by_hand = [{**row, "gemini_corrected_answer": f"It is {i}."} for i, row in enumerate(given)]
-    write_rows("by_hand.jsonl", by_hand)
-    pairs, _, _ = tiny.read_pairs("by_hand.jsonl")
-    assert [pair.chosen for pair in pairs] == [f"It is {i}." for i in range(5)]
-    assert [pair.rejected for pair in pairs] == [row["original_answer"] for row in given]
 
 
 # --- what is refused; broken files are in tests/faults --------------------------------------------
 
-def test_a_folder_of_other_content_is_refused():
+def test_a_folder_of_other_work_and_a_server_that_is_down_are_refused():
     write_errors()
     Path("other").mkdir()
     Path("other/thesis.txt").write_text("mine")
     with Misbehaving(good) as server:
         code, err = rectify(server, "--out", "other")
-    assert code == 1 and "is not empty" in err and not server.requests
-
-
-def test_a_folder_of_other_questions_is_refused_and_stays():
-    write_errors()
-    with Misbehaving(good) as server:
+        assert code == 1 and "is not empty" in err and not server.requests
         rectify(server)
         before = launch.files(Path("out"))
         write_errors(count=3)
         code, err = rectify(server)
     assert code == 1 and "is not among the questions given" in err
     assert len(server.requests) == 8 and launch.files(Path("out")) == before
+    code, err = rectify(server, "--out", "b", "--server_model", "m", "--tries", 1)  # closed
+    assert code == 1 and "cannot be reached" in err and "Traceback" not in err
 
 
 def test_contradictory_options_are_refused():
-    asked = ("--out", "o", "--server", "http://x/v1")
-    cases = {
-        ("elicit",): (2, "--out is required", "--questions is required", "exactly one of --model"),
-        ("rectify", *asked, "--errors", "e", "--model", "m"):
-            (2, "exactly one of --model, --server, --function expected, found 2"),
-        ("elicit", *asked, "--questions", "q", "--workers", 0, "--body", "[]"):
-            (2, "--workers is 0", "--body"),
-        ("rectify", *asked, "--errors", "e"): (1, "--tokenizer is required"),
-    }
-    for argv, (expected, *messages) in cases.items():
-        code, err = run(*argv)
+    rest = "--out o --server http://x/v1"
+    for command, expected, *messages in (
+            ("elicit", 2, "--out is required", "--questions is required", "exactly one of --model"),
+            (f"rectify --errors e --model m {rest}", 2, "--model, --server, --function expected"),
+            (f"elicit --questions q --workers 0 --body [] {rest}", 2, "--workers is 0", "--body"),
+            (f"rectify --errors e {rest}", 1, "--tokenizer is required")):
+        code, err = run(*command.split())
         assert code == expected and all(message in err for message in messages), err
 
 
@@ -362,11 +304,9 @@ def test_elicit_sorts_the_answers_of_a_server():
     with Misbehaving(behave) as server:
         code, err = run("elicit", "--questions", "q.jsonl", "--out", "out", "--server", server.url,
                         "--samples", 2)
-        assert code == 0, err
-        sent = server.requests[0][1]
-    assert [sent[key] for key in ("temperature", "top_p", "top_k", "max_tokens")] == [
-        0.7, 0.8, 20, 32768]
-    assert sent["chat_template_kwargs"] == {"enable_thinking": False}
+    assert code == 0, err
+    assert server.requests[0][1].items() >= {
+        "temperature": 0.7, "top_p": 0.8, "top_k": 20, "max_tokens": 32768}.items()
     assert len({b["seed"] for _, b in server.requests}) == 24
     assert data.read_json("out/summary.json") == {
         "answers wanted": 24, "not asked": 0, "right": 4, "wrong": 4, "wrong: no final answer": 8,
@@ -393,14 +333,11 @@ def test_sampled_texts_do_not_depend_on_ranks_or_batch(tmp_path):
 
 # --- killed and gone on ---------------------------------------------------------------------------
 
-@pytest.mark.parametrize("count,kills", [
-    (120, 1), pytest.param(1000, 3, marks=pytest.mark.slow)])
-def test_a_storm_with_kills(tmp_path, count, kills):
+def test_a_storm_with_kills(tmp_path):
     """20 % of all requests faulty: one outcome for each error, none asked in vain."""
-    rng, lock, given = random.Random(0), threading.Lock(), write_errors(count=count)
-    faults = [(429, {"Retry-After": "0"}, b""), (500, {}, b""), (400, {}, b""), "drop",
-              "truncated", "hang", b"<html>", completion(""),
-              completion("no markers \\boxed{1}"), completion("x", "length")]
+    rng, lock, given = random.Random(0), threading.Lock(), write_errors(count=120)
+    faults = [(429, {"Retry-After": "0"}, b""), (500, {}, b""), (400, {}, b""), "drop", "truncated",
+              "hang", b"<html>", completion("no \\boxed{1}"), completion("x", "length")]
 
     def behave(body, attempt):
         with lock:
@@ -408,28 +345,30 @@ def test_a_storm_with_kills(tmp_path, count, kills):
         time.sleep(0.01)
         return good(body, attempt) if fault is None else fault
 
-    items, _ = oracle.read_errors("errors.jsonl")
-    requests = [oracle.request_for(i.id, oracle.oracle_messages(i, "correct"), 0) for i in items]
-    prompts = {r.key: r.messages[0]["content"] for r in requests}
-    options = "--workers", 8, "--request_timeout", 1, "--tries", 3
+    prompts = {item.id: oracle.oracle_messages(item, "correct")[0]["content"]
+               for item in oracle.read_errors("errors.jsonl")[0]}
     with Misbehaving(behave) as server:
-        for i in range(kills + 1):
-            known = {r["key"] for r in rows("out/raw-0.jsonl") if "text" in r}
+        for stop in (signal.SIGTERM, signal.SIGKILL, None):
+            known = {r["key"].split()[0] for r in rows("out/raw-0.jsonl") if "text" in r}
             before = Counter(server.asked)
-            started = start(tmp_path, server, *options)
-            if i < kills:
-                while server.asked.total() < before.total() + count // (3 * kills):
+            started = launch.Started([
+                "oracle.py", "rectify", "--errors", tmp_path / "errors.jsonl", "--tokenizer",
+                tmp_path / "policy", "--out", tmp_path / "out", "--server", server.url,
+                "--workers", 8, "--request_timeout", 1, "--tries", 3])
+            if stop:
+                while server.asked.total() < before.total() + 20:
                     time.sleep(0.005)
-                started.send(signal.SIGKILL)
+                started.send(stop)
             codes = started.wait()
-            assert all(server.asked[prompts[key]] == before[prompts[key]] for key in known)
+            assert all(server.asked[prompts[name]] == before[prompts[name]] for name in known)
+            if stop == signal.SIGTERM:
+                assert codes == [130] and "stopped; the same command goes on" in started.said
         assert codes == [0] and known, started.said
     pairs, rejected = rows("out/pairs.jsonl"), rows("out/rejected.jsonl")
     assert Counter(r["index"] for r in pairs + rejected) == {r["id"]: 1 for r in given}
-    reasons = Counter(r["reason"].split(":")[0] for r in rejected)
-    assert set(reasons) <= {"request failed", "no text between the markers",
-                            "cut off by the token limit"}
-    assert len(pairs) > 0.8 * count
+    assert {r["reason"] for r in rejected} <= {
+        "request failed", "no text between the markers", "cut off by the token limit"}
+    assert len(pairs) > 96
 
 
 def test_an_answer_of_one_rank_goes_before_a_failure_of_another():
