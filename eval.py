@@ -100,8 +100,10 @@ def open_local_model(folder: str, dtype, device, batch_size: int = 32, template:
     chat = data.load_chat(folder, qwen.read_config(folder).vocab_size, template)
     end, path = {chat.im_end}, os.path.join(folder, "generation_config.json")
     if os.path.exists(path):
-        ids = read_json(path).get("eos_token_id") or []
-        end.update(ids if isinstance(ids, list) else [ids])
+        ids = read_json(path).get("eos_token_id")
+        if isinstance(ids, int):
+            ids = [ids]
+        end.update(ids or [])
     return LocalModel(qwen.load_model(folder, dtype, device), chat, end, batch_size)
 
 

@@ -252,6 +252,8 @@ def test_null_in_body_removes_any_key():
         code, err = elicit(server, "--body", json.dumps(dict.fromkeys(removed)))
         assert code == 0, err
     assert all(body.keys() == {"messages", "top_p"} for _, body in server.requests)
+    code, err = elicit(server, "--body", "[]")
+    assert code == 1 and "--body is '[]': a JSON object expected" in err
 
 
 def test_an_error_that_repeats_the_request_drops_nothing():
