@@ -339,7 +339,7 @@ def run_rectify(o: RectifyOptions, ranks: Ranks):
         if not o.tokenizer and not o.model:
             raise UserError("--tokenizer is required: the policy's folder, for the change ratio")
         items, _ = read_errors(o.errors)
-        folder = qwen.checkpoint_folder(o.tokenizer or o.model)
+        folder = o.tokenizer or o.model
         encode = data.load_chat(folder, qwen.read_config(folder).vocab_size, o.template).encode
         if o.function:
             oracle, name = python_function(o.function)
