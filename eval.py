@@ -96,7 +96,6 @@ class LocalModel:
 
 def open_local_model(folder: str, dtype, device, batch_size: int = 32, template: str = ""):
     """A LocalModel of a checkpoint folder. <|im_end|> and generation_config.json end answers."""
-    folder = qwen.checkpoint_folder(folder)
     chat = data.load_chat(folder, qwen.read_config(folder).vocab_size, template)
     end, path = {chat.im_end}, os.path.join(folder, "generation_config.json")
     if os.path.exists(path):
@@ -410,7 +409,7 @@ def identity(policy, o: SamplingOptions) -> str:
     if isinstance(policy, Server):
         return f"{policy.model} {json.dumps(policy.body, sort_keys=True)}"
     digest, folder = hashlib.sha256(), os.path.abspath(o.model)
-    for name, (_, tensor) in sorted(qwen.open_tensors(folder).items()):
+    for name, tensor in sorted(qwen.open_tensors(folder).items()):
         digest.update(name.encode() + tensor[:1].float().numpy().tobytes())
     name = f"{os.path.basename(folder)} {digest.hexdigest()[:16]} {o.dtype} {o.template}"
     return name.rstrip()

@@ -1,26 +1,24 @@
 """The mathematics of Surgical Post-Training (SPoT): from log-probs to one coefficient per token.
 
-Plain tensors come in and go out: hidden states, log-probs, rewards.
-
 The method in four lines (Lin & Han, arXiv 2603.01683; sigma is the logistic function):
-    r      = beta * (log pi_theta(y|x) - log pi_ref(y|x))                    the implicit reward
-    L      = -log sigma(r+ - delta) - log sigma(-(r- - delta))               delta = 0: SPoT-BCE
-    lambda = 1 - sigma(r+ - delta)                                           the elastic tether
-    dL/d log pi(y+) = -beta * lambda                                 it fades as a pair is learned
-y+ is the chosen answer, y- the rejected one, r+ and r- are their rewards. The six objectives differ
-in nothing but the coefficient c = dL/d log pi that a sequence (sft, dft: a token) gets:
+    r      = beta * (log pi_theta(y|x) - log pi_ref(y|x))       the implicit reward
+    L      = -log sigma(r+ - delta) - log sigma(-(r- - delta))  delta = 0: SPoT-BCE
+    lambda = 1 - sigma(r+ - delta)                              the elastic tether
+    dL/d log pi(y+) = -beta * lambda                            fades as a pair is learned
+y+ is the chosen answer, y- the rejected one. The six objectives differ in the coefficient
+c = dL/d log pi that a sequence (sft, dft: a token) gets, and in nothing else:
 
-    objective            c+ (chosen)                        c- (rejected)
-    spot-bce, spot-bco   -beta (1 - sigma(r+ - delta))      beta sigma(r- - delta)
-    dpo                  -beta (1 - sigma(r+ - r-))         -c+
-    reward-sft           -beta (1 - sigma(r+))              0
-    sft, dft             -1, -pi(token)                     0
-Rows of the shared trunk belong to both sequences and get c+ + c-: 0 under spot-bce at r+ = r- = 0,
-always 0 under dpo. A new objective is a function beside `dpo`, its name in OBJECTIVES (and what
-else stands there), and a branch in row_coefficients: --loss then knows it.
+    objective            c+ (chosen)                     c- (rejected)
+    spot-bce, spot-bco   -beta (1 - sigma(r+ - delta))   beta sigma(r- - delta)
+    dpo                  -beta (1 - sigma(r+ - r-))      -c+
+    reward-sft           -beta (1 - sigma(r+))           0
+    sft, dft             -1, -pi(token)                  0
+Rows of the shared trunk belong to both and get c+ + c-: 0 under spot-bce at r+ = r- = 0, always 0
+under dpo. A new objective is a function beside `dpo`, its name in OBJECTIVES (and the two tuples
+there), and a branch in row_coefficients: --loss then knows it.
 
-Shapes: R scored rows (one token each whose log-prob counts), F forks (a pair of answers as a shared
-trunk and two branches), V vocabulary, D hidden width.
+Shapes: R scored rows (tokens whose log-prob counts), F forks (a pair of answers as a shared trunk
+and two branches), V vocabulary, D hidden width.
 """
 
 import math
@@ -28,17 +26,15 @@ import math
 import torch
 import torch.nn.functional as F
 
-# Elements of the head's largest temporary: 8 MiB in fp32, which stay in a CPU's cache; on a GPU
-# GPU_FACTOR times as many.
-LOGITS_AT_ONCE = 2**21
-GPU_FACTOR = 16
+LOGITS_AT_ONCE = 2**21  # elements of the head's largest temporary: 8 MiB, a CPU's cache
+GPU_FACTOR = 16  # times as many on a GPU
 
 
-# --- log-probabilities of rows, without logits, and of sequences ----------------------------------
+# --- log-probabilities of rows and of sequences ---------------------------------------------------
 
 class _LinearLogps(torch.autograd.Function):
-    """Both passes walk over blocks of the *vocabulary*, not of the rows: each block of the weight
-    is read once, and its gradient is one product over all rows."""
+    """Both passes walk over blocks of the vocabulary, not of the rows: each block of the weight is
+    read once, and its gradient is one product over all rows."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets):
@@ -80,8 +76,7 @@ class _LinearLogps(torch.autograd.Function):
 
 
 def _vocabulary_blocks(weight, targets):
-    """(start, end, inside, column) of each block of the weight's rows: which targets lie inside
-    (R,), and their column in the block's logits (R, 1)."""
+    """(start, end, which targets lie inside (R,), their columns in the block (R, 1)) of blocks."""
     step = max(1, LOGITS_AT_ONCE * (GPU_FACTOR if weight.is_cuda else 1) // max(1, len(targets)))
     if step > 128:  # products of ragged width are slower, by 5-8 % on a CPU
         step = step // 128 * 128
@@ -91,25 +86,23 @@ def _vocabulary_blocks(weight, targets):
         yield start, end, inside, (targets - start).clamp(0, end - start - 1)[:, None]
 
 
-def linear_logps(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def linear_logps(hidden, weight, targets):
     """log softmax(hidden @ weight.T) at `targets`, without ever holding the (R, V) logits.
 
-    hidden  (R, D) final hidden states, fp32, bf16, fp16 or fp64; R = 0 is allowed
-    weight  (V, D) the head's weight, same dtype
-    targets (R,)   int64 token ids in 0..V-1, not checked: on a GPU that would wait for the device
-    returns (R,)   log-probs in nats, fp32 (fp64 for fp64 input), differentiable in both factors
-
-    Products are in the input's dtype, sums in fp32. Backward multiplies again.
+    hidden  (R, D) fp32, bf16, fp16 or fp64; R = 0 is allowed
+    weight  (V, D) same dtype; products are in it, sums in fp32
+    targets (R,)   int64 in 0..V-1, not checked: a GPU would have to be waited for
+    returns (R,)   log-probs in nats, fp32 (fp64 for fp64), differentiable in both factors
     """
     return _LinearLogps.apply(hidden, weight, targets)
 
 
-def sequence_logps(row_logps: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """log pi(y|x) of both answers of every fork: trunk + chosen branch, trunk + rejected branch.
+def sequence_logps(row_logps, lengths):
+    """log pi(y|x) of both answers of every fork.
 
-    row_logps (R,)   in nats, fork by fork, each fork's rows in the order trunk, rejected, chosen
-    lengths   (F, 3) int64, how many rows each of the three has; lengths.sum() == R
-    returns   (F, 2) fp64, columns chosen and rejected; without y- the second means nothing
+    row_logps (R,)   in nats, fork by fork, each in the order trunk, rejected, chosen
+    lengths   (F, 3) int64, how many rows each of the three has
+    returns   (F, 2) fp64, chosen and rejected; without y- the second means nothing
 
     Summed in fp64, in a fixed order, without atomics: at step 0 rewards are exactly 0.
     """
@@ -120,42 +113,40 @@ def sequence_logps(row_logps: torch.Tensor, lengths: torch.Tensor) -> torch.Tens
     return torch.stack([trunk + chosen, trunk + rejected], 1)
 
 
-# --- the objectives: per-example losses -----------------------------------------------------------
-# In nats, of the arguments' shape: nothing is averaged. Autograd gives the coefficients.
+# --- the objectives: tensors to losses in nats, elementwise ---------------------------------------
 
-
-def tether(rewards: torch.Tensor, delta: float = 0.0) -> torch.Tensor:
-    """lambda+ of rewards r+, elementwise: 1/2 where r+ = delta, to 0 as r+ grows."""
+def tether(rewards, delta=0.0):
+    """lambda of rewards r+: 1/2 where r+ = delta, to 0 as r+ grows."""
     return torch.sigmoid(delta - rewards)  # no cancellation: r = 50 gives 1.9e-22, not 0
 
 
-def spot_bce(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+def spot_bce(chosen, rejected):
     """SPoT-BCE, the default. At r = 0: 2 ln 2."""
     return -F.logsigmoid(chosen) - F.logsigmoid(-rejected)
 
 
-def spot_bco(chosen: torch.Tensor, rejected: torch.Tensor, delta: float) -> torch.Tensor:
-    """SPoT-BCO; delta as of update_delta."""
+def spot_bco(chosen, rejected, delta):
+    """SPoT-BCO; delta: see update_delta."""
     return -F.logsigmoid(chosen - delta) - F.logsigmoid(delta - rejected)
 
 
-def dpo(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+def dpo(chosen, rejected):
     """DPO (arXiv 2305.18290, eq. 7)."""
     return -F.logsigmoid(chosen - rejected)
 
 
-def reward_sft(chosen: torch.Tensor) -> torch.Tensor:
+def reward_sft(chosen):
     """Reward-SFT: SPoT without y-."""
     return -F.logsigmoid(chosen)
 
 
-def sft(logps: torch.Tensor) -> torch.Tensor:
-    """SFT on y+ ("SFT+" on rectified answers), of each token."""
+def sft(logps):
+    """SFT on y+ ("SFT+" on rectified answers)."""
     return -logps
 
 
-def dft(logps: torch.Tensor) -> torch.Tensor:
-    """DFT (arXiv 2508.05629), of each token; its weight pi has no gradient."""
+def dft(logps):
+    """DFT (arXiv 2508.05629); its weight pi has no gradient."""
     return -logps.detach().exp() * logps
 
 
@@ -165,16 +156,15 @@ TOKEN_OBJECTIVES = ("sft", "dft")  # these divide by tokens of y+, the others by
 
 
 def row_coefficients(objective, row_logps, lengths, reference, beta, delta=0.0):
-    """One coefficient a scored row, dL/d row_logps.
+    """One coefficient a scored row, dL/d row_logps, L the sum of all losses. The backward pass then
+    is `row_logps.backward(coefficients / count)`: count pairs (or y+ tokens) of the global batch.
 
-    row_logps (R,)   the policy's log-probs in nats; its graph, if any, is not touched
-    lengths   (F, 3) as for sequence_logps
-    reference (F, 2) fp64, sequence_logps of the policy before training
-    beta, delta      reward scale; the running mean, 0 but for spot-bco
-    returns   (R,)   coefficients of the *summed* loss, dtype of row_logps, and `diagnose`'s sums
+    row_logps, lengths  as for sequence_logps; the graph, if any, is not touched
+    reference (F, 2)    fp64: sequence_logps before training
+    beta, delta         reward scale; the running mean, 0 but for spot-bco
+    returns             coefficients (R,), dtype of row_logps, and `diagnose`'s sums
 
-    The backward pass needs no more: `row_logps.backward(coefficients / count)`, count the step's
-    global number of pairs (or y+ tokens). Raises ValueError: unknown objective, y- missing (CPU).
+    Raises ValueError: unknown objective, y- missing (on a GPU not checked).
     """
     if objective in PAIR_OBJECTIVES and not lengths.is_cuda and (lengths[:, 1] == 0).any():
         raise ValueError(f"{objective} needs a rejected answer in every fork")
@@ -190,21 +180,18 @@ def row_coefficients(objective, row_logps, lengths, reference, beta, delta=0.0):
             losses = dpo(chosen, rejected)
         elif objective == "reward-sft":
             losses = reward_sft(chosen)
-        elif objective == "sft":
-            losses = sft(leaf.double())
-        elif objective == "dft":
-            losses = dft(leaf.double())
+        elif objective in TOKEN_OBJECTIVES:  # where a row is of y-, log p = 0: no loss
+            logps = torch.where(row_parts(lengths, len(leaf)) == 1, 0.0, leaf.double())
+            losses = sft(logps) if objective == "sft" else dft(logps)
         else:
             raise ValueError(f"objective: one of {OBJECTIVES} expected, found {objective!r}")
-        if objective in TOKEN_OBJECTIVES:
-            losses = torch.where(row_parts(lengths, len(leaf)) == 1, 0.0, losses)  # of y+ alone
         loss = losses.sum()
         (coefficients,) = torch.autograd.grad(loss, leaf)
     return coefficients, diagnose(loss.detach(), r.detach(), delta, coefficients, lengths)
 
 
-def row_parts(lengths: torch.Tensor, rows: int) -> torch.Tensor:
-    """(rows,) int64: 0 where a row lies on the trunk, 1 on the rejected branch, 2 on the chosen."""
+def row_parts(lengths, rows: int):
+    """(rows,) int64: 0 for rows of the trunk, 1 of the rejected branch, 2 of the chosen one."""
     parts = torch.arange(3 * len(lengths), device=lengths.device) % 3
     return parts.repeat_interleave(lengths.flatten(), output_size=rows)  # a GPU need not wait
 
@@ -212,10 +199,10 @@ def row_parts(lengths: torch.Tensor, rows: int) -> torch.Tensor:
 # --- the running mean delta, and diagnostics ------------------------------------------------------
 
 def update_delta(delta, batch_mean, batch_pairs, seen_pairs, kind="ema") -> float:
-    """delta for the *next* step, from this step's global batch. Step 0 has 0, the true mean there.
+    """delta for the next step, from this step's global batch. Step 0 has 0, the true mean there.
 
-    batch_mean  mean of (r+ + r-)/2 over the batch; seen_pairs: pairs of all the steps before it
-    kind        "ema": the paper's; "cumulative": the mean over all pairs so far, as in TRL 0.20
+    batch_mean  mean of (r+ + r-)/2 over the batch; seen_pairs: pairs of all steps before it
+    kind        "ema": the paper's; "cumulative": the mean of all pairs so far, as in TRL 0.20
     """
     if kind == "ema":
         return 0.9 * delta + 0.1 * batch_mean
@@ -229,26 +216,21 @@ COUNT_OF = {
 SUMS = (*COUNT_OF, "abs_reward", "examples", "pairs", "chosen_tokens", "trunk_rows")
 
 
-def diagnose(loss, r, delta, coefficients, lengths) -> torch.Tensor:
-    """(len(SUMS),) fp64: sums over forks in the order of SUMS, to be added up over packs and ranks.
-    r (F, 2) rewards; those of y-, margin and accuracy are summed over forks that have y-."""
-    pair = lengths[:, 1] > 0  # y- ends in <|im_end|>, so it has a row
+def diagnose(loss, r, delta, coefficients, lengths):
+    """(len(SUMS),) fp64 sums over the forks of a pack, in the order of SUMS; r (F, 2) rewards."""
     chosen, rejected = r.unbind(1)
-
-    def over_pairs(values):  # values[pair] would wait for the GPU
-        return torch.where(pair, values.double(), 0.0).sum()
-
+    pair = lengths[:, 1] > 0  # has y-, which ends in <|im_end|>; r[pair] would wait for a GPU
     on_trunk = row_parts(lengths, len(coefficients)) == 0
     sums = {
         "loss": loss,
         "reward_chosen": chosen.sum(),
-        "reward_rejected": over_pairs(rejected),
-        "margin": over_pairs(chosen - rejected),
-        "accuracy": over_pairs(chosen > rejected),
+        "reward_rejected": (rejected * pair).sum(),
+        "margin": ((chosen - rejected) * pair).sum(),
+        "accuracy": ((chosen > rejected) & pair).sum(),
         "tether_chosen": tether(chosen, delta).sum(),
-        "tether_rejected": over_pairs(torch.sigmoid(rejected - delta)),
+        "tether_rejected": (torch.sigmoid(rejected - delta) * pair).sum(),
         "trunk_coef": (coefficients.double().abs() * on_trunk).sum(),
-        "abs_reward": chosen.abs().sum() + over_pairs(rejected.abs()),
+        "abs_reward": chosen.abs().sum() + (rejected.abs() * pair).sum(),
         "examples": r.new_full((), len(r)),
         "pairs": pair.sum(),
         "chosen_tokens": lengths.sum() - lengths[:, 1].sum(),
@@ -258,14 +240,11 @@ def diagnose(loss, r, delta, coefficients, lengths) -> torch.Tensor:
 
 
 def average(sums, objective: str) -> dict:
-    """A step's metrics from its global sums (in the order of SUMS), each over its COUNT_OF.
+    """A step's metrics from its global sums in the order of SUMS; None: there is nothing to count.
 
-    loss              nats per pair; per token of y+ for sft and dft
-    reward_chosen     r+; reward_rejected: r-. A rising r- is pull-up: y+ lifts y-, which is alike
-    margin, accuracy  r+ - r-, and the share of pairs where it is above 0
-    tether_chosen     lambda+; tether_rejected: sigma(r- - delta). 1/2 at first, 0 once learned
-    trunk_coef        mean |coefficient| of a shared-prefix row, before the division by the batch
-    Those of y- are None where no example has one.
+    loss is in nats per pair (sft, dft: per token of y+), margin r+ - r-, accuracy the share of
+    pairs where that is above 0, tether_rejected sigma(r- - delta), trunk_coef the mean
+    |coefficient| of a trunk row before the division by the batch.
     """
     sums, metrics = dict(zip(SUMS, sums)), {}
     for name, count in COUNT_OF.items():

@@ -3,14 +3,15 @@
 Comes in:  a checkpoint folder in Hugging Face layout, token ids laid out as forks (data.py).
 Goes out:  the log-probability of every scored row, or sampled continuations of prompts.
 
-Parameter names are HF's (transformers/models/qwen3/modeling_qwen3.py) without "model.". Shapes: T
-tokens of a pack (no batch, no padding: sequences one after the other, which attention keeps apart),
-D hidden width, H query heads, K key heads, d head width, R scored rows, V vocabulary.
+Parameter names are those of transformers' modeling_qwen3.py without "model.". Shapes: T tokens of a
+pack (no batch, no padding: sequences one after the other, which attention keeps apart), D hidden
+width, H query heads, K key heads, d head width, R scored rows, V vocabulary.
 """
 
 import argparse
 import contextlib
 import functools
+import math
 import os
 import shutil
 import sys
@@ -33,18 +34,18 @@ from tqdm import tqdm
 from data import UserError, listed, read_json, write_json
 from loss import linear_logps
 
-# MKL picks a function's kernel on its first call; several threads at once may get one that is up to
-# 1.5e-4 off (pytorch issue 188792, until MKL 2025). Hence first calls too small for two threads.
+# MKL picks a function's kernel on its first call; two threads at once may get one that is up to
+# 1.5e-4 off (pytorch issue 188792, until MKL 2025). Hence first calls on one thread.
 for _dtype in (torch.float32, torch.float64):
     for _function in (torch.cos, torch.sin, torch.exp, torch.log):
         _function(torch.ones(8, dtype=_dtype))
 
 
-# --- configuration --------------------------------------------------------------------------------
+# --- configuration, network, attention over forks -------------------------------------------------
 
 @dataclass
 class Config:
-    """The numbers of a dense Qwen3 that change the computation, named as in config.json."""
+    """What varies between dense Qwen3 models, named as in config.json."""
 
     vocab_size: int
     hidden_size: int
@@ -58,72 +59,64 @@ class Config:
     tie_word_embeddings: bool
 
 
-# Keys of usual files that change no forward pass, or that read_config reads by itself.
-HARMLESS = set("""
-    architectures bos_token_id eos_token_id pad_token_id torch_dtype dtype transformers_version
-    use_cache initializer_range max_window_layers sliding_window max_position_embeddings return_dict
-    rope_parameters rope_scaling id2label label2id num_labels gradient_checkpointing do_sample
-    temperature top_k top_p repetition_penalty max_length max_new_tokens num_beams""".split())
-TOOL_PREFIXES = (
-    "_", "transformers", "unsloth", "axolotl", "llamafactory", "llama_factory", "swift", "trl",
-    "peft", "mergekit", "vllm", "sglang", "mlx", "deepspeed", "megatron", "nemo", "verl")
-# Texts and flags that would change it, with the values this file computes.
-SUPPORTED = {"model_type": ("qwen3",), "hidden_act": ("silu", None), "is_causal": (True, None),
-             "layer_types": (["full_attention"],), "rope_type": ("default", None),
-             "type": ("default", None)}  # the older name of rope_type
+# Starts of keys that change no forward pass, or that read_config reads by itself.
+HARMLESS = ("_", "architectures", "initializer_range", "max_position_", "max_window_", "use_cache",
+            "rope_parameters", "rope_scaling", "sliding_window", "transformers", "unsloth_")
+# What this file computes where a key could ask for something else.
+SUPPORTED = {"model_type": "qwen3", "hidden_act": "silu", "is_causal": True,
+             "rope_type": "default", "layer_types": ["full_attention"]}
 
 
 def read_config(folder: str) -> Config:
-    """Read folder/config.json of transformers 4 or 5. Raises UserError that lists every key that is
-    missing, wrong, or unknown and neither a text, a token id, a tool's key nor switched off."""
-    path = os.path.join(folder, "config.json")
-    raw = {"head_dim": 128, "tie_word_embeddings": False, **read_json(path)}  # HF's defaults
+    """folder/config.json of transformers 4 or 5. Raises UserError that lists all wrong keys, also
+    the unknown: neither harmless, nor a text, a token id, empty or off."""
+    path = f"{folder}/config.json"
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder} is no folder: a folder with config.json and weights expected; "
+                        f"hf download {folder} --local-dir {os.path.basename(folder)} gets one")
+    if os.path.exists(f"{folder}/adapter_config.json"):
+        raise UserError(f"{folder} holds a LoRA adapter (adapter_config.json): merge it first")
+    raw = {**SUPPORTED, "head_dim": 128, "tie_word_embeddings": False, **read_json(path)}
     raw |= raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # transformers' order
-    raw["layer_types"] = sorted(set(raw.get("layer_types") or ["full_attention"]))
+    raw["layer_types"] = sorted(set(raw["layer_types"]))
     config, problems = Config(**{f.name: raw.pop(f.name, None) for f in fields(Config)}), []
     for f in fields(Config):
         value = getattr(config, f.name)
         if f.type is not bool and not (isinstance(value, (f.type, int)) and value > 0):
             problems.append(f'"{f.name}" is {value!r:.60}: {f.type.__name__} above 0 expected')
-    for key, supported in SUPPORTED.items():
-        value = raw.pop(key, None)
-        if value not in supported:
-            problems.append(f'"{key}" is {value!r:.80}: only {supported[0]!r} is supported')
     for key, value in raw.items():
-        harmless = key in HARMLESS or key.startswith(TOOL_PREFIXES) or key.endswith("_token_id")
-        if not harmless and not isinstance(value, str) and value not in (None, False, [], {}):
-            problems.append(f'"{key}" is {value!r:.60}: not supported, may change the computation')
+        harmless = key.startswith(HARMLESS) or key.endswith("_token_id") or isinstance(value, str)
+        if key in SUPPORTED and value != SUPPORTED[key]:
+            problems.append(f'"{key}" is {value!r:.60}: only {SUPPORTED[key]!r} is supported')
+        elif key not in SUPPORTED and not harmless and value not in (None, False, [], {}):
+            problems.append(f'"{key}" is {value!r:.60}: unknown, remove it if it changes no logits')
     if problems:
-        raise UserError(f"{path} is not a configuration this program computes:{listed(problems)}")
+        raise UserError(f"{path} is no Qwen3 that this program computes:{listed(problems)}")
     return config
 
 
-# --- the network ----------------------------------------------------------------------------------
-
 class Qwen3(nn.Module):
-    """The whole network; `forward` goes from ids to the log-probability of every scored row."""
-
     def __init__(self, config: Config, checkpointing: bool = False):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        blocks = [Block(config, checkpointing) for _ in range(config.num_hidden_layers)]
-        self.layers = nn.ModuleList(blocks)
+        self.layers = nn.ModuleList(
+            Block(config, checkpointing) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, tokens, positions, forks, rows, targets):
-        """tokens, positions (T,); forks as in fork_attention; rows (R,) of T; targets (R,) ids.
-        Returns (R,) fp32: log p(targets[i] | all that token rows[i] sees)."""
+        """tokens, positions (T,); forks: see fork_attention; rows (R,) indices into T; targets (R,)
+        ids. Returns (R,) fp32: log p(targets[i] | all that token rows[i] sees)."""
         # Only scored rows reach the norm and the head. index_select: h[rows] is 5-7x slower on CPU.
         hidden = self.norm(self.hidden_states(tokens, positions, forks).index_select(0, rows))
-        if self.config.tie_word_embeddings:  # FSDP: part of the root, which is gathered here
+        if self.config.tie_word_embeddings:
             return linear_logps(hidden, self.embed_tokens.weight, targets)
-        return self.lm_head(hidden, targets)  # FSDP: a unit of its own, gathered when called
+        return self.lm_head(hidden, targets)  # called: so FSDP gathers it
 
     def hidden_states(self, tokens, positions, forks):
-        """(T,) ids to the (T, D) output of the last block, before the final norm."""
+        """(T, D): the output of the last block, before the final norm."""
         return self.blocks(tokens, positions, lambda q, k, v, layer: fork_attention(q, k, v, forks))
 
     def blocks(self, tokens, positions, attend):
@@ -149,8 +142,7 @@ class Block(nn.Module):
         self.checkpointing = checkpointing
 
     def forward(self, x, cos, sin, attend):
-        # Checkpointing sits inside the block's forward, hence inside FSDP's hooks: recomputation
-        # finds the weights that backward has gathered already. Nothing here is random.
+        # Inside FSDP's hooks: recomputation finds the weights that backward has gathered already.
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(self.run, x, cos, sin, attend, use_reentrant=False,
                               preserve_rng_state=False)
@@ -164,13 +156,13 @@ class Block(nn.Module):
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.head_dim = config.head_dim  # explicit: H * d differs from D in 0.6B, 4B and 32B
-        wide = config.num_attention_heads * self.head_dim
+        hidden, self.head_dim = config.hidden_size, config.head_dim
+        wide = config.num_attention_heads * self.head_dim  # unlike D in 0.6B, 4B and 32B
         narrow = config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, wide, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, narrow, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, narrow, bias=False)
-        self.o_proj = nn.Linear(wide, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(hidden, wide, bias=False)
+        self.k_proj = nn.Linear(hidden, narrow, bias=False)
+        self.v_proj = nn.Linear(hidden, narrow, bias=False)
+        self.o_proj = nn.Linear(wide, hidden, bias=False)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
@@ -186,9 +178,10 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        narrow, wide = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(narrow, wide, bias=False)
+        self.up_proj = nn.Linear(narrow, wide, bias=False)
+        self.down_proj = nn.Linear(wide, narrow, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -196,8 +189,7 @@ class MLP(nn.Module):
 
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
-        # HF's order: statistics in fp32, back to x's dtype, then the weight. Given the weight,
-        # F.rms_norm rounds only once, and a quarter of all bf16 outputs differ.
+        # As HF, rounded before the weight. With it inside F.rms_norm a quarter of bf16 differs.
         return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
@@ -207,8 +199,7 @@ class Head(nn.Linear):
 
 
 def rope_table(positions, config, dtype):
-    """(T,) positions to cos and sin (T, d), computed in fp32 and cast, as HF. No buffer: a model
-    made on the meta device would lose it, without an error."""
+    """(T,) positions to cos and sin (T, d), cast from fp32 as HF. No buffer: meta would lose it."""
     index = torch.arange(0, config.head_dim, 2, device=positions.device).float()
     frequencies = 1.0 / config.rope_theta ** (index / config.head_dim)
     angles = positions[:, None].float() * frequencies
@@ -217,19 +208,16 @@ def rope_table(positions, config, dtype):
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding of x (heads, T, d), in halves as HF's rotate_half."""
+    """Rotary position embedding of x (heads, T, d), in halves as HF."""
     left, right = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-right, left], -1) * sin
 
 
-# --- attention over forks -------------------------------------------------------------------------
-
 def fork_attention(q, k, v, forks):
     """Softmax attention inside forks: q (H, T, d), k and v (K, T, d) to (H, T, d).
 
-    forks: list of (start, trunk_end, rejected_end, chosen_end), one after the other in T. A trunk
-    sees itself, a branch its trunk and itself, causally: aligned at the bottom right, which flash
-    kernels (CUDA, 16 bit) take as it is, as they do grouped heads.
+    forks: (start, trunk_end, rejected_end, chosen_end) of each, one after the other in T. A trunk
+    sees itself, a branch its trunk and itself, causally.
     """
     dtype = q.dtype
     if not q.is_cuda and dtype != torch.float64:
@@ -237,7 +225,7 @@ def fork_attention(q, k, v, forks):
     sizes = []
     for start, trunk_end, rejected_end, chosen_end in forks:
         sizes += [trunk_end - start, rejected_end - trunk_end, chosen_end - rejected_end]
-    # split, because its backward is one cat; that of each slice would fill a whole (H, T, d).
+    # split: its backward is one cat; that of a slice would fill a whole (H, T, d) each time.
     queries, keys, values = (t[None].split(sizes, 2) for t in (q, k, v))
     pieces = []
     for i, size in enumerate(sizes):
@@ -247,7 +235,7 @@ def fork_attention(q, k, v, forks):
         if part > 0:
             key = torch.cat([keys[i - part], key], 2)
             value = torch.cat([values[i - part], value], 2)
-        mask = causal_lower_right(size, key.shape[2])
+        mask = causal_lower_right(size, key.shape[2])  # which flash kernels take as it is
         pieces.append(F.scaled_dot_product_attention(
             queries[i], key, value, attn_mask=mask, enable_gqa=True))
     return torch.cat(pieces, 2)[0].to(dtype)
@@ -256,7 +244,7 @@ def fork_attention(q, k, v, forks):
 # --- generation -----------------------------------------------------------------------------------
 
 CELLS = 256  # tokens that a new cache holds at least; it doubles when full
-LEAST_ROWS = 16  # MKL rounds products of fewer rows differently: rows are filled up to it
+LEAST_ROWS = 16  # MKL rounds products of fewer rows in another way: rows are filled up to it
 
 
 @dataclass
@@ -266,24 +254,22 @@ class Row:
     index: int  # of its prompt
     random: np.random.Generator
     cache: torch.Tensor  # (layers, 2, K, cells, d): keys and values
-    length: int  # cells that are in use: the prompt and all ids but the last
+    length: int  # cells in use: the prompt and all ids but the last
     ids: list = field(default_factory=list)  # sampled so far
 
 
 @torch.no_grad()
 def generate(model: Qwen3, prompts, seeds, *, max_tokens, temperature=0.7, top_p=0.8, top_k=20,
              end=(), batch_size=32, on_done=None) -> list:
-    """Continue every prompt by sampling with a plain (not sharded) model; temperature 0 is greedy.
+    """Continue every prompt by sampling with a whole model; temperature 0 is greedy.
 
     prompts  lists of token ids, none empty; seeds: an int >= 0 a prompt; end: ids that end a sample
     top_k    so many most likely tokens stay, 0: all; top_p: of them the fewest that sum to top_p
     on_done  called as on_done(index, ids, ended) as soon as a sample is finished
     returns  (ids, ended) a prompt: ids without the end token; ended False: max_tokens cut it off
 
-    A finished sample makes room for the next prompt at once. A sample's t-th token is drawn with
-    the t-th number of its own generator, so batch size, neighbours and rank change it by rounding
-    alone, and on a CPU in fp32 not at all (measured with MKL): prompts are prefilled one by one,
-    and each row attends to its own cache. Raises UserError where logits are not finite.
+    Each sample has a generator, a cache and a prefill of its own: batch size, neighbours and rank
+    change it by rounding alone, on a CPU in fp32 not at all (MKL). Raises UserError.
     """
     results, rows, started = [None] * len(prompts), [], 0
     while rows or started < len(prompts):
@@ -295,7 +281,7 @@ def generate(model: Qwen3, prompts, seeds, *, max_tokens, temperature=0.7, top_p
             rows.append(Row(started, random, cache, len(prompts[started])))
             started += 1
         hidden = F.pad(model.norm(torch.cat(hidden)), (0, 0, 0, max(0, LEAST_ROWS - len(rows))))
-        # On a CPU faster for few rows than hidden @ weight.T, the transposed copy included.
+        # Faster on a CPU, for few rows, than hidden @ weight.T.
         logits = (model.head_weight() @ hidden.T)[:, :len(rows)].T.contiguous()  # (rows, V)
         if not logits.amax(-1).isfinite().all():
             raise UserError("cannot sample: the model's logits are not finite")
@@ -314,7 +300,7 @@ def generate(model: Qwen3, prompts, seeds, *, max_tokens, temperature=0.7, top_p
 
 
 def prefill(model, prompt):
-    """A prompt's last hidden state (1, D), and the cache of its row."""
+    """A prompt's last hidden state (1, D) and its cache."""
     config, weight, length = model.config, model.norm.weight, len(prompt)
     cache = weight.new_empty(config.num_hidden_layers, 2, config.num_key_value_heads,
                              max(CELLS, 2 * length), config.head_dim)
@@ -329,7 +315,7 @@ def prefill(model, prompt):
 
 
 def decode(model, rows):
-    """The last token of every row through the blocks, (rows, D); caches get its keys and values."""
+    """The last token of every row through the blocks: (rows, D). Caches get keys and values."""
     device, fill = model.norm.weight.device, [0] * (LEAST_ROWS - len(rows))
     tokens = torch.tensor([row.ids[-1] for row in rows] + fill, device=device)
     positions = torch.tensor([row.length for row in rows] + fill, device=device)
@@ -352,19 +338,9 @@ def decode(model, rows):
 
 
 def sample(logits, uniforms, temperature, top_p, top_k):
-    """(n,) int64 ids from logits (n, V) and uniforms (n,) fp64 in [0, 1)."""
+    """(n,) ids from logits (n, V) and uniforms (n,) fp64; top-k, top-p in transformers' order."""
     if temperature == 0:
         return logits.argmax(-1)
-    probs, ids = filtered(logits, temperature, top_p, top_k)
-    cdf = probs.cumsum(-1)
-    picked = (cdf <= uniforms[:, None] * cdf[:, -1:]).sum(-1)
-    picked = picked.minimum((probs > 0).sum(-1) - 1)  # where u * total was rounded up to total
-    return ids.gather(1, picked[:, None]).squeeze(1)
-
-
-def filtered(logits, temperature, top_p, top_k):
-    """Temperature, top-k, top-p in transformers' order: weights (n, k) fp64, largest first, 0 where
-    top_p drops the token, and their ids (n, k); without top_k, k is V."""
     if 0 < top_k < logits.shape[1]:
         values, ids = logits.topk(top_k)
     else:
@@ -372,7 +348,10 @@ def filtered(logits, temperature, top_p, top_k):
     probs = (values.double() / temperature).softmax(-1)
     if top_p < 1:
         probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)
-    return probs, ids
+    cdf = probs.cumsum(-1)
+    picked = (cdf <= uniforms[:, None] * cdf[:, -1:]).sum(-1)
+    picked = picked.minimum((probs > 0).sum(-1) - 1)  # where u * total was rounded up to total
+    return ids.gather(1, picked[:, None]).squeeze(1)
 
 
 # --- checkpoints in Hugging Face layout -----------------------------------------------------------
@@ -381,43 +360,21 @@ SIDE_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json
               "chat_template.jinja", "vocab.json", "special_tokens_map.json", "added_tokens.json")
 
 
-def checkpoint_folder(name: str) -> str:
-    """The name of a folder that may hold a checkpoint. Raises UserError."""
-    if not os.path.isdir(name):
-        download = f"hf download {name} --local-dir {os.path.basename(name)}"
-        raise UserError(f"{name} is no folder: a folder with config.json and weights expected\n"
-                        f"  from the hub: {download}")
-    if os.path.exists(os.path.join(name, "adapter_config.json")):
-        raise UserError(f"{name} holds a LoRA adapter (adapter_config.json): merge it first")
-    return name
-
-
-def unread_parts(folder: str) -> list:
-    """What lies in a checkpoint and is not read, as lines for the log."""
-    raw, known = read_json(os.path.join(folder, "config.json")), {f.name for f in fields(Config)}
-    unread = sorted(k for k in raw if raw[k] and k not in HARMLESS | SUPPORTED.keys() | known)
-    lines = [f"{folder}/config.json: not read: {', '.join(unread)}"] if unread else []
-    if {"model.safetensors", "model.safetensors.index.json"} <= set(os.listdir(folder)):
-        lines.append(f"{folder}/model.safetensors is read, not the shards of the index beside it")
-    return lines
-
-
 def hf_name(name: str) -> str:
     """Our parameter name to the one in HF checkpoints."""
     return name if name.startswith("lm_head.") else "model." + name
 
 
 def open_tensors(folder: str) -> dict:
-    """{HF name: (file path, safetensors slice)} of model.safetensors, or else of the files in its
-    index; reads headers alone. Raises UserError for missing, truncated or corrupt files."""
-    files, index = {"model.safetensors"}, "model.safetensors.index.json"
-    if not files & set(os.listdir(folder)) and index in os.listdir(folder):
-        files = set(read_json(os.path.join(folder, index))["weight_map"].values())
-    tensors = {}
-    for path in sorted(os.path.join(folder, file) for file in files):
+    """{HF name: safetensors slice} of a checkpoint; reads headers alone. Raises UserError."""
+    files, index, tensors = ["model.safetensors"], f"{folder}/model.safetensors.index.json", {}
+    if not os.path.exists(f"{folder}/model.safetensors") and os.path.exists(index):
+        files = sorted(set(read_json(index)["weight_map"].values()))
+    for file in files:
+        path = f"{folder}/{file}"
         try:
             handle = safe_open(path, framework="pt")
-            tensors |= {name: (path, handle.get_slice(name)) for name in handle.keys()}
+            tensors |= {name: handle.get_slice(name) for name in handle.keys()}
         except (OSError, SafetensorError) as e:
             raise UserError(f"{path} is missing, truncated or corrupt (weights in pickle formats "
                             f"are not read): {e}") from None
@@ -428,47 +385,39 @@ def rows_here(p):
     """This rank's part of a parameter: (local tensor, first row, end row)."""
     if not isinstance(p, DTensor):
         return p.detach(), 0, p.shape[0]
-    local = p.detach().to_local()
-    mesh_dim = next(i for i, placement in enumerate(p.placements) if placement.is_shard())
-    chunk = -(-p.shape[0] // p.device_mesh.size(mesh_dim))  # FSDP2: the last are shorter or empty
-    start = min(p.device_mesh.get_local_rank(mesh_dim) * chunk, p.shape[0])
+    local, mesh = p.detach().to_local(), p.device_mesh  # FSDP shards over its last dimension
+    chunk = math.ceil(p.shape[0] / mesh.shape[-1])  # the last ranks have fewer rows or none
+    start = min(mesh.get_coordinate()[-1] * chunk, p.shape[0])
     return local, start, start + local.shape[0]
 
 
 @torch.no_grad()
-def load_weights(model: Qwen3, folder: str, device) -> None:
-    """Give a model of the meta device, plain or sharded, memory on `device`, and fill it from a
-    checkpoint: each rank reads its own rows alone. Raises one UserError that lists all misfits. A
-    tied checkpoint may carry lm_head.weight if it is the embedding again."""
-    found = open_tensors(folder)
+def load_weights(model: Qwen3, folder: str, device):
+    """Give a model of the meta device, plain or sharded, memory on `device` and a checkpoint's
+    weights; each rank reads its own rows. Raises UserError that lists all misfits."""
+    tensors = open_tensors(folder)
     model.to_empty(device=device)
     wanted = {hf_name(name): p for name, p in model.named_parameters()}
-    tied_head = model.config.tie_word_embeddings and "lm_head.weight" in found
+    tied_head = model.config.tie_word_embeddings and "lm_head.weight" in tensors
     if tied_head:
         wanted["lm_head.weight"] = model.embed_tokens.weight
-    problems = [f"missing: {n} {tuple(p.shape)}" for n, p in wanted.items() if n not in found]
-    for name, (_, tensor) in found.items():
-        shape = tuple(tensor.get_shape())
-        if name not in wanted:
-            problems.append(f"unexpected: {name} {shape}")
-        elif shape != tuple(wanted[name].shape):
-            problems.append(f"wrong shape: {name} is {shape}, not {tuple(wanted[name].shape)}")
+    expected = {name: tuple(p.shape) for name, p in wanted.items()}
+    found = {name: tuple(tensor.get_shape()) for name, tensor in tensors.items()}
+    problems = [f"{name}: shape {expected.get(name)} expected, found {found.get(name)}"
+                for name in expected | found if expected.get(name) != found.get(name)]
     if problems:
         raise UserError(f"{folder}: weights do not fit config.json:{listed(problems)}")
     for name, p in wanted.items():
         local, start, end = rows_here(p)
-        if end == start:
-            continue
-        stored = found[name][1][start:end]
         if not tied_head or name != "lm_head.weight":
-            local.copy_(stored)  # casts
-        elif (stored.to(local) != local).any():
+            local.copy_(tensors[name][start:end])  # casts
+        elif (tensors[name][start:end].to(local) != local).any():
             raise UserError(f"{folder}: {name} differs from model.embed_tokens.weight, so "
                             'config.json should say "tie_word_embeddings": false')
 
 
 def load_model(folder: str, dtype=torch.float32, device="cpu") -> Qwen3:
-    """A whole, unsharded model from a folder, e.g. for evaluation."""
+    """A whole model from a folder, e.g. for evaluation."""
     with torch.device("meta"):
         model = Qwen3(read_config(folder)).to(dtype)
     load_weights(model, folder, device)
@@ -476,23 +425,21 @@ def load_model(folder: str, dtype=torch.float32, device="cpu") -> Qwen3:
 
 
 @torch.no_grad()
-def export(model: Qwen3, folder: str, source: str, ranks, dtype=torch.bfloat16,
-           shard_bytes=5 * 10**9):
-    """Write `model` to `folder` in HF layout, with the other files of `source`. All ranks call; the
-    main one writes, and holds one file of at most shard_bytes in CPU memory at a time."""
-    shards, room = [{}], shard_bytes
+def export(model, folder, source, ranks, dtype=torch.bfloat16, shard_bytes=5 * 10**9):
+    """Write `model` in HF layout, with the other files of `source`. All ranks call, main writes."""
+    shards, room, weight_map = [], 0, {}
     for name, p in model.named_parameters():
         size = p.numel() * dtype.itemsize
-        if size > room and shards[-1]:
+        if size > room:
             shards.append({})
             room = shard_bytes
         shards[-1][hf_name(name)] = p
         room -= size
-    weight_map = {}
     for number, shard in enumerate(shards, 1):
         file = "model.safetensors"
         if len(shards) > 1:
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        weight_map |= dict.fromkeys(shard, file)
         tensors = {}
         for name, p in shard.items():
             tensor = p.detach().to(dtype)
@@ -500,29 +447,26 @@ def export(model: Qwen3, folder: str, source: str, ranks, dtype=torch.bfloat16,
                 tensor = tensor.full_tensor()
             if ranks.main:
                 tensors[name] = tensor.cpu()
-            weight_map[name] = file
-        ranks.main_only(write_tensors, os.path.join(folder, file), tensors)
+        ranks.main_only(write_tensors, f"{folder}/{file}", tensors)
     with ranks.together():
-        if ranks.main and len(shards) > 1:
+        if not ranks.main:
+            return
+        if len(shards) > 1:
             total = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-            write_json(os.path.join(folder, "model.safetensors.index.json"),
+            write_json(f"{folder}/model.safetensors.index.json",
                        {"metadata": {"total_size": total}, "weight_map": weight_map})
-        if ranks.main:
-            config = read_json(os.path.join(source, "config.json"))
-            key = "dtype" if "dtype" in config else "torch_dtype"
-            write_json(os.path.join(folder, "config.json"),
-                       {**config, key: str(dtype).removeprefix("torch.")})
-            for file in sorted(set(SIDE_FILES) & set(os.listdir(source))):
-                shutil.copyfile(os.path.join(source, file), os.path.join(folder, file))
+        config = read_json(f"{source}/config.json")
+        key = "dtype" if "dtype" in config else "torch_dtype"
+        config[key] = str(dtype).removeprefix("torch.")
+        write_json(f"{folder}/config.json", config)
+        for file in sorted(set(SIDE_FILES) & set(os.listdir(source))):
+            shutil.copyfile(f"{source}/{file}", f"{folder}/{file}")
 
 
 def write_tensors(path: str, tensors: dict, **metadata: str):
-    """A safetensors file, durable on return. Raises UserError or OSError that names the file."""
+    """A safetensors file, durable on return."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    try:
-        save_file(tensors, path, metadata={"format": "pt", **metadata})
-    except SafetensorError as e:
-        raise UserError(f"{path}: {e}") from None
+    save_file(tensors, path, metadata={"format": "pt", **metadata})
     with open(path, "rb") as f:
         os.fsync(f.fileno())
 
@@ -536,9 +480,6 @@ class PlainLines:
         if text.strip():
             print(text.strip(), file=sys.stderr)
 
-    def flush(self):
-        sys.stderr.flush()
-
 
 @dataclass
 class Ranks:
@@ -547,7 +488,7 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
-    quiet: bool = False  # nothing but errors and progress bars
+    quiet: bool = False  # nothing but errors, and bars on a terminal
 
     @property
     def main(self):
@@ -558,15 +499,13 @@ class Ranks:
             tqdm.write(text, file=sys.stderr)
 
     def progress(self, total, title, unit, done=0):
-        """The main rank's progress bar. Where stderr is no terminal: a plain line at the start,
-        every 30 seconds, and at the end (quiet: of long work)."""
-        if not self.main or total - done < 2:
+        """The main rank's progress bar; in a file a line at both ends and every 30 seconds."""
+        terminal, options = sys.stderr.isatty(), {"leave": not self.quiet}
+        if not self.main or total - done < 2 or self.quiet and not terminal:
             return tqdm(disable=True)
-        options = {"leave": not self.quiet}
-        if not sys.stderr.isatty():
+        if not terminal:
             line = "{desc}: {n_fmt} of {total_fmt} in {elapsed}, {rate_fmt}{postfix}"
-            options = {"file": PlainLines(), "bar_format": line, "mininterval": 30,
-                       "maxinterval": 30, "delay": 10 if self.quiet else 0}
+            options = dict(file=PlainLines(), bar_format=line, mininterval=30, maxinterval=30)
         return tqdm(total=total, desc=title, unit=unit, initial=done, **options)
 
     def reduce(self, tensor, op=dist.ReduceOp.SUM):
@@ -577,19 +516,19 @@ class Ranks:
 
     @contextlib.contextmanager
     def together(self):
-        """An error inside, on any rank, ends all ranks with one message and exit code 1."""
+        """An error inside, on any rank, ends all ranks with one message and code 1."""
         error = None
         try:
             yield
         except (UserError, OSError, SafetensorError) as e:
             error = e
-        # Each rank sends its number if it failed, else the number of ranks: the lowest one speaks.
+        # Each rank sends its number if it failed, else `world`: the lowest one speaks.
         own = torch.full((), self.rank if error else self.world, device=self.device)
         first_failed = int(self.reduce(own, dist.ReduceOp.MIN))
         if self.rank == first_failed:
             tqdm.write(f"error: {error}", file=sys.stderr)  # clears a progress bar
         if first_failed < self.world:
-            close_ranks()  # after the message: the first exit makes torchrun kill the others
+            close_ranks()  # a wait: torchrun kills the others once one exits
             sys.exit(1)
 
     def main_only(self, function, *args):
@@ -599,8 +538,7 @@ class Ranks:
 
 
 def open_ranks(timeout: int, toy: bool = False) -> Ranks:
-    """Join torchrun's process group, or without torchrun a group of one. Raises UserError for fewer
-    GPUs than ranks; the toy story takes the CPU then."""
+    """A process group: torchrun's, else of one rank. Raises UserError for few GPUs (toy: not)."""
     local = int(os.environ.get("LOCAL_RANK") or 0)
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     arguments = {"backend": "gloo", "timeout": timedelta(seconds=timeout)}
@@ -633,36 +571,26 @@ def close_ranks():
 
 
 def start_program(parse, join):
-    """(options, Ranks) of a program, from parse() and join(options). Wrong options: one rank a
-    machine says what is wrong, and all exit with code 2."""
-    silent = os.environ.get("LOCAL_RANK", "") not in ("", "0")
-    output = open(os.devnull, "w") if silent else sys.stderr
-    try:
-        with contextlib.redirect_stderr(output):  # argparse prints
+    """(options, Ranks) from parse() and join(options). One rank a machine says what is wrong with
+    the options, and all exit with code 2."""
+    silent = os.environ.get("LOCAL_RANK", "0") != "0"
+    with contextlib.redirect_stderr(open(os.devnull, "w") if silent else sys.stderr):
+        try:
             o = parse()
-        return o, join(o)
-    except UserError as e:
-        print(f"error: {e}", file=output, flush=True)
-    except SystemExit as e:
-        if not e.code:
-            raise  # --help
+            return o, join(o)
+        except UserError as e:
+            print(f"error: {e}", file=sys.stderr, flush=True)
+        except SystemExit as e:  # argparse has said what is wrong
+            if not e.code:
+                raise  # --help
     if silent:
         time.sleep(30)  # the rank that speaks exits first, and torchrun ends this one
     sys.exit(2)
 
 
 def run_and_exit(main):
-    """Run a program and end the process at once: gloo's threads sometimes abort the interpreter's
-    own way out. A dead or stalled rank is reported in one line."""
-    try:
-        code = main()
-    except RuntimeError as e:  # gloo's errors have no class of their own
-        signs = ("gloo", "closed by", "Timed out")
-        if not isinstance(e, dist.DistError) and not any(sign in str(e) for sign in signs):
-            raise
-        tqdm.write("error: another rank has died or has not answered within --timeout: "
-                   f"{str(e).splitlines()[0]:.200}", file=sys.stderr)
-        code = 1
+    """Run a program and end the process at once: gloo's threads sometimes abort a plain exit."""
+    code = main()
     sys.stdout.flush()
     os._exit(code)
 
@@ -674,8 +602,8 @@ def option(default, text, choices=None):
         return field(default=False, metadata={"action": "store_true", "help": text})
     if default != "":
         text += f" [{default}]"
-    arguments = {"type": type(default), "choices": choices, "help": text}
-    return field(default=default, metadata=arguments)
+    options = {"type": type(default), "choices": choices, "help": text}
+    return field(default=default, metadata=options)
 
 
 def add_options(parser, record):

@@ -283,7 +283,7 @@ def run_rectify(o: RectifyOptions, ranks: Ranks):
         if not o.tokenizer and not o.model:
             raise UserError("--tokenizer is required: the policy's folder")
         items, _ = read_errors(o.errors)
-        folder = qwen.checkpoint_folder(o.tokenizer or o.model)
+        folder = o.tokenizer or o.model
         encode = data.load_chat(folder, qwen.read_config(folder).vocab_size, o.template).encode
         if o.function:
             path, _, function = o.function.partition(":")

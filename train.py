@@ -585,7 +585,7 @@ def load_checkpoint(run: Run, path: str):
 
 def read_inputs(o: Options):
     """(Config, forks, held-out forks, text for the log) of the files."""
-    config = qwen.read_config(qwen.checkpoint_folder(o.model))
+    config = qwen.read_config(o.model)
     limits = (data.load_chat(o.model, config.vocab_size, o.template), o.max_length,
               o.max_change_ratio, o.loss in loss.PAIR_OBJECTIVES, o.skip_malformed)
     forks, log = data.load_forks(o.pairs, *limits)
@@ -607,8 +607,8 @@ def prepare(o: Options, ranks: Ranks) -> Run:
     with ranks.together():
         policy = build_policy(o.model, config, o, ranks)
     weights = sum(p.numel() for p in policy.parameters())
-    text = f"{weights / 1e6:.1f}M weights, {ranks.world} rank(s) on {ranks.device.type}, {o.dtype}"
-    ranks.say("\n".join([text, *qwen.unread_parts(o.model)]))
+    ranks.say(f"{weights / 1e6:.1f}M weights, {ranks.world} rank(s) on {ranks.device.type}, "
+              f"{o.dtype}")
     return make_run(o, ranks, policy, forks, eval_forks)
 
 

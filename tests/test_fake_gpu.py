@@ -36,7 +36,7 @@ def make_run(train, ranks, watch, layers, shard_size, tied, objective, checkpoin
                       batch_size=3 * ranks.world, tokens_per_pack=1200)
     with torch.device("meta"):
         weights = train.qwen.Qwen3(config).named_parameters()
-    tensors = {train.qwen.hf_name(name): ("file", stored(p.shape)) for name, p in weights}
+    tensors = {train.qwen.hf_name(name): stored(p.shape) for name, p in weights}
     with mock.patch.object(train.qwen, "open_tensors", lambda folder: tensors):
         policy, waits, collectives = watch.call(train.build_policy, "", config, o, ranks)
     assert not collectives and waits == {("copy to the device", LOAD): len(tensors)}

@@ -1,7 +1,5 @@
 """What a run says where nobody watches, and the warnings of its log."""
 
-import os
-import subprocess
 import sys
 
 import pytest
@@ -22,14 +20,6 @@ def test_in_a_file_progress_is_plain_lines(world, tmp_path):
     assert [bar.split(" in ")[0] for bar in bars] == [
         "reference, pairs: 0 of 3", "reference, pairs: 3 of 3", "out: 0 of 6", "out: 6 of 6"]
     assert "loss=" in bars[-1] and "tether_chosen=0." in bars[-1] and "step/s" in bars[-1]
-
-
-def test_without_bars_the_results_are_said(world, tmp_path):
-    command = [sys.executable, "train.py", *argv(world, tmp_path / "out")]
-    # tqdm reads the variable at its import.
-    said = subprocess.run(command, cwd=launch.ROOT, env={**os.environ, "TQDM_DISABLE": "1"},
-                          check=True, capture_output=True, text=True).stderr
-    assert " of 6" not in said and "step 0: sum of |reward| 0.0" in said and "done: " in said
 
 
 def test_many_updates_make_few_lines(capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""loss.py against TRL's own code, closed forms, finite differences and brute force."""
+"""loss.py against TRL's own code, closed forms and brute force."""
 
 import math
 from collections import defaultdict
@@ -47,23 +47,14 @@ def summed_loss(objective, rows, lengths, reference):
 
 
 def named(sums):
-    """{name: value} of diagnose's sums."""
     return dict(zip(loss.SUMS, sums.tolist(), strict=True))
 
 
 # --- the head -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("at_once", [2**25, 40, 7])
-def test_linear_logps_passes_gradcheck(monkeypatch, at_once):
-    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", at_once)  # 7 / 5 rows: one vocabulary entry a block
-    torch.manual_seed(0)
-    h, w = (torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (5, 11))
-    targets = torch.tensor([0, 10, 3, 3, 7])
-    assert torch.autograd.gradcheck(lambda h, w: loss.linear_logps(h, w, targets), (h, w))
-
-
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("at_once", [2**25, 1000])
+@pytest.mark.parametrize("dtype,tolerance", [
+    (torch.float64, 1e-15), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("at_once", [2**25, 1000, 37])  # 37: one vocabulary entry a block
 def test_linear_logps_equals_log_softmax(monkeypatch, dtype, tolerance, at_once):
     monkeypatch.setattr(loss, "LOGITS_AT_ONCE", at_once)
     torch.manual_seed(1)
@@ -75,7 +66,7 @@ def test_linear_logps_equals_log_softmax(monkeypatch, dtype, tolerance, at_once)
     x, y = h.double().requires_grad_(), w.double().requires_grad_()
     expected = (x @ y.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     expected.backward(g.double())
-    assert out.dtype == torch.float32
+    assert out.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     # rounding moves a logit by at most eps of itself, the logp by at most twice the largest move
     largest = (h.double() @ w.double().T).abs().amax(1)
     assert ((out - expected).abs() <= 2 * torch.finfo(dtype).eps * largest).all()
@@ -136,8 +127,6 @@ def test_sequence_logps_equals_python_sums(lengths, seed):
 def test_tether_and_loss_of_large_rewards():
     r = torch.tensor([-3.0, 0.0, 10.0, 50.0], dtype=torch.float64)
     assert loss.tether(r).tolist() == pytest.approx([1 / (1 + math.exp(x)) for x in r.tolist()])
-    assert loss.tether(r)[1] == 0.5
-    assert loss.tether(r)[2] == pytest.approx(4.54e-5, rel=1e-2)
     assert loss.spot_bce(torch.tensor([-1e4]), torch.tensor([1e4])).item() == 2e4  # no overflow
     # 1 - sigmoid would give 0; abs=0, since approx's own 1e-12 would let 0 pass
     assert loss.tether(r)[3].item() == pytest.approx(math.exp(-50), rel=1e-12, abs=0)
@@ -214,7 +203,7 @@ def test_dft_equals_trls_own_code():
 
 
 @pytest.mark.parametrize("objective", loss.OBJECTIVES)
-def test_coefficients_equal_closed_forms_and_finite_differences(objective):
+def test_coefficients_and_loss_equal_closed_forms(objective):
     one_branch = objective not in loss.PAIR_OBJECTIVES
     rows, lengths, reference = random_rows(one_branch=one_branch)
     found, sums = loss.row_coefficients(objective, rows, lengths, reference, BETA, DELTA)
@@ -233,15 +222,6 @@ def test_coefficients_equal_closed_forms_and_finite_differences(objective):
     if objective == "dft":
         closed = closed * rows.exp()
     assert (found - closed).abs().max() <= 1e-12
-    if objective == "dft":  # its weight is a stop-gradient: differences of SFT, times the weight
-        objective, found = "sft", found / rows.exp()
-    for i in range(len(rows)):
-        two = []
-        for step in (1e-4, -1e-4):
-            moved = rows.clone()
-            moved[i] += step
-            two.append(summed_loss(objective, moved.tolist(), lengths, reference))
-        assert found[i].item() == pytest.approx((two[0] - two[1]) / 2e-4, abs=1e-7)
 
 
 def test_wrong_objectives_are_refused():

@@ -107,7 +107,7 @@ def test_an_adapter_of_peft_is_trained_on_top_and_merged_back(base, first, tmp_p
         optimizer.step()
     tuned.save_pretrained(tmp_path / "adapter")
     with pytest.raises(data.UserError, match="config.json is missing|LoRA adapter"):
-        qwen.load_model(qwen.checkpoint_folder(str(tmp_path / "adapter")))
+        qwen.load_model(str(tmp_path / "adapter"))
     merged = tuned.merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
     ours = qwen.load_model(str(tmp_path / "merged"))
