@@ -198,14 +198,6 @@ def test_weights_that_do_not_fit_are_listed_all_at_once(checkpoint, tmp_path):
         assert f"\n  model.{line}" in str(e.value)
 
 
-def test_a_head_beside_tied_embeddings_is_the_embedding_again(checkpoint, tmp_path):
-    folder = with_config(checkpoint, tmp_path / "model", {})
-    weights = load_file(f"{folder}/model.safetensors")
-    head = weights["model.embed_tokens.weight"].clone()
-    save_file(weights | {"lm_head.weight": head}, f"{folder}/model.safetensors", {"format": "pt"})
-    assert distance_from_transformers(folder) <= 1e-5
-
-
 @pytest.mark.parametrize("change", ["the same", "other type", "one number", "wrong shape"])
 def test_a_head_beside_tied_embeddings_must_be_the_embedding(checkpoint, tmp_path, change):
     folder = with_config(checkpoint, tmp_path / "model", {})
