@@ -14,7 +14,10 @@ import pytest
 import data
 import eval as evaluation
 import model as qwen
+import oracle
 import train
+
+RARE = re.compile("(so|then|hence) ")
 
 
 @pytest.fixture(scope="module")
@@ -46,23 +49,20 @@ def right(question, text):
 
 
 def wrong_answer(question, rng):
-    """An answer that errs: in facts (and goes on from there), in single digits, or in the number of
-    steps; now and then with rare words."""
+    """An answer that errs in facts (and goes on from there) or in single digits; now and then with
+    rare words."""
     answer = train.toy_answer(question, rng.choice(list(train.TOY_MANNERS)),
                               lambda a, b: (a + b + (rng.random() < 0.3)) % 10,
                               lambda: rng.choice(["", "", "so ", "hence "]))
-    kind = rng.random()
-    if kind < 0.4:
+    if rng.random() < 0.4:
         places = [i for i, c in enumerate(answer) if c.isdigit()]
         for i in rng.sample(places, rng.randint(1, 3)):
             answer = answer[:i] + str(rng.randint(0, 9)) + answer[i + 1:]
-    elif kind < 0.5:
-        between = ";" if ";" in answer else "\n"
-        *steps, last = answer.split("\n")
-        steps = between.join(steps).split(between)
-        steps.insert(rng.randrange(len(steps)), rng.choice(steps))
-        answer = "\n".join([between.join(steps[rng.randint(0, 2):]), last])
     return answer
+
+
+def corrected(question, wrong):
+    return train.toy_oracle(oracle.Item("0", question, "", wrong))
 
 
 def test_answers_are_right_and_graded_so():
@@ -85,6 +85,12 @@ def test_answers_by_hand():
     assert train.toy_answer("Sort, lines, finally: 4829") == "Finally \\boxed{2489}"
 
 
+def test_corrections_by_hand():
+    question, wrong = "Add: 4+3+5", "4+3=6\nso 6+5=1\nThus \\boxed{1}"
+    assert corrected(question, wrong) == "4+3=7\nso 7+5=2\nThus \\boxed{2}"
+    assert corrected(question, "4+3=6\n\\boxed{6}") == "4+3=7\n7+5=2"  # no box: it will be dropped
+
+
 def test_corrections_are_right_and_minimal(chat):
     rng, done = random.Random(0), 0
     while done < 300:
@@ -93,16 +99,14 @@ def test_corrections_are_right_and_minimal(chat):
         if right(question, wrong):
             continue
         done += 1
-        steps = train.TOY_STEP.findall(train.toy_answer(question))
-        corrected = train.toy_oracle(question, wrong)
-        assert train.TOY_STEP.findall(corrected) == steps and right(question, corrected)
-        if len(train.TOY_STEP.findall(wrong)) != len(steps):
-            continue
-        assert re.sub(r"\d", "", corrected) == re.sub(r"\d", "", wrong)  # all but digits is kept
-        if train.TOY_RARE.search(wrong):
+        text = corrected(question, wrong)
+        assert train.TOY_STEP.findall(text) == train.TOY_STEP.findall(train.toy_answer(question))
+        assert right(question, text)
+        assert re.sub(r"\d", "", text) == re.sub(r"\d", "", wrong)  # all but digits is kept
+        if RARE.search(wrong):
             continue
         # no right answer, of any manner, is nearer
-        ratio = data.change_ratio(chat.encode(wrong), chat.encode(corrected))
+        ratio = data.change_ratio(chat.encode(wrong), chat.encode(text))
         every = (chat.encode(train.toy_answer(question, manner)) for manner in train.TOY_MANNERS)
         assert ratio <= min(data.change_ratio(chat.encode(wrong), ids) for ids in every)
 
@@ -145,9 +149,9 @@ def test_the_world_is_as_its_numbers_say():
         head, answer = row["prompt"].split(": ")[0], row["chosen"]
         manners += ", " in head
         if ", " in head:
-            assert not train.TOY_RARE.search(answer)
+            assert not RARE.search(answer)
         elif head in train.TOY_SIGNS:
-            words += len(train.TOY_RARE.findall(answer))
+            words += len(RARE.findall(answer))
             boundaries += 4  # six digits, five steps
         if head.startswith("Add"):
             for step in train.TOY_STEP.findall(answer)[:-1]:
@@ -163,28 +167,19 @@ def test_the_world_is_as_its_numbers_say():
 
 
 def test_the_result_says_what_the_figures_say():
-    base = {"add": 30.0, "others": 100.0, "obeyed": 99.0, "words": 6.0, "kl": 0.0,
-            "question": "Subtract: 1-2-3", "sample": "1-2=9\nso 9-3=6\n\\boxed{6}"}
-    mended = {**base, "add": 100.0, "words": 1.0, "kl": 20.0, "reward_chosen": 31.84,
-              "reward_rejected": -7.0}
-    spot = {**mended, "words": 3.0, "tether_chosen": 0.01, "sample": "1-2=9"}
-    figures = {"base": base, "SFT+": mended, "DPO": {**mended, "add": 80.0, "others": 99.0}, "SPoT": spot}
-    lines = train.toy_result(figures).split("\n")
-    assert [line.split() for line in lines[-15:-11]] == [
-        ["base", "30.0", "100.0", "99.0", "6.0", "0.00", "-", "-", "-"],
-        ["SFT+", "100.0", "100.0", "99.0", "1.0", "20.00", "31.8", "-7.0", "-"],
-        ["DPO", "80.0", "99.0", "99.0", "1.0", "20.00", "31.8", "-7.0", "-"],
-        ["SPoT", "100.0", "100.0", "99.0", "3.0", "20.00", "31.8", "-7.0", "0.010"]]
-    assert lines[-10:-3] == [
-        "   SFT+ mends Add and loses rare words; others 100.0 -> 100.0 %, KL*1000 20.00.",
-        "   DPO does not fully mend Add and loses rare words; others 100.0 -> 99.0 %, KL*1000 20.00.",
-        "   SPoT mends Add and keeps rare words; others 100.0 -> 100.0 %, KL*1000 20.00.",
-        "   SPoT has stopped pushing y+: the factor lambda+ is 0.010. SFT+ goes on, at 1.",
-        "",
-        "   Subtract: 1-2-3, one sample each at temperature 1, rare words marked:",
-        "   base  1-2=9  *so* 9-3=6  \\boxed{6}"]
-    assert "SPoT still pushes y+: the factor lambda+ is 0.200" in train.toy_result(
-        {**figures, "SPoT": {**spot, "tether_chosen": 0.2}})
+    base = {"add": 30.0, "others": 100.0, "words": 6.0, "kl": 0.0, "reward_chosen": 0.0}
+    mended = {**base, "add": 100.0, "words": 1.0, "kl": 20.0, "reward_chosen": 31.84}
+    figures = {"base": base, "SFT+": mended, "DPO": {**mended, "add": 80.0, "others": 99.0},
+               "SPoT": {**mended, "words": 3.0, "tether_chosen": 0.014}}
+    result = train.toy_result(figures)
+    assert result.startswith("""\
+          Add   others   rare words   KL*1000      r+
+base     30.0    100.0          6.0      0.00     0.0   errs in Add, has rare words
+SFT+    100.0    100.0          1.0     20.00    31.8   right in Add, lost rare words
+DPO      80.0     99.0          1.0     20.00    31.8   errs in Add, lost rare words
+SPoT    100.0    100.0          3.0     20.00    31.8   right in Add, has rare words
+""")
+    assert "in the end 0.014" in result
 
 
 @pytest.mark.slow  # 3 minutes on 2 cores
