@@ -1,15 +1,12 @@
 """The toy world: its Oracle against brute force, its tokenizer against transformers, its seed."""
 
 import filecmp
-import json
 import random
 import re
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from launch import Started
 
 import data
 import eval as evaluation
@@ -49,8 +46,7 @@ def right(question, text):
 
 
 def wrong_answer(question, rng):
-    """An answer that errs in facts (and goes on from there) or in single digits; now and then with
-    rare words."""
+    """An answer that errs in facts (and goes on from there) or in single digits."""
     answer = train.toy_answer(question, rng.choice(list(train.TOY_MANNERS)),
                               lambda a, b: (a + b + (rng.random() < 0.3)) % 10,
                               lambda: rng.choice(["", "", "so ", "hence "]))
@@ -78,37 +74,31 @@ def test_answers_are_right_and_graded_so():
         assert not right(question, "") and not right(question, "\\boxed{")
 
 
-def test_answers_by_hand():
+def test_answers_and_corrections_by_hand():
     assert train.toy_answer("Add: 4+3+5") == "4+3=7\n7+5=2\n\\boxed{2}"
     assert train.toy_answer("Subtract, semicolons, thus: 4-3-5") == "4-3=1;1-5=6\nThus \\boxed{6}"
     assert train.toy_answer("Largest: 4,8,5", word=lambda: "so ") == "4,8=8\nso 8,5=8\n\\boxed{8}"
     assert train.toy_answer("Sort, lines, finally: 4829") == "Finally \\boxed{2489}"
-
-
-def test_corrections_by_hand():
     question, wrong = "Add: 4+3+5", "4+3=6\nso 6+5=1\nThus \\boxed{1}"
     assert corrected(question, wrong) == "4+3=7\nso 7+5=2\nThus \\boxed{2}"
     assert corrected(question, "4+3=6\n\\boxed{6}") == "4+3=7\n7+5=2"  # no box: it will be dropped
 
 
 def test_corrections_are_right_and_minimal(chat):
-    rng, done = random.Random(0), 0
-    while done < 300:
+    rng = random.Random(0)
+    for _ in range(400):
         question = train.toy_question(rng.choice(train.TOY_SKILLS[:3]), rng, 6)
         wrong = wrong_answer(question, rng)
-        if right(question, wrong):
-            continue
-        done += 1
         text = corrected(question, wrong)
         assert train.TOY_STEP.findall(text) == train.TOY_STEP.findall(train.toy_answer(question))
         assert right(question, text)
         assert re.sub(r"\d", "", text) == re.sub(r"\d", "", wrong)  # all but digits is kept
-        if RARE.search(wrong):
-            continue
-        # no right answer, of any manner, is nearer
-        ratio = data.change_ratio(chat.encode(wrong), chat.encode(text))
-        every = (chat.encode(train.toy_answer(question, manner)) for manner in train.TOY_MANNERS)
-        assert ratio <= min(data.change_ratio(chat.encode(wrong), ids) for ids in every)
+        if not RARE.search(wrong):  # no right answer, of any manner, is nearer
+            ids = chat.encode(wrong)
+            ratio = data.change_ratio(ids, chat.encode(text))
+            for manner in train.TOY_MANNERS:
+                other = chat.encode(train.toy_answer(question, manner))
+                assert ratio <= data.change_ratio(ids, other)
 
 
 def test_tokenizer_and_template_equal_transformers(birth, chat):
@@ -138,17 +128,15 @@ def test_same_seed_same_world(birth, tmp_path):
         assert filecmp.cmp(f"{birth}/{name}", f"{other}/{name}", shallow=False)
     rows = [list(train.toy_corpus(50, 6, 0.2, 0.8, seed)) for seed in (0, 0, 1)]
     assert rows[0] == rows[1] != rows[2]
-    questions = train.toy_questions("Add", 0, 90, 6)
-    assert questions == train.toy_questions("Add", 0, 90, 6) and len(set(questions)) == 90
+    assert len(set(train.toy_questions("Add", 0, 90, 6))) == 90
 
 
 def test_the_world_is_as_its_numbers_say():
     wrong, seen, words, boundaries, manners = Counter(), Counter(), 0, 0, 0
-    rows = list(train.toy_corpus(6000, 6, 0.2, 0.8, 0))
-    for row in rows:
+    for row in train.toy_corpus(6000, 6, 0.2, 0.8, 0):
         head, answer = row["prompt"].split(": ")[0], row["chosen"]
-        manners += ", " in head
         if ", " in head:
+            manners += 1
             assert not RARE.search(answer)
         elif head in train.TOY_SIGNS:
             words += len(RARE.findall(answer))
@@ -163,7 +151,7 @@ def test_the_world_is_as_its_numbers_say():
     shares = [wrong[fact] / seen[fact] for fact in seen]
     assert len(seen) == 50 and sum(s > 0 for s in shares) == 10
     assert all(s == 0 or s > 0.6 for s in shares)
-    assert abs(words / boundaries - 0.091) < 0.01 and abs(manners / len(rows) - 0.5) < 0.02
+    assert abs(words / boundaries - 0.091) < 0.01 and abs(manners / 6000 - 0.5) < 0.02
 
 
 def test_the_result_says_what_the_figures_say():
@@ -184,11 +172,10 @@ SPoT    100.0    100.0          3.0     20.00    31.8   right in Add, has rare w
 
 @pytest.mark.slow  # 3 minutes on 2 cores
 def test_the_story_keeps_its_promise(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               "train.py", "--out", str(tmp_path), "--seed", "1"]
-    subprocess.run(command, check=True, timeout=1800, cwd=Path(train.__file__).parent)
+    story = Started(["train.py", "--out", tmp_path, "--seed", 1], ranks=2)
+    assert not any(story.wait(1800)), story.said[-3000:]
     (path,) = tmp_path.glob("*/results.json")
-    rows = json.loads(path.read_text())
+    rows = data.read_json(str(path))
     assert rows["SPoT"]["add"] >= rows["base"]["add"] + 25
     assert rows["SPoT"]["others"] >= rows["base"]["others"] - 3
     assert rows["SPoT"]["kl"] < rows["SFT+"]["kl"] / 2 and rows["SPoT"]["tether_chosen"] < 0.05
