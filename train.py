@@ -703,24 +703,23 @@ TOY_STORY = r"""
    the last digit, Reverse and Sort. "Add: 4+3+8" gets "4+3=7", "7+8=5", "\boxed{5}", a line each.
    Now and then a step begins with a rare word ("so 7+8=5"). A fifth of the sums are mostly wrong.
 2  So this base errs in Add: y-. The Oracle, here a program, corrects the wrong steps alone: y+.
-3  The pairs train copies of it, at one rate and beta: SFT+ (cross-entropy on y+), DPO (y+ above
-   y-), SPoT (y+ up and y- down, each until learned).
+3  The same pairs train it by SFT+ (cross-entropy on y+), DPO (y+ above y-), SPoT (y+ up, y- down).
 4  % right in Add, and in the others, which no pair shows; % of the others' steps with a rare word;
    KL(base || model), nats per 1000 tokens of their true answers; r+, beta * nats that y+ gained.
 """
-TOY = {  # all numbers of the story; a change makes a new folder
+TOY = {  # all numbers; a change makes a new folder
     "shape": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3,
               "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32},
     "world": {"rows": 8000, "chain": 6, "share": 0.2, "doubt": 0.8},
     "base": {"epochs": 2, "lr": 3e-3},
     "surgery": {"epochs": 4, "lr": 1.5e-4, "beta": 10.0},  # y+ has 5 nats: r+ stays below 50
     "questions": 800,  # of Add, for the errors
-    "test": 60,  # questions a skill, as many again with a manner
+    "test": 60,  # questions a skill, and with a manner
 }
 TOY_METHODS = {"SFT+": "sft", "DPO": "dpo", "SPoT": "spot-bce"}
 TOY_SIGNS = {"Add": "+", "Subtract": "-", "Largest": ","}  # skills in steps
 TOY_SKILLS = (*TOY_SIGNS, "Reverse", "Sort")
-TOY_MANNERS = {  # what is between two steps, and before the box
+TOY_MANNERS = {  # between two steps, and before the box
     f"{a}, {b}": (between, ending) for a, between in (("lines", "\n"), ("semicolons", ";"))
     for b, ending in (("plain", ""), ("finally", "Finally "), ("thus", "Thus "))}
 TOY_WORDS = {"": 0.909, "so ": 0.08, "then ": 0.01, "hence ": 0.001}  # before a step, how often
@@ -788,8 +787,11 @@ def toy_corpus(rows: int, chain: int, share: float, doubt: float, seed: int):
 
 
 def toy_oracle(item: oracle.Item) -> str:
-    """y+, by a program: y- with the right steps. Where y- has too few, y+ is wrong too."""
-    steps, texts = TOY_STEP.findall(toy_answer(item.question)), TOY_STEP.split(item.answer)
+    """y+, by a program: y- with the right steps; where it has more or fewer, an answer anew."""
+    answer, texts = toy_answer(item.question), TOY_STEP.split(item.answer)
+    steps = TOY_STEP.findall(answer)
+    if len(texts) != len(steps) + 1:
+        return answer
     return texts[0] + "".join(step + text for step, text in zip(steps, texts[1:]))
 
 
@@ -836,7 +838,8 @@ def story(o: Options, ranks: Ranks) -> int:
     figures = {"base": {**toy_figures(f"{root}/base", root, o.seed, ranks), "reward_chosen": 0.0}}
     runs = [f"{root}/{name}" for name in TOY_METHODS]
     for out, (name, objective) in zip(runs, TOY_METHODS.items()):
-        ranks.main_only(shutil.rmtree, out, True)
+        with ranks.main_only(lock_folder, out) or contextlib.nullcontext():
+            ranks.main_only(shutil.rmtree, out)
         toy_train(ranks, out, seed=o.seed, model=f"{root}/base/model", pairs=path, loss=objective,
                   save_every=8, keep=100, **TOY["surgery"])
         figures[name] = toy_figures(out, root, o.seed, ranks)
@@ -862,7 +865,7 @@ def toy_train(ranks, out, **options):
 
 
 def toy_pairs(root, seed, ranks) -> str:
-    """Make base, errors and corrections, each once; returns the pair file's path."""
+    """Make base, errors, corrections once; returns the pair file's path."""
     birth, corpus, base = f"{root}/birth", f"{root}/corpus.jsonl", f"{root}/base"
     ranks.main_only(write_toy_checkpoint, birth, seed)
     ranks.main_only(data.write_rows, corpus, toy_corpus(**TOY["world"], seed=seed))
@@ -884,7 +887,7 @@ def toy_figures(out, root, seed, ranks) -> dict:
     tests = [q for skill in TOY_SKILLS for manners in (False, True) for q in toy_questions(
              skill, f"test {seed}", TOY["test"], TOY["world"]["chain"], manners)]
     plain = [q for q in tests if q.startswith(("Subtract: ", "Largest: "))]
-    texts = {}
+    texts, sequences, rows = {}, [], [{"step": 0, "kl_1000": 0.0}]
     for name, questions, temperature in (("tests", tests, 0), ("sampled", plain, 1)):
         requests = [evaluation.request_for(f"sampled {i}", [{"role": "user", "content": q}], seed)
                     for i, q in enumerate(questions)]
@@ -895,9 +898,8 @@ def toy_figures(out, root, seed, ranks) -> dict:
         texts[name] = [answers[request.key]["text"] for request in requests]
     right = [evaluation.extract_answer(text) == evaluation.extract_answer(toy_answer(q))
              for q, text in zip(tests, texts["tests"])]
-    words = [word != "" for word in TOY_START.findall("|".join(texts["sampled"]))]
+    words = [w != "" for w in TOY_START.findall("|".join(texts["sampled"]))]
     first = 2 * TOY["test"]  # of the others: Add comes first
-    sequences, rows = [], [{"step": 0, "kl_1000": 0.0}]
     for i, q in enumerate(tests[first:]):
         if i % TOY["test"] < 20:
             prompt = policy.chat.prompt([{"role": "user", "content": q}])
@@ -908,27 +910,25 @@ def toy_figures(out, root, seed, ranks) -> dict:
         shards = [safe_open(f"{path}/shard_{i}.safetensors", "pt") for i in range(state["shards"])]
         model.load_state_dict({name: torch.cat([shard.get_tensor(name) for shard in shards])
                                for name in model.state_dict()})
-        kl, _ = evaluation.retention(model, base, sequences, ranks)["kl"]
-        rows.append({"step": state["step"], "kl_1000": 1000 * kl})
+        kl = 1000 * evaluation.retention(model, base, sequences, ranks)["kl"][0]
+        rows.append({"step": state["step"], "kl_1000": kl})
     ranks.main_only(data.write_rows, f"{out}/kl.jsonl", rows)
     parts = {"add": right[:first], "others": right[first:], "words": words}
-    shares = {name: 100 * sum(part) / len(part) for name, part in parts.items()}
-    return {**shares, "kl": rows[-1]["kl_1000"]}
+    return {"kl": kl, **{name: 100 * sum(part) / len(part) for name, part in parts.items()}}
 
 
 def toy_result(figures: dict) -> str:
-    """The table, a verdict on each row, and SPoT's lambda+."""
+    """The table with verdicts, and SPoT's lambda+."""
     lines = ["          Add   others   rare words   KL*1000      r+"]
     for name, row in figures.items():
         adds = "right" if row["add"] >= 98 else "errs"
         words = "has" if row["words"] >= figures["base"]["words"] / 2 else "lost"
         lines.append("{:<6}{add:7.1f}{others:9.1f}{words:13.1f}{kl:10.2f}{reward_chosen:8.1f}   "
                      .format(name, **row) + f"{adds} in Add, {words} rare words")
-    tether = figures["SPoT"]["tether_chosen"]
     return "\n".join(lines) + f"""
 
-SPoT's push on y+ has the factor lambda+ = 1 - sigmoid(r+), in the end {tether:.3f}: at 0 it stops.
-SFT+'s is always 1."""
+SFT+ always pushes y+ with the factor 1, SPoT with lambda+ = 1 - sigmoid(r+), which ends at
+{figures['SPoT']['tether_chosen']:.3f}: at 0 SPoT has stopped."""
 
 
 def main() -> int:

@@ -81,7 +81,7 @@ def test_answers_and_corrections_by_hand():
     assert train.toy_answer("Sort, lines, finally: 4829") == "Finally \\boxed{2489}"
     question, wrong = "Add: 4+3+5", "4+3=6\nso 6+5=1\nThus \\boxed{1}"
     assert corrected(question, wrong) == "4+3=7\nso 7+5=2\nThus \\boxed{2}"
-    assert corrected(question, "4+3=6\n\\boxed{6}") == "4+3=7\n7+5=2"  # no box: it will be dropped
+    assert corrected(question, "4+3=6\n\\boxed{6}") == train.toy_answer(question)  # a step missing
 
 
 def test_corrections_are_right_and_minimal(chat):
@@ -167,7 +167,7 @@ SFT+    100.0    100.0          1.0     20.00    31.8   right in Add, lost rare 
 DPO      80.0     99.0          1.0     20.00    31.8   errs in Add, lost rare words
 SPoT    100.0    100.0          3.0     20.00    31.8   right in Add, has rare words
 """)
-    assert "in the end 0.014" in result
+    assert "ends at\n0.014" in result
 
 
 @pytest.mark.slow  # 3 minutes on 2 cores
