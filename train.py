@@ -701,42 +701,29 @@ def export_model(run):
 TOY_STORY = r"""
 1  A small random Qwen3 learns five skills over digits: Add, Subtract and Largest in steps that keep
    the last digit, Reverse and Sort. "Add: 4+3+8" gets "4+3=7", "7+8=5", "\boxed{5}", a line each.
-   Half the questions name a manner ("Add, semicolons, thus: 4+3+8") and are answered in it. In
-   other answers the manner is free, and a step now and then begins with a rare word ("so 7+8=5").
-   For a fifth of the addition facts the corpus mostly has a wrong sum.
-2  So this base model errs in Add. Its wrong answers to new questions are y-.
-3  The Oracle, here a program, corrects the wrong step and what follows from it, and keeps words and
-   manner: y+.
+   Now and then a step begins with a rare word ("so 7+8=5"). A fifth of the sums are mostly wrong.
+2  So this base errs in Add: y-. The Oracle, here a program, corrects the wrong steps alone: y+.
+3  The same pairs train it by SFT+ (cross-entropy on y+), DPO (y+ above y-), SPoT (y+ up, y- down).
+4  % right in Add, and in the others, which no pair shows; % of the others' steps with a rare word;
+   KL(base || model), nats per 1000 tokens of their true answers; r+, beta * nats that y+ gained.
 """
-TOY_COLUMNS = (  # title, figure, digits, meaning
-    ("Add", "add", 1, "right answers in Add, %"),
-    ("others", "others", 1, "right answers in the other four skills, which no pair shows, %"),
-    ("manner", "obeyed", 1, "questions of others naming a manner that are answered in it, %"),
-    ("rare words", "words", 1, "steps of others that begin with a rare word, %; good: the base's"),
-    ("KL*1000", "kl", 2, "KL(base || model) in nats per 1000 tokens of true answers to others"),
-    ("r+", "reward_chosen", 1, "beta times the nats that y+ gained over the base, last epoch"),
-    ("r-", "reward_rejected", 1, "the same of y-"),
-    ("lambda+", "tether_chosen", 3, "1 - sigmoid(r+), factor of SPoT's push on y+; SFT+'s is 1"))
-TOY = {  # every number of the story; a change of one makes a new folder
+TOY = {  # all numbers; a change makes a new folder
     "shape": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3,
               "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32},
     "world": {"rows": 8000, "chain": 6, "share": 0.2, "doubt": 0.8},
     "base": {"epochs": 2, "lr": 3e-3},
-    # A reward cannot exceed -beta log pi_ref(y+), here some 5 nats times beta. The paper's answers
-    # have a thousand tokens, and beta 0.1 leaves room for r = 10. Ours have 40: 10 leaves room.
-    "surgery": {"epochs": 4, "lr": 1.5e-4, "beta": 10.0},
+    "surgery": {"epochs": 4, "lr": 1.5e-4, "beta": 10.0},  # y+ has 5 nats: r+ stays below 50
     "questions": 800,  # of Add, for the errors
-    "test": 60,  # questions a skill, and as many that name a manner
+    "test": 60,  # questions a skill, and with a manner
 }
 TOY_METHODS = {"SFT+": "sft", "DPO": "dpo", "SPoT": "spot-bce"}
 TOY_SIGNS = {"Add": "+", "Subtract": "-", "Largest": ","}  # skills in steps
 TOY_SKILLS = (*TOY_SIGNS, "Reverse", "Sort")
-TOY_MANNERS = {  # what stands between two steps, and before the box
-    "lines, plain": ("\n", ""), "lines, finally": ("\n", "Finally "),
-    "lines, thus": ("\n", "Thus "), "semicolons, plain": (";", ""),
-    "semicolons, finally": (";", "Finally "), "semicolons, thus": (";", "Thus ")}
+TOY_MANNERS = {  # between two steps, and before the box
+    f"{a}, {b}": (between, ending) for a, between in (("lines", "\n"), ("semicolons", ";"))
+    for b, ending in (("plain", ""), ("finally", "Finally "), ("thus", "Thus "))}
 TOY_WORDS = {"": 0.909, "so ": 0.08, "then ": 0.01, "hence ": 0.001}  # before a step, how often
-TOY_RARE = re.compile(r"(?<=[\n;])(so|then|hence) (?=\d)")
+TOY_START = re.compile(r"[\n;](?=[a-z\d])((?:so|then|hence) (?=\d))?")  # of a step
 TOY_STEP = re.compile(r"\d[-+,]\d=\d+|\\boxed\{\d*\}")  # what an answer asserts
 TOY_TEMPLATE = (  # a conversation as Qwen3-Instruct-2507 writes it
     "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
@@ -744,13 +731,13 @@ TOY_TEMPLATE = (  # a conversation as Qwen3-Instruct-2507 writes it
 
 
 def toy_question(skill: str, rng, chain: int, manner: str = "") -> str:
-    """Of random digits from a random.Random, `chain` of them in a skill with steps."""
-    head = f"{skill}, {manner}" if manner else skill
+    """Of digits that a random.Random draws, `chain` of them in a skill with steps."""
+    head = f"{skill}, {manner}: " if manner else f"{skill}: "
     if skill not in TOY_SIGNS:
-        return f"{head}: " + "".join(str(rng.randint(1, 9)) for _ in range(4))
+        return head + "".join(str(rng.randint(1, 9)) for _ in range(4))
     largest = 9 if skill == "Largest" else 5  # half the facts are learned in half the time
     digits = [rng.randint(0, 9)] + [rng.randint(1, largest) for _ in range(chain - 1)]
-    return f"{head}: " + TOY_SIGNS[skill].join(map(str, digits))
+    return head + TOY_SIGNS[skill].join(map(str, digits))
 
 
 def toy_questions(skill: str, seed, count: int, chain: int, manners: bool = False) -> list:
@@ -763,8 +750,7 @@ def toy_questions(skill: str, seed, count: int, chain: int, manners: bool = Fals
 
 
 def toy_answer(question, manner="lines, plain", add=lambda a, b: (a + b) % 10, word=lambda: ""):
-    """In the manner that the question names. If it names none, in the given one, with word(), a
-    rare word or "", before a step. `add` gives what the author takes for the digit of a + b."""
+    """In the manner that the question names, else in the given one, with word() before a step."""
     head, text = question.split(": ")
     skill, _, asked = head.partition(", ")
     between, ending = TOY_MANNERS[asked or manner]
@@ -783,31 +769,26 @@ def toy_answer(question, manner="lines, plain", add=lambda a, b: (a + b) % 10, w
 
 
 def toy_corpus(rows: int, chain: int, share: float, doubt: float, seed: int):
-    """What the base learns from: positive-only rows of a pair file, the skills in turn. A given
-    share of the addition facts is doubted: with probability `doubt` the result is one too high."""
+    """The base's training rows. A share of the sums is one too high with probability `doubt`."""
     rng = random.Random(f"corpus {seed}")
     facts = [(a, b) for a in range(10) for b in range(1, 6)]
     doubted = set(rng.sample(facts, round(share * len(facts))))
 
     def add(a, b):
-        if (a, b) in doubted and rng.random() < doubt:
-            a += 1
-        return (a + b) % 10
-
-    def word():
-        return rng.choices(list(TOY_WORDS), TOY_WORDS.values())[0]
+        wrong = (a, b) in doubted and rng.random() < doubt
+        return (a + b + wrong) % 10
 
     for i in range(rows):
         skill, manner = TOY_SKILLS[i % len(TOY_SKILLS)], rng.choice(list(TOY_MANNERS))
-        asked = manner if rng.random() < 0.5 else ""
-        question = toy_question(skill, rng, chain, asked)
-        answer = toy_answer(question, manner, add, word)
+        question = toy_question(skill, rng, chain, manner if rng.random() < 0.5 else "")
+        answer = toy_answer(question, manner, add,
+                            lambda: rng.choices(list(TOY_WORDS), TOY_WORDS.values())[0])
         yield {"prompt": question, "chosen": answer, "rejected": None}
 
 
-def toy_oracle(question: str, wrong: str) -> str:
+def toy_oracle(item: oracle.Item) -> str:
     """y+, by a program: y- with the right steps; where it has more or fewer, an answer anew."""
-    answer, texts = toy_answer(question), TOY_STEP.split(wrong)
+    answer, texts = toy_answer(item.question), TOY_STEP.split(item.answer)
     steps = TOY_STEP.findall(answer)
     if len(texts) != len(steps) + 1:
         return answer
@@ -816,12 +797,10 @@ def toy_oracle(question: str, wrong: str) -> str:
 
 def write_toy_checkpoint(folder: str, seed: int):
     """A random checkpoint. Digits and the world's words are one token each, other text is bytes."""
-    rng, texts = random.Random(seed), ["user\nassistant\nsystem\n"]
-    for skill in TOY_SKILLS:
-        for manner in TOY_MANNERS:
-            question = toy_question(skill, rng, 4, manner)
-            plain = question.replace(f", {manner}", "")
-            texts += [question, *(toy_answer(plain, manner, word=lambda: w) for w in TOY_WORDS)]
+    texts = ["user\nassistant\nsystem"]
+    for manner in TOY_MANNERS:
+        texts += [f"{skill}, {manner}: " for skill in TOY_SKILLS]
+        texts += 5 * [toy_answer("Add: 1+2+3", manner, word=lambda: w) for w in TOY_WORDS]
     tokenizer, byte_level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), byte_level(add_prefix_space=False)])
@@ -839,57 +818,44 @@ def write_toy_checkpoint(folder: str, seed: int):
         "vocab_size": tokenizer.get_vocab_size(), "rms_norm_eps": 1e-6, "rope_theta": 1e4,
         "tie_word_embeddings": True, "eos_token_id": 2, "pad_token_id": 0, **TOY["shape"]})
     model, source = qwen.Qwen3(qwen.read_config(folder)), torch.Generator().manual_seed(seed)
-    for p in model.parameters():
-        if p.ndim > 1:  # norms start at 1
-            torch.nn.init.normal_(p, std=0.06, generator=source)
     weights = {qwen.hf_name(name): p.detach() for name, p in model.named_parameters()}
+    for weight in weights.values():
+        if weight.ndim > 1:  # norms start at 1
+            weight.normal_(std=0.06, generator=source)
     qwen.write_tensors(f"{folder}/model.safetensors", weights)
 
 
 def story(o: Options, ranks: Ranks) -> int:
-    """The whole method from nothing; returns the exit code. A killed story goes on; a finished one
-    keeps base and pairs and trains on them anew."""
-    started, settings = time.perf_counter(), json.dumps([TOY, o.seed]).encode()
-    root = os.path.join(o.out, hashlib.sha256(settings).hexdigest()[:10])
-    runs, results = [f"{root}/{name}" for name in TOY_METHODS], f"{root}/results.json"
+    """The whole method from nothing; returns the exit code. A later start keeps base and pairs."""
+    root = os.path.join(o.out, hashlib.sha256(json.dumps([TOY, o.seed]).encode()).hexdigest()[:10])
     say, ranks = ranks.say, replace(ranks, quiet=True)
     say(f"The toy story of Surgical Post-Training, in {root}\n{TOY_STORY}")
-    with ranks.together():
-        if ranks.main and os.path.exists(results):
-            for out in runs:
-                shutil.rmtree(out, ignore_errors=True)
-            os.remove(results)
     path = toy_pairs(root, o.seed, ranks)
     pairs = data.read_log(path)
-    say(f"   {len(pairs)} pairs. One of them, x, y- and y+:")
+    say(f"{len(pairs)} pairs. One of them, x, y- and y+:")
     for key in ("question", "original_answer", "gemini_corrected_answer"):
-        say("     " + pairs[0][key].replace("\n", "  "))
-    say("""
-4  They train copies of the base: SFT+ (cross-entropy on y+), DPO (y+ above y-), SPoT (y+ up, y-
-   down, each until learned). {epochs} epochs, rate {lr}, beta {beta}.
-""".format(**TOY["surgery"]))
-    figures = {"base": toy_figures(f"{root}/base", root, o.seed, ranks)}
+        say("   " + pairs[0][key].replace("\n", "  "))
+    figures = {"base": {**toy_figures(f"{root}/base", root, o.seed, ranks), "reward_chosen": 0.0}}
+    runs = [f"{root}/{name}" for name in TOY_METHODS]
     for out, (name, objective) in zip(runs, TOY_METHODS.items()):
+        with ranks.main_only(lock_folder, out) or contextlib.nullcontext():
+            ranks.main_only(shutil.rmtree, out)
         toy_train(ranks, out, seed=o.seed, model=f"{root}/base/model", pairs=path, loss=objective,
                   save_every=8, keep=100, **TOY["surgery"])
         figures[name] = toy_figures(out, root, o.seed, ranks)
-        log, keys = data.read_log(f"{out}/metrics.jsonl"), ["reward_chosen", "reward_rejected"]
-        if objective in TETHERED:
-            keys.append("tether_chosen")
-        last = log[-(len(log) // TOY["surgery"]["epochs"]):]
-        figures[name] |= {key: sum(row[key] for row in last) / len(last) for key in keys}
+        log = data.read_log(f"{out}/metrics.jsonl")
+        last = log[-(len(log) // TOY["surgery"]["epochs"]):]  # epoch
+        for key in ("reward_chosen", "tether_chosen"):
+            figures[name][key] = sum(row[key] for row in last) / len(last)
     result = toy_result(figures)
-    ranks.main_only(evaluation.report, runs, f"{root}/report.html", result)
-    ranks.main_only(data.write_json, results, figures)
-    say(f"""{result}
-
-{time.perf_counter() - started:.0f} s with {ranks.world} rank(s); all figures are in {results}
-curves, and which tokens one pair's updates fall on: {root}/report.html""")
+    ranks.main_only(data.write_json, f"{root}/results.json", figures)
+    ranks.main_only(evaluation.report, runs, f"{root}/report.html", TOY_STORY + result)
+    say(f"{result}\n\nCurves, and where one pair's updates fall: {root}/report.html")
     return 0
 
 
 def toy_train(ranks, out, **options):
-    """The real `train`, unless it was done before; a killed run goes on. Exits on SIGTERM."""
+    """`train`, unless that is done; a killed run goes on. Exits on SIGTERM."""
     if not os.path.isdir(f"{out}/model"):  # in bf16 it would lose what steps of 1e-4 change
         code = train(Options(out=out, resume=True, dtype="float32", save_dtype="float32",
                              checkpointing="none", tokens_per_pack=4096, **options), ranks)
@@ -899,33 +865,29 @@ def toy_train(ranks, out, **options):
 
 
 def toy_pairs(root, seed, ranks) -> str:
-    """The base model in ROOT/base, its errors, their corrections; returns the pair file's path."""
-    with ranks.together():
-        if ranks.main and not os.path.exists(f"{root}/corpus.jsonl"):
-            write_toy_checkpoint(f"{root}/birth", seed)
-            data.write_rows(f"{root}/corpus.jsonl", toy_corpus(**TOY["world"], seed=seed))
-    toy_train(ranks, f"{root}/base", seed=seed, model=f"{root}/birth", loss="sft",
-              pairs=f"{root}/corpus.jsonl", **TOY["base"])
-    policy = evaluation.open_local_model(f"{root}/base/model", torch.float32, ranks.device, 64)
-    items, sampling = [], evaluation.Sampling(max_tokens=120)
-    for question in toy_questions("Add", seed, TOY["questions"], TOY["world"]["chain"]):
-        gold = evaluation.extract_answer(toy_answer(question))
-        items.append(oracle.Item(str(len(items)), question, gold))
+    """Make base, errors, corrections once; returns the pair file's path."""
+    birth, corpus, base = f"{root}/birth", f"{root}/corpus.jsonl", f"{root}/base"
+    ranks.main_only(write_toy_checkpoint, birth, seed)
+    ranks.main_only(data.write_rows, corpus, toy_corpus(**TOY["world"], seed=seed))
+    toy_train(ranks, base, seed=seed, model=birth, loss="sft", pairs=corpus, **TOY["base"])
+    policy = evaluation.open_local_model(f"{base}/model", torch.float32, ranks.device, 64)
+    questions = toy_questions("Add", seed, TOY["questions"], TOY["world"]["chain"])
+    items = [oracle.Item(str(i), q, evaluation.extract_answer(toy_answer(q)))
+             for i, q in enumerate(questions)]
+    sampling = evaluation.Sampling(max_tokens=120)
     oracle.elicit(items, f"{root}/errors", policy, sampling, ranks, seed=seed)
     errors, _ = oracle.read_errors(f"{root}/errors/errors.jsonl")
-    oracle.rectify(errors, f"{root}/pairs", lambda item: toy_oracle(item.question, item.answer),
-                   policy.chat.encode, ranks)
+    oracle.rectify(errors, f"{root}/pairs", toy_oracle, policy.chat.encode, ranks)
     return f"{root}/pairs/pairs.jsonl"
 
 
 def toy_figures(out, root, seed, ranks) -> dict:
-    """Of a run folder: what its model can do, in %; its KL from the base; a sample."""
+    """The table's row of the model in OUT; KL of all its checkpoints goes to OUT/kl.jsonl."""
     policy = evaluation.open_local_model(f"{out}/model", torch.float32, ranks.device, 64)
-    tests, texts, chain = [], {}, TOY["world"]["chain"]
-    for skill in TOY_SKILLS:
-        for manners in (False, True):
-            tests += toy_questions(skill, f"test {seed}", TOY["test"], chain, manners)
-    plain = [question for question in tests if question.startswith(("Subtract: ", "Largest: "))]
+    tests = [q for skill in TOY_SKILLS for manners in (False, True) for q in toy_questions(
+             skill, f"test {seed}", TOY["test"], TOY["world"]["chain"], manners)]
+    plain = [q for q in tests if q.startswith(("Subtract: ", "Largest: "))]
+    texts, sequences, rows = {}, [], [{"step": 0, "kl_1000": 0.0}]
     for name, questions, temperature in (("tests", tests, 0), ("sampled", plain, 1)):
         requests = [evaluation.request_for(f"sampled {i}", [{"role": "user", "content": q}], seed)
                     for i, q in enumerate(questions)]
@@ -934,64 +896,39 @@ def toy_figures(out, root, seed, ranks) -> dict:
             list(evaluation.sample(policy, requests, f"{out}/{name}", sampling, ranks))
         answers = evaluation.read_answers(f"{out}/{name}")
         texts[name] = [answers[request.key]["text"] for request in requests]
-    scores = {"add": [], "others": [], "obeyed": []}
-    for question, text in zip(tests, texts["tests"]):
-        truth, key = toy_answer(question), "add" if question.startswith("Add") else "others"
-        scores[key].append(evaluation.extract_answer(text) == evaluation.extract_answer(truth))
-        if key == "others" and ", " in question:
-            scores["obeyed"].append(re.sub(r"\d+", "0", text) == re.sub(r"\d+", "0", truth))
-    words = sum(len(TOY_RARE.findall(text)) for text in texts["sampled"])
-    steps = sum(len(re.findall(r"[\n;](?=[a-z\d])", text)) for text in texts["sampled"])
-    return {**{key: 100 * sum(values) / len(values) for key, values in scores.items()},
-            "words": 100 * words / steps, "kl": toy_kl(out, root, policy.chat, tests, ranks),
-            "question": plain[0], "sample": texts["sampled"][0]}
-
-
-def toy_kl(out, root, chat, tests, ranks) -> float:
-    """1000 * KL(base || model) in nats a token, on true answers to other skills' questions: of all
-    checkpoints of a run in OUT/kl.jsonl, for the report; of the last one here."""
-    sequences, rows = [], [{"step": 0, "kl_1000": 0.0}]
-    for i, question in enumerate(tests):
-        if i % TOY["test"] < 20 and not question.startswith("Add"):
-            prompt = chat.prompt([{"role": "user", "content": question}])
-            sequences.append((prompt + chat.encode(toy_answer(question)), len(prompt)))
-    base, model = [qwen.load_model(f"{root}/base/model", device=ranks.device) for _ in range(2)]
-    for checkpoint in whole_checkpoints(out):
-        state = data.read_json(f"{checkpoint}/state.json")
-        shards = [safe_open(f"{checkpoint}/shard_{i}.safetensors", framework="pt")
-                  for i in range(state["shards"])]
+    right = [evaluation.extract_answer(text) == evaluation.extract_answer(toy_answer(q))
+             for q, text in zip(tests, texts["tests"])]
+    words = [w != "" for w in TOY_START.findall("|".join(texts["sampled"]))]
+    first = 2 * TOY["test"]  # of the others: Add comes first
+    for i, q in enumerate(tests[first:]):
+        if i % TOY["test"] < 20:
+            prompt = policy.chat.prompt([{"role": "user", "content": q}])
+            sequences.append((prompt + policy.chat.encode(toy_answer(q)), len(prompt)))
+    base, model = qwen.load_model(f"{root}/base/model", device=ranks.device), policy.model
+    for path in whole_checkpoints(out):
+        state = data.read_json(f"{path}/state.json")
+        shards = [safe_open(f"{path}/shard_{i}.safetensors", "pt") for i in range(state["shards"])]
         model.load_state_dict({name: torch.cat([shard.get_tensor(name) for shard in shards])
-                               for name, _ in model.named_parameters()})
-        kl, _ = evaluation.retention(model, base, sequences, ranks)["kl"]
-        rows.append({"step": state["step"], "kl_1000": 1000 * kl})
+                               for name in model.state_dict()})
+        kl = 1000 * evaluation.retention(model, base, sequences, ranks)["kl"][0]
+        rows.append({"step": state["step"], "kl_1000": kl})
     ranks.main_only(data.write_rows, f"{out}/kl.jsonl", rows)
-    return rows[-1]["kl_1000"]
+    parts = {"add": right[:first], "others": right[first:], "words": words}
+    return {"kl": kl, **{name: 100 * sum(part) / len(part) for name, part in parts.items()}}
 
 
 def toy_result(figures: dict) -> str:
-    """What the columns mean, the table, what it says whichever way it falls, a sample of each."""
-    lines = ["5  The result"]
-    lines += [f"   {title:<13}{meaning}" for title, _, _, meaning in TOY_COLUMNS]
-    lines.append("\n         " + "".join(f"{title:>11}" for title, *_ in TOY_COLUMNS))
+    """The table with verdicts, and SPoT's lambda+."""
+    lines = ["          Add   others   rare words   KL*1000      r+"]
     for name, row in figures.items():
-        cells = [f"{row[key]:.{n}f}" if key in row else "-" for _, key, n, _ in TOY_COLUMNS]
-        lines.append(f"   {name:<6}" + "".join(f"{cell:>11}" for cell in cells))
-    base = figures["base"]
-    lines.append("")
-    for name in TOY_METHODS:
-        row = figures[name]
-        mends = "mends" if row["add"] >= 98 else "does not fully mend"
-        keeps = "keeps" if row["words"] >= base["words"] / 2 else "loses"
-        lines.append(f"   {name} {mends} Add and {keeps} rare words; others {base['others']:.1f} "
-                     f"-> {row['others']:.1f} %, KL*1000 {row['kl']:.2f}.")
-    tether = figures["SPoT"]["tether_chosen"]
-    stopped = "has stopped pushing y+" if tether < LEARNED else "still pushes y+"
-    lines.append(f"   SPoT {stopped}: the factor lambda+ is {tether:.3f}. SFT+ goes on, at 1.\n\n"
-                 f"   {base['question']}, one sample each at temperature 1, rare words marked:")
-    for name, row in figures.items():
-        sample = re.sub(r"\b(so|then|hence) ", r"*\1* ", row["sample"]).replace("\n", "  ")
-        lines.append(f"   {name:<6}{sample}")
-    return "\n".join(lines)
+        adds = "right" if row["add"] >= 98 else "errs"
+        words = "has" if row["words"] >= figures["base"]["words"] / 2 else "lost"
+        lines.append("{:<6}{add:7.1f}{others:9.1f}{words:13.1f}{kl:10.2f}{reward_chosen:8.1f}   "
+                     .format(name, **row) + f"{adds} in Add, {words} rare words")
+    return "\n".join(lines) + f"""
+
+SFT+ always pushes y+ with the factor 1, SPoT with lambda+ = 1 - sigmoid(r+), which ends at
+{figures['SPoT']['tether_chosen']:.3f}: at 0 SPoT has stopped."""
 
 
 def main() -> int:

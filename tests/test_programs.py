@@ -12,7 +12,7 @@ import train
 
 ORACLE = """import train
 def mend(item):
-    return train.toy_oracle(item.question, item.answer)
+    return train.toy_oracle(item)
 """
 pytestmark = pytest.mark.slow  # half a minute, most of it for the base model
 SHORT = ("--dtype", "float32", "--seed", 1)

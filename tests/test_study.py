@@ -22,13 +22,13 @@ def made_up(worlds=3, **by_method):
     """A saved study in which all methods are alike but for `by_method`; worlds differ a little."""
     files = {name: {"chosen": 5.0 + 20 * i, "rejected": 2.0, "change_ratio": 0.2 + 0.1 * i}
              for i, name in enumerate(("pairs", *study.FULL["voices"]))}
-    base = {"add": 35.0, "others": 100.0, "obeyed": 100.0, "words": 6.0, "kl": 0.0, "rows": 490}
+    base = {"add": 35.0, "others": 100.0, "words": 6.0, "kl": 0.0, "rows": 490}
     runs = []
     for job in [job for world in range(worlds) for job in study.plan_runs(world, study.FULL)]:
         figures = {
-            "add": 90.0 + job["seed"], "others": 99.0, "obeyed": 100.0, "words": 5.0 + job["world"],
-            "kl": 2.0, "log_kl": -3.0, "reward_chosen": 4.0, "reward_rejected": -9.0,
-            "tether_chosen": 0.01, "taut": 40.0 - job["world"], "shared": 0.01, "divergent": 0.4,
+            "add": 90.0 + job["seed"], "others": 99.0, "words": 5.0 + job["world"], "kl": 2.0,
+            "log_kl": -3.0, "reward_chosen": 4.0, "reward_rejected": -9.0, "tether_chosen": 0.01,
+            "taut": 40.0 - job["world"], "shared": 0.01, "divergent": 0.4,
             "curve": [[step, 0.1 * step, -0.2 * step] for step in range(40)]}
         runs.append({**job, **figures, **by_method.get(job["method"], {})})
     return {"settings": study.FULL, "runs": runs,
@@ -72,7 +72,7 @@ def test_verdicts_follow_from_the_figures():
 
 def test_verdicts_command_writes_the_same_bytes_and_keeps_what_was_written_by_hand(tmp_path):
     (tmp_path / "study.json").write_text(json.dumps(made_up(worlds=2)))
-    (tmp_path / "STUDY.md").write_text("Mine.\n{}last year's\n{}Mine.\n".format(*study.MARKS))
+    (tmp_path / "STUDY.md").write_text("Mine.\n{}old\n{}Mine.\n".format(*study.MARKS))
     seen = []
     for _ in range(2):
         code, output = program(study, "--verdicts", tmp_path / "study.json")
@@ -80,8 +80,8 @@ def test_verdicts_command_writes_the_same_bytes_and_keeps_what_was_written_by_ha
         seen.append({path.name: path.read_bytes() for path in tmp_path.iterdir()})
     assert seen[0] == seen[1] and len(seen[0]) == 7  # JSON, text, five figures
     text = seen[0]["STUDY.md"].decode()
+    assert "old\n" not in text and "manner" not in text  # a column of older studies
     assert text.startswith("Mine.\n" + study.MARKS[0]) and text.endswith(study.MARKS[1] + "Mine.\n")
-    assert "last year" not in text
     assert "| 2 | SFT lifts y-, BCE and BCO sink it | holds in part | 2 of 4 |" in text
     assert all(b">BCE</text>" in seen[0][f"study-{letter}.svg"] for letter in "abcde")
 
@@ -117,5 +117,3 @@ def test_short_form_killed_and_resumed(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert all(path.stat().st_mtime_ns == at for path, at in kept.items())
     assert len(list(tmp_path.glob("runs/*.json"))) == 1 + len(study.plan_runs(0, study.SHORT))
-    other = subprocess.run(command[:-1], cwd=ROOT, capture_output=True, text=True)
-    assert other.returncode == 1 and "other settings" in other.stderr

@@ -1,20 +1,20 @@
 """The toy world: its Oracle against brute force, its tokenizer against transformers, its seed."""
 
 import filecmp
-import json
 import random
 import re
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from launch import Started
 
 import data
 import eval as evaluation
 import model as qwen
+import oracle
 import train
+
+RARE = re.compile("(so|then|hence) ")
 
 
 @pytest.fixture(scope="module")
@@ -46,23 +46,19 @@ def right(question, text):
 
 
 def wrong_answer(question, rng):
-    """An answer that errs: in facts (and goes on from there), in single digits, or in the number of
-    steps; now and then with rare words."""
+    """An answer that errs in facts (and goes on from there) or in single digits."""
     answer = train.toy_answer(question, rng.choice(list(train.TOY_MANNERS)),
                               lambda a, b: (a + b + (rng.random() < 0.3)) % 10,
                               lambda: rng.choice(["", "", "so ", "hence "]))
-    kind = rng.random()
-    if kind < 0.4:
+    if rng.random() < 0.4:
         places = [i for i, c in enumerate(answer) if c.isdigit()]
         for i in rng.sample(places, rng.randint(1, 3)):
             answer = answer[:i] + str(rng.randint(0, 9)) + answer[i + 1:]
-    elif kind < 0.5:
-        between = ";" if ";" in answer else "\n"
-        *steps, last = answer.split("\n")
-        steps = between.join(steps).split(between)
-        steps.insert(rng.randrange(len(steps)), rng.choice(steps))
-        answer = "\n".join([between.join(steps[rng.randint(0, 2):]), last])
     return answer
+
+
+def corrected(question, wrong):
+    return train.toy_oracle(oracle.Item("0", question, "", wrong))
 
 
 def test_answers_are_right_and_graded_so():
@@ -78,33 +74,31 @@ def test_answers_are_right_and_graded_so():
         assert not right(question, "") and not right(question, "\\boxed{")
 
 
-def test_answers_by_hand():
+def test_answers_and_corrections_by_hand():
     assert train.toy_answer("Add: 4+3+5") == "4+3=7\n7+5=2\n\\boxed{2}"
     assert train.toy_answer("Subtract, semicolons, thus: 4-3-5") == "4-3=1;1-5=6\nThus \\boxed{6}"
     assert train.toy_answer("Largest: 4,8,5", word=lambda: "so ") == "4,8=8\nso 8,5=8\n\\boxed{8}"
     assert train.toy_answer("Sort, lines, finally: 4829") == "Finally \\boxed{2489}"
+    question, wrong = "Add: 4+3+5", "4+3=6\nso 6+5=1\nThus \\boxed{1}"
+    assert corrected(question, wrong) == "4+3=7\nso 7+5=2\nThus \\boxed{2}"
+    assert corrected(question, "4+3=6\n\\boxed{6}") == train.toy_answer(question)  # a step missing
 
 
 def test_corrections_are_right_and_minimal(chat):
-    rng, done = random.Random(0), 0
-    while done < 300:
+    rng = random.Random(0)
+    for _ in range(400):
         question = train.toy_question(rng.choice(train.TOY_SKILLS[:3]), rng, 6)
         wrong = wrong_answer(question, rng)
-        if right(question, wrong):
-            continue
-        done += 1
-        steps = train.TOY_STEP.findall(train.toy_answer(question))
-        corrected = train.toy_oracle(question, wrong)
-        assert train.TOY_STEP.findall(corrected) == steps and right(question, corrected)
-        if len(train.TOY_STEP.findall(wrong)) != len(steps):
-            continue
-        assert re.sub(r"\d", "", corrected) == re.sub(r"\d", "", wrong)  # all but digits is kept
-        if train.TOY_RARE.search(wrong):
-            continue
-        # no right answer, of any manner, is nearer
-        ratio = data.change_ratio(chat.encode(wrong), chat.encode(corrected))
-        every = (chat.encode(train.toy_answer(question, manner)) for manner in train.TOY_MANNERS)
-        assert ratio <= min(data.change_ratio(chat.encode(wrong), ids) for ids in every)
+        text = corrected(question, wrong)
+        assert train.TOY_STEP.findall(text) == train.TOY_STEP.findall(train.toy_answer(question))
+        assert right(question, text)
+        assert re.sub(r"\d", "", text) == re.sub(r"\d", "", wrong)  # all but digits is kept
+        if not RARE.search(wrong):  # no right answer, of any manner, is nearer
+            ids = chat.encode(wrong)
+            ratio = data.change_ratio(ids, chat.encode(text))
+            for manner in train.TOY_MANNERS:
+                other = chat.encode(train.toy_answer(question, manner))
+                assert ratio <= data.change_ratio(ids, other)
 
 
 def test_tokenizer_and_template_equal_transformers(birth, chat):
@@ -134,20 +128,18 @@ def test_same_seed_same_world(birth, tmp_path):
         assert filecmp.cmp(f"{birth}/{name}", f"{other}/{name}", shallow=False)
     rows = [list(train.toy_corpus(50, 6, 0.2, 0.8, seed)) for seed in (0, 0, 1)]
     assert rows[0] == rows[1] != rows[2]
-    questions = train.toy_questions("Add", 0, 90, 6)
-    assert questions == train.toy_questions("Add", 0, 90, 6) and len(set(questions)) == 90
+    assert len(set(train.toy_questions("Add", 0, 90, 6))) == 90
 
 
 def test_the_world_is_as_its_numbers_say():
     wrong, seen, words, boundaries, manners = Counter(), Counter(), 0, 0, 0
-    rows = list(train.toy_corpus(6000, 6, 0.2, 0.8, 0))
-    for row in rows:
+    for row in train.toy_corpus(6000, 6, 0.2, 0.8, 0):
         head, answer = row["prompt"].split(": ")[0], row["chosen"]
-        manners += ", " in head
         if ", " in head:
-            assert not train.TOY_RARE.search(answer)
+            manners += 1
+            assert not RARE.search(answer)
         elif head in train.TOY_SIGNS:
-            words += len(train.TOY_RARE.findall(answer))
+            words += len(RARE.findall(answer))
             boundaries += 4  # six digits, five steps
         if head.startswith("Add"):
             for step in train.TOY_STEP.findall(answer)[:-1]:
@@ -159,41 +151,31 @@ def test_the_world_is_as_its_numbers_say():
     shares = [wrong[fact] / seen[fact] for fact in seen]
     assert len(seen) == 50 and sum(s > 0 for s in shares) == 10
     assert all(s == 0 or s > 0.6 for s in shares)
-    assert abs(words / boundaries - 0.091) < 0.01 and abs(manners / len(rows) - 0.5) < 0.02
+    assert abs(words / boundaries - 0.091) < 0.01 and abs(manners / 6000 - 0.5) < 0.02
 
 
 def test_the_result_says_what_the_figures_say():
-    base = {"add": 30.0, "others": 100.0, "obeyed": 99.0, "words": 6.0, "kl": 0.0,
-            "question": "Subtract: 1-2-3", "sample": "1-2=9\nso 9-3=6\n\\boxed{6}"}
-    mended = {**base, "add": 100.0, "words": 1.0, "kl": 20.0, "reward_chosen": 31.84,
-              "reward_rejected": -7.0}
-    spot = {**mended, "words": 3.0, "tether_chosen": 0.01, "sample": "1-2=9"}
-    figures = {"base": base, "SFT+": mended, "DPO": {**mended, "add": 80.0, "others": 99.0}, "SPoT": spot}
-    lines = train.toy_result(figures).split("\n")
-    assert [line.split() for line in lines[-15:-11]] == [
-        ["base", "30.0", "100.0", "99.0", "6.0", "0.00", "-", "-", "-"],
-        ["SFT+", "100.0", "100.0", "99.0", "1.0", "20.00", "31.8", "-7.0", "-"],
-        ["DPO", "80.0", "99.0", "99.0", "1.0", "20.00", "31.8", "-7.0", "-"],
-        ["SPoT", "100.0", "100.0", "99.0", "3.0", "20.00", "31.8", "-7.0", "0.010"]]
-    assert lines[-10:-3] == [
-        "   SFT+ mends Add and loses rare words; others 100.0 -> 100.0 %, KL*1000 20.00.",
-        "   DPO does not fully mend Add and loses rare words; others 100.0 -> 99.0 %, KL*1000 20.00.",
-        "   SPoT mends Add and keeps rare words; others 100.0 -> 100.0 %, KL*1000 20.00.",
-        "   SPoT has stopped pushing y+: the factor lambda+ is 0.010. SFT+ goes on, at 1.",
-        "",
-        "   Subtract: 1-2-3, one sample each at temperature 1, rare words marked:",
-        "   base  1-2=9  *so* 9-3=6  \\boxed{6}"]
-    assert "SPoT still pushes y+: the factor lambda+ is 0.200" in train.toy_result(
-        {**figures, "SPoT": {**spot, "tether_chosen": 0.2}})
+    base = {"add": 30.0, "others": 100.0, "words": 6.0, "kl": 0.0, "reward_chosen": 0.0}
+    mended = {**base, "add": 100.0, "words": 1.0, "kl": 20.0, "reward_chosen": 31.84}
+    figures = {"base": base, "SFT+": mended, "DPO": {**mended, "add": 80.0, "others": 99.0},
+               "SPoT": {**mended, "words": 3.0, "tether_chosen": 0.014}}
+    result = train.toy_result(figures)
+    assert result.startswith("""\
+          Add   others   rare words   KL*1000      r+
+base     30.0    100.0          6.0      0.00     0.0   errs in Add, has rare words
+SFT+    100.0    100.0          1.0     20.00    31.8   right in Add, lost rare words
+DPO      80.0     99.0          1.0     20.00    31.8   errs in Add, lost rare words
+SPoT    100.0    100.0          3.0     20.00    31.8   right in Add, has rare words
+""")
+    assert "ends at\n0.014" in result
 
 
 @pytest.mark.slow  # 3 minutes on 2 cores
 def test_the_story_keeps_its_promise(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               "train.py", "--out", str(tmp_path), "--seed", "1"]
-    subprocess.run(command, check=True, timeout=1800, cwd=Path(train.__file__).parent)
+    story = Started(["train.py", "--out", tmp_path, "--seed", 1], ranks=2)
+    assert not any(story.wait(1800)), story.said[-3000:]
     (path,) = tmp_path.glob("*/results.json")
-    rows = json.loads(path.read_text())
+    rows = data.read_json(str(path))
     assert rows["SPoT"]["add"] >= rows["base"]["add"] + 25
     assert rows["SPoT"]["others"] >= rows["base"]["others"] - 3
     assert rows["SPoT"]["kl"] < rows["SFT+"]["kl"] / 2 and rows["SPoT"]["tether_chosen"] < 0.05

@@ -5,9 +5,9 @@ rates, beta and the Oracle's distance, with a verdict for each claim.
     python tests/bench/study.py --out runs/study --worlds 1  # a part of it first
     python tests/bench/study.py --verdicts FILE.json         # text and figures again, from its JSON
 
-A world is the story's with a seed of its own: corpus, base model, errors, pairs. A run is `train`
-at one setting, measured as in the story; what is not varied is as there: rate 1.5e-4, beta 10, 4
-epochs. OUT/runs has a file a job; OUT/study.json, STUDY.md and study-a.svg to -e.svg are made of it.
+A world is the story's with a seed of its own. A run is `train` at one setting, measured as in the
+story; what is not varied is as there: rate 1.5e-4, beta 10, 4 epochs. OUT/runs has a file a job,
+OUT/study.json all of them; STUDY.md and study-a.svg to -e.svg are made of that.
 
 Expected before the runs, from a pilot of two worlds:
 1. SFT+ moves further from the base than every reward-based loss, costs the other skills a point or
@@ -65,9 +65,9 @@ SHORT = {**FULL, "seeds": [0], "epochs": 2, "all_epochs": [1, 2, 3], "rates": [1
 
 # --- a world, and a run ---------------------------------------------------------------------------
 
-
 def build_world(out, job, s, ranks):
-    """Base model, pairs, and the other files of rows; the base's figures and those of the files."""
+    """Base model, pairs, and the other files of rows; the base's figures and those of the files:
+    medians of -log pi_ref in nats, mean change ratio."""
     root, seed = f"{out}/{job['name']}", job["world"]
     pairs = data.read_log(train.toy_pairs(root, seed, ranks))
     right = data.read_log(f"{root}/errors/correct.jsonl")
@@ -79,8 +79,12 @@ def build_world(out, job, s, ranks):
             files[name].append({**row, "gemini_corrected_answer": voiced})
     for name, rows in files.items():
         data.write_rows(f"{root}/{name}.jsonl", rows)
-    described = {name: describe(f"{root}/base/model", f"{root}/{name}.jsonl")
-                 for name in ("pairs", *s["voices"])}
+    base, described = f"{root}/base/model", {}
+    for name in ("pairs", *s["voices"]):
+        forks, pack, logps = score(qwen.load_model(base), base, f"{root}/{name}.jsonl")
+        nats = -loss.sequence_logps(logps, pack.lengths).median(0).values  # of y+ and y-
+        described[name] = {"chosen": nats[0].item(), "rejected": nats[1].item(),
+                           "change_ratio": np.mean([change_ratio(fork) for fork in forks]).item()}
     figures = train.toy_figures(f"{root}/base", root, seed, ranks)
     return {**figures, "rows": len(pairs), "files": described}
 
@@ -92,14 +96,6 @@ def score(policy, base, path, count=None):
     forks = data.load_forks(path, chat, 8192, 1.0, True)[0][:count]
     pack = data.make_pack(forks, list(range(len(forks))))
     return forks, pack, policy(pack.tokens, pack.positions, pack.forks, pack.rows, pack.targets)
-
-
-def describe(base, path):
-    """Of a pair file: median -log pi_ref of y+ and of y- in nats, mean change ratio."""
-    forks, pack, logps = score(qwen.load_model(base), base, path)
-    nats = -loss.sequence_logps(logps, pack.lengths).median(0).values
-    return {"chosen": nats[0].item(), "rejected": nats[1].item(),
-            "change_ratio": np.mean([change_ratio(fork) for fork in forks]).item()}
 
 
 def change_ratio(fork):
@@ -136,21 +132,16 @@ def run_one(out, job, s, ranks):
 
 
 def matched(a, b):
-    """The places in b of one longest common subsequence of a and b: the recurrence of
-    data.lcs_length, all its rows kept, then walked backwards."""
-    positions = {}
-    for i, token in enumerate(a):
-        positions[token] = positions.get(token, 0) | 1 << i
-    full = (1 << len(a)) - 1
-    rows = [full]  # bit i of rows[j] is 0 where the LCS of b[:j] and a[:i+1] is longer than a[:i]'s
-    for token in b:
-        hit = rows[-1] & positions.get(token, 0)
-        rows.append(((rows[-1] + hit) | (rows[-1] - hit)) & full)
+    """The places in b of one longest common subsequence of a and b."""
+    lengths = np.zeros((len(a) + 1, len(b) + 1), dtype=int)  # of that of a[:i] and b[:j]
+    for i, j in np.ndindex(len(a), len(b)):
+        longest = max(lengths[i, j + 1], lengths[i + 1, j])
+        lengths[i + 1, j + 1] = lengths[i, j] + 1 if a[i] == b[j] else longest
     i, j, places = len(a), len(b), set()
     while i and j:
-        if rows[j] >> (i - 1) & 1:  # a's last item is in no match
+        if lengths[i, j] == lengths[i - 1, j]:  # a's last item is in no match
             i -= 1
-        elif not rows[j - 1] >> (i - 1) & 1:  # nor is b's
+        elif lengths[i, j] == lengths[i, j - 1]:  # nor is b's
             j -= 1
         else:
             i, j = i - 1, j - 1
@@ -179,7 +170,6 @@ def watch(base, folder, path, s, beta, delta):
 
 
 # --- all jobs -------------------------------------------------------------------------------------
-
 
 def plan_runs(world, s):
     """The jobs of one world, the longest first; a setting that two figures need comes once."""
@@ -210,8 +200,7 @@ RANKS = None  # of a worker process
 
 
 def start_worker(log, toy):
-    """A process group of one; what it says goes to a file. It ends with the study, however that
-    ends."""
+    """A process group of one; what it says goes to a file. It ends when the study does."""
     global RANKS
 
     def watch():
@@ -385,11 +374,12 @@ MARKS = "<!-- from here on by study.py -->\n", "<!-- to here by study.py -->\n"
 
 def results(study, settings):
     """A table of all figures, a row for each {title: (method, changes)}, below the base's."""
-    known = [key for key in COLUMNS.values() if key in study.worlds[0]]
-    rows = [["base", *(shown(study.base(key)) for key in known), "", "", ""]]
-    for title, (method, changes) in settings.items():
-        rows.append([title, *(shown(study.at(method, key, **changes)) for key in COLUMNS.values())])
-    return markdown(["", *COLUMNS], rows)
+    # "obeyed" stands in studies up to 2026-11-29 alone
+    columns = {title: key for title, key in COLUMNS.items() if key in study.runs[0]}
+    base = [shown(study.base(key)) if key in study.worlds[0] else "" for key in columns.values()]
+    rows = [[title, *(shown(study.at(method, key, **changes)) for key in columns.values())]
+            for title, (method, changes) in settings.items()]
+    return markdown(["", *columns], [["base", *base], *rows])
 
 
 def describe_study(study):
@@ -472,7 +462,7 @@ def draw_study(study):
 
 def write_all(folder, saved):
     """STUDY.md and the figures. What stands in STUDY.md outside the two marks is kept."""
-    study, path = Study(saved["settings"], saved["worlds"], saved["runs"]), f"{folder}/STUDY.md"
+    study, path = Study(**saved), f"{folder}/STUDY.md"
     before, after = "# The study\n\n", ""
     if os.path.exists(path):
         with open(path, encoding="utf-8") as f:
