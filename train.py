@@ -77,7 +77,7 @@ class Options:
     keep: int = option(1, "checkpoints to keep")
     timeout: int = option(1800, "seconds until a stalled rank ends the run")
     resume: bool = option(False, "go on from the last checkpoint in OUT")
-    plan: bool = option(False, "train nothing: say what memory the run takes on GPUs")
+    plan: bool = option(False, "train nothing: say what memory a step takes")
     gpus: int = option(8, "with --plan: how many GPUs")
 
 
@@ -99,7 +99,7 @@ def parse_options(argv=None) -> Options:
         if name not in FREE and kept.get(name, value) != value:
             problems.append(f"--{name} is {value!r}, the run in {given['out']} has {kept[name]!r}")
     o = Options(**{**kept, **given})
-    if given.keys() <= {"out", "seed"}:
+    if given.keys() <= {"out", "seed"}:  # the toy story
         o.out = o.out or "runs/toy"
     else:
         required = ["model", "pairs"] if o.plan else ["model", "pairs", "out"]
@@ -146,7 +146,7 @@ def make_optimizer(policy, o: Options):
     groups = [{"params": [p for p in policy.parameters() if p.ndim > 1]},
               {"params": [p for p in policy.parameters() if p.ndim == 1], "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=o.weight_decay, fused=True)
-    for p in policy.parameters():  # made now, so that resume can load into it
+    for p in policy.parameters():  # now, so that resume can load into it
         adamw.state[p] = {"step": torch.zeros((), device=p.device),
                           "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return adamw

@@ -116,26 +116,19 @@ def test_cumulative_delta_by_hand_and_across_a_stop(world, tmp_path, monkeypatch
     assert_same_end(tmp_path / "whole", tmp_path / "stopped")
 
 
-def one_bit(tensor):
-    """Of one log-prob of a pair of the first step: the mean loss stays what it must be."""
-    i = data.epoch_batches(24, 8, 0, 0)[0][5]
-    tensor[i, 1] = tensor[i, 1].nextafter(torch.zeros((), dtype=tensor.dtype))
-
-
-@pytest.mark.parametrize("objective,change", [
-    ("spot-bce", lambda t: t.sub_(0.25)), ("spot-bce", one_bit), ("sft", one_bit)],
-    ids=["all", "one bit", "one bit, sft"])
-def test_canary_stops_a_policy_that_differs_from_its_reference(world, tmp_path, monkeypatch,
-                                                               objective, change):
-    reference_pass, out = train.reference_pass, tmp_path / "out"
+@pytest.mark.parametrize("objective", ["spot-bce", "sft"])
+def test_canary_sees_one_bit_of_a_reference(world, tmp_path, monkeypatch, objective):
+    """In one pair of the first step: the mean loss stays what it must be."""
+    pair, reference_pass = data.epoch_batches(24, 8, 0, 0)[0][5], train.reference_pass
 
     def differing(run):
         reference_pass(run)
-        change(run.train_set.reference)
+        logp = run.train_set.reference[pair, 1]
+        logp.copy_(logp.nextafter(torch.zeros_like(logp)))
     monkeypatch.setattr(train, "reference_pass", differing)
-    said = run_here(world, out, "--loss", objective, code=1)
+    said = run_here(world, tmp_path / "out", "--loss", objective, code=1)
     assert "error: step 0 must give rewards of exactly 0" in said
-    assert not {"model", "model.tmp", "checkpoints"} & set(os.listdir(out))
+    assert not {"model", "model.tmp", "checkpoints"} & set(os.listdir(tmp_path / "out"))
 
 
 def test_step_that_is_not_finite_is_named_and_earlier_checkpoints_stay(world, tmp_path):
@@ -216,7 +209,6 @@ def test_resume_takes_moved_files(world, tmp_path, monkeypatch):
     run_here(world, tmp_path / "whole", *options)
     here("--resume", "--out", tmp_path / "moved",
          "--model", shutil.copytree(world["model"], tmp_path / "model"),
-         "--pairs", shutil.copy(world["pairs"], tmp_path / "copy.jsonl"),
-         "--eval_pairs", shutil.copy(held_out, tmp_path / "held_out_copy.jsonl"))
+         "--pairs", shutil.copy(world["pairs"], tmp_path / "copy.jsonl"))
     assert_same_end(tmp_path / "whole", tmp_path / "moved")
     assert metrics(tmp_path / "whole", "eval") == metrics(tmp_path / "moved", "eval")
