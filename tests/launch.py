@@ -5,7 +5,6 @@ A new interpreter takes seconds to import torch. Here each process is forked in 
 that has imported torch and the project already. torchrun is started only where it is the subject.
 """
 
-import errno
 import io
 import multiprocessing
 import os
@@ -64,10 +63,6 @@ def insert(name, count, fault):
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def disk_full():
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def late():

@@ -71,8 +71,8 @@ def test_second_gradient_is_of_the_second_batch_alone(world, two_steps):
     assert logged == pytest.approx([value.item(), norm], rel=1e-4) and norm > 0.1
     scale = max(g.abs().max() for g in gradients.values()) * 0.05 / norm
     for name, g in gradients.items():
-        found = (second[name + ".exp_avg"] - 0.9 * first[name + ".exp_avg"]) / 0.1
-        assert (found - g * 0.05 / norm).abs().max() <= 1e-4 * scale, name
+        gradient = (second[name + ".exp_avg"] - 0.9 * first[name + ".exp_avg"]) / 0.1
+        assert (gradient - g * 0.05 / norm).abs().max() <= 1e-4 * scale, name
 
 
 def test_two_adamw_steps_equal_torchs(two_steps):
@@ -104,52 +104,41 @@ def test_cumulative_delta_by_hand_and_across_a_stop(world, tmp_path, monkeypatch
     run_here(world, tmp_path / "whole", *extra)
     rows, total, seen = metrics(tmp_path / "whole"), 0.0, 0
     assert len(rows) == 9
-    for i, row in enumerate(rows):
+    for row, pairs in zip(rows, 3 * (10, 10, 4)):
         assert row["delta"] == pytest.approx(total / max(seen, 1), rel=1e-9, abs=1e-12)
-        pairs = (10, 10, 4)[i % 3]
         total += pairs * (row["reward_chosen"] + row["reward_rejected"]) / 2
         seen += pairs
     assert max(abs(row["delta"]) for row in rows) > 1e-3
     state = data.read_json(train.whole_checkpoints(tmp_path / "whole")[-1] + "/state.json")
     assert state["delta"] == pytest.approx(total / seen, rel=1e-9)
-
     run_and_stop(monkeypatch, 3, world, tmp_path / "stopped", *extra)
-    assert metrics(tmp_path / "stopped")[-1]["step"] == 4
     here("--resume", "--out", tmp_path / "stopped")
     assert_same_end(tmp_path / "whole", tmp_path / "stopped")
 
 
-def one_bit(tensor):
-    """Of one log-prob of a pair of the first step: the mean loss stays what it must be."""
-    i = data.epoch_batches(24, 8, 0, 0)[0][5]
-    tensor[i, 1] = tensor[i, 1].nextafter(torch.zeros((), dtype=tensor.dtype))
-
-
-@pytest.mark.parametrize("objective,change", [
-    ("spot-bce", lambda t: t.sub_(0.25)), ("spot-bce", one_bit), ("sft", one_bit)],
-    ids=["all", "one bit", "one bit, sft"])
-def test_canary_stops_a_policy_that_differs_from_its_reference(world, tmp_path, monkeypatch,
-                                                               objective, change):
-    reference_pass, out = train.reference_pass, tmp_path / "out"
+@pytest.mark.parametrize("objective", ["spot-bce", "sft"])
+def test_canary_sees_one_bit_of_a_reference(world, tmp_path, monkeypatch, objective):
+    """In one pair of the first step: the mean loss stays what it must be."""
+    pair, reference_pass = data.epoch_batches(24, 8, 0, 0)[0][5], train.reference_pass
 
     def differing(run):
         reference_pass(run)
-        change(run.train_set.reference)
+        logp = run.train_set.reference[pair, 1]
+        logp.copy_(logp.nextafter(torch.zeros_like(logp)))
     monkeypatch.setattr(train, "reference_pass", differing)
-    said = run_here(world, out, "--loss", objective, code=1)
+    said = run_here(world, tmp_path / "out", "--loss", objective, code=1)
     assert "error: step 0 must give rewards of exactly 0" in said
-    assert not {"model", "model.tmp", "checkpoints"} & set(os.listdir(out))
+    assert not {"model", "model.tmp", "checkpoints"} & set(os.listdir(tmp_path / "out"))
 
 
 def test_step_that_is_not_finite_is_named_and_earlier_checkpoints_stay(world, tmp_path):
     out = tmp_path / "out"
     said = run_here(world, out, "--lr", "1e8", "--save_every", "1", "--keep", "9", code=1)
     lines = ", ".join(str(i + 1) for i in data.epoch_batches(24, 8, 0, 0)[1])
-    assert "error: step 1: loss " in said and "not finite, weights left as they were" in said
-    assert f"Its pairs: lines {lines} of {world['pairs']}\n" in said
-    assert [m["step"] for m in metrics(out)] == [0]
+    assert "error: step 1: loss " in said
+    assert f"not finite, weights left as they were. Lines {lines} of {world['pairs']}\n" in said
+    assert [m["step"] for m in metrics(out)] == [0] and not (out / "model").exists()
     assert sorted(os.listdir(out / "checkpoints")) == ["step_000001"]
-    assert not {"model", "model.tmp"} & set(os.listdir(out))
     assert all(t.isfinite().all() for t in merged(out).values())
 
 
@@ -167,15 +156,13 @@ def test_held_out_numbers_equal_transformers(world, tmp_path):
     rows = metrics(out, "eval")
     assert [row["step"] for row in rows] == [3, 6, 7]
     for row in rows:
-        folder = train.whole_checkpoints(out)[row["step"] - 1]
-        state = data.read_json(os.path.join(folder, "state.json"))
-        assert state["step"] == row["step"] and abs(state["delta"]) > 1e-4
+        state = data.read_json(train.whole_checkpoints(out)[row["step"] - 1] + "/state.json")
         delta = state["delta"]
+        assert state["step"] == row["step"] and abs(delta) > 1e-4
         with_weights(hf, merged(out, row["step"] - 1))
         with torch.no_grad():
             r = 0.1 * (both_logps(hf, chat, pairs) - reference)
-        chosen, rejected = r.unbind(1)
-        sigma = torch.sigmoid
+        (chosen, rejected), sigma = r.unbind(1), torch.sigmoid
         expected = {"reward_chosen": chosen, "reward_rejected": rejected,
                     "margin": chosen - rejected, "accuracy": (chosen > rejected).double(),
                     "tether_chosen": 1 - sigma(chosen - delta),
@@ -197,12 +184,10 @@ def test_sigterm_to_one_rank_stops_both_at_the_same_step(world, tmp_path):
         time.sleep(0.01)
     started.send(signal.SIGTERM, rank=1)
     codes, said, step = started.wait(), started.said, last_step(out)
-    assert codes == [143, 143] and 3 < step < 18
+    assert codes == [143, 143] and 3 < step < 18 and not os.path.exists(out / "model")
     assert said.count(f"SIGTERM: saved at step {step} of 18; go on with --resume") == 1
-    assert "done:" not in said and not os.path.exists(out / "model")
     assert sorted(os.listdir(out / "checkpoints" / f"step_{step:06d}")) == [
         "shard_0.safetensors", "shard_1.safetensors", "state.json"]
-    assert [m["step"] for m in metrics(out)] == list(range(step))
     said = run(world, out, *extra, "--resume", ranks=2)
     assert f"resumed from {out}/checkpoints/step_{step:06d}\n" in said
     assert_same_end(tmp_path / "whole", out)
@@ -224,7 +209,6 @@ def test_resume_takes_moved_files(world, tmp_path, monkeypatch):
     run_here(world, tmp_path / "whole", *options)
     here("--resume", "--out", tmp_path / "moved",
          "--model", shutil.copytree(world["model"], tmp_path / "model"),
-         "--pairs", shutil.copy(world["pairs"], tmp_path / "copy.jsonl"),
-         "--eval_pairs", shutil.copy(held_out, tmp_path / "held_out_copy.jsonl"))
+         "--pairs", shutil.copy(world["pairs"], tmp_path / "copy.jsonl"))
     assert_same_end(tmp_path / "whole", tmp_path / "moved")
     assert metrics(tmp_path / "whole", "eval") == metrics(tmp_path / "moved", "eval")

@@ -90,7 +90,7 @@ def check_step(train, run, watch, batch):
 def check_files(train, run, watch, out):
     """A checkpoint has this rank's weights and moments; export gathers each tensor on all ranks."""
     shapes, written = [p.shape for p in run.policy.parameters()], []
-    parts = [part for part, *_ in train.checkpoint_tensors(run).values()]
+    parts = [train.qwen.rows_here(t)[0] for t in train.checkpoint_tensors(run).values()]
     count = sum(part.numel() for part in parts if part.is_cuda and part.dtype == torch.float32)
     assert count * (run.o.shard_size or run.ranks.world) == 3 * sum(s.numel() for s in shapes)
 

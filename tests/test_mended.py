@@ -117,12 +117,6 @@ def train_here(world, out, *more):
                    "none", "--save_every", 1, "--keep", 9, *more)
 
 
-@pytest.mark.parametrize("name", ["max_steps", "save_every", "shard_size", "seed"])
-def test_a_number_below_zero_is_refused(name):
-    with pytest.raises(UserError, match=f"--{name} is -1, 0 or more expected"):
-        train.parse_options(["--model", "m", "--pairs", "p", "--out", "o", f"--{name}", "-1"])
-
-
 def test_a_run_that_begins_again_watches_a_pair_of_its_own(world, tmp_path):
     other = {**world, "pairs": write_rows(tmp_path / "p.jsonl", read_log(world["pairs"])[5:17])}
     for pairs, out in (world, "again"), (other, "fresh"):
@@ -143,7 +137,7 @@ def test_a_resumed_run_refuses_pairs_that_are_encoded_in_another_way(world, tmp_
     other = {**world, "model": shutil.copytree(world["model"], tmp_path / "model")}
     (tmp_path / "model/chat_template.jinja").write_text(train.TOY_TEMPLATE)
     code, said = train_here(other, tmp_path / "out", "--resume")
-    assert code == 1 and "belongs to other pairs than given now, or to another tokenizer" in said
+    assert code == 1 and "belongs to other pairs than given, or another tokenizer" in said
 
 
 def test_what_a_killed_export_has_left_is_not_exported(world, tmp_path):

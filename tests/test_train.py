@@ -59,11 +59,8 @@ LAYOUTS = [(1, 16384, 0), (1, 1, 0), (2, 300, 0), (3, 16384, 0), (4, 500, 2)]
 
 def run_layout(world, layout, out, *extra):
     ranks, tokens, shard_size = layout
-    extra += ("--tokens_per_pack", str(tokens), "--shard_size", str(shard_size))
-    if ranks == 1:
-        run_here(world, out, *extra)
-    else:
-        run(world, out, *extra, ranks=ranks)
+    run(world, out, *extra, "--tokens_per_pack", str(tokens), "--shard_size", str(shard_size),
+        ranks=ranks)
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +109,11 @@ def transformers_gradients(folder, pairs_path):
 def largest_difference(expected, out):
     """Of a step's gradient, from Adam's first moment (0.1 g, g clipped), over the largest entry."""
     clipped = max(1.0, metrics(out)[0]["grad_norm"] / 1.0)
-    found = {k.removesuffix(".exp_avg"): v / 0.1 * clipped
-             for k, v in merged(out, 0).items() if k.endswith(".exp_avg")}
-    assert found.keys() == expected.keys()
+    gradients = {k.removesuffix(".exp_avg"): v / 0.1 * clipped
+                 for k, v in merged(out, 0).items() if k.endswith(".exp_avg")}
+    assert gradients.keys() == expected.keys()
     scale = max(g.abs().max() for g in expected.values())
-    return max(float((found[k] - expected[k]).abs().max() / scale) for k in expected)
+    return max(float((gradients[k] - expected[k]).abs().max() / scale) for k in expected)
 
 
 def test_one_step_gradient_equals_transformers_on_every_layout(world, layouts):
@@ -162,25 +159,14 @@ def test_every_objective_trains_and_evaluates(world, tmp_path, objective):
     assert held_out[-1][aim] > 0.2
 
 
-def test_plan_counts_and_writes_nothing(world, tmp_path, monkeypatch):
+def test_plan_adds_up_and_writes_nothing(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = ["--model", world["model"], "--pairs", world["pairs"], "--out", "no", "--plan",
-               "--gpus", "2", "--batch_size", "8", "--tokens_per_pack", "512"]
-
-    def plan(*more):
-        return train.plan(train.parse_options([*options, *more]))
-
-    text = plan()
+    text = train.plan(train.parse_options([
+        "--model", world["model"], "--pairs", world["pairs"], "--plan", "--gpus", "2",
+        "--batch_size", "8", "--tokens_per_pack", "512"]))
     assert not list(tmp_path.iterdir())
-    config, chat = qwen.read_config(world["model"]), data.load_chat(world["model"], 265)
-    forks, _ = data.load_forks(world["pairs"], chat, 8192, 0.6, True)
-    # A weight is multiplied once forward and twice backward; the reference pass is forward alone.
-    weights = sum(p.numel() for p in qwen.Qwen3(config).parameters())
-    minutes = 2 * weights * sum(map(len, forks)) / (2 * 0.4 * 989e12) / 60
-    assert f"6 steps: on H100s about {7 * minutes:.2g} minutes of products" in text
-    assert f"1 steps: on H100s about {2 * minutes:.2g} minutes" in plan("--max_steps", "1")
     parts = [float(line.split()[0]) for line in text.splitlines() if " GB  " in line]
-    assert sum(parts[:-1]) == pytest.approx(parts[-1], abs=0.04)
+    assert len(parts) == 5 and sum(parts[:-1]) == pytest.approx(parts[-1], abs=0.04)
 
 
 @pytest.mark.parametrize("gpus,checkpointing,tied", [
@@ -228,7 +214,7 @@ def test_learning_rate_by_hand():
 
 @pytest.mark.parametrize("extra,message", [
     (["--max_length", "5"], "Nothing is left to train on"),
-    (["--shard_size", "3"], "does not divide"), (["--out", "TAKEN"], "holds a run already")])
+    (["--shard_size", "3"], "does not divide"), (["--out", "TAKEN"], "exists: add --resume")])
 def test_bad_options_touch_nothing(world, tmp_path, monkeypatch, extra, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "TAKEN").mkdir()
@@ -240,10 +226,9 @@ def test_bad_options_touch_nothing(world, tmp_path, monkeypatch, extra, message)
 
 def test_options_are_checked_all_at_once(tmp_path):
     with pytest.raises(UserError) as e:
-        train.parse_options(["--lr", "-1", "--epochs", "0", "--clip", "0", "--pairs", "p",
-                             "--warmup", "2"])
-    for part in ("--model is required", "--out is required", "--lr is -1.0, a number above 0",
-                 "--epochs is 0", "--clip is 0.0", "--warmup is 2.0"):
+        train.parse_options(["--lr", "-1", "--epochs", "0", "--pairs", "p", "--warmup", "2"])
+    for part in ("--model is required", "--out is required", "--lr is -1.0, above 0 expected",
+                 "--epochs is 0", "--warmup is 2.0"):
         assert part in str(e.value)
 
 

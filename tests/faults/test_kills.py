@@ -5,7 +5,6 @@ run leaves that nobody disturbed. The long forms: pytest -m slow -s tests/faults
 """
 
 import contextlib
-import glob
 import os
 import random
 import shutil
@@ -110,13 +109,9 @@ def test_a_run_folder_is_held_by_one_run(small):
     train.lock_folder(undisturbed).close()  # free again
 
 
-MOMENTS = {  # after it the signal comes within so many seconds
-    "start": (lambda out: True, 2.0),
-    "reference pass": (os.path.isdir, 0.2),
-    "step": (lambda out: len(metrics(out)) > 0, 0.5),
-    "checkpoint": (lambda out: glob.glob(f"{out}/checkpoints/new"), 0.01),
-    "export": (lambda out: os.path.isdir(f"{out}/model.tmp"), 0.005),
-}
+MOMENTS = {  # what is there, and within how many seconds after that the signal comes
+    "start": (".", 2.0), "reference pass": (".lock", 0.2), "step": ("metrics.jsonl", 0.5),
+    "checkpoint": ("checkpoints/new", 0.01), "export": ("model.tmp", 0.005)}
 
 
 @pytest.mark.slow  # minutes
@@ -126,9 +121,10 @@ def test_fifty_kills(wide, tmp_path):
     out, last, rng, met = tmp_path / "run", 0, random.Random(0), []
     for i in range(50):
         moment = list(MOMENTS)[i % len(MOMENTS)]
-        reached, within = MOMENTS[moment]
+        name, within = MOMENTS[moment]
+        os.makedirs(out, exist_ok=True)
         run = launch.Started([*command, "--out", out], 2)
-        while run.running and not reached(out):
+        while run.running and not (out / name).exists():
             time.sleep(0.001)
         time.sleep(rng.uniform(0, within))
         if run.running:
@@ -146,7 +142,7 @@ def test_fifty_kills(wide, tmp_path):
     launch.run([*command, "--out", out], ranks=2)
     assert_same_end(undisturbed, out)
     print(f"\n{len(met)} of 50 kills met a living run; all ended as the undisturbed one")
-    assert len(met) >= 35 and set(met) >= {"start", "reference pass", "step", "checkpoint"}
+    assert len(met) >= 35 and set(met) >= set(MOMENTS) - {"export"}
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 4])
@@ -157,16 +153,6 @@ def test_a_checkpoint_of_two_ranks_goes_on_elsewhere(small, tmp_path, ranks):
     assert 0 < last_step(tmp_path / "run") < 6
     launch.run([*command, "--out", tmp_path / "run"], ranks)
     assert_same_curve(undisturbed, tmp_path / "run")
-
-
-@pytest.mark.slow
-def test_memory_does_not_grow_over_two_thousand_steps(small, tmp_path):
-    options = [*small[0][1:], "--out", tmp_path, "--epochs", "2000", "--max_steps", "2000",
-               "--save_every", "0"]
-    assert program(train, *options)[0] == 0
-    memory = [row["memory_gb"] for row in data.read_log(str(tmp_path / "metrics.jsonl"))]
-    print(f"\npeak memory after 200 steps {memory[200]:.3f} GB, after 2,000 {memory[-1]:.3f} GB")
-    assert len(memory) == 2000 and memory[-1] < 1.02 * memory[200]
 
 
 # --- elicit, rectify, evaluation ------------------------------------------------------------------
