@@ -85,7 +85,7 @@ def test_cases(kind, arguments, right, wrong):
 
 
 def test_every_kind_has_cases():
-    assert len(CHECKS) == 25 and set(CHECKS) == {case[0] for case in CASES}
+    assert len(CHECKS) == 25 and set(CHECKS) == {case[0].partition(":")[2] for case in CASES}
 
 
 SENTENCES = [
@@ -172,17 +172,14 @@ def test_official_verdicts():
         for i, pair in enumerate(zip(*verdicts)):
             if pair != (row["official_strict"][i], row["official_loose"][i]):
                 different.append((row["key"], row["instruction_id_list"][i]))
-    print(f"{1 - len(different) / total:.2%} of {total} instructions in {len(rows)} answers")
-    assert different == []
+    assert total == 427 and different == []
 
 
 BAD = [
-    ("keywords:exist", {}, "keywords:exist"), (None, {}, "None"),
+    ("keywords:exist", {}, "keywords:exist"),
     ("punctuation:no_comma", {"comma": 1}, "'comma': 1"),
-    ("keywords:existence", {"keywords": [1]}, r"\[1\]"),
     ("length_constraints:number_words", {"num_words": 3}, "'relation'"),
     ("length_constraints:number_words", {"num_words": 3, "relation": "at most"}, "at most"),
-    ("length_constraints:number_words", {"num_words": "3", "relation": LESS}, "'3'"),
     ("language:response_language", {"language": "xx"}, "'xx'")]
 
 
