@@ -947,7 +947,7 @@ def is_language(text, language):
     """Of the languages in the script with the most letters the one with the most frequent words."""
     [script] = [script for script, codes in LANGUAGES.items() if language in codes]
     if not any(c.isalpha() for c in text):
-        return True
+        return True  # of any language
     letters = Counter(unicodedata.name(c, "").split(" ")[0] for c in text)
     if script != max(LANGUAGES, key=lambda name: letters[name]):
         return False

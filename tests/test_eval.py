@@ -127,11 +127,10 @@ def test_scores_by_hand(tmp_path, ask):
     found = results(out)["aime24"]
     scores = {key.split()[0]: scores for key, scores in found["scores"].items()}
     assert scores == {"0": [1, 1, 1, 1], "1": [1, 0, 1, 0], "2": [0, 0, 0]}
-    mean, error = found["metrics"]["accuracy"]
-    assert mean == pytest.approx(0.5) and error == pytest.approx(0.5 / math.sqrt(3))
+    assert found["metrics"]["accuracy"] == pytest.approx([0.5, 0.5 / math.sqrt(3)])
     assert (found["unanswered"], found["samples"]) == (1, 4)
     assert found["cut off"] == pytest.approx(1 / 11)
-    assert found["metrics"]["no answer"][0] == pytest.approx((0 + 0 + 1 / 3) / 3)
+    assert found["metrics"]["no answer"][0] == pytest.approx(1 / 3 / 3)
     assert len(ask.requests) == 12
     ask(says("\\boxed{7}"), out, *options)
     assert len(ask.requests) == 1 and results(out)["aime24"]["unanswered"] == 0
@@ -182,8 +181,6 @@ def test_another_models_folder_is_refused(alone, talker, sets, tmp_path):
     for model, more in ((other, ()), (talker, ("--dtype", "bfloat16"))):
         code, err = run("--model", model, "--out", out, *greedy(sets), *more)
         assert code == 1 and "other settings" in err
-    code, err = run("--model", talker, "--out", out, *greedy(sets), "--limit", -1)
-    assert code == 2 and "--limit is -1" in err
     assert results(out) == results(alone)
 
 
@@ -256,6 +253,5 @@ def test_retention_refuses_another_tokenizer(talker, tmp_path):
     path.write_text(swapped.replace('"<swap>"', '"</think>"'))
     texts = write_rows(tmp_path / "texts.jsonl", [{"text": "The quick brown fox"}])
     for model in (other, wider):
-        code, err = run("retention", "--model", model, "--base", talker, "--texts", texts,
-                        "--dtype", "float32")
+        code, err = run("retention", "--model", model, "--base", talker, "--texts", texts)
         assert code == 1 and "differ in tokenizer or number of tokens" in err
