@@ -29,12 +29,12 @@ import signal
 import sys
 import threading
 import time
+import unicodedata
 import urllib.error
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
-from difflib import SequenceMatcher
 from fractions import Fraction
 from http.client import HTTPException
 from statistics import fmean
@@ -911,73 +911,63 @@ def equal_at_points(u, v, tolerance=0):
 # --- IFEval: was an instruction followed that a program can check? --------------------------------
 
 # The 25 kinds of google-research's instruction_following_eval by its rules, odd ones included.
-# Plain rules stand for its libraries: langdetect (`is_language`), nltk's sentences and words.
+# Plain rules stand for its libraries: langdetect (`is_language`), nltk (`count_sentences`).
 
-LANGUAGES = {  # letters of a script: {code: frequent words, where several languages share them}
-    "a-zß-ɏ\u1e00-\u1eff": {
+LANGUAGES = {  # script, as in Unicode's names: {code: frequent words, where languages share it}
+    "LATIN": {
         "en": "the of and to a in is it you that for i not my on are be we this with",
-        "es": "el la los las que en un una por con del se como más",
-        "pt": "os um uma que em do da não com para as se como mais",
-        "fr": "le la les des et un une est je pas vous du que pour dans",
-        "de": "der die das und ist nicht ein eine zu den ich mit von auf",
-        "it": "il la gli di che un una non è per del della sono in",
-        "pl": "na się nie że to jest do od po za dla jak",
-        "vi": "và của là có không cho một những các được với này tôi",
-        "sw": "na ya wa kwa ni za katika cha kuwa hii",
-        "fi": "ja on ei se että ovat oli mutta kun hän niin"},
-    "\u0400-\u04ff": {
-        "ru": "и в не на что с по это как из он я у для",
-        "uk": "і в не на що з та це як у є для він я про",
-        "bg": "и в не на че с да се е от за по си са"},
-    "\u0620-\u06d3": {
-        "ar": "في من على إلى أن التي هذا هذه لا ما", "fa": "و به از که در را این است با آن",
-        "ur": "کے کی میں ہے اور سے کا کو نے یہ"},
-    "\u0900-\u0963": {
-        "hi": "है के में की और से का को हैं नहीं", "mr": "आहे आणि मध्ये हे ते नाही आहेत ती हा तो",
-        "ne": "छ र मा हो छन् लाई पनि यो छैन भने"},
-    **{letters: {code: ""} for code, letters in {
-        "ja": "\u3040-\u30ff", "he": "\u0590-\u05ff", "bn": "\u0980-\u09ff", "pa": "\u0a00-\u0a7f",
-        "gu": "\u0a80-\u0aff", "ta": "\u0b80-\u0bff", "te": "\u0c00-\u0c7f", "kn": "\u0c80-\u0cff",
-        "ml": "\u0d00-\u0d7f", "th": "\u0e00-\u0e7f", "ko": "\uac00-\ud7af"}.items()}}
+        "es": "el la los las que en un por con del", "pt": "os um uma que em do da não com para",
+        "fr": "le la les des et un est je pas vous", "de": "der die das und ist nicht ein zu den",
+        "it": "il la gli di che un una non sono della", "pl": "na się nie że to jest do od po za",
+        "vi": "và của là có không cho một tôi các", "sw": "na ya wa kwa ni za katika cha kuwa",
+        "fi": "ja on ei se että ovat oli mutta kun"},
+    "CYRILLIC": {"ru": "и в не на что с по это как из", "uk": "і в не на що з та це як він",
+                 "bg": "и в не на че с да се е от"},
+    "ARABIC": {"ar": "في من على إلى أن التي هذا لا", "fa": "و به از که در را این است",
+               "ur": "کے کی میں ہے اور سے کا کو"},
+    "DEVANAGARI": {"hi": "है के में की और से का को", "mr": "आहे आणि मध्ये हे ते नाही आहेत ती",
+                   "ne": "छ र मा हो छन् लाई पनि यो"},
+    "HIRAGANA": {"ja": ""}, "HEBREW": {"he": ""}, "BENGALI": {"bn": ""}, "GURMUKHI": {"pa": ""},
+    "GUJARATI": {"gu": ""}, "TAMIL": {"ta": ""}, "TELUGU": {"te": ""}, "KANNADA": {"kn": ""},
+    "MALAYALAM": {"ml": ""}, "THAI": {"th": ""}, "HANGUL": {"ko": ""}}
 
 
 def is_language(text, language):
-    """Whether `text` is in a language: of those in the script with the most letters, the one with
-    the most frequent words. Text without letters is in any language."""
-    [script] = [letters for letters, codes in LANGUAGES.items() if language in codes]
-    text = text.lower()
+    """Of the languages in the script with the most letters the one with the most frequent words."""
+    [script] = [script for script, codes in LANGUAGES.items() if language in codes]
     if not any(c.isalpha() for c in text):
-        return True
-    if script != max(LANGUAGES, key=lambda letters: len(re.findall(f"[{letters}]", text))):
+        return True  # of any language
+    letters = Counter(unicodedata.name(c, "").split(" ")[0] for c in text)
+    if script != max(LANGUAGES, key=lambda name: letters[name]):
         return False
-    words = Counter(re.findall(f"[{script}]+", text))
+    words = Counter(re.findall(r"[\w\u0900-\u0963]+", text.lower()))  # \w lacks Hindi's vowel signs
     scores = {code: sum(words[word] for word in frequent.split())
               for code, frequent in LANGUAGES[script].items()}
-    if script.startswith("a-z") and not any(scores.values()):
+    if script == "LATIN" and not any(scores.values()):
         return language == "en" and 1 < words.total() < 10  # a title may lack frequent words
     return language == max(scores, key=scores.get)
 
 
-SENTENCE_END = re.compile(r"""[(\[{"'*]*(.*[.?!])(?=["')\]}*:?!]|$)""")
-ABBREVIATION = re.compile(
-    r"(mr|mrs|ms|dr|prof|st|jr|sr|vs|inc|ltd|co|[ap]\.m|u\.[sk]|ph\.d|[c-hj-np-tvw]|.*\.)\.")
+SENTENCE_END = re.compile(r"""[.?!](["')\]}*:?!]|$)""")
+ABBREVIATIONS = set("mr mrs ms dr prof st jr sr vs inc ltd co a.m p.m u.s u.k ph.d "
+                    "c d e f g h j k l m n p q r s t v w".split())
 
 
 def count_sentences(text):
-    """Number of sentences: one, and one for each end of a sentence that another word follows."""
-    words, count = text.split(), 1
-    for word, following in zip(words, words[1:]):
-        if end := SENTENCE_END.match(word):
-            is_listed = following[0].islower() and re.fullmatch(r"[\d.,-]+", end[1])  # 1. one
-            if not is_listed and not ABBREVIATION.fullmatch(end[1].lower()):
-                count += 1
+    """One, and one for each end of a sentence that another word follows."""
+    count = 1
+    for word, following in itertools.pairwise(text.split()):
+        bare = word.strip("\"'()[]{}*:,")
+        is_listed = re.fullmatch(r"[\d.,-]+", bare) and following[0].islower()  # 1. one
+        is_abbreviation = bare.lower().removesuffix(".") in ABBREVIATIONS or bare.endswith("..")
+        if SENTENCE_END.search(word) and not is_listed and not is_abbreviation:
+            count += 1
     return count
 
 
 def is_json(text):
-    """Whether the text is JSON, alone or in one fence of backticks."""
     try:
-        json.loads(re.sub(r"\A```(?:json)?|```\Z", "", text.strip(), flags=re.IGNORECASE))
+        json.loads(re.sub(r"(?i)\A```(?:json)?|```\Z", "", text.strip()))
     except (ValueError, RecursionError):  # RecursionError: nested too deeply
         return False
     return True
@@ -999,89 +989,86 @@ def nth_paragraph_starts(text, num_paragraphs, nth_paragraph, first_word):
 
 
 COMPARE = {"less than": operator.lt, "at least": operator.ge}
-POSTSCRIPTS = {"P.S.": r"p\.\s?s\.", "P.P.S": r"p\.\s?p\.\s?s"}
-# Instruction: its check. The parameters after `text` have the names of its arguments in the files.
+# Instruction without its group: check. Parameters after `text` are named as in the files.
 # Some patterns are written anew: the official ones match the same, in quadratic time.
 CHECKS = {
-    "change_case:capital_word_frequency": lambda text, capital_frequency, capital_relation:
+    "capital_word_frequency": lambda text, capital_frequency, capital_relation:
         COMPARE[capital_relation](sum(word.isupper() for word in re.findall(r"[\w./-]+", text)),
                                   capital_frequency),
-    "change_case:english_capital": lambda text: text.isupper() and is_language(text, "en"),
-    "change_case:english_lowercase": lambda text: text.islower() and is_language(text, "en"),
-    "combination:repeat_prompt": lambda text, prompt_to_repeat:
+    "english_capital": lambda text: text.isupper() and is_language(text, "en"),
+    "english_lowercase": lambda text: text.islower() and is_language(text, "en"),
+    "repeat_prompt": lambda text, prompt_to_repeat:
         text.strip().lower().startswith(prompt_to_repeat.strip().lower()),
-    "combination:two_responses": lambda text:
+    "two_responses": lambda text:
         len(split_parts(text, "******")) == len(set(split_parts(text, "******"))) == 2,
-    "detectable_content:number_placeholders": lambda text, num_placeholders:
+    "number_placeholders": lambda text, num_placeholders:
         re.findall(r"\[[^\]\n]*(\]?)", text).count("]") >= num_placeholders,
-    "detectable_content:postscript": lambda text, postscript_marker: bool(re.search(POSTSCRIPTS.get(
-        postscript_marker.strip(), re.escape(postscript_marker.strip())), text, re.IGNORECASE)),
-    "detectable_format:constrained_response": lambda text:
-        any(f"My answer is {choice}." in text for choice in ("yes", "no", "maybe")),
-    "detectable_format:json_format": is_json,
-    "detectable_format:multiple_sections": lambda text, section_spliter, num_sections:
+    "postscript": lambda text, postscript_marker: bool(re.search(
+        "(?i)" + re.escape(postscript_marker.strip()).replace(r"\.", r"\.\s?"), text)),  # or P. S.
+    "constrained_response": lambda text: bool(re.search(r"My answer is (yes|no|maybe)\.", text)),
+    "json_format": is_json,
+    "multiple_sections": lambda text, section_spliter, num_sections:
         len(re.findall(re.escape(section_spliter.strip()) + r"\s?\d+", text)) >= num_sections,
-    "detectable_format:number_bullet_lists": lambda text, num_bullets: num_bullets == sum(
+    "number_bullet_lists": lambda text, num_bullets: num_bullets == sum(
         len(re.findall(r"(?m)^[^\S\n]*" + bullet, text)) for bullet in (r"\*[^*].*", "-")),
-    "detectable_format:number_highlighted_sections": lambda text, num_highlights:
+    "number_highlighted_sections": lambda text, num_highlights:
         sum(1 for pattern in (r"\*([^\n*]*)\*", r"\*\*([^\n*]*)\*\*")
             for inner in re.findall(pattern, text) if inner.strip()) >= num_highlights,
-    "detectable_format:title": lambda text: any(
-        line.partition("<<")[2].rpartition(">>")[0].lstrip("<").rstrip(">").strip()
-        for line in text.split("\n")),
-    "keywords:existence": lambda text, keywords: all(k.lower() in text.lower() for k in keywords),
-    "keywords:forbidden_words": lambda text, forbidden_words:
+    "title": lambda text: any(
+        line.partition("<<")[2].rpartition(">>")[0].strip("<> ") for line in text.split("\n")),
+    "existence": lambda text, keywords: all(k.lower() in text.lower() for k in keywords),
+    "forbidden_words": lambda text, forbidden_words:
         not any(re.search(rf"(?i)\b{re.escape(word)}\b", text) for word in forbidden_words),
-    "keywords:frequency": lambda text, keyword, frequency, relation:
+    "frequency": lambda text, keyword, frequency, relation:
         COMPARE[relation](text.lower().count(keyword.strip().lower()), frequency),
-    "keywords:letter_frequency": lambda text, letter, let_frequency, let_relation:
+    "letter_frequency": lambda text, letter, let_frequency, let_relation:
         COMPARE[let_relation](text.lower().count(letter.lower()), let_frequency),
-    "language:response_language": is_language,
-    "length_constraints:nth_paragraph_first_word": nth_paragraph_starts,
-    "length_constraints:number_paragraphs": lambda text, num_paragraphs:
+    "response_language": is_language,
+    "nth_paragraph_first_word": nth_paragraph_starts,
+    "number_paragraphs": lambda text, num_paragraphs:
         len(split_parts(text, "***")) == num_paragraphs,
-    "length_constraints:number_sentences": lambda text, num_sentences, relation:
+    "number_sentences": lambda text, num_sentences, relation:
         COMPARE[relation](count_sentences(text), num_sentences),
-    "length_constraints:number_words": lambda text, num_words, relation:
+    "number_words": lambda text, num_words, relation:
         COMPARE[relation](len(re.findall(r"\w+", text)), num_words),
-    "punctuation:no_comma": lambda text: "," not in text,
-    "startend:end_checker": lambda text, end_phrase:
+    "no_comma": lambda text: "," not in text,
+    "end_checker": lambda text, end_phrase:
         text.strip().strip('"').lower().endswith(end_phrase.strip().lower()),
-    "startend:quotation": lambda text: bool(re.fullmatch('".*"', text.strip(), re.DOTALL))}
+    "quotation": lambda text: bool(re.fullmatch('".*"', text.strip(), re.DOTALL))}
 
 
 def ifeval_verdicts(response: str, instruction_ids: list, kwargs: list) -> tuple[list, list]:
-    """Strict and loose verdict of each instruction on a response. Loose: on any of eight texts: the
-    response whole, without its first line, its last, or both, and each also without `*`. An empty
-    text follows nothing. Raises UserError for an unknown instruction and for wrong arguments."""
-    lines, verdicts = response.split("\n"), []
+    """Strict and loose verdict of each instruction. Loose: any of eight texts follows it: the whole
+    response, without its first line, its last, or both, and each also without `*`. An empty text
+    follows nothing. Raises UserError for an unknown instruction or wrong arguments."""
+    lines, strict, loose = response.split("\n"), [], []
     texts = [response, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
     texts += [text.replace("*", "") for text in texts]
-    for instruction, arguments in zip(instruction_ids, kwargs):
+    for name, arguments in zip(instruction_ids, kwargs):
         try:
+            check = CHECKS[name.rpartition(":")[2]]
             given = {k: v for k, v in arguments.items() if v is not None}
-            verdicts.append([bool(text.strip()) and CHECKS[instruction](text, **given)
-                             for text in texts])
+            verdicts = [bool(text.strip()) and check(text, **given) for text in texts]
         except (AttributeError, LookupError, TypeError, ValueError) as e:
-            raise UserError(f"IFEval has no instruction {instruction!r} with the arguments "
-                            f"{arguments!r} ({e})") from None
-    return [of_texts[0] for of_texts in verdicts], [any(of_texts) for of_texts in verdicts]
+            raise UserError(f"IFEval has no instruction {name!r} with the arguments {arguments!r} "
+                            f"({e})") from None
+        strict.append(verdicts[0])
+        loose.append(any(verdicts))
+    return strict, loose
 
 
 def read_ifeval(row, prompt):
-    """A row of IFEval: (messages, (instructions, their arguments)); raises UserError."""
     ids, kwargs = row.get("instruction_id_list"), row.get("kwargs")
-    if not (isinstance(ids, list) and isinstance(kwargs, list) and len(ids) == len(kwargs) > 0):
+    if not ids or not kwargs or len(ids) != len(kwargs):
         raise UserError("'instruction_id_list', 'kwargs': two filled lists of one length expected")
     ifeval_verdicts("x", ids, kwargs)  # raises for what it does not know
     return user_turn(prompt, data.check_text(row.get("prompt"), "'prompt'")), (ids, kwargs)
 
 
 def grade_ifeval(text, gold):
-    """Prompt level: all instructions followed; instruction level: the share that was followed."""
+    """Whether all instructions of the prompt were followed."""
     strict, loose = ifeval_verdicts(after_thinking(text), *gold)
-    return {"prompt strict": all(strict), "instruction strict": fmean(strict),
-            "prompt loose": all(loose), "instruction loose": fmean(loose)}
+    return {"prompt strict": all(strict), "prompt loose": all(loose)}
 
 
 # --- math: gold answers and their rows ------------------------------------------------------------
@@ -1180,24 +1167,23 @@ Chosen Move: (row,column)"""
 
 def read_connect4(row, prompt):
     """A row of the official file; its labels, [my, the opponent's] winning moves, are taken."""
-    state, answer = data.check_text(row.get("state"), "'state'"), row.get("answer")
+    answer = row.get("answer")
     if not re.fullmatch(r"\[(\[(\[\d, \d\](, )?)*\](, )?){2}\]", str(answer)):
         raise UserError(f"'answer': two lists of [row, column] expected, found {answer!r:.99}")
-    return user_turn(prompt, state), answer
+    return user_turn(prompt, data.check_text(row.get("state"), "'state'")), answer
 
 
-def grade_connect4(text: str, answer: list) -> dict:
-    """Scores of a response. As in the published scorer upper case does not matter, the first result
-    of each kind counts, and cells are multisets. Different from it: thinking is dropped, (r, c) may
-    have spaces, and a result with neither cells nor None is wrong."""
-    text, right, missing = after_thinking(text).lower(), [], False
-    for number, moves in enumerate(answer, 1):
-        result = re.search(rf"intermediate thinking results {number} *:([^\]\n]{{0,1000}})\]", text)
-        cells = re.findall(r"\(\s*(\d+)\s*,\s*(\d+)\s*\)", result[1]) if result else []
-        is_clear = result is not None and ("none" in result[1]) != bool(cells)
+def grade_connect4(text, answer):
+    """As the published scorer: upper case does not matter, the first result of each kind counts.
+    Unlike it: thinking is dropped, and a result with neither cells nor None is wrong."""
+    text, right = after_thinking(text).lower(), []
+    pattern = r"intermediate thinking results %d *:([^\]\n]{0,1000})\]"
+    hits = [re.search(pattern % number, text) for number in (1, 2)]
+    for hit, moves in zip(hits, answer):
+        cells = re.findall(r"\(\s*(\d+)\s*,\s*(\d+)\s*\)", hit[1]) if hit else []
+        is_clear = hit is not None and ("none" in hit[1]) != bool(cells)
         right.append(is_clear and sorted([int(r), int(c)] for r, c in cells) == sorted(moves))
-        missing = missing or result is None
-    return {"joint": all(right), "mine": right[0], "opponent": right[1], "no answer": missing}
+    return {"joint": all(right), "mine": right[0], "opponent": right[1], "no answer": None in hits}
 
 
 # --- GPQA -----------------------------------------------------------------------------------------
@@ -1207,40 +1193,34 @@ line that gives the letter of your choice in exactly this form: "Answer": "C"
 
 {question}"""
 GPQA_KEYS = ["Question", "Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3))]
-QUOTE = "[\"'“”‘’]"
-CHOICES = [re.compile(pattern) for pattern in (
-    rf"(?i:{QUOTE}answer{QUOTE})\s*:\s*{QUOTE}\(?([A-D])\)?\.?{QUOTE}",  # as the prompt asks for
+CHOICES = [
+    r'(?i:"answer")\s*:\s*"\(?([A-D])\)?\.?"',  # as the prompt asks for
     r"\\boxed\s*\{\s*(?:\\\w+\s*\{)?[\s($]*([A-D])\s*[}).:]",
     # "The answer is C"; not the article of "is A good one", a part of C-H, the first of two
-    r"(?i:\b(?:answer|option|choice)\b[*\"']*\s*(?:is|would be|:))"
-    r"(?:[\s:*_\"'($\[]|\\\(|\\(?:boxed|text\w*)\s*\{|(?i:option|choice)\b)*"
-    r"([A-D])(?![\w'’–-]|[ \t]+(?!because\b|since\b|as\b)[a-z]|\)?\s*[,/(]\s*\(?[A-D]\b)")]
+    r"(?i:\b(?:answer|option|choice)[*\"']*\s*(?:is|:))(?:[\s:*_\"'($\[]|\\\(|(?i:option|choice))*"
+    r"([A-D])(?![\w'’–-]|[ \t]+(?!because\b)[a-z]|\)?\s*[,/(]\s*\(?[A-D]\b)"]
 
 
 def read_gpqa(row, prompt):
-    """A four-choice question with the hub's keys: (messages, right letter). Choices are ordered by
-    a hash of question and choice: a shuffle that is the same everywhere."""
+    """(messages, right letter). A hash orders the choices: the same shuffle everywhere."""
     question, *choices = (data.check_text(row.get(key), repr(key)).strip() for key in GPQA_KEYS)
     right = choices[0]
-    if not question or not all(choices) or choices.count(right) > 1:
-        raise UserError("the question or a choice is empty, or the right choice is there twice")
     choices.sort(key=lambda c: hashlib.sha256(json.dumps([question, c]).encode()).digest())
     shown = "\n".join(f"{letter}) {choice}" for letter, choice in zip("ABCD", choices))
     return user_turn(prompt, f"{question}\n\n{shown}"), "ABCD"[choices.index(right)]
 
 
-def choice_letter(text: str) -> str | None:
+def choice_letter(text):
     """The last match of the first of CHOICES that has one, else a letter alone on the last line."""
     text = after_thinking(text)
     for pattern in CHOICES:
-        if letters := pattern.findall(text):
+        if letters := re.findall(pattern, text):
             return letters[-1]
     bare = text.rstrip().split("\n")[-1].strip("*_()$. \t\r")
     return bare if bare in ("A", "B", "C", "D") else None
 
 
 def grade_gpqa(text, right):
-    """Scores of an answer to a four-choice question, by the right letter."""
     letter = choice_letter(text)
     return {"accuracy": letter == right, "no answer": letter is None}
 
@@ -1257,24 +1237,21 @@ class Task:
     grade: object  # (text, gold) -> {metric: 0 to 1}; the first metric is the headline
     samples: int = 5  # answers a question, the paper's k
     group: str = ""  # of the paper's table
-    weights: dict = field(default_factory=dict)  # {metric: (gold) -> weight of its row}; else 1
-    rows: list = field(default_factory=list)  # (id, messages, gold), from load_task
+    rows: tuple = ()  # (id, messages, gold), from load_task
 
 
 # A new benchmark is one entry here, with its own prompt, reader and grader, as GPQA has them above.
 TASKS = {task.name: task for task in (
-    *(Task(name, INSTRUCTION, read_math, score_math, samples=k, group="in-domain") for name, k in (
+    *(Task(name, INSTRUCTION, read_math, score_math, samples, "in-domain") for name, samples in (
         ("aime24", 16), ("aime25", 16), ("amc23", 16), ("math500", 5), ("minerva", 5),
         ("olympiadbench", 5))),
     Task("gpqa", GPQA_PROMPT, read_gpqa, grade_gpqa, group="OOD"),
     Task("connect4", CONNECT4_PROMPT, read_connect4, grade_connect4, samples=1, group="OOD"),
-    Task("ifeval", "{question}", read_ifeval, grade_ifeval, group="IF", weights=dict.fromkeys(
-        ("instruction strict", "instruction loose"), lambda gold: len(gold[0]))),
+    Task("ifeval", "{question}", read_ifeval, grade_ifeval, group="IF"),
     Task("gsm8k", INSTRUCTION, read_math, score_math))}  # not in the paper's table
 
 
 def user_turn(prompt: str, question: str) -> list:
-    """The question inside the prompt, as messages."""
     return [{"role": "user", "content": prompt.replace("{question}", question)}]
 
 
@@ -1288,43 +1265,30 @@ def question_messages(row: dict, prompt: str) -> list:
 
 
 def read_items(path: str, parse, skip_malformed: bool = False) -> tuple[list, Counter]:
-    """`data.read_rows` through parse(row, its id), the line number where it has none. An id that
-    occurs twice is malformed."""
-    seen = set()
-
-    def parse_new(row, line):
-        name = next((str(row[key]) for key in ("id", "index", "key", "Record ID")
-                     if row.get(key) is not None), str(line))
-        item = parse(row, data.check_text(name, "'id'"))
-        if name in seen:
-            raise UserError(f"the id {name!a} again: make field id (or index) unique, or remove it")
-        seen.add(name)
-        return item
-
-    return data.read_rows(path, parse_new, skip_malformed)
+    """`data.read_rows` through parse(row, its id), the line number where it has none."""
+    def parse_with_id(row, line):
+        ids = [row[key] for key in ("id", "index", "key", "Record ID") if row.get(key) is not None]
+        return parse(row, data.check_text(str([*ids, line][0]), "'id'"))
+    return data.read_rows(path, parse_with_id, skip_malformed)
 
 
 def load_task(spec: str, folder: str) -> Task:
-    """A task with its rows: NAME, from folder/NAME.jsonl, or NAME=FILE, where a new NAME is a math
-    set of the user's own. Raises UserError."""
+    """A task with its rows: NAME is read from folder/NAME.jsonl; a new NAME=FILE is a math set."""
     name, _, path = spec.partition("=")
     if not re.fullmatch(r"[\w-]+", name) or (name not in TASKS and not path):
-        raise UserError(f"--tasks: {name!r} is no name or unknown; {', '.join(TASKS)} or "
-                        "NAME=FILE.jsonl expected")
+        raise UserError(f"--tasks: {name!r}: {', '.join(TASKS)} or NAME=FILE.jsonl expected")
     task = TASKS.get(name) or replace(TASKS["gsm8k"], name=name)
-    path = path or os.path.join(folder, f"{name}.jsonl")
-
-    rows, _ = read_items(path, lambda row, name: (name, *task.read(row, task.prompt)))
+    rows, _ = read_items(path or os.path.join(folder, f"{name}.jsonl"),
+                         lambda row, name: (name, *task.read(row, task.prompt)))
     return replace(task, rows=rows)
 
 
 # --- evaluation: statistics, scores, comparison, retention ----------------------------------------
 
 def clustered(scores: list, weights: list | None = None) -> tuple[float, float | None]:
-    """(mean, its standard error) of per-question lists of scores, in the scores' unit. Samples of a
-    question are not independent: the error is that of n questions with its n / (n - 1) correction
-    (Miller 2024, arXiv 2411.00640, eq. 4), None for one; with weights, one each, that of a ratio.
-    """
+    """(mean, standard error) of scores, a list a question, whose samples depend on each other: the
+    error of n questions, with n / (n - 1) (Miller 2024, arXiv 2411.00640, eq. 4), None for one
+    question; with weights, one a question, that of a ratio."""
     n = len(scores)
     means = np.array([fmean(row) for row in scores])
     weights = np.ones(n) if weights is None else np.array(weights, dtype=float)
@@ -1335,97 +1299,40 @@ def clustered(scores: list, weights: list | None = None) -> tuple[float, float |
     return float(mean), float(np.sqrt(squares * n / (n - 1)) / weights.sum())
 
 
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """The unbiased estimate of the chance that one of k samples is right, c of n being right (Chen
-    et al. 2021, arXiv 2107.03374), in integers: exact for any n. 0 <= c <= n, 1 <= k <= n."""
-    return (math.comb(n, k) - math.comb(n - c, k)) / math.comb(n, k)
-
-
-def paired_bootstrap(a: dict, b: dict, seed: int, resamples: int = 10_000) -> tuple:
-    """(difference, low, high, p) of two models by {question: its scores}: mean of b - mean of a
-    over the questions in both (two or more), its 95 % percentile interval, and the two-sided p of
-    no difference. What makes a question hard for both models cancels out."""
-    differences = [fmean(b[q]) - fmean(a[q]) for q in a if q in b]
-    n = len(differences)
-    # A draw of n questions is a draw of how often each distinct difference occurs.
-    values, counts = np.unique(differences, return_counts=True)
-    means = np.random.default_rng(seed).multinomial(n, counts / n, resamples) @ values / n
-    low, high = np.quantile(means, (0.025, 0.975))
-    tail = min((means <= 1e-12).sum(), (means >= -1e-12).sum())  # a sum of 0 is rounded to 1e-17
-    p = min(1.0, 2 * (1 + int(tail)) / (1 + resamples))
-    return float(np.mean(differences)), float(low), float(high), p
-
-
-def evaluate(policy, tasks: list, out: str, sampling: Sampling, ranks: Ranks, samples: int = 0,
-             seed: int = 0) -> dict:
-    """Sample and score tasks, `samples` answers a question (0: the paper's number), kept in
-    out/TASK/raw-*.jsonl. Returns (on the main rank) and writes results.json, where tasks of an
-    earlier call stay: {task: `score_task`'s figures}; results.md is their table."""
-    path, results = os.path.join(out, "results.json"), {}
-    with ranks.together():
-        if ranks.main and os.path.exists(path):
-            results = read_json(path)
-    for task in tasks:
-        count, folder = samples or task.samples, os.path.join(out, task.name)
-        wanted = [[request_for(f"{name}/{i}", messages, seed) for i in range(count)]
-                  for name, messages, _ in task.rows]
-        requests = list(itertools.chain(*wanted))
-        with ranks.together():
-            for _ in sample(policy, requests, folder, sampling, ranks, task.name):
-                pass  # each answer is in the log
-        with ranks.together():
-            if ranks.main:
-                records = read_answers(folder)
-                rows = [[records.get(r.key, {"error": "not asked"}) for r in row] for row in wanted]
-                result = results[task.name] = score_task(task, rows)
-                shown = [f"{name} {percent(*x)}" for name, x in result["metrics"].items()]
-                shown.append(f"cut off {percent(result['cut off'])}")
-                ranks.say(f"{task.name}: {', '.join(shown)}, unanswered {result['unanswered']}")
-                if isinstance(policy, Server) and policy.refused:
-                    result["refused"] = list(policy.refused)  # keys of the request
-                write_json(path, results)
-                write_text(os.path.join(out, "results.md"), [results_table(results), "\n"])
-    ranks.say("\n" + results_table(results))
-    return results
-
-
-def score_task(task: Task, records: list) -> dict:
-    """The figures of a task from its records, a list a row. Metrics, as (mean, standard error), and
-    shares are from 0 to 1. Failed requests are only counted."""
-    answers, golds, scores = [], {}, {}  # scores: {metric: {question: [score]}}
-    for (name, messages, gold), row in zip(task.rows, records):
-        question = request_for(name, messages, None).key  # id and digest
-        golds[question] = gold
-        for record in row:
-            if "text" in record:
-                answers.append(record)
-                for metric, score in task.grade(record["text"], gold).items():
-                    scores.setdefault(metric, {}).setdefault(question, []).append(float(score))
+def score_task(task: Task, records: dict, count: int, show: int = 0) -> dict:
+    """The figures of a task from {key: record}, `count` a question; metrics are (mean, standard
+    error). Failed requests are only counted. Prints first answers to `show` questions, graded."""
+    answers, errors, scores = [], [], {}  # scores: {metric: {question: [score]}}
+    for number, (name, messages, gold) in enumerate(task.rows):
+        question = request_for(name, messages, None).key
+        for i in range(count):
+            key = request_for(f"{name}/{i}", messages, None).key
+            record = records.get(key, {"error": "not asked"})
+            if "error" in record:
+                errors.append(record["error"])
+                continue
+            answers.append(record)
+            grades = task.grade(record["text"], gold)
+            for metric, score in grades.items():
+                scores.setdefault(metric, {}).setdefault(question, []).append(float(score))
+            if number < show and i == 0:
+                print(f"\n--- {task.name} {name}: question\n{messages[-1]['content']}\n--- answer\n"
+                      f"{record['text']}\n--- gold: {gold}\n--- verdict: {grades}")
     if not answers:
-        raise UserError(f"{task.name}: not one answer arrived ({records[0][0]['error']:.200})")
-    metrics = {}
-    for metric, rows in scores.items():
-        weight = task.weights.get(metric, lambda gold: 1)
-        metrics[metric] = clustered(list(rows.values()), [weight(golds[q]) for q in rows])
-    headline = scores[next(iter(scores))]
-    k = min(len(row) for row in headline.values())
-    pass_k = [pass_at_k(len(row), round(sum(row)), k) for row in headline.values()]
-    return {"questions": len(task.rows), "samples": len(records[0]), "metrics": metrics,
-            f"pass@{k}": sum(pass_k) / len(pass_k),
-            "cut off": fmean(r["finish"] == "length" for r in answers),
-            "empty": fmean(not r["text"].strip() for r in answers),
-            "tokens": fmean(r["tokens"] for r in answers),
-            "unanswered": sum(len(row) for row in records) - len(answers), "scores": headline}
+        raise UserError(f"{task.name}: not one answer arrived ({errors[0]:.200})")
+    return {"questions": len(task.rows), "samples": count,
+            "metrics": {metric: clustered(list(rows.values())) for metric, rows in scores.items()},
+            "cut off": fmean(record["finish"] == "length" for record in answers),
+            "tokens": fmean(record["tokens"] for record in answers), "unanswered": len(errors),
+            "scores": next(iter(scores.values()))}  # of the headline
 
 
 def percent(mean, error=None):
-    """A share from 0 to 1, and its standard error if it has one, in %."""
     return f"{100 * mean:.1f}" if error is None else f"{100 * mean:.1f} ± {100 * error:.1f}"
 
 
 def results_table(results: dict) -> str:
-    """The headline figures in % as the paper lays them out: in-domain, OOD, IF, other tasks, and
-    the mean of each group and of all nine where all of a group's tasks are there."""
+    """The headline figures in % as the paper lays them out; means of groups that are complete."""
     headline = {name: next(iter(r["metrics"].values())) for name, r in results.items()}
     columns = []
     for name in {**TASKS, **headline}:
@@ -1436,45 +1343,35 @@ def results_table(results: dict) -> str:
     for group in ("in-domain", "OOD", "overall"):
         names = [t.name for t in TASKS.values() if t.group and group in (t.group, "overall")]
         if all(name in headline for name in names):
-            mean = sum(headline[name][0] for name in names) / len(names)
-            columns.append((group, "---", percent(mean)))
+            columns.append((group, "---", percent(fmean(headline[name][0] for name in names))))
     return "\n".join("| " + " | ".join(row) + " |" for row in zip(*columns))
 
 
-def compare_runs(folders: list, seed: int = 0) -> str:
-    """A Markdown table of two finished evaluations: the headline figures over the questions that
-    both answered, their difference, its 95 % interval, and p from 20 questions on (below it is too
-    small). Notes name what differs."""
+def compare_runs(folders: list):
+    """Print two evaluations' headline figures over the questions that both answered, and the mean
+    of the differences, question by question: what makes a question hard for both cancels out."""
     a, b = (read_json(os.path.join(folder, "results.json")) for folder in folders)
     x, y = (read_json(os.path.join(folder, "settings.json")) for folder in folders)
-    lines = ["| task | questions | A | B | B - A | 95 % | p |", "|---|---|---|---|---|---|---|"]
     notes = [f"\n{key} differs: {x.get(key)} and {y.get(key)}"
              for key in ("sampling", "seed", "refused") if x.get(key) != y.get(key)]
-    if not a.keys() & b.keys():
-        raise UserError(f"nothing to compare: A has {', '.join(a)}, B has {', '.join(b)}")
+    print("| task | questions | A | B | B - A | 95 % |\n|---|---|---|---|---|---|")
     for task in (task for task in a if task in b):
-        scores = [run[task]["scores"] for run in (a, b)]
-        asked = [run[task]["questions"] for run in (a, b)]
-        both = [q for q in scores[0] if q in scores[1]]
-        if len(both) < max(2, *asked):
-            notes.append(f"\n{task}: of {asked[0]} questions in A and {asked[1]} in B, {len(both)} "
-                         "are answered in both")
-        if len(both) >= 2:
-            means = [100 * fmean(fmean(run[q]) for q in both) for run in scores]
-            *points, p = paired_bootstrap(*scores, seed)
-            difference, low, high = (100 * point for point in points)
-            p = f"{p:.3f}" if len(both) >= 20 else "-"
-            lines.append(f"| {task} | {len(both)} | {means[0]:.1f} | {means[1]:.1f} "
-                         f"| {difference:+.1f} | {low:+.1f} to {high:+.1f} | {p} |")
-    return "\n".join(lines + notes)
+        scores, other = a[task]["scores"], b[task]["scores"]
+        pairs = [(100 * fmean(scores[q]), 100 * fmean(other[q])) for q in scores if q in other]
+        count = f"{len(pairs)} of {max(a[task]['questions'], b[task]['questions'])}"
+        if len(pairs) < 2:
+            notes.append(f"\n{task}: {count} questions are answered in both: too few")
+            continue
+        mean_a, mean_b = map(fmean, zip(*pairs))
+        mean, error = clustered([[score_b - score_a] for score_a, score_b in pairs])
+        print(f"| {task} | {count} | {mean_a:.1f} | {mean_b:.1f} | {mean:+.1f} "
+              f"| {mean - 1.96 * error:+.1f} to {mean + 1.96 * error:+.1f} |")
+    print("\n".join(notes))
 
 
-ROWS_AT_ONCE = 256  # rows of logits of each model in fp32: 0.3 GB at Qwen3's vocabulary
-
-
-def read_sequences(path: str, chat: data.Chat, max_length: int) -> tuple[list, str]:
-    """([(ids, first), ...], a summary) of a JSONL file: ids[first:] are scored. A row is {"text":
-    ...}, scored from its second token, or a pair, whose y+ is scored after its prompt."""
+def read_sequences(path: str, chat: data.Chat, max_length: int) -> tuple[list, Counter]:
+    """([(ids, first), ...], counts of what was cut or dropped): ids[first:] are scored. A row is
+    {"text": ...}, scored from its second token, or a pair: its y+ after its prompt."""
     counts = Counter()
 
     def parse(row, line):
@@ -1489,46 +1386,34 @@ def read_sequences(path: str, chat: data.Chat, max_length: int) -> tuple[list, s
         counts[f"cut at {max_length} tokens"] += len(ids) > max_length
         return ids[:max_length], first
 
-    rows, dropped = data.read_rows(path, parse)
-    shown = "".join(f"; {n}: {reason}" for reason, n in (counts + dropped).items())
-    if not rows:
-        raise UserError(f"{path}: no row has a token to score{shown}")
-    return rows, f"{path}: {len(rows)} texts{shown}"
+    sequences, dropped = data.read_rows(path, parse)
+    return sequences, counts + dropped
 
 
 @torch.no_grad()
 def retention(model: qwen.Qwen3, base: qwen.Qwen3, sequences: list, ranks: Ranks) -> dict:
-    """How far a model went from its base on sequences [(ids, first), ...], ids[first:] of each.
-
-    Returns {"tokens": their number, "logp": log-probability of a token, "logp_base": by the base,
-    "kl": KL(base || model) of the next-token distributions}, all in nats, as (mean over all tokens,
-    standard error clustered by sequence)."""
+    """How far a model went from its base on ids[first:] of sequences [(ids, first), ...]. Returns
+    {"tokens": their number, "logp": log-probability of a token, "logp_base": by the base, "kl":
+    KL(base || model) of next tokens}, in nats: (mean of tokens, error clustered by sequence)."""
     # In fp32 always: logits rounded to bf16 would add half as much again to a small KL.
     heads = [m.head_weight().float() for m in (model, base)]
     sums = torch.zeros(len(sequences), 3, dtype=torch.float64)
-    mine = range(ranks.rank, len(sequences), ranks.world)
-    bar = ranks.progress(len(mine), "retention", "text")
-    for i in mine:
+    for i in range(ranks.rank, len(sequences), ranks.world):
         ids, first = sequences[i]
         tokens, length = torch.tensor(ids, device=ranks.device), len(ids)
-        positions = torch.arange(length, device=ranks.device)
-        layout = [(0, length, length, length)]  # one plain sequence
-        hidden = [m.norm(m.hidden_states(tokens, positions, layout)) for m in (model, base)]
-        for at in range(first, length, ROWS_AT_ONCE):
-            target = tokens[at:at + ROWS_AT_ONCE, None]
+        plain = torch.arange(length, device=ranks.device), [(0, length, length, length)]
+        hidden = [m.norm(m.hidden_states(tokens, *plain)) for m in (model, base)]
+        for at in range(first, length, 256):  # rows of logits: 0.3 GB at Qwen3's vocabulary
+            target = tokens[at:at + 256, None]
             logp, logp_base = [(h[at - 1:at - 1 + len(target)].float() @ w.T).log_softmax(-1)
                                for h, w in zip(hidden, heads)]
             kl = (logp_base.exp() * (logp_base - logp)).sum(-1)
             values = logp.gather(1, target), logp_base.gather(1, target), kl
             sums[i] += torch.stack([x.double().sum().cpu() for x in values])
-        bar.update()
-    bar.close()
     lengths = [len(ids) - first for ids, first in sequences]
-    figures = {"tokens": sum(lengths)}
-    for name, column in zip(("logp", "logp_base", "kl"), ranks.reduce(sums).T.tolist()):
-        means = [[total / length] for total, length in zip(column, lengths)]
-        figures[name] = clustered(means, lengths)
-    return figures
+    means = (ranks.reduce(sums) / torch.tensor(lengths)[:, None]).T.tolist()
+    logp, logp_base, kl = (clustered([[mean] for mean in column], lengths) for column in means)
+    return {"tokens": sum(lengths), "logp": logp, "logp_base": logp_base, "kl": kl}
 
 
 # --- the report -----------------------------------------------------------------------------------
@@ -1541,19 +1426,17 @@ CHARTS = {  # title: LOG.FIGURE of the solid line, and of the dashed one
     "Share of pairs with r⁺ > r⁻, dashed: held out": ("metrics.accuracy", "eval.accuracy"),
     "Loss of a pair (sft, dft: of a token), dashed: held out": ("metrics.loss", "eval.loss")}
 COLOURS = ("#1f88cf", "#d9661a", "#12936c", "#c0589a", "#94800f", "#7f78d8")  # on white and black
-MAX_SHOWN = 400  # points of a line, and tokens of each part of a pair
+MAX_SHOWN = 400  # tokens of each part of a pair
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <title>Surgical Post-Training</title><style>
 :root { color-scheme: light dark }
-body { max-width: 80rem; margin: auto; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif }
-.grid { display: grid; gap: 1.5rem; overflow-wrap: anywhere;
-  grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)) }
-pre { overflow-x: auto } path, line { vector-effect: non-scaling-stroke; stroke-linecap: round }
+body { max-width: 80rem; margin: auto; padding: 1rem; font: 1rem/1.5 sans-serif }
+.grid { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)) }
 svg { width: 100%%; height: 12rem; overflow: visible; fill: none; stroke-width: 2.5 }
-.tokens { padding-left: .7rem; border-left: 3px solid #8886; white-space: pre-wrap;
-  font: .95rem/1.9 ui-monospace, monospace }
+path, line { vector-effect: non-scaling-stroke; stroke-linecap: round }
+.tokens { white-space: pre-wrap; overflow-wrap: anywhere; font: .95rem/1.9 monospace }
 </style></head><body><h1>Surgical Post-Training</h1>
 %s
 </body></html>
@@ -1561,22 +1444,18 @@ svg { width: 100%%; height: 12rem; overflow: visible; fill: none; stroke-width: 
 
 
 def line_chart(title: str, figures: tuple, runs: list) -> str:
-    """An SVG of one or two figures of all runs, with their first and last values; "" where none has
-    them. Both axes include 0."""
+    """An SVG of one or two figures of all runs; "" where none has them. Both axes include 0."""
     paths, ends, points = "", "", [(0, 0)]
-    for run in runs:
-        for figure, dashes in zip(figures, ("none", "7 6")):
-            log, key = figure.split(".")
-            curve = [(row["step"], row[key]) for row in run[log] if row.get(key) is not None]
-            if curve:
-                points += curve
-                stride = 1 + len(curve) // MAX_SHOWN
-                shown = curve[:-1:stride] + curve[-1:]
-                path = "L".join(f"{step},{-value:.4g}" for step, value in shown)
-                paths += (f'<path d="M{path}h0" stroke="{run["colour"]}" '  # h0: one point is a dot
-                          f'stroke-dasharray="{dashes}"/>')
-                ends += (f'<div style="color:{run["colour"]}">{figure}: '
-                         f"{curve[0][1]:.3g} → {curve[-1][1]:.3g}</div>")
+    for run, (figure, dashes) in itertools.product(runs, zip(figures, ("none", "7 6"))):
+        log, key = figure.split(".")
+        curve = [(row["step"], row[key]) for row in run[log] if row.get(key) is not None]
+        if curve:
+            points += curve
+            path = "L".join(f"{step},{-value:.4g}" for step, value in curve)
+            paths += (f'<path d="M{path}h0" stroke="{run["colour"]}" '  # h0: one point is a dot
+                      f'stroke-dasharray="{dashes}"/>')
+            ends += (f'<div style="color:{run["colour"]}">{figure}: '
+                     f"{curve[0][1]:.3g} → {curve[-1][1]:.3g}</div>")
     if not paths:
         return ""
     steps, values = zip(*points)
@@ -1590,31 +1469,23 @@ aria-label="{title}"><line x2="{last}" stroke="currentColor" stroke-width="1"/>{
 def surgery(run: dict) -> str:
     """The watched pair of a run, coloured by its coefficients, once for each snapshot."""
     pair, *snapshots = run["surgery"]
-    texts = pair["trunk"] + pair["rejected"] + pair["chosen"]
-    fork, end = len(pair["trunk"]), len(pair["trunk"] + pair["rejected"])
-    parts = {"trunk": range(fork)[-MAX_SHOWN:], "y⁻": range(fork, end)[:MAX_SHOWN],
-             "y⁺": range(end, len(texts))[:MAX_SHOWN]}
-    tags = ["span"] * fork + ["del"] * (end - fork) + ["ins"] * (len(texts) - end)
-    ids = [pair[key][:MAX_SHOWN] for key in ("rejected_ids", "chosen_ids")]
-    for i, j, size in SequenceMatcher(None, *ids, autojunk=False).get_matching_blocks():
-        for k in range(size):
-            tags[fork + i + k] = tags[end + j + k] = "span"
     scale = max(1e-30, *(abs(c) for snapshot in snapshots for c in snapshot["coefficients"]))
     prompt = html.escape("".join(pair["prompt"][-MAX_SHOWN:]))
     body = f'{run["name"]}: full colour is ±{scale:.3g}<div class="tokens">{prompt}</div>'
+    fork, end = len(pair["trunk"]), len(pair["trunk"] + pair["rejected"])
     for snapshot in snapshots:
-        opened = " open" if snapshot is snapshots[0] else ""
-        body += f"<details{opened}><summary>{snapshot['step']} steps done</summary>"
+        tokens = list(zip(pair["trunk"] + pair["rejected"] + pair["chosen"],
+                          snapshot["coefficients"], snapshot["logps"]))
+        parts = {"trunk": tokens[:fork][-MAX_SHOWN:], "y⁻": tokens[fork:end][:MAX_SHOWN],
+                 "y⁺": tokens[end:][:MAX_SHOWN]}
+        body += f"<details><summary>{snapshot['step']} steps done</summary>"
         for title, part in parts.items():
             body += f'{title}<div class="tokens">'
-            for i in part:
-                coefficient, logp = snapshot["coefficients"][i], snapshot["logps"][i]
+            for text, coefficient, logp in part:
                 colour = "#1f88cf" if coefficient < 0 else "#e0690a"
                 opacity = round(160 * abs(coefficient) / scale)
-                weight = ";font-weight:bold" if logp < -3 else ""
-                text = html.escape(texts[i]).replace("\n", "↵\n")
-                body += (f'<{tags[i]} style="background:{colour}{opacity:02x}{weight}" '
-                         f'title="{coefficient:.3g}, {logp:.3g}">{text}</{tags[i]}>')
+                body += (f'<span style="background:{colour}{opacity:02x}" title="{coefficient:.3g},'
+                         f' {logp:.3g}">{html.escape(text)}</span>')
             body += "</div>"
         body += "</details>"
     return f"<div>{body}</div>"
@@ -1622,28 +1493,23 @@ def surgery(run: dict) -> str:
 
 def report(folders: list, out: str, note: str = ""):
     """Write one HTML file of run folders and finished evaluations, with `note`, a text."""
-    common = os.path.commonpath([os.path.dirname(os.path.realpath(folder)) for folder in folders])
     runs, names, tables, body = [], "", "", ""
     for folder in folders:
-        name = html.escape(os.path.relpath(os.path.realpath(folder), common))
+        name = html.escape(folder)
         if os.path.exists(os.path.join(folder, "metrics.jsonl")):
-            run = {"name": name, "colour": COLOURS[len(runs) % 6]}
-            for log in ("metrics", "eval", "kl", "surgery"):
-                run[log] = data.read_log(os.path.join(folder, f"{log}.jsonl"))
+            run = {log: data.read_log(os.path.join(folder, f"{log}.jsonl"))
+                   for log in ("metrics", "eval", "kl", "surgery")}
+            run |= {"name": name, "colour": COLOURS[len(runs) % len(COLOURS)]}
             runs.append(run)
             options = read_json(os.path.join(folder, "config.json"))["options"]
             shown = ", ".join(f"{key} {options.get(key)}" for key in ("loss", "lr", "beta"))
             names += f'<div style="color:{run["colour"]}">{name}: {html.escape(shown)}</div>'
-        elif os.path.exists(os.path.join(folder, "results.md")):
-            with open(os.path.join(folder, "results.md"), encoding="utf-8") as f:
-                tables += f"<h3>{name}</h3><pre>{html.escape(f.read())}</pre>"
         else:
-            raise UserError(f"{folder}: no run (metrics.jsonl) and no evaluation (results.md)")
+            table = results_table(read_json(os.path.join(folder, "results.json")))
+            tables += f"<h3>{name}</h3><pre>{html.escape(table)}</pre>"
     if runs:
         charts = "".join(line_chart(title, figures, runs) for title, figures in CHARTS.items())
-        body += f"""<p>Look first at the rewards, where r⁺ should rise above 0 and stay above r⁻,
-then at the coloured pair: a surgical update leaves the trunk, both answers' start, pale.</p>
-{names}<h2>Before → after</h2><div class="grid">{charts}</div>"""
+        body += f'{names}<h2>Before → after</h2><div class="grid">{charts}</div>'
     if note:
         body += f"<pre>{html.escape(note)}</pre>"
     if tables:
@@ -1652,8 +1518,8 @@ then at the coloured pair: a surgical update leaves the trunk, both answers' sta
     if watched:
         body += f"""<h2>Surgery on one pair</h2><p>Open a step: the update after it raises the
 probability of <b>blue</b> tokens and lowers that of <b>orange</b> ones, by the coefficient
-∂L/∂log p. <del>Struck</del>: not in y⁺; <ins>underlined</ins>: not in y⁻; bold: log p is below −3.
-Point at a token for its coefficient and log p.</p><div class="grid">{watched}</div>"""
+∂L/∂log p; a surgical one leaves the trunk, both answers' start, pale. Point at a token for its
+coefficient and log p.</p><div class="grid">{watched}</div>"""
     write_text(out, [PAGE % body])
 
 
@@ -1662,7 +1528,6 @@ Point at a token for its coefficient and log p.</p><div class="grid">{watched}</
 @dataclass
 class EvalOptions(SamplingOptions):
     """sample and score benchmarks (the default)"""
-
     tasks: str = option("", f"comma-separated: {', '.join(TASKS)}, or NAME=FILE.jsonl (required)")
     data: str = option("data/eval", "folder of NAME.jsonl files")
     samples: int = option(0, "answers per question; 0: the paper's number")
@@ -1670,36 +1535,67 @@ class EvalOptions(SamplingOptions):
     show: int = option(0, "print the first answers to that many questions of each task, graded")
 
 
+@dataclass
+class CompareOptions:
+    """two finished evaluations side by side"""
+    a: str = option("", "--out of one evaluation (required)")
+    b: str = option("", "--out of another (required)")
+
+
+@dataclass
+class RetentionOptions:
+    """how far a model went from its base"""
+    model: str = option("", "checkpoint folder (required)")
+    base: str = option("", "the model before training (required)")
+    texts: str = option("", 'JSONL with "text", or a pair file: its y+ (required)')
+    template: str = option("", "chat template, whatever the file says", ("", "hybrid", "instruct"))
+    max_length: int = option(4096, "tokens of a text")
+    dtype: str = option("bfloat16", "of both models", ("float32", "bfloat16"))
+
+
+@dataclass
+class ReportOptions:
+    """runs and evaluations as one HTML file"""
+    out: str = option("report.html", "file to write")
+    runs: tuple = ()  # folders, given without a flag
+
+
 def run_evaluation(o: EvalOptions, ranks: Ranks):
-    """`eval.py evaluate`, from options to files."""
+    """Sample and score tasks. o.out/TASK/raw-*.jsonl keeps every answer; results.json is {task:
+    `score_task`'s figures}, those of earlier calls too, and results.md their table."""
     with ranks.together():
         tasks = [load_task(spec.strip(), o.data) for spec in o.tasks.split(",")]
-        if len({task.name for task in tasks}) < len(tasks):
-            raise UserError(f"--tasks is {o.tasks!r}: each once expected")
-        tasks = [replace(task, rows=task.rows[:o.limit or None]) for task in tasks]
         policy = open_policy(o, ranks.device)
     settings = {"command": "eval", "seed": o.seed, "asked": identity(policy, o),
                 "sampling": asdict(o.sampling)}
     claim_folder(o.out, settings, ranks, policy)
-    evaluate(policy, tasks, o.out, o.sampling, ranks, o.samples, o.seed)
-    if ranks.main and o.show:
-        for task in tasks:
-            records = read_answers(os.path.join(o.out, task.name))
-            for name, messages, gold in task.rows[:o.show]:
-                record = records.get(request_for(f"{name}/0", messages, None).key, {})
-                text = record.get("text", "")
-                verdict = record.get("error") or task.grade(text, gold)
-                print(f"\n--- {task.name} {name}: question\n{messages[-1]['content']}\n--- answer\n"
-                      f"{text}\n--- gold: {gold}\n--- verdict: {verdict}")
+    for task in tasks:
+        task = replace(task, rows=task.rows[:o.limit or None])
+        requests = [request_for(f"{name}/{i}", messages, o.seed) for name, messages, _ in task.rows
+                    for i in range(o.samples or task.samples)]
+        with ranks.together():
+            for _ in sample(policy, requests, f"{o.out}/{task.name}", o.sampling, ranks, task.name):
+                pass  # each answer is in the log
+        ranks.main_only(write_results, task, policy, o, ranks)
 
 
-def run_comparison(o, ranks: Ranks):
-    """`eval.py compare`."""
-    ranks.main_only(lambda: print(compare_runs([o.a, o.b])))
+def write_results(task, policy, o, ranks):
+    """Score a task that was sampled; add it to the folder's results."""
+    path = os.path.join(o.out, "results.json")
+    results = read_json(path) if os.path.exists(path) else {}
+    records = read_answers(os.path.join(o.out, task.name))
+    result = results[task.name] = score_task(task, records, o.samples or task.samples, o.show)
+    if isinstance(policy, Server) and policy.refused:
+        result["refused"] = list(policy.refused)  # keys of the request
+    write_json(path, results)
+    table = results_table(results)
+    write_text(os.path.join(o.out, "results.md"), [table, "\n"])
+    shown = [f"{name} {percent(*x)}" for name, x in result["metrics"].items()]
+    ranks.say(f"{task.name}: {', '.join(shown)}, cut off {percent(result['cut off'])}, unanswered "
+              f"{result['unanswered']}\n{table}")
 
 
-def run_retention(o, ranks: Ranks):
-    """`eval.py retention`, from options to figures."""
+def run_retention(o: RetentionOptions, ranks: Ranks):
     with ranks.together():
         dtype = getattr(torch, o.dtype)
         model, base = (open_local_model(folder, dtype, ranks.device, template=o.template)
@@ -1707,66 +1603,40 @@ def run_retention(o, ranks: Ranks):
         a, b = ((m.model.config.vocab_size, m.chat.tokenizer.get_vocab()) for m in (model, base))
         if a != b:
             raise UserError("--model and --base differ in tokenizer or number of tokens: no KL")
-        sequences, summary = read_sequences(o.texts, base.chat, o.max_length)
-        ranks.say(summary)
+        sequences, counts = read_sequences(o.texts, base.chat, o.max_length)
+        ranks.say(f"{o.texts}: {len(sequences)} texts {dict(counts) or ''}")
         figures = retention(model.model, base.model, sequences, ranks)
     if ranks.main:
         print(json.dumps(figures))
 
 
-def run_report(o, ranks: Ranks):
-    """`eval.py report`."""
-    ranks.main_only(report, o.runs, o.out)
-    ranks.say(f"written: {o.out}")
-
-
-# A command that samples: what it runs, its options, the required ones.
-COMMANDS = {"evaluate": (run_evaluation, EvalOptions, ("out", "tasks"))}
-POSITIVE = ("workers", "request_timeout", "tries", "max_tokens", "batch_size", "timeout")
-
-
-def add_tools(subparsers):
-    """The commands that sample nothing."""
-    compare = subparsers.add_parser("compare", help="two finished evaluations side by side")
-    compare.add_argument("--a", required=True, help="--out of one evaluation")
-    compare.add_argument("--b", required=True, help="--out of another")
-    drift = subparsers.add_parser("retention", help="how far a model went from its base")
-    drift.add_argument("--model", required=True, help="checkpoint folder")
-    drift.add_argument("--base", required=True, help="the model before training")
-    drift.add_argument("--texts", required=True, help='JSONL with "text", or a pair file: its y+')
-    drift.add_argument("--template", default="", choices=("", "hybrid", "instruct"),
-                       help="chat template, whatever the file says")
-    drift.add_argument("--max_length", type=int, default=4096, help="tokens of a text [4096]")
-    drift.add_argument("--dtype", default="bfloat16", help="float32 or bfloat16 [bfloat16]",
-                       choices=("float32", "bfloat16"))
-    page = subparsers.add_parser("report", help="runs and evaluations as one HTML file")
-    page.add_argument("runs", nargs="+", help="folders of runs or evaluations")
-    page.add_argument("--out", default="report.html", help="file to write [report.html]")
-    for tool, run in (compare, run_comparison), (drift, run_retention), (page, run_report):
-        tool.set_defaults(run=run, record=argparse.Namespace, required=())
+# A command: what it runs, its options, the required ones.
+COMMANDS = {"evaluate": (run_evaluation, EvalOptions, ("out", "tasks")),
+            "compare": (lambda o, ranks: ranks.main_only(compare_runs, (o.a, o.b)),
+                        CompareOptions, ("a", "b")),
+            "retention": (run_retention, RetentionOptions, ("model", "base", "texts")),
+            "report": (lambda o, ranks: ranks.main_only(report, o.runs, o.out), ReportOptions, ())}
 
 
 def parse_command(argv: list, commands: dict = COMMANDS, description: str = __doc__) -> tuple:
     """(what to run, its options); raises UserError listing every problem at once."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    subparsers = parser.add_subparsers(required=True)
-    for name, (run, record, required) in commands.items():
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    for name, (_, record, _) in commands.items():
         subparser = subparsers.add_parser(name, help=record.__doc__, allow_abbrev=False)
-        subparser.set_defaults(run=run, record=record, required=required)
         add_options(subparser, record)
-    if commands is COMMANDS:
-        add_tools(subparsers)
-        if argv and argv[0] not in (*subparsers.choices, "-h", "--help"):
-            argv = ["evaluate", *argv]
+        if record is ReportOptions:
+            subparser.add_argument("runs", nargs="+", help="folders of runs or evaluations")
+    if "evaluate" in commands and argv and argv[0] not in (*commands, "-h", "--help"):
+        argv = ["evaluate", *argv]
     given = vars(parser.parse_args(argv))
-    run, record, required = (given.pop(key) for key in ("run", "record", "required"))
+    run, record, required = commands[given.pop("command")]
     o = record(**given)
     problems = [f"--{name} is required" for name in required if not getattr(o, name)]
     for name, value in given.items():
-        least = 1 if name in POSITIVE else 0
-        if isinstance(value, int | float) and not value >= least:  # nor is NaN
-            problems.append(f"--{name} is {value}, at least {least} expected")
+        if isinstance(value, int | float) and value < 0:
+            problems.append(f"--{name} is {value}, 0 or more expected")
     if isinstance(o, SamplingOptions):
         o.given = tuple(given)
         problems += check_sampling_options(o)

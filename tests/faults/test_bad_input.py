@@ -31,7 +31,6 @@ CELLS = [  # the command, what is broken, what the message must match
     ("train", second_line("pairs.jsonl", b'{"prompt": "caf\xe9"}'), "line 2: .*byte 0xe9"),
     ("train", flip("held.jsonl.gz", 40), "held.jsonl.gz: cannot be read: "),
     # questions, errors, functions, texts
-    ("elicit", second_row("questions.jsonl", id="n0"), "line 2: the id 'n0' again"),
     ("rectify", second_row("errors.jsonl", original_answer=5), "line 2: 'original_answer': a str"),
     ("rectify", holds("mine.py", b"def mend(item): 1"), "defines no|KeyError: 'fix'"),
     ("retention", second_row("texts.jsonl", text=5), "line 2: 'text': a string expected, found in"),
@@ -62,7 +61,7 @@ CELLS = [  # the command, what is broken, what the message must match
     ("again", replaced("a/settings.json", b'"seed": 0', b'"seed": 5'), "seed was 5, now 0"),
     ("again", second_row("tasks/own.jsonl", question="x"), "is not among the questions given"),
     ("compare", gone("b/results.json"), "b/results.json is missing"),
-    ("report", gone("run/metrics.jsonl"), r"run: no run \(metrics.jsonl\) and no evaluation"),
+    ("report", gone("run/metrics.jsonl"), "run/results.json is missing"),
 ]
 
 
