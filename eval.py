@@ -628,7 +628,7 @@ KEYWORDS = {*FUNCTIONS, *OPERATIONS, *CONSTANTS, "sqrt", "infty"}
 BINDING = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 4, "!": 5}
 SIGN, ATOM = 3, 5  # how tightly a sign binds, -x^2 is -(x^2), and what an operand is
 FACTOR_START = re.compile(r"""[^\W\d_]|["([{⌊⌈]""").match  # x of 2x; 2 3 is no product
-# Variables are (low to high) / denominator; (-1)^(n + m) needs whole numbers of all parities.
+# Variables are (low to high) / denominator, of every size and sign; (-1)^n needs whole numbers.
 POINTS = [(1, 996, 997), (900, 1100, 997), (998, 9000, 997), (99_000, 990_000, 997),
           (-9000, -998, 997), *[(-2500, 2500, 997)] * 3, *[(1, 10, 1)] * 12]
 
