@@ -737,7 +737,7 @@ def compute(tokens):
 # --- grading: answers, and whether two are the same -----------------------------------------------
 
 UNIT = re.compile(  # an operand, then its unit: 9.8 "m / "s ^ 2, but not 5 "cm - 3
-    r'((?:.*? )??[^" ]*[\w)\]}!⌋⌉]) ("\S+(?: (?:"\S+|\^(?: [{-])* \d+(?: \})?|[*/(){}]))*)')
+    r'((?:.*? )??[^" ]*[\w)\]}!⌋⌉]) (\(? ?"\S+(?: (?:"\S+|\^(?: [{-])* \d+(?: \})?|[*/(){}]))*)')
 ROUNDED = re.compile(r"[+-]? ?[0.]*[1-9](\.?\d){5,}")  # six or more digits
 
 
