@@ -46,23 +46,14 @@ from tqdm import tqdm
 import data
 import model as qwen
 from data import UserError, read_json, write_json, write_text
-from model import Ranks, add_options, close_ranks, open_ranks, option, start_program
+from model import (LocalModel, Ranks, Sampling, add_options, close_ranks, open_local_model,
+                   open_ranks, option, start_program)
 
 # --- sampling: requests, and who answers them -----------------------------------------------------
 
 LAST_LINE = r"Therefore, the final answer is: $\boxed{ANSWER}$."
 INSTRUCTION = ("Solve the following problem step by step. End with this line, ANSWER replaced by "
                f"your final answer:\n{LAST_LINE}\n\n{{question}}")
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are sampled; the defaults are the paper's. None: left to the server."""
-
-    temperature: float = 0.7  # 0: greedy
-    top_p: float = 0.8
-    top_k: int = 20  # 0: off
-    max_tokens: int = 32768
 
 
 @dataclass
@@ -81,28 +72,6 @@ def request_for(name: str, messages: list, seed: int | None) -> Request:
         own_seed = hashlib.sha256(f"{seed} {name} {digest}".encode()).digest()
         seed = int.from_bytes(own_seed[:4], "little") >> 1
     return Request(f"{name} {digest}", messages, seed)
-
-
-@dataclass
-class LocalModel:
-    """A model in this process (under torchrun: a whole one in every process) with its tokenizer."""
-
-    model: qwen.Qwen3
-    chat: data.Chat
-    end: set  # ids that end an answer
-    batch_size: int = 32
-
-
-def open_local_model(folder: str, dtype, device, batch_size: int = 32, template: str = ""):
-    """A LocalModel of a checkpoint folder. <|im_end|> and generation_config.json end answers."""
-    chat = data.load_chat(folder, qwen.read_config(folder).vocab_size, template)
-    end, path = {chat.im_end}, os.path.join(folder, "generation_config.json")
-    if os.path.exists(path):
-        ids = read_json(path).get("eos_token_id")
-        if isinstance(ids, int):
-            ids = [ids]
-        end.update(ids or [])
-    return LocalModel(qwen.load_model(folder, dtype, device), chat, end, batch_size)
 
 
 @dataclass
@@ -262,11 +231,10 @@ def read_answers(folder: str, keys=None) -> dict:
 
 
 def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks,
-           title: str = "sampling", at_once: int = 10**9):
+           title: str = "sampling"):
     """Yield the records of requests: those of earlier starts from the log, then this rank's new.
 
     policy    a LocalModel, a Server, or a function from a Request to a record
-    at_once   a LocalModel's records come after so many requests each
     records   {"key", "text", "finish", "tokens"} or {"key", "error"}
 
     Each answer is added to folder/raw-RANK.jsonl as it comes; the same call asks what is missing or
@@ -296,8 +264,12 @@ def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks
     with bar:
         yield from answers.values()
         if isinstance(policy, LocalModel):
-            for start in range(0, len(todo), at_once):
-                yield from answer_locally(policy, todo[start:start + at_once], sampling, keep)
+            prompts, seeds = [policy.chat.prompt(r.messages) for r in todo], [r.seed for r in todo]
+            for index, ids, ended in qwen.generate(policy.model, prompts, seeds, sampling,
+                                                   policy.end, policy.batch_size):
+                text, finish = policy.chat.tokenizer.decode(ids), "stop" if ended else "length"
+                yield keep(todo[index], {"text": text, "finish": finish,
+                                         "tokens": len(ids) + ended})
         elif isinstance(policy, Server):
             yield from ask_in_parallel(policy, todo, sampling, keep)
         else:
@@ -319,21 +291,6 @@ def ask_in_parallel(server: Server, requests: list, sampling: Sampling, keep):
         raise
     finally:  # Ctrl-C and errors do not wait
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def answer_locally(local: LocalModel, requests: list, sampling: Sampling, keep) -> list:
-    """Records by the model in this process; keep(request, record) logs each as it ends."""
-    records = []
-
-    def on_done(index, ids, ended):
-        text, finish = local.chat.tokenizer.decode(ids), "stop" if ended else "length"
-        record = {"text": text, "finish": finish, "tokens": len(ids) + ended}
-        records.append(keep(requests[index], record))
-
-    prompts = [local.chat.prompt(r.messages) for r in requests]
-    qwen.generate(local.model, prompts, [r.seed for r in requests], **asdict(sampling),
-                  end=local.end, batch_size=local.batch_size, on_done=on_done)
-    return records
 
 
 @dataclass

@@ -31,7 +31,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import UserError, listed, read_json, write_json
+from data import Chat, UserError, listed, load_chat, read_json, write_json
 from loss import linear_logps
 
 # MKL picks a function's kernel on its first call; two threads at once may get one that is up to
@@ -258,20 +258,28 @@ class Row:
     ids: list = field(default_factory=list)  # sampled so far
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; the defaults are the paper's. None: left to a server."""
+
+    temperature: float = 0.7  # 0: greedy
+    top_p: float = 0.8  # of the top_k tokens the fewest that sum to it stay
+    top_k: int = 20  # so many most likely tokens stay; 0: all
+    max_tokens: int = 32768
+
+
 @torch.no_grad()
-def generate(model: Qwen3, prompts, seeds, *, max_tokens, temperature=0.7, top_p=0.8, top_k=20,
-             end=(), batch_size=32, on_done=None) -> list:
-    """Continue every prompt by sampling with a whole model; temperature 0 is greedy.
+def generate(model: Qwen3, prompts, seeds, sampling: Sampling, end=(), batch_size=32):
+    """Continue every prompt by sampling with a whole model.
 
     prompts  lists of token ids, none empty; seeds: an int >= 0 a prompt; end: ids that end a sample
-    top_k    so many most likely tokens stay, 0: all; top_p: of them the fewest that sum to top_p
-    on_done  called as on_done(index, ids, ended) as soon as a sample is finished
-    returns  (ids, ended) a prompt: ids without the end token; ended False: max_tokens cut it off
+    yields   (index of the prompt, ids, ended) of each sample that is finished: ids without the end
+             token; ended False: max_tokens cut it off
 
     Each sample has a generator, a cache and a prefill of its own: batch size, neighbours and rank
     change it by rounding alone, on a CPU in fp32 not at all (MKL). Raises UserError.
     """
-    results, rows, started = [None] * len(prompts), [], 0
+    rows, started = [], 0
     while rows or started < len(prompts):
         hidden = [decode(model, rows)] if rows else []
         while started < len(prompts) and len(rows) < batch_size:
@@ -286,17 +294,19 @@ def generate(model: Qwen3, prompts, seeds, *, max_tokens, temperature=0.7, top_p
         if not logits.amax(-1).isfinite().all():
             raise UserError("cannot sample: the model's logits are not finite")
         uniforms = torch.tensor([row.random.random() for row in rows], dtype=torch.float64)
-        tokens = sample(logits, uniforms.to(logits.device), temperature, top_p, top_k).tolist()
+        tokens = sample(logits, uniforms.to(logits.device), sampling.temperature, sampling.top_p,
+                        sampling.top_k).tolist()
+        unfinished = []
         for row, token in zip(rows, tokens):
-            ended = token in end
-            if not ended:
-                row.ids.append(token)
-            if ended or len(row.ids) == max_tokens:
-                results[row.index] = (row.ids, ended)
-                if on_done:
-                    on_done(row.index, row.ids, ended)
-        rows = [row for row in rows if results[row.index] is None]
-    return results
+            if token in end:
+                yield row.index, row.ids, True
+                continue
+            row.ids.append(token)
+            if len(row.ids) == sampling.max_tokens:
+                yield row.index, row.ids, False
+            else:
+                unfinished.append(row)
+        rows = unfinished
 
 
 def prefill(model, prompt):
@@ -422,6 +432,28 @@ def load_model(folder: str, dtype=torch.float32, device="cpu") -> Qwen3:
         model = Qwen3(read_config(folder)).to(dtype)
     load_weights(model, folder, device)
     return model
+
+
+@dataclass
+class LocalModel:
+    """A model in this process (under torchrun: a whole one in every process) with its tokenizer."""
+
+    model: Qwen3
+    chat: Chat
+    end: set  # ids that end an answer
+    batch_size: int = 32
+
+
+def open_local_model(folder: str, dtype, device, batch_size: int = 32, template: str = ""):
+    """A LocalModel of a checkpoint folder. <|im_end|> and generation_config.json end answers."""
+    chat = load_chat(folder, read_config(folder).vocab_size, template)
+    end, path = {chat.im_end}, f"{folder}/generation_config.json"
+    if os.path.exists(path):
+        ids = read_json(path).get("eos_token_id")
+        if isinstance(ids, int):
+            ids = [ids]
+        end.update(ids or [])
+    return LocalModel(load_model(folder, dtype, device), chat, end, batch_size)
 
 
 @torch.no_grad()

@@ -172,9 +172,9 @@ def rectify(items: list, out, oracle, encode, ranks: Ranks, prompt="correct", ma
         return {"text": text, "finish": "stop", "tokens": 0}
 
     judge = partial(judge_correction, encode, prompt, by_function, max_change_ratio)
-    policy, at_once = call if by_function else oracle, 512 if target else 10**9
+    policy = call if by_function else oracle
     with ranks.together():
-        for record in sample(policy, requests, out, sampling, ranks, "rectifying", at_once):
+        for record in sample(policy, requests, out, sampling, ranks, "rectifying"):
             if target and judge(asked[record["key"]], record)[0] == "pairs":
                 pairs += 1
                 if pairs == target:

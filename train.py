@@ -15,6 +15,7 @@ begins a run. On several nodes start this on each, and again on one that died; a
 """
 
 import argparse
+import contextlib
 import fcntl
 import glob
 import hashlib

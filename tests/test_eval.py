@@ -100,7 +100,7 @@ def test_a_server_gives_the_same(alone, talker, sets, tmp_path, ask):
     own = evaluation.open_local_model(str(talker), torch.float32, "cpu")
 
     def behave(body, attempt):
-        (found,) = qwen.generate(own.model, [own.chat.prompt(body["messages"])], [0], temperature=0,
+        (found,) = tiny.generate(own.model, [own.chat.prompt(body["messages"])], [0], temperature=0,
                                  max_tokens=body["max_tokens"], end=own.end)
         answer = completion(own.chat.tokenizer.decode(found[0]), "stop" if found[1] else "length")
         answer["usage"]["completion_tokens"] = len(found[0]) + found[1]

@@ -1,6 +1,7 @@
 """model.generate against transformers' generate and warpers, and itself in other batches."""
 
 import random
+from dataclasses import asdict
 from unittest import mock
 
 import pytest
@@ -53,8 +54,8 @@ def test_greedy_equals_transformers(tmp_path, monkeypatch, shape):
     assert {e for _, e in wanted} >= {True} and wanted[2] == ([], True)
     for cells in (256, 4):  # 4: caches grow again and again
         monkeypatch.setattr(qwen, "CELLS", cells)
-        assert qwen.generate(ours, prompts, [0] * 6, **settings) == [(row, False) for row in free]
-        assert qwen.generate(ours, prompts, [0] * 6, end=end, **settings) == wanted
+        assert tiny.generate(ours, prompts, [0] * 6, **settings) == [(row, False) for row in free]
+        assert tiny.generate(ours, prompts, [0] * 6, end=end, **settings) == wanted
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "top_p": 1, "top_k": 0},
@@ -63,18 +64,18 @@ def test_a_sample_depends_on_its_seed_and_prompt_alone(ours, settings):
     prompts = make_prompts([7, 1, 40, 3, 250, 2, 130] * 2, seed=1)
     seeds = [*range(5, 11), 2**63, *range(11, 17), 2**64]
     more = {"max_tokens": 30, "end": set(range(6)), **settings}
-    wanted = qwen.generate(ours, prompts, seeds, batch_size=1, **more)
+    wanted = tiny.generate(ours, prompts, seeds, batch_size=1, **more)
     assert len({tuple(ids) for ids, _ in wanted}) == 14  # each prompt twice, with other seeds
     assert {e for _, e in wanted} == {True, False}
     for batch_size in (3, 16, 64):
-        assert qwen.generate(ours, prompts, seeds, batch_size=batch_size, **more) == wanted
+        assert tiny.generate(ours, prompts, seeds, batch_size=batch_size, **more) == wanted
     order = list(range(14))
     random.Random(0).shuffle(order)
     part = order[:9]  # as another rank would have them
-    found = qwen.generate(ours, [prompts[i] for i in part], [seeds[i] for i in part],
+    found = tiny.generate(ours, [prompts[i] for i in part], [seeds[i] for i in part],
                           batch_size=5, **more)
     assert found == [wanted[i] for i in part]
-    other = qwen.generate(ours, prompts, [s + 100 for s in seeds], batch_size=16, **more)
+    other = tiny.generate(ours, prompts, [s + 100 for s in seeds], batch_size=16, **more)
     assert sum(a != b for a, b in zip(other, wanted)) >= 13
 
 
@@ -109,7 +110,7 @@ def test_sampling_inverts_transformers_distribution_function(vocab, scale, setti
 @pytest.mark.parametrize("batch_size", [2, 6])
 def test_a_long_sample_holds_up_nobody_and_memory_follows_the_rows(ours, monkeypatch, batch_size):
     """One row goes on for long; 30 shorter ones pass through the other slots meanwhile."""
-    finished, vacant, decode = [], [], qwen.decode
+    vacant, decode = [], qwen.decode
 
     def watched(model, rows):
         hidden = decode(model, rows)
@@ -118,15 +119,16 @@ def test_a_long_sample_holds_up_nobody_and_memory_follows_the_rows(ours, monkeyp
     monkeypatch.setattr(qwen, "CELLS", 4)
     monkeypatch.setattr(qwen, "decode", watched)
     prompts = make_prompts([8] * 31)
-    settings = {"max_tokens": 2000, "temperature": 1, "top_k": 0, "top_p": 1, "end": set(range(9))}
-    alone = qwen.generate(ours, prompts, range(31), batch_size=31, **settings)
+    sampling = qwen.Sampling(max_tokens=2000, temperature=1, top_k=0, top_p=1)
+    alone = tiny.generate(ours, prompts, range(31), end=set(range(9)), batch_size=31,
+                          **asdict(sampling))
     first = max(range(31), key=lambda i: len(alone[i][0]))
     order = [first] + [i for i in range(31) if i != first]
     with mock.patch.object(qwen, "sample", wraps=qwen.sample) as sample:
-        found = qwen.generate(ours, [prompts[i] for i in order], order, batch_size=batch_size,
-                              on_done=lambda *x: finished.append(x), **settings)
-    assert found == [alone[i] for i in order] and not any(vacant)
-    assert sorted(finished) == [(i, *x) for i, x in enumerate(found)] and finished[0][0] != 0
+        finished = list(qwen.generate(ours, [prompts[i] for i in order], order, sampling,
+                                      set(range(9)), batch_size))
+    found = [(ids, ended) for _, ids, ended in sorted(finished)]
+    assert found == [alone[i] for i in order] and not any(vacant) and finished[0][0] != 0
     lengths = [len(ids) + ended for ids, ended in found]
     assert 100 < lengths[0] < 2000
     free = [0] * batch_size  # when each slot is free: the next prompt takes the first
@@ -140,4 +142,4 @@ def test_logits_that_are_not_finite_are_no_text(tmp_path):
     model.norm.weight.data[3] = float("nan")
     for temperature in (0, 0.7):
         with pytest.raises(UserError, match="logits are not finite"):
-            qwen.generate(model, [[1, 2]], [0], max_tokens=3, temperature=temperature)
+            tiny.generate(model, [[1, 2]], [0], max_tokens=3, temperature=temperature)

@@ -281,7 +281,7 @@ def test_contradictory_options_are_refused():
     for command, expected, *messages in (
             ("elicit", 2, "--out is required", "--questions is required", "exactly one of --model"),
             (f"rectify --errors e --model m {rest}", 2, "--model, --server, --function expected"),
-            (f"elicit --questions q --workers 0 {rest}", 2, "--workers is 0"),
+            (f"elicit --questions q --workers -1 {rest}", 2, "--workers is -1"),
             (f"rectify --errors e {rest}", 1, "--tokenizer is required")):
         code, err = run(*command.split())
         assert code == expected and all(message in err for message in messages), err

@@ -7,6 +7,7 @@ import torch
 import data
 import eval as evaluation
 import launch
+import tiny
 import model as qwen
 import train
 
@@ -71,7 +72,7 @@ def greedy(folder, questions):
     """Texts by our own sampler."""
     policy = evaluation.open_local_model(str(folder), torch.float32, torch.device("cpu"))
     prompts = [policy.chat.prompt([{"role": "user", "content": text}]) for text in questions]
-    done = qwen.generate(policy.model, prompts, [0] * len(prompts), max_tokens=40, temperature=0,
+    done = tiny.generate(policy.model, prompts, [0] * len(prompts), max_tokens=40, temperature=0,
                          end=[policy.chat.im_end])
     return [policy.chat.tokenizer.decode(ids) for ids, _ in done]
 

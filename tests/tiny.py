@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import data
+import model as qwen
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 TRL = importlib.util.find_spec("trl")  # gpu.py does without: it names its template by an option
@@ -60,6 +61,12 @@ def logits(model, tokens):
     positions = torch.arange(length, device=tokens.device)
     hidden = model.hidden_states(tokens, positions, [(0, length, length, length)])
     return model.norm(hidden) @ model.head_weight().T
+
+
+def generate(model, prompts, seeds, *, end=(), batch_size=32, **sampling):
+    """[(ids, ended), ...] of qwen.generate, in the order of the prompts."""
+    finished = qwen.generate(model, prompts, seeds, qwen.Sampling(**sampling), end, batch_size)
+    return [(ids, ended) for _, ids, ended in sorted(finished)]
 
 
 def write_pairs(path, count=24, seed=0):

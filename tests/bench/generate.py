@@ -26,9 +26,9 @@ def run_ours(model, prompts, end, a, seed):
     """(tokens, steps)."""
     seeds = [seed * len(prompts) + i for i in range(len(prompts))]
     with mock.patch.object(qwen, "sample", wraps=qwen.sample) as sample:
-        answers = qwen.generate(model, prompts, seeds, max_tokens=a.max_tokens, end=end,
-                                batch_size=a.batch_size, **SAMPLING)
-    return sum(len(ids) + ended for ids, ended in answers), sample.call_count
+        sampling = qwen.Sampling(max_tokens=a.max_tokens, **SAMPLING)
+        answers = list(qwen.generate(model, prompts, seeds, sampling, end, a.batch_size))
+    return sum(len(ids) + ended for _, ids, ended in answers), sample.call_count
 
 
 def run_transformers(hf, prompts, end, a, seed):

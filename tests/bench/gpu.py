@@ -277,7 +277,7 @@ def generation(sizes, report):
         tiny.write_checkpoint(folder)
         on_cpu, own = (qwen.load_model(folder, FP32, place) for place in ("cpu", sizes.device))
     prompts = [rng.integers(265, size=n).tolist() for n in rng.integers(5, 200, size=count)]
-    answers = qwen.generate(own, prompts, range(count), max_tokens=longest, temperature=0)
+    answers = tiny.generate(own, prompts, range(count), max_tokens=longest, temperature=0)
     for prompt, (ids, _) in zip(prompts, answers):
         with torch.no_grad():
             best = tiny.logits(on_cpu, torch.tensor(prompt + ids)).argmax(-1)
@@ -286,7 +286,7 @@ def generation(sizes, report):
 
     own = qwen.Qwen3(sizes.narrow).to(sizes.device, BF16)
     common.fill(own)
-    generate = functools.partial(qwen.generate, own, prompts, max_tokens=longest)
+    generate = functools.partial(tiny.generate, own, prompts, max_tokens=longest)
     generate(range(count))
     took = seconds(generate, range(count))
     report(f"{count} answers of {longest} tokens", count * longest / took, "tokens/s")
