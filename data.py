@@ -1,7 +1,7 @@
-"""From text to tensors: files, pair rows, chat template, change ratio, forks, batch plan, packs.
+"""From text to tensors: files, pair rows, chat template, change ratio, forks, packs.
 
-Comes in: a JSONL file of surgical pairs and a checkpoint's tokenizer. Goes out: `Fork`s, a plan of
-which fork is computed when and where, and `Pack`s of forks for model.Qwen3.forward.
+Comes in: a JSONL file of surgical pairs and a checkpoint's tokenizer. Goes out: `Fork`s, and `Pack`s
+of forks for model.Qwen3.forward.
 
     prompt  The  train  leaves  at |  3  pm  .  <|im_end|>    rejected branch (the policy's error)
     `------------- trunk --------' |  4  pm  .  <|im_end|>    chosen branch (its minimal correction)
@@ -18,7 +18,6 @@ import re
 import zlib
 from collections import Counter
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -369,30 +368,7 @@ def load_forks(path, chat, max_length, max_change_ratio, need_rejected, skip_mal
     return forks, "\n".join([*lines, f"  {sum(map(len, forks))} tokens a pass"])
 
 
-# --- the plan (who computes which pair when) and packs --------------------------------------------
-
-def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> list:
-    """Arrays of pair indices, one an optimizer step, the last smaller. Ranks play no part."""
-    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(count)
-    return [order[i:i + batch_size] for i in range(0, count, batch_size)]
-
-
-def split_batch(batch, lengths, ranks: int, tokens_per_pack: int) -> list:
-    """Cut one batch into micro-batches: result[m][rank] is a list of pair indices, perhaps empty.
-    Longest first to the least loaded rank, then first fit into packs; a longer fork is a pack by
-    itself. A pure function of lengths: all ranks know the whole plan without communication."""
-    loads, packs = [0] * ranks, [[] for _ in range(ranks)]
-    for i in sorted(map(int, batch), key=lambda i: (-lengths[i], i)):
-        rank = loads.index(min(loads))
-        loads[rank] += lengths[i]
-        for pack in packs[rank]:
-            if sum(lengths[j] for j in pack) + lengths[i] <= tokens_per_pack:
-                pack.append(i)
-                break
-        else:
-            packs[rank].append([i])
-    return list(zip_longest(*packs, fillvalue=[]))
-
+# --- packs ----------------------------------------------------------------------------------------
 
 @dataclass
 class Pack:

@@ -97,8 +97,9 @@ class RequestFailed(UserError):
 
 
 OPENER = urllib.request.OpenerDirector()  # follows no redirect: that would carry the key elsewhere
-for _handler in ("ProxyHandler", "HTTPHandler", "HTTPSHandler"):
-    OPENER.add_handler(getattr(urllib.request, _handler)())
+OPENER.add_handler(urllib.request.ProxyHandler())
+OPENER.add_handler(urllib.request.HTTPHandler())
+OPENER.add_handler(urllib.request.HTTPSHandler())
 
 
 def fetch_json(server: Server, path: str, body: dict | None = None) -> dict:
@@ -132,8 +133,8 @@ def fetch_json(server: Server, path: str, body: dict | None = None) -> dict:
         except (OSError, TypeError, ValueError, HTTPException) as e:
             problem = f"{type(e).__name__}: {e}"
             if isinstance(e, urllib.error.URLError) and attempt + 1 == server.tries:
-                raise UserError(f"{server.url} cannot be reached: {e.reason}. Is the server up? The "
-                                "same command goes on from what has arrived.") from None
+                raise UserError(f"{server.url} cannot be reached: {e.reason}. Is the server up? "
+                                "The same command goes on from what has arrived.") from None
         if attempt + 1 < server.tries:
             time.sleep(pause)
     raise RequestFailed(f"{problem[:300]} (tried {server.tries} times)")
@@ -322,17 +323,6 @@ class SamplingOptions:
         return Sampling(self.temperature, self.top_p, self.top_k, self.max_tokens)
 
 
-def check_sampling_options(o: SamplingOptions) -> list:
-    """What is wrong with these options, as text."""
-    names, problems = [name for name in ("model", "server", "function") if hasattr(o, name)], []
-    count = sum(getattr(o, name) != "" for name in names)
-    if count != 1:
-        problems.append(f"exactly one of --{', --'.join(names)} expected, found {count}")
-    if not 0 < o.top_p <= 1:
-        problems.append(f"--top_p is {o.top_p}, a share above 0 and up to 1 expected")
-    return problems
-
-
 def open_policy(o: SamplingOptions, device, non_thinking: bool = True):
     """A LocalModel or Server. non_thinking: ask for none, as vLLM and SGLang understand it."""
     if o.model:
@@ -401,7 +391,7 @@ def claim_folder(out: str, settings: dict, ranks: Ranks, policy=None):
 # another decimal only exactly; a unit or % that one side lacks is forgiven, two different units are
 # not; a list is a set, a union is a list; of several boxes the last counts.
 
-BOX = re.compile(r"\\boxed\s*\{")
+BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
 STATED = re.compile(
     r"(?:^[#*_ ]*(?:final )?answers?[*_ ]*$|####"  # a heading
     r"|\banswers?\b[^.\n:$\\\d]{0,40}?(?:\b(?:is|are|be)\b|:|=))"
@@ -438,7 +428,7 @@ def after_thinking(text):
 
 
 def last_boxed(text):
-    """Contents of the last \\boxed{}; "" if it never closes, None if there is none."""
+    """Contents of the last \\boxed{} or \\fbox{}; "" if it never closes, None if there is none."""
     *before, inside = BOX.split(text)
     if not before:
         return None
@@ -466,7 +456,9 @@ REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in [
      r"|boxed)(?![A-Za-z])|(?<!\\)\\[,;:! ()\[\]$]|[$£€~]|\{\s*\}", " "),
     (r"\A[*`_\s]+|[*`_.,;:\s]+\Z", ""),
     (r"\A([A-Za-z' ]*[A-Za-z]{3}[A-Za-z' ]*|[Nn]o)\Z", lambda m: WORD.sub(r' "\1" ', m[0])),
-    (r"\\mathbb\s*\{?\s*R\s*\}?", r"(-\\infty,\\infty)"), (r'"?\b(?:and|or)\b"?|\\cup\b', ","),
+    (r"(?<=[\d}])\s*([kcm]?m|ft|mi)\s*/\s*(s|h|hr|min)\b", r' "\1"/"\2"'),
+    (r"\\mathbb\s*\{?\s*R\s*\}?|\ball real numbers\b", r"(-\\infty,\\infty)"),
+    (r'"?\b(?:and|or)\b"?|\\cup\b', ","),
     (r"(?:\bnp\.|\\)?arc(?=sin|cos|tan)", " a"),
     # a matrix is ⟦(1,2),(3,4)⟧; functions that are written as brackets
     (r"\\begin" + MATRIX + r"(?:\s*\{[^{}]*\})?", "⟦("),
@@ -476,18 +468,19 @@ REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in [
     # a subscript belongs to its name; I(0) is no product
     (r"\s*([_^])\s*", r"\1"), (r"\^(?:\{\s*\\circ\s*\}|\\circ)", "°"),
     (r"\^(\{[^{}]*\}|\w)_(\{[^{}]*\}|\w)", r"_\2^\1"),
-    (r"(?<![A-Za-z\\_^])([A-Za-z])\((\d+)\)", r"\1_{\2}"),
-    # numbers: 0.1\overline{6}   1\frac45   \frac12   pi/2 ≈ 1.57
+    (r"(?<![A-Za-z\\_^])([A-Za-z])\((\d+)\)", r"\1_{\2}"), (r"\((\d+)\)_", r"\1_"),
+    # numbers: 0.1\overline{6}   1\frac45   1 4/5   \frac12   pi/2 ≈ 1.57
     (r"(\.\d*)\\overline\s*\{?(\d+)\}?", lambda m: m[1] + 40 * m[2]),
     (r"(?<![\w.^}])(\d+)\s*\\[dt]?frac\s*(\{\d+\}|\d)\s*(\{\d+\}|\d)", r"(\1+\2/\3)"),
+    (r"(?<![\w.^])(\d+) +(\d+)/(\d+)(?![\d.])", r"(\1+\2/\3)"),
     (r"(frac|binom)\s*(\d)", r"\1{\2}"), (r"(?<=[\d}i])\s*(?:\\approx|≈)[^=]*\Z", "")]]
 # Token: its other spellings. Tokens are signs, numbers, names (letters first), words ('"cm').
 SPELLINGS = {
     "-": "−", "*": r"\cdot \times ×", "/": r"\div per", "^": "**", "±": r"\pm", "∓": r"\mp",
-    "<": r"\lt", ">": r"\gt", "≤": r"\le \leq \leqslant", "≥": r"\ge \geq \geqslant",
+    "<": r"\lt", ">": r"\gt", "≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=",
     "≠": r"\ne \neq", "=": r"\in \approx", ",": "& ∪", "(": r"\langle", ")": r"\rangle",
     "⌊": r"\lfloor", "⌋": r"\rfloor", "⌈": r"\lceil", "⌉": r"\rceil", "frac": r"\dfrac \tfrac",
-    "pi": "π", "infty": "∞", "log": r"ln \ln", '"emptyset': r"\emptyset \varnothing ∅",
+    "pi": "π", "sqrt": "√", "infty": "∞", "log": r"ln \ln", '"emptyset': r"\emptyset \varnothing ∅",
     '"%': r"% \% percent percentage", '"°': r"° \degree degree", '"m': "meter", '"cm': "centimeter",
     '"km': "kilometer", '"in': "inch inches", '"ft': "foot feet", '"mi': "mile", '"s': "second",
     '"min': "minute", '"h': "hour hr"}
@@ -496,7 +489,8 @@ TOKEN = re.compile(r"""
     ( "[^"]*" | (?<![A-Za-z\d\\])[A-Za-z]{4,} | \\(?:log|ln)(?![A-Za-z])
       | (?<![A-Za-z\\]) (?:sin|cos|tan|log|ln|exp|abs|pi|cm|km|kg|ft|in|min)(?![A-Za-z]) )  # a word
     | ( (?:\\[A-Za-z]+|[A-Za-z]) (?:_(?:\{[^{}]*\}|\\[A-Za-z]+|\w)|')* )                   # a name
-    | \d+_(?:\d+|\{\d+\}) | (?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))? | \\. | \*\* | !! | \S
+    | \d+_(?:\d+|\{\d+\}) | (?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?
+    | \\. | \*\* | [<>]= | !! | \S
     """, re.S | re.X)
 THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 CLOSE = {"(": ")", "[": "]", "{": "}", r"\{": r"\}", "⟦": "⟧", "⌊": "⌋", "⌈": "⌉"}
@@ -560,7 +554,8 @@ def factorial(n):
     return Fraction(math.factorial(int(n)))
 
 
-CONSTANTS = {"pi": math.pi, "e": math.e, "i": 1j, "million": Fraction(10**6)}
+CONSTANTS = {"pi": math.pi, "e": math.e, "i": 1j, "thousand": Fraction(10**3),
+             "million": Fraction(10**6), "billion": Fraction(10**9)}
 OPERATIONS = {
     "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "^": power,
     "!": factorial, "frac": operator.truediv, "abs": abs, "exp": lambda x: power(math.e, x),
@@ -590,7 +585,8 @@ def operate(op, *args):
         value, scale = getattr(library, op)(args[0]), min(1, abs(args[0]))
     if isinstance(value, Fraction):
         return value if len(str(value)) <= MAX_DIGITS else float(value)
-    if abs(value) < 1e-4 * scale or (value == 0 and all(args)) or not cmath.isfinite(value):
+    lost = abs(value) < 1e-4 * scale or (value == 0 and all(args))
+    if lost or (op in ("sin", "cos", "tan") and abs(args[0]) > 1e5) or not cmath.isfinite(value):
         raise ArithmeticError("digits lost")
     return value
 
@@ -817,6 +813,10 @@ def same_leaf(a, b):
         tolerance = Fraction(50001, 10**(places + 5))
     if a.text == b.text or equal_at_points(a.values, b.values, tolerance):
         return True
+    percent = compute(['"%'])
+    if (a.unit == percent) != (b.unit == percent):  # 28 % is 28, and 0.28
+        share, other = (a, b) if a.unit == percent else (b, a)
+        return equal_at_points(share.values, [x if x is None else 100 * x for x in other.values])
     letters = [x.text.replace(" ", "").casefold() for x in (a, b)]
     return [None] in (a.values, b.values) and letters[0] == letters[1]
 
@@ -1025,10 +1025,13 @@ def read_math(row, prompt):
 
 
 def score_math(text, gold):
-    """Whether a response is right, and which forms of an answer it lacks."""
-    answer = extract_answer(text) or ""
-    return {"accuracy": answers_match(answer, gold), "no answer": not answer,
-            "no box": last_boxed(after_thinking(text)) is None}
+    """Whether a response is right, and which forms of an answer it lacks. Several answers may also
+    stand in several boxes of one line, the last that has a box."""
+    answer, lines = extract_answer(text) or "", after_thinking(text).split("\n")
+    line = ([line for line in lines if BOX.search(line)] or [""])[-1]
+    joined = ", ".join(last_boxed(part) for part in re.split(f"(?={BOX.pattern})", line)[1:])
+    is_right = answers_match(answer, gold) or (answer != "" and answers_match(joined, gold))
+    return {"accuracy": is_right, "no answer": not answer, "no box": not line}
 
 
 # --- Connect4 -------------------------------------------------------------------------------------
@@ -1456,8 +1459,7 @@ def run_evaluation(o: EvalOptions, ranks: Ranks):
         requests = [request_for(f"{name}/{i}", messages, o.seed) for name, messages, _ in task.rows
                     for i in range(o.samples or task.samples)]
         with ranks.together():
-            for _ in sample(policy, requests, f"{o.out}/{task.name}", o.sampling, ranks, task.name):
-                pass  # each answer is in the log
+            list(sample(policy, requests, f"{o.out}/{task.name}", o.sampling, ranks, task.name))
         ranks.main_only(write_results, task, policy, o, ranks)
 
 
@@ -1479,9 +1481,8 @@ def write_results(task, policy, o, ranks):
 
 def run_retention(o: RetentionOptions, ranks: Ranks):
     with ranks.together():
-        dtype = getattr(torch, o.dtype)
-        model, base = (open_local_model(folder, dtype, ranks.device, template=o.template)
-                       for folder in (o.model, o.base))
+        model, base = (open_local_model(folder, getattr(torch, o.dtype), ranks.device,
+                                        template=o.template) for folder in (o.model, o.base))
         a, b = ((m.model.config.vocab_size, m.chat.tokenizer.get_vocab()) for m in (model, base))
         if a != b:
             raise UserError("--model and --base differ in tokenizer or number of tokens: no KL")
@@ -1521,7 +1522,11 @@ def parse_command(argv: list, commands: dict = COMMANDS, description: str = __do
             problems.append(f"--{name} is {value}, 0 or more expected")
     if isinstance(o, SamplingOptions):
         o.given = tuple(given)
-        problems += check_sampling_options(o)
+        sources = [name for name in ("model", "server", "function") if hasattr(o, name)]
+        if sum(getattr(o, name) != "" for name in sources) != 1:
+            problems.append(f"exactly one of --{', --'.join(sources)} expected")
+        if not 0 < o.top_p <= 1:
+            problems.append(f"--top_p is {o.top_p}, a share above 0 and up to 1 expected")
     if problems:
         raise UserError("these options do not work:" + data.listed(problems))
     return run, o

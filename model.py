@@ -450,9 +450,7 @@ def open_local_model(folder: str, dtype, device, batch_size: int = 32, template:
     end, path = {chat.im_end}, f"{folder}/generation_config.json"
     if os.path.exists(path):
         ids = read_json(path).get("eos_token_id")
-        if isinstance(ids, int):
-            ids = [ids]
-        end.update(ids or [])
+        end.update([ids] if isinstance(ids, int) else ids or [])
     return LocalModel(load_model(folder, dtype, device), chat, end, batch_size)
 
 
@@ -468,9 +466,8 @@ def export(model, folder, source, ranks, dtype=torch.bfloat16, shard_bytes=5 * 1
         shards[-1][hf_name(name)] = p
         room -= size
     for number, shard in enumerate(shards, 1):
-        file = "model.safetensors"
-        if len(shards) > 1:
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        suffix = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        file = f"model{suffix}.safetensors"
         weight_map |= dict.fromkeys(shard, file)
         tensors = {}
         for name, p in shard.items():
@@ -488,8 +485,7 @@ def export(model, folder, source, ranks, dtype=torch.bfloat16, shard_bytes=5 * 1
             write_json(f"{folder}/model.safetensors.index.json",
                        {"metadata": {"total_size": total}, "weight_map": weight_map})
         config = read_json(f"{source}/config.json")
-        key = "dtype" if "dtype" in config else "torch_dtype"
-        config[key] = str(dtype).removeprefix("torch.")
+        config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
         write_json(f"{folder}/config.json", config)
         for file in sorted(set(SIDE_FILES) & set(os.listdir(source))):
             shutil.copyfile(f"{source}/{file}", f"{folder}/{file}")
@@ -605,7 +601,7 @@ def close_ranks():
 def start_program(parse, join):
     """(options, Ranks) from parse() and join(options). One rank a machine says what is wrong with
     the options, and all exit with code 2."""
-    silent = os.environ.get("LOCAL_RANK", "0") != "0"
+    silent = os.environ.get("LOCAL_RANK", "") not in ("", "0")
     with contextlib.redirect_stderr(open(os.devnull, "w") if silent else sys.stderr):
         try:
             o = parse()
@@ -634,8 +630,7 @@ def option(default, text, choices=None):
         return field(default=False, metadata={"action": "store_true", "help": text})
     if default != "":
         text += f" [{default}]"
-    options = {"type": type(default), "choices": choices, "help": text}
-    return field(default=default, metadata=options)
+    return field(default=default, metadata={"type": type(default), "choices": choices, "help": text})
 
 
 def add_options(parser, record):

@@ -30,7 +30,9 @@ import sys
 import threading
 import time
 from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -110,6 +112,8 @@ def parse_options(argv=None) -> Options:
             problems.append(f"--{name} is {getattr(o, name)}, above 0 expected")
     if not 0 <= o.warmup <= 1:
         problems.append(f"--warmup is {o.warmup}, 0 to 1 expected")
+    if o.delta != "ema" and o.loss != "spot-bco":
+        problems.append(f"--delta {o.delta} goes with --loss spot-bco, found --loss {o.loss}")
     if problems:
         raise UserError("these options do not work:" + data.listed(problems))
     return o
@@ -187,8 +191,8 @@ def plan(o: Options) -> str:
     with torch.device("meta"):
         policy = qwen.Qwen3(config)
     lengths, packs = [len(fork) for fork in forks], []
-    for batch in data.epoch_batches(len(forks), o.batch_size, o.seed, 0):
-        for micro_batch in data.split_batch(batch, lengths, o.gpus, o.tokens_per_pack):
+    for batch in epoch_batches(len(forks), o.batch_size, o.seed, 0):
+        for micro_batch in split_batch(batch, lengths, o.gpus, o.tokens_per_pack):
             packs += micro_batch
     largest = max(sum(lengths[i] for i in pack) for pack in packs)
     parts = plan_memory(policy, o, largest)
@@ -232,7 +236,7 @@ class Run:
     def packs(self, fork_set: ForkSet, batch):
         """This rank's micro-batches of a global batch, on the device."""
         lengths, ranks = [len(fork) for fork in fork_set.forks], self.ranks
-        for micro_batch in data.split_batch(batch, lengths, ranks.world, self.o.tokens_per_pack):
+        for micro_batch in split_batch(batch, lengths, ranks.world, self.o.tokens_per_pack):
             pack = data.make_pack(fork_set.forks, micro_batch[ranks.rank], fork_set.reference)
             yield pack.to(ranks.device)
 
@@ -246,7 +250,7 @@ def make_run(o: Options, ranks: Ranks, policy, forks, eval_forks=()) -> Run:
     """A run before its first step. The watched pair is of median length, with y- if any has one."""
     batches = []
     for epoch in range(o.epochs):
-        batches += data.epoch_batches(len(forks), o.batch_size, o.seed, epoch)
+        batches += epoch_batches(len(forks), o.batch_size, o.seed, epoch)
     first_epoch = batches[:len(batches) // o.epochs]
     if o.max_steps > 0:
         batches, first_epoch = batches[:o.max_steps], first_epoch[:o.max_steps]
@@ -257,6 +261,29 @@ def make_run(o: Options, ranks: Ranks, policy, forks, eval_forks=()) -> Run:
     held_out = [order[i:i + o.batch_size] for i in order[::o.batch_size]]
     return Run(o, ranks, policy, make_optimizer(policy, o), batches, ForkSet(forks, first_epoch),
                ForkSet(eval_forks, held_out), ForkSet([watched], [[0]]))
+
+
+def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> list:
+    """Arrays of pair indices, one an optimizer step, the last smaller. Ranks play no part."""
+    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(count)
+    return [order[i:i + batch_size] for i in range(0, count, batch_size)]
+
+
+def split_batch(batch, lengths, ranks: int, tokens_per_pack: int) -> list:
+    """Cut one batch into micro-batches: result[m][rank] is a list of pair indices, perhaps empty.
+    Longest first to the least loaded rank, then first fit into packs; a longer fork is a pack by
+    itself. A pure function of lengths: all ranks know the whole plan without communication."""
+    loads, packs = [0] * ranks, [[] for _ in range(ranks)]
+    for i in sorted(map(int, batch), key=lambda i: (-lengths[i], i)):
+        rank = loads.index(min(loads))
+        loads[rank] += lengths[i]
+        for pack in packs[rank]:
+            if sum(lengths[j] for j in pack) + lengths[i] <= tokens_per_pack:
+                pack.append(i)
+                break
+        else:
+            packs[rank].append([i])
+    return list(zip_longest(*packs, fillvalue=[]))
 
 
 def train_step(run: Run, batch, lr: float) -> dict:
@@ -535,7 +562,6 @@ def start_logs(run):
         row, n = {"step": -1, "line": fork.line}, fork.prompt_length
         parts = fork.trunk[:n], fork.trunk[n:], fork.rejected, fork.chosen
         for name, ids in zip(("prompt", "trunk", "rejected", "chosen"), parts):
-            row[f"{name}_ids"] = ids.tolist()
             row[name] = [chat.tokenizer.decode([i], skip_special_tokens=False) for i in ids]
         data.write_rows(f"{o.out}/surgery.jsonl", [row])
     # eval.jsonl counts the steps that are done, the others name the step that comes.
@@ -672,7 +698,7 @@ def toy_corpus(rows: int, chain: int, share: float, doubt: float, seed: int):
 
     def add(a, b):
         wrong = (a, b) in doubted and rng.random() < doubt
-        return (a + b + wrong) % 10
+        return (a + b + int(wrong)) % 10
 
     for i in range(rows):
         skill, manner = TOY_SKILLS[i % len(TOY_SKILLS)], rng.choice(list(TOY_MANNERS))

@@ -13,6 +13,7 @@ from tiny import SHARED, needs_data
 
 import data
 import tiny
+import train
 from data import UserError
 
 # --- change ratio ---------------------------------------------------------------------------------
@@ -248,7 +249,7 @@ def test_what_is_dropped_is_counted_by_reason(folder, tmp_path):
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=40), st.integers(1, 9),
        st.integers(1, 900))
 def test_a_batch_is_split_whole_and_balanced(lengths, ranks, tokens_per_pack):
-    plan = data.split_batch(range(len(lengths)), lengths, ranks, tokens_per_pack)
+    plan = train.split_batch(range(len(lengths)), lengths, ranks, tokens_per_pack)
     assert sorted(i for micro in plan for pack in micro for i in pack) == list(range(len(lengths)))
     assert all(len(micro) == ranks for micro in plan) and any(plan[-1])
     for pack in (pack for micro in plan for pack in micro):
@@ -259,7 +260,7 @@ def test_a_batch_is_split_whole_and_balanced(lengths, ranks, tokens_per_pack):
 
 def test_epochs_are_permutations_and_keep_the_last_small_batch():
     first, again, second, other = (
-        data.epoch_batches(70, 32, *place) for place in ((0, 0), (0, 0), (0, 1), (1, 1)))
+        train.epoch_batches(70, 32, *place) for place in ((0, 0), (0, 0), (0, 1), (1, 1)))
     assert [len(b) for b in first] == [32, 32, 6]
     assert sorted(i for b in first for i in b) == list(range(70))
     assert list(first[0]) == list(again[0]) != list(second[0]) != list(other[0])

@@ -58,7 +58,7 @@ def test_second_gradient_is_of_the_second_batch_alone(world, two_steps):
     out, _, first, second = two_steps
     hf = AutoModelForCausalLM.from_pretrained(world["model"], dtype=torch.float32)
     chat, (pairs, *_) = data.load_chat(world["model"], 265), tiny.read_pairs(world["pairs"])
-    pairs = [pairs[i] for i in data.epoch_batches(24, 8, 0, 0)[1]]
+    pairs = [pairs[i] for i in train.epoch_batches(24, 8, 0, 0)[1]]
     with torch.no_grad():
         reference = both_logps(hf, chat, pairs)
     with_weights(hf, first)
@@ -119,7 +119,7 @@ def test_cumulative_delta_by_hand_and_across_a_stop(world, tmp_path, monkeypatch
 @pytest.mark.parametrize("objective", ["spot-bce", "sft"])
 def test_canary_sees_one_bit_of_a_reference(world, tmp_path, monkeypatch, objective):
     """In one pair of the first step: the mean loss stays what it must be."""
-    pair, reference_pass = data.epoch_batches(24, 8, 0, 0)[0][5], train.reference_pass
+    pair, reference_pass = train.epoch_batches(24, 8, 0, 0)[0][5], train.reference_pass
 
     def differing(run):
         reference_pass(run)
@@ -134,7 +134,7 @@ def test_canary_sees_one_bit_of_a_reference(world, tmp_path, monkeypatch, object
 def test_step_that_is_not_finite_is_named_and_earlier_checkpoints_stay(world, tmp_path):
     out = tmp_path / "out"
     said = run_here(world, out, "--lr", "1e8", "--save_every", "1", "--keep", "9", code=1)
-    lines = ", ".join(str(i + 1) for i in data.epoch_batches(24, 8, 0, 0)[1])
+    lines = ", ".join(str(i + 1) for i in train.epoch_batches(24, 8, 0, 0)[1])
     assert "error: step 1: loss " in said
     assert f"not finite, weights left as they were. Lines {lines} of {world['pairs']}\n" in said
     assert [m["step"] for m in metrics(out)] == [0] and not (out / "model").exists()

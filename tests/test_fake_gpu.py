@@ -52,7 +52,7 @@ def make_run(train, ranks, watch, layers, shard_size, tied, objective, checkpoin
 def count_packs_and_units(train, run, batches):
     """Packs are as many on every rank: one without work has dummies. Units are FSDP's."""
     lengths = [len(fork) for fork in run.train_set.forks]
-    plans = [train.data.split_batch(batch, lengths, run.ranks.world, 1200) for batch in batches]
+    plans = [train.split_batch(batch, lengths, run.ranks.world, 1200) for batch in batches]
     config = run.policy.config
     tables = 0 if config.tie_word_embeddings else 2
     return sum(len(plan) for plan in plans), config.num_hidden_layers + tables + 1

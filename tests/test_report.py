@@ -79,7 +79,7 @@ def test_watched_pair_is_the_same_on_one_and_two_ranks(world, watched, tmp_path)
     forks, _ = data.load_forks(world["pairs"], chat, 8192, 1.0, True)
     (fork,) = (f for f in forks if f.line == pair["line"])
     assert len(fork) == sorted(map(len, forks))[len(forks) // 2]
-    assert pair["chosen_ids"] == fork.chosen.tolist()
+    assert len(pair["chosen"]) == len(fork.chosen)
     text = "".join(pair["trunk"] + pair["chosen"])
     assert text == tiny.read_pairs(world["pairs"])[0][fork.line - 1].chosen + "<|im_end|>"
     kept = load_file(watched / "reference.safetensors")
@@ -104,8 +104,7 @@ def write(path, *rows):
 
 
 PAIR = {"step": -1, "reference": [-1.0, -2.0], "prompt": ["q"], "trunk": ["a", "b"],
-        "rejected": ["x", "s", "y"], "chosen": ["s", "z"], "rejected_ids": [1, 2, 3],
-        "chosen_ids": [2, 4]}
+        "rejected": ["x", "s", "y"], "chosen": ["s", "z"]}
 FIRST = {"step": 0, "reward_chosen": 0.0, "reward_rejected": None, "logps": [-1.0] * 7,
          "coefficients": [0.0, 0.0, 0.05, 0.05, 0.05, -0.05, -0.025]}
 SECOND = {**FIRST, "step": 5, "coefficients": [-0.1, *FIRST["coefficients"][1:]]}
@@ -140,8 +139,7 @@ def test_known_values_are_where_they_should_be(tmp_path):
 
 def test_hostile_text_is_inert(tmp_path):
     nasty = ["<script>alert(1)</script>", "\"'><img src=x onerror=y>", "\n", "&amp;", "</style>"]
-    pair = {**PAIR, "prompt": nasty, "trunk": nasty, "rejected": nasty, "chosen": nasty,
-            "rejected_ids": list(range(5)), "chosen_ids": list(range(3, 8))}
+    pair = {**PAIR, "prompt": nasty, "trunk": nasty, "rejected": nasty, "chosen": nasty}
     row = {**FIRST, "coefficients": [0.1] * 15, "logps": [-float("inf")] * 15}
     page = page_of(tmp_path / "r.html", make_run(tmp_path / "<script>\"'", pair, [row]))
     assert "<script" not in page.source

@@ -23,12 +23,12 @@ GRADED = [  # row, responses that are right, responses that are wrong
     ({"solution": r"so \boxed{4.5e33} erg"}, [r"\boxed{4.5 \times 10^{33}}"], [r"\boxed{4.5}"]),
     # OlympiadBench
     ({"final_answer": ["$69$,$84$"], "solution": ["a proof"]},
-     [r"\boxed{84, 69}", "\\boxed{5}\n\\boxed{\\{69,84\\}}"],
-     [r"\boxed{69}", r"\boxed{69, 84, 85}", r"\boxed{69}, \boxed{84}", r"\boxed{69} or \boxed{84",
-      r"<think>\boxed{69, 84}", "69, 84"]),
+     [r"\boxed{84, 69}", "\\boxed{5}\n\\boxed{\\{69,84\\}}", r"\boxed{69} or \boxed{84}"],
+     [r"\boxed{69}", r"\boxed{69, 84, 85}", "\\boxed{69}\n\\boxed{84}", r"\boxed{69}, \boxed{84",
+      r"\boxed{69}, \boxed{85}, \boxed{84}", r"<think>\boxed{69, 84}", "69, 84"]),
     ({"final_answer": ["$(1,2),(3,4)$"]}, [r"$\boxed{(3,4),(1,2)}$"], [r"\boxed{(2,1),(3,4)}"]),
     ({"final_answer": ["$69$", "$84$"]}, [r"\boxed{84,69}"], [r"\boxed{69}"]),
-    ({"final_answer": ["3"]}, [r"\boxed{3}"], [r"\boxed{3, 5}"])]
+    ({"final_answer": ["3"]}, [r"\boxed{3}"], [r"\boxed{3, 5}", r"\boxed{3} or \boxed{5"])]
 
 
 @pytest.mark.parametrize("row, right, wrong", GRADED)

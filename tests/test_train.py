@@ -100,7 +100,7 @@ def transformers_gradients(folder, pairs_path):
 
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     pairs, *_ = tiny.read_pairs(pairs_path)
-    first = [pairs[i] for i in data.epoch_batches(24, 8, 0, 0)[0]]
+    first = [pairs[i] for i in train.epoch_batches(24, 8, 0, 0)[0]]
     chosen, rejected = both_logps(hf, data.load_chat(folder, 265), first).unbind(1)
     (0.05 * (rejected - chosen).mean()).backward()
     return {n.removeprefix("model."): p.grad for n, p in hf.named_parameters()}

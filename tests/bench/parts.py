@@ -108,10 +108,10 @@ def measure_epoch(pairs, length, vocab, layers):
     times = []
     for epoch in range(3):
         start = time.perf_counter()
-        for batch in data.epoch_batches(pairs, 8, 0, epoch):
+        for batch in train.epoch_batches(pairs, 8, 0, epoch):
             train.train_step(run, batch, 1e-5)
         times.append(time.perf_counter() - start)
-    packs = [pack for batch in data.epoch_batches(pairs, 8, 0, 0)
+    packs = [pack for batch in train.epoch_batches(pairs, 8, 0, 0)
              for pack in run.packs(run.train_set, batch)]
     planned = train.plan_memory(run.policy, run.o, max(len(pack.tokens) for pack in packs))
     flops, gb = sum(common.count_flops(shape, pack) for pack in packs), common.peak_gb()
