@@ -1,7 +1,7 @@
 """From text to tensors: files, pair rows, chat template, change ratio, forks, packs.
 
-Comes in: a JSONL file of surgical pairs and a checkpoint's tokenizer. Goes out: `Fork`s, and `Pack`s
-of forks for model.Qwen3.forward.
+Comes in: a JSONL file of surgical pairs and a checkpoint's tokenizer. Goes out: `Fork`s, and
+`Pack`s of forks for model.Qwen3.forward.
 
     prompt  The  train  leaves  at |  3  pm  .  <|im_end|>    rejected branch (the policy's error)
     `------------- trunk --------' |  4  pm  .  <|im_end|>    chosen branch (its minimal correction)
@@ -229,7 +229,6 @@ TEMPLATES = {
 @dataclass
 class Chat:
     """A checkpoint's tokenizer, and how its template writes a conversation."""
-
     tokenizer: Tokenizer
     im_start: int
     im_end: int
@@ -316,7 +315,6 @@ def change_ratio(rejected, chosen) -> float:
 @dataclass
 class Fork:
     """One pair as token ids. Both branches end in <|im_end|>, so a pair's are never empty."""
-
     prompt_length: int
     trunk: np.ndarray  # prompt + common start of both answers
     rejected: np.ndarray  # the rest of y-; without y- empty, and the trunk is the prompt
@@ -373,7 +371,6 @@ def load_forks(path, chat, max_length, max_change_ratio, need_rejected, skip_mal
 @dataclass
 class Pack:
     """Forks as one sequence, `trunk | rejected | chosen | trunk | ...`, and the rows to score."""
-
     tokens: torch.Tensor  # (T,) int64
     positions: torch.Tensor  # (T,) int64; both branches continue from the trunk
     forks: list  # (start, trunk end, rejected end, chosen end) of each; without y- all is trunk

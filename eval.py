@@ -59,7 +59,6 @@ INSTRUCTION = ("Solve the following problem step by step. End with this line, AN
 @dataclass
 class Request:
     """One answer wanted. The key names it in the log; a LocalModel's chance is the seed alone."""
-
     key: str
     messages: list
     seed: int | None  # None: left to the server
@@ -77,7 +76,6 @@ def request_for(name: str, messages: list, seed: int | None) -> Request:
 @dataclass
 class Server:
     """An OpenAI-compatible chat endpoint. The key comes from the environment and is never shown."""
-
     url: str  # up to and with /v1
     model: str
     key: str = field(default="", repr=False)
@@ -297,7 +295,6 @@ def ask_in_parallel(server: Server, requests: list, sampling: Sampling, keep):
 @dataclass
 class SamplingOptions:
     """What the commands that sample share: whom to ask, and how."""
-
     out: str = option("", "folder to write; an unfinished one is completed (required)")
     model: str = option("", "ask this Qwen3 checkpoint (a folder), in this process")
     server: str = option("", "ask an OpenAI-compatible server, http://host/v1 (key OPENAI_API_KEY)")
@@ -357,8 +354,7 @@ def identity(policy, o: SamplingOptions) -> str:
     digest, folder = hashlib.sha256(), os.path.abspath(o.model)
     for name, tensor in sorted(qwen.open_tensors(folder).items()):
         digest.update(name.encode() + tensor[:1].float().numpy().tobytes())
-    name = f"{os.path.basename(folder)} {digest.hexdigest()[:16]} {o.dtype} {o.template}"
-    return name.rstrip()
+    return f"{os.path.basename(folder)} {digest.hexdigest()[:16]} {o.dtype} {o.template}"
 
 
 def claim_folder(out: str, settings: dict, ranks: Ranks, policy=None):
@@ -395,7 +391,8 @@ BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
 STATED = re.compile(
     r"(?:^[#*_ ]*(?:final )?answers?[*_ ]*$|####"  # a heading
     r"|\banswers?\b[^.\n:$\\\d]{0,40}?(?:\b(?:is|are|be)\b|:|=))"
-    r"(?:[\s:,*`_]*\b(?:thus|hence|therefore|then|simply)\b)*[\s:,*`_]*", re.I | re.M)
+    r"(?:[\s:,*`_]*\b(?:thus|hence|therefore|then|simply|just|exactly|equal to|equals|given by)"
+    r"\b)*[\s:,*`_]*", re.I | re.M)
 FORMULA = re.compile(  # one that no other formula follows: $2$ or $3$, $x$ = 5
     r"(?>\$([^$\n]+)\$|(?:\$\$|\\[(\[])(.+?)(?:\$\$|\\[)\]]))"
     r"(?!\s*(?:=|(?:,|and\b|or\b|, and\b|, or\b)\s*[$\\]))", re.S)
@@ -685,7 +682,6 @@ ROUNDED = re.compile(r"[+-]? ?[0.]*[1-9](\.?\d){5,}")  # six or more digits
 
 class Answer(NamedTuple):
     """An answer; x = 5 and 0 < x < 5 are 5 and (0, 5) with a name."""
-
     kind: str  # "leaf"; "list", in any order; its brackets, in order; "relation"
     items: list | tuple = ()  # of a list, tuple, interval or matrix
     text: str = ""  # of a leaf, without its unit; of a relation its sign: =, ≠, < or ≤
@@ -889,6 +885,7 @@ def count_sentences(text):
 
 
 def is_json(text):
+    """Whether the text is JSON, alone or in one fence of backticks."""
     try:
         json.loads(re.sub(r"(?i)\A```(?:json)?|```\Z", "", text.strip()))
     except (ValueError, RecursionError):  # RecursionError: nested too deeply
@@ -981,6 +978,7 @@ def ifeval_verdicts(response: str, instruction_ids: list, kwargs: list) -> tuple
 
 
 def read_ifeval(row, prompt):
+    """(messages, (instructions, their arguments)); raises UserError."""
     ids, kwargs = row.get("instruction_id_list"), row.get("kwargs")
     if not ids or not kwargs or len(ids) != len(kwargs):
         raise UserError("'instruction_id_list', 'kwargs': two filled lists of one length expected")
@@ -1106,6 +1104,7 @@ def choice_letter(text):
 
 
 def grade_gpqa(text, right):
+    """Whether the right letter was chosen, and whether any was."""
     letter = choice_letter(text)
     return {"accuracy": letter == right, "no answer": letter is None}
 
@@ -1115,7 +1114,6 @@ def grade_gpqa(text, right):
 @dataclass(frozen=True)
 class Task:
     """One benchmark: what is asked, how its file is read, and how an answer is scored."""
-
     name: str
     prompt: str  # the user turn; {question} is filled in
     read: object  # (row, prompt) -> (messages, gold); raises UserError that names the field
@@ -1137,6 +1135,7 @@ TASKS = {task.name: task for task in (
 
 
 def user_turn(prompt: str, question: str) -> list:
+    """The question inside the prompt, as messages."""
     return [{"role": "user", "content": prompt.replace("{question}", question)}]
 
 
@@ -1213,6 +1212,7 @@ def score_task(task: Task, records: dict, count: int, show: int = 0) -> dict:
 
 
 def percent(mean, error=None):
+    """A share from 0 to 1, and its standard error if it has one, in %."""
     return f"{100 * mean:.1f}" if error is None else f"{100 * mean:.1f} ± {100 * error:.1f}"
 
 
@@ -1308,7 +1308,6 @@ CHARTS = {  # title: LOG.FIGURE of the solid line, and of the dashed one
     "SPoT's tether: λ⁺, dashed λ⁻": ("metrics.tether_chosen", "metrics.tether_rejected"),
     "Rewards: r⁺, dashed r⁻": ("metrics.reward_chosen", "metrics.reward_rejected"),
     "Margin r⁺ − r⁻, dashed: held out": ("metrics.margin", "eval.margin"),
-    "Share of pairs with r⁺ > r⁻, dashed: held out": ("metrics.accuracy", "eval.accuracy"),
     "Loss of a pair (sft, dft: of a token), dashed: held out": ("metrics.loss", "eval.loss")}
 COLOURS = ("#1f88cf", "#d9661a", "#12936c", "#c0589a", "#94800f", "#7f78d8")  # on white and black
 MAX_SHOWN = 400  # tokens of each part of a pair
@@ -1480,6 +1479,7 @@ def write_results(task, policy, o, ranks):
 
 
 def run_retention(o: RetentionOptions, ranks: Ranks):
+    """From options to figures."""
     with ranks.together():
         model, base = (open_local_model(folder, getattr(torch, o.dtype), ranks.device,
                                         template=o.template) for folder in (o.model, o.base))

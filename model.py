@@ -46,7 +46,6 @@ for _dtype in (torch.float32, torch.float64):
 @dataclass
 class Config:
     """What varies between dense Qwen3 models, named as in config.json."""
-
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -250,7 +249,6 @@ LEAST_ROWS = 16  # MKL rounds products of fewer rows in another way: rows are fi
 @dataclass
 class Row:
     """A sample under way."""
-
     index: int  # of its prompt
     random: np.random.Generator
     cache: torch.Tensor  # (layers, 2, K, cells, d): keys and values
@@ -261,7 +259,6 @@ class Row:
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn; the defaults are the paper's. None: left to a server."""
-
     temperature: float = 0.7  # 0: greedy
     top_p: float = 0.8  # of the top_k tokens the fewest that sum to it stay
     top_k: int = 20  # so many most likely tokens stay; 0: all
@@ -437,7 +434,6 @@ def load_model(folder: str, dtype=torch.float32, device="cpu") -> Qwen3:
 @dataclass
 class LocalModel:
     """A model in this process (under torchrun: a whole one in every process) with its tokenizer."""
-
     model: Qwen3
     chat: Chat
     end: set  # ids that end an answer
@@ -512,7 +508,6 @@ class PlainLines:
 @dataclass
 class Ranks:
     """Where this process stands. "Main" is global rank 0: two nodes have two local zeros."""
-
     rank: int
     world: int
     device: torch.device
@@ -630,7 +625,7 @@ def option(default, text, choices=None):
         return field(default=False, metadata={"action": "store_true", "help": text})
     if default != "":
         text += f" [{default}]"
-    return field(default=default, metadata={"type": type(default), "choices": choices, "help": text})
+    return field(default=default, metadata=dict(type=type(default), choices=choices, help=text))
 
 
 def add_options(parser, record):

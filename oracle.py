@@ -61,7 +61,6 @@ PROMPTS = {  # {question}, {answer}, {gold} are filled for each error
 @dataclass
 class Item:
     """One question, or one wrong answer to it."""
-
     id: str
     question: str | list  # the whole user turn as it was or will be sent, or a list of messages
     gold: str
@@ -235,7 +234,6 @@ def judge_correction(encode, prompt, by_function, max_change_ratio, item, record
 @dataclass
 class ElicitOptions(SamplingOptions):
     """sample the policy's answers, sort them into right and wrong"""
-
     questions: str = option("", "JSONL: question|problem|prompt, and the gold answer (required)")
     samples: int = option(1, "answers per question")
     instruction: str = option(INSTRUCTION, "user turn around {question}; messages are sent as is")
@@ -246,7 +244,6 @@ class ElicitOptions(SamplingOptions):
 @dataclass
 class RectifyOptions(SamplingOptions):
     """have the wrong answers corrected"""
-
     errors: str = option("", "errors.jsonl of `elicit` (required)")
     tokenizer: str = option("", "the policy's folder, for the change ratio; needed without --model")
     function: str = option("", "FILE.py:NAME, a Python function as the Oracle: Item -> text")
@@ -287,7 +284,7 @@ def run_rectify(o: RectifyOptions, ranks: Ranks):
         encode = data.load_chat(folder, qwen.read_config(folder).vocab_size, o.template).encode
         if o.function:
             path, _, function = o.function.partition(":")
-            sys.path.insert(0, os.path.dirname(os.path.abspath(path)))  # it may import its neighbours
+            sys.path.insert(0, os.path.dirname(os.path.abspath(path)))  # for its own imports
             oracle = runpy.run_path(path).get(function)
             if not callable(oracle):
                 raise UserError(f"--function FILE.py:NAME: {path} defines no {function!r}")

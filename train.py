@@ -51,7 +51,6 @@ from model import Ranks, add_options, close_ranks, open_ranks, option, start_pro
 @dataclass
 class Options:
     """Defaults are the paper's (Qwen3-8B), but for the loss."""
-
     model: str = option("", "Qwen3 checkpoint folder (required)")
     pairs: str = option("", "pair file, .jsonl or .jsonl.gz (required)")
     out: str = option("", "run folder to write (required)")
@@ -209,7 +208,6 @@ STOP = threading.Event()  # set by SIGTERM; a step's all-reduce makes all ranks 
 @dataclass
 class ForkSet:
     """Pairs, and the batches (of indices) in which they are scored without gradients."""
-
     forks: list
     batches: list
     reference: torch.Tensor = None  # (N, 2) fp64, sequence_logps before training
@@ -218,7 +216,6 @@ class ForkSet:
 @dataclass
 class Run:
     """What the functions below share."""
-
     o: Options
     ranks: Ranks
     policy: torch.nn.Module

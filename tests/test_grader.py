@@ -47,7 +47,8 @@ EXTRACTED = [
     ("The final answer is: $7$. I hope it is correct.", "7"), ("answer: (B)", "(B)"),
     ("The answer is 3.5 meters. Done.", "3.5 meters"), ("My answer = 15", "15"),
     ("So the answer is simply $x+1$.", "x+1"), ("Answer: (C) 12", "(C) 12"),
-    ("Hence the answer is 0.5 because it is half.", "0.5"),
+    ("Hence the answer is exactly 0.5 because it is half.", "0.5"),
+    ("The final answer is equal to 3/4.", "3/4"),
     (r"The answer is, hence, \(\frac{1}{2}\).", r"\frac{1}{2}"),
     # formulas that belong together
     ("The final answer is $3$ and $4$.", "$3$ and $4$"), (r"Answer: \(2\), \(3\).", r"\(2\), \(3\)"),

@@ -121,9 +121,9 @@ def make_run(folder, pair=PAIR, snapshots=(FIRST, SECOND), **figures):
 
 def test_known_values_are_where_they_should_be(tmp_path):
     a = make_run(tmp_path / "a", reward_chosen=[0, 1, 2], reward_rejected=[0.0, None, -2.0])
-    b = make_run(tmp_path / "b", margin=[None] * 3, accuracy=[0.0, 1.0, 0.5])
+    b = make_run(tmp_path / "b", margin=[None] * 3, loss=[0.0, 1.0, 0.5])
     page = page_of(tmp_path / "r.html", a, b)
-    # y points down: rewards from -2 to 2 over the steps 0 to 10, none of b; accuracy, none of a
+    # y points down: rewards from -2 to 2 over the steps 0 to 10, none of b; loss, none of a
     assert page.paths() == ["M0,0L5,-1L10,-2", "M0,-0L10,2", "M0,-0L5,-1L10,-0.5"]
     boxes = [values["viewbox"] for tag, values in page.tags if tag == "svg"]
     assert boxes == ["0 -2 10 4.0", "0 -1.0 10 1.0"]
