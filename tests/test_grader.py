@@ -19,7 +19,7 @@ CASES, UNITS = (Path(__file__).with_name(f"grader_{name}.txt").read_text(encodin
 
 @pytest.mark.parametrize("line", CASES)
 def test_cases(line):
-    """Verdicts written by hand before the grader was asked: "group: one side ≡ (or ≢) the other"."""
+    """Verdicts written by hand before the grader was asked: "group: one side ≡ (or ≢) another"."""
     a, sign, b = re.fullmatch(r"[a-z ]+: (.*?) ?([≡≢]) ?(.*)", line).groups()
     assert answers_match(a, b) == answers_match(b, a) == (sign == "≡")
 
@@ -51,7 +51,8 @@ EXTRACTED = [
     ("The final answer is equal to 3/4.", "3/4"),
     (r"The answer is, hence, \(\frac{1}{2}\).", r"\frac{1}{2}"),
     # formulas that belong together
-    ("The final answer is $3$ and $4$.", "$3$ and $4$"), (r"Answer: \(2\), \(3\).", r"\(2\), \(3\)"),
+    ("The final answer is $3$ and $4$.", "$3$ and $4$"),
+    (r"Answer: \(2\), \(3\).", r"\(2\), \(3\)"),
     ("The answers are $1$, $2$, and $3$, as said", "$1$, $2$, and $3$, as said"),
     ("The answer is $x$ = 5.", "$x$ = 5"), ("The answer is $2$, because we add.", "2"),
     ("The answer is $2$ and we are done.", "2"), ("The answer is $5$ or so", "5"),
