@@ -108,7 +108,7 @@ def read_rows(path: str, parse, skip_malformed: bool = False) -> tuple[list, Cou
         raise UserError(f"{path}: cannot be read: {e}") from None
     for start, name in ((b"PAR1", "parquet"), (b"[", "json")):
         if text.lstrip().startswith(start):
-            raise UserError(f"{path} is {name}, JSON Lines expected. To convert it:\n  python -c \""
+            raise UserError(f"{path} is no JSON Lines file. To convert it:\n  python -c \""
                             f"import datasets; datasets.load_dataset('{name}', split='train', "
                             f"data_files='{path}').to_json('{path}.jsonl')\"")
     records, dropped, problems = [], Counter(), []
@@ -121,9 +121,9 @@ def read_rows(path: str, parse, skip_malformed: bool = False) -> tuple[list, Cou
         except UserError as e:
             problems.append(f"line {number}: {e}")
             dropped["malformed"] += 1
-    if problems and not skip_malformed:
-        raise UserError(f"{path}: {len(problems)} malformed rows, a JSON object a line expected "
-                        f"(some commands have --skip_malformed):{listed(problems)}")
+    if problems and not (skip_malformed and records):
+        raise UserError(f"{path}: {len(problems)} malformed rows (some commands have "
+                        f"--skip_malformed):{listed(problems)}")
     if not records and not dropped:
         raise UserError(f"{path}: the file is empty")
     return records, dropped
@@ -149,10 +149,11 @@ def parse_pair(row: dict, notes: Counter) -> tuple[list, str, str]:
     for key in NOT_RENDERED:
         if row.get(key):
             raise UserError(f"{key!r} is not rendered here: put it into a message, or remove it")
-    if row.get("is_correct", True) is not True:
+    if row.get("is_correct", True) not in (True, "True", "true"):
         raise Drop("is_correct is not true")
     notes.update(f"column {key} ignored" for key in row if key not in KNOWN)
-    first, second, chosen_key, rejected_key = OFFICIAL if OFFICIAL[2] in row else TRL
+    official = "gemini_corrected_answer" in row or "original_answer" in row
+    first, second, chosen_key, rejected_key = OFFICIAL if official else TRL
     prompt, chosen = row.get(first, row.get(second)), row.get(chosen_key)
     if prompt is None and isinstance(chosen, list):  # TRL's implicit prompt: whole conversations
         prompt = chosen[:-1]
@@ -284,7 +285,7 @@ def known_template(folder: str) -> str:
             text = f.read()
     else:
         text = str(read_json(os.path.join(folder, "tokenizer_config.json")).get("chat_template"))
-    text = text.removesuffix("\n").removesuffix("\n")  # Jinja drops one, trim_blocks the other
+    text = text.lstrip().removesuffix("\n").removesuffix("\n")  # Jinja drops one, trim_blocks one
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     if digest not in TEMPLATES:
         raise UserError(f"{folder}: unknown chat template. --template hybrid computes Qwen3's, "
@@ -373,7 +374,7 @@ class Pack:
     """Forks as one sequence, `trunk | rejected | chosen | trunk | ...`, and the rows to score."""
     tokens: torch.Tensor  # (T,) int64
     positions: torch.Tensor  # (T,) int64; both branches continue from the trunk
-    forks: list  # (start, trunk end, rejected end, chosen end) of each; without y- all is trunk
+    forks: list  # (start, trunk end, rejected end, chosen end); without y- (start, end, end, end)
     rows: torch.Tensor  # (R,) int64: where in T the token is predicted from
     targets: torch.Tensor  # (R,) int64: its id
     lengths: torch.Tensor  # (F, 3) int64: rows of trunk, rejected, chosen
@@ -398,7 +399,7 @@ def make_pack(forks: list, indices: list, reference=None) -> Pack:
         tokens += [fork.trunk, fork.rejected, fork.chosen]
         positions += [np.arange(trunk + rejected), np.arange(trunk, trunk + chosen)]
         spans.append((start, trunk_end, rejected_end, end) if rejected else (start, end, end, end))
-        # A token is predicted from the one before it, the first of y+ from the trunk's last.
+        # A token is predicted from the one before it: y- goes on from the trunk, y+ too.
         rows += [np.arange(start + fork.prompt_length - 1, rejected_end - 1), [trunk_end - 1],
                  np.arange(rejected_end, end - 1)]
         targets += [fork.trunk[fork.prompt_length:], fork.rejected, fork.chosen]

@@ -2,9 +2,8 @@
 
 Comes in:  questions as chat messages, a model in this process or behind an OpenAI-compatible
            server, benchmark files with gold answers.
-Goes out:  `sample`: every answer, kept in a log as it comes; `extract_answer`, `answers_match`: the
-           answer that a text commits itself to, and its verdict; `evaluate`: the paper's table with
-           error bars; `retention`: how far a model went from its base; `report`: one HTML file.
+Goes out:  a log of all answers, their verdicts, the paper's table with error bars; how far a model
+           went from its base; one HTML report.
 
     torchrun --nproc_per_node=8 eval.py --model runs/a/model --tasks aime24,math500 --out out/A
     python eval.py compare --a out/A --b out/B
@@ -138,16 +137,16 @@ def fetch_json(server: Server, path: str, body: dict | None = None) -> dict:
     raise RequestFailed(f"{problem[:300]} (tried {server.tries} times)")
 
 
-# What a request can do without, in this order; an error that refuses one may name others as advice.
+# Left out one at a time, in this order: an error that refuses one may name others as advice.
 OPTIONAL = ("chat_template_kwargs", "top_k", "seed", "max_tokens", "top_p", "temperature")
 
 
 def ask(server: Server, request: Request, sampling: Sampling) -> dict:
     """One chat completion: {"text", "finish": "stop" | "length", "tokens"} or {"error": why}. What
-    the server refuses and nobody gave is left out; once that is answered, for the whole run."""
+    the server refuses and nobody gave is left out, for the whole run once an answer proves it."""
     values, refused = {**asdict(sampling), "seed": request.seed, **server.extras}, server.refused
     while True:
-        named = {refused.get(key, key): value for key, value in values.items()}
+        named = {refused.get(key, key): value for key, value in values.items()}  # None: not sent
         body = {"model": server.model, "messages": request.messages, **named, **server.body}
         body = {key: value for key, value in body.items() if key and value is not None}
         try:
@@ -174,7 +173,8 @@ def find_refused(server: Server, body: dict, error: str) -> dict:
     UserError where what the user gave is refused."""
     if not error.startswith(("HTTP 400", "HTTP 422")):
         return {}
-    if "max_tokens" in body and re.search("max_completion_tokens.{0,9} instead", error):
+    renamed = re.search("max_completion_tokens.{0,9} instead", error)
+    if renamed and "max_tokens" in body.keys() - server.body.keys():
         return {"max_tokens": "max_completion_tokens"}  # the same limit, a given one too
     copied = r"""\\*["']: ?[\d{\["']"""  # "top_k": 20 in a copy of the request refuses nothing
     named = [key for key in body if re.search(rf"\b{re.escape(key)}\b(?!{copied})", error)]
@@ -182,8 +182,9 @@ def find_refused(server: Server, body: dict, error: str) -> dict:
     for key in OPTIONAL:
         if key in named and key not in given:
             return {key: None}
-    # A limit depends on the prompt: where the user's is refused, only this request fails.
-    unmet = [key for key in named if key in given and not key.startswith("max_")]
+    # Only this request fails where a limit is refused, or where the error may quote the question.
+    unmet = [key for key in named if key in given and not key.startswith("max_")
+             and key not in str(body.get("messages"))]
     if unmet:
         raise UserError(f"{server.url} refuses {', '.join(unmet)}: {error[:310]}")
     return {}
@@ -231,7 +232,7 @@ def read_answers(folder: str, keys=None) -> dict:
 
 def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks,
            title: str = "sampling"):
-    """Yield the records of requests: those of earlier starts from the log, then this rank's new.
+    """Yield records: those of earlier starts from the log, failed ones too, then this rank's new.
 
     policy    a LocalModel, a Server, or a function from a Request to a record
     records   {"key", "text", "finish", "tokens"} or {"key", "error"}
@@ -264,11 +265,10 @@ def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks
         yield from answers.values()
         if isinstance(policy, LocalModel):
             prompts, seeds = [policy.chat.prompt(r.messages) for r in todo], [r.seed for r in todo]
-            for index, ids, ended in qwen.generate(policy.model, prompts, seeds, sampling,
-                                                   policy.end, policy.batch_size):
+            for i, ids, ended in qwen.generate(policy.model, prompts, seeds, sampling, policy.end,
+                                               policy.batch_size):
                 text, finish = policy.chat.tokenizer.decode(ids), "stop" if ended else "length"
-                yield keep(todo[index], {"text": text, "finish": finish,
-                                         "tokens": len(ids) + ended})
+                yield keep(todo[i], {"text": text, "finish": finish, "tokens": len(ids) + ended})
         elif isinstance(policy, Server):
             yield from ask_in_parallel(policy, todo, sampling, keep)
         else:
@@ -285,8 +285,8 @@ def ask_in_parallel(server: Server, requests: list, sampling: Sampling, keep):
     try:
         for future in as_completed([pool.submit(answer, request) for request in requests]):
             yield future.result()
-    except GeneratorExit:  # the consumer has enough: what is under way is waited for
-        pool.shutdown(cancel_futures=True)
+    except GeneratorExit:  # the consumer has enough
+        pool.shutdown(wait=True, cancel_futures=True)
         raise
     finally:  # Ctrl-C and errors do not wait
         pool.shutdown(wait=False, cancel_futures=True)
@@ -371,8 +371,8 @@ def claim_folder(out: str, settings: dict, ranks: Ranks, policy=None):
         differ = [f"{name} was {kept.get(name)!r}, now {value!r}"
                   for name, value in settings.items() if kept.get(name) != value]
         if differ:
-            raise UserError(f"{out} is not empty and holds work with other settings: choose another"
-                            f" --out{data.listed(differ)}")
+            raise UserError(f"{out} is not empty, with other settings: choose another --out"
+                            f"{data.listed(differ)}")
         if isinstance(policy, Server):
             policy.settings = path
             policy.refused = {key: name for key, name in kept.get("refused", {}).items()
@@ -385,7 +385,7 @@ def claim_folder(out: str, settings: dict, ranks: Ranks, policy=None):
 # apart, expressions are computed at POINTS and compared: fractions exactly, floats within 1e-11.
 # Unlike math-verify: a decimal equals an exact value only as its rounding to six or more digits and
 # another decimal only exactly; a unit or % that one side lacks is forgiven, two different units are
-# not; a list is a set, a union is a list; of several boxes the last counts.
+# not; a list is a set, a union is a list; of several boxes the last counts, or all of its line.
 
 BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
 STATED = re.compile(
@@ -448,6 +448,7 @@ REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in [
     (r"\\(?:text|mbox|mathrm|operatorname)\w*\s*\{((?:[^{}]|\{[^{}]*\})*)\}",
      lambda m: WORD.sub(r' "\1" ', f" {m[1].rstrip(' .')} ")),
     (r"(?<=\d)(?:\{,\}|,\\!|\\[,! ])\s*(?=\d{3}(?!\d))", ""),  # 10{,}000   11,\! 111   1\,000
+    (r"[⁻⁰¹²³⁴-⁹]+", lambda m: "^{" + unicodedata.normalize("NFKC", m[0]) + "}"),
     # layout, marks around an answer, words outside \text{}
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits|math(?:bf|it|cal)|boldsymbol|q?quad"
      r"|boxed)(?![A-Za-z])|(?<!\\)\\[,;:! ()\[\]$]|[$£€~]|\{\s*\}", " "),
@@ -473,18 +474,19 @@ REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in [
     (r"(frac|binom)\s*(\d)", r"\1{\2}"), (r"(?<=[\d}i])\s*(?:\\approx|≈)[^=]*\Z", "")]]
 # Token: its other spellings. Tokens are signs, numbers, names (letters first), words ('"cm').
 SPELLINGS = {
-    "-": "−", "*": r"\cdot \times ×", "/": r"\div per", "^": "**", "±": r"\pm", "∓": r"\mp",
+    "-": "− –", "*": r"\cdot \times × ·", "/": r"\div ÷ per", "^": "**", "±": r"\pm", "∓": r"\mp",
     "<": r"\lt", ">": r"\gt", "≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=",
-    "≠": r"\ne \neq", "=": r"\in \approx", ",": "& ∪", "(": r"\langle", ")": r"\rangle",
+    "≠": r"\ne \neq", "=": r"\in ∈ \approx", ",": "& ∪", "(": r"\langle", ")": r"\rangle",
     "⌊": r"\lfloor", "⌋": r"\rfloor", "⌈": r"\lceil", "⌉": r"\rceil", "frac": r"\dfrac \tfrac",
-    "pi": "π", "sqrt": "√", "infty": "∞", "log": r"ln \ln", '"emptyset': r"\emptyset \varnothing ∅",
+    "pi": "π", "sqrt": "√", "infty": "∞ infinity", "log": r"ln \ln",
+    '"emptyset': r"\emptyset \varnothing ∅",
     '"%': r"% \% percent percentage", '"°': r"° \degree degree", '"m': "meter", '"cm': "centimeter",
     '"km': "kilometer", '"in': "inch inches", '"ft': "foot feet", '"mi': "mile", '"s': "second",
     '"min': "minute", '"h': "hour hr"}
 SAME = {old: new for new, olds in SPELLINGS.items() for old in olds.split()}
 TOKEN = re.compile(r"""
     ( "[^"]*" | (?<![A-Za-z\d\\])[A-Za-z]{4,} | \\(?:log|ln)(?![A-Za-z])
-      | (?<![A-Za-z\\]) (?:sin|cos|tan|log|ln|exp|abs|pi|cm|km|kg|ft|in|min)(?![A-Za-z]) )  # a word
+      | (?<![A-Za-z\\]) (?:sin|cos|tan|log|ln|exp|abs|pi|[cmk]m|kg|ft|in|mi|min|hr|mph)(?![A-Za-z]) )
     | ( (?:\\[A-Za-z]+|[A-Za-z]) (?:_(?:\{[^{}]*\}|\\[A-Za-z]+|\w)|')* )                   # a name
     | \d+_(?:\d+|\{\d+\}) | (?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?
     | \\. | \*\* | [<>]= | !! | \S
@@ -494,8 +496,7 @@ CLOSE = {"(": ")", "[": "]", "{": "}", r"\{": r"\}", "⟦": "⟧", "⌊": "⌋",
 
 
 def tokenize(text: str) -> list[str]:
-    """Canonical tokens of LaTeX or plain text, of what its box holds or its formula after prose.
-    Raises ValueError if they are too many."""
+    """Canonical tokens of LaTeX or plain text, or of its last box. ValueError: it is too long."""
     text = last_boxed(text) or text
     if len(text) > MAX_CHARS:
         raise ValueError("too long")
@@ -685,7 +686,7 @@ class Answer(NamedTuple):
     kind: str  # "leaf"; "list", in any order; its brackets, in order; "relation"
     items: list | tuple = ()  # of a list, tuple, interval or matrix
     text: str = ""  # of a leaf, without its unit; of a relation its sign: =, ≠, < or ≤
-    unit: list | tuple = ()  # its values at all points
+    unit: list | tuple = ()  # its values at all points, "m and "s being variables
     values: list | tuple = ()  # at all points; [None] of words; of a relation left minus right
     name: str = ""
 
@@ -781,8 +782,8 @@ def same_answer(a, b) -> bool:
     if a.kind != "list":
         a, b = b, a
     names = {x.name for x in a.items} - {""}
-    point = len(names) == len(a.items) > 1 and b.items and b.kind != "list"
-    if a.kind == b.kind != "list" or point:  # x = 2, y = 3 is (2, 3)
+    is_tuple = len(names) == len(a.items) > 1 and b.items and b.kind != "list"
+    if a.kind == b.kind != "list" or is_tuple:  # x = 2, y = 3 is (2, 3)
         return len(a.items) == len(b.items) and all(map(same_answer, a.items, b.items))
     if a.kind != "list":
         return False
@@ -1080,7 +1081,8 @@ CHOICES = [
     r'(?i:"answer")\s*:\s*"\(?([A-D])\)?\.?"',  # as the prompt asks for
     r"\\boxed\s*\{\s*(?:\\\w+\s*\{)?[\s($]*([A-D])\s*[}).:]",
     # "The answer is C"; not the article of "is A good one", a part of C-H, the first of two
-    r"(?i:\b(?:answer|option|choice)[*\"']*\s*(?:is|:))(?:[\s:*_\"'($\[]|\\\(|(?i:option|choice))*"
+    r"(?i:\b(?:answer|option|choice)[*\"']*\s*(?:is|:))"
+    r"(?:[\s:*_\"'($\[]|\\\(|\\text\w*\{|(?i:option|choice))*"
     r"([A-D])(?![\w'’–-]|[ \t]+(?!because\b)[a-z]|\)?\s*[,/(]\s*\(?[A-D]\b)"]
 
 
@@ -1163,7 +1165,7 @@ def load_task(spec: str, folder: str) -> Task:
         raise UserError(f"--tasks: {name!r}: {', '.join(TASKS)} or NAME=FILE.jsonl expected")
     task = TASKS.get(name) or replace(TASKS["gsm8k"], name=name)
     rows, _ = read_items(path or os.path.join(folder, f"{name}.jsonl"),
-                         lambda row, name: (name, *task.read(row, task.prompt)))
+                         lambda row, key: (key, *task.read(row, task.prompt)))
     return replace(task, rows=rows)
 
 
@@ -1183,13 +1185,13 @@ def clustered(scores: list, weights: list | None = None) -> tuple[float, float |
     return float(mean), float(np.sqrt(squares * n / (n - 1)) / weights.sum())
 
 
-def score_task(task: Task, records: dict, count: int, show: int = 0) -> dict:
-    """The figures of a task from {key: record}, `count` a question; metrics are (mean, standard
-    error). Failed requests are only counted. Prints first answers to `show` questions, graded."""
+def score_task(task: Task, records: dict, show: int = 0) -> dict:
+    """The figures of a task from {key: record}; metrics are (mean, standard error). Failed requests
+    are only counted. Prints first answers to `show` questions, graded."""
     answers, errors, scores = [], [], {}  # scores: {metric: {question: [score]}}
     for number, (name, messages, gold) in enumerate(task.rows):
-        question = request_for(name, messages, None).key
-        for i in range(count):
+        question = request_for(name, messages, None).key  # the same in both runs of `compare`
+        for i in range(task.samples):
             key = request_for(f"{name}/{i}", messages, None).key
             record = records.get(key, {"error": "not asked"})
             if "error" in record:
@@ -1204,7 +1206,7 @@ def score_task(task: Task, records: dict, count: int, show: int = 0) -> dict:
                       f"{record['text']}\n--- gold: {gold}\n--- verdict: {grades}")
     if not answers:
         raise UserError(f"{task.name}: not one answer arrived ({errors[0]:.200})")
-    return {"questions": len(task.rows), "samples": count,
+    return {"questions": len(task.rows), "samples": task.samples,
             "metrics": {metric: clustered(list(rows.values())) for metric, rows in scores.items()},
             "cut off": fmean(record["finish"] == "length" for record in answers),
             "tokens": fmean(record["tokens"] for record in answers), "unanswered": len(errors),
@@ -1446,7 +1448,7 @@ class ReportOptions:
 
 def run_evaluation(o: EvalOptions, ranks: Ranks):
     """Sample and score tasks. o.out/TASK/raw-*.jsonl keeps every answer; results.json is {task:
-    `score_task`'s figures}, those of earlier calls too, and results.md their table."""
+    `score_task`'s figures}, those of earlier calls too."""
     with ranks.together():
         tasks = [load_task(spec.strip(), o.data) for spec in o.tasks.split(",")]
         policy = open_policy(o, ranks.device)
@@ -1454,9 +1456,9 @@ def run_evaluation(o: EvalOptions, ranks: Ranks):
                 "sampling": asdict(o.sampling)}
     claim_folder(o.out, settings, ranks, policy)
     for task in tasks:
-        task = replace(task, rows=task.rows[:o.limit or None])
+        task = replace(task, rows=task.rows[:o.limit or None], samples=o.samples or task.samples)
         requests = [request_for(f"{name}/{i}", messages, o.seed) for name, messages, _ in task.rows
-                    for i in range(o.samples or task.samples)]
+                    for i in range(task.samples)]
         with ranks.together():
             list(sample(policy, requests, f"{o.out}/{task.name}", o.sampling, ranks, task.name))
         ranks.main_only(write_results, task, policy, o, ranks)
@@ -1467,15 +1469,13 @@ def write_results(task, policy, o, ranks):
     path = os.path.join(o.out, "results.json")
     results = read_json(path) if os.path.exists(path) else {}
     records = read_answers(os.path.join(o.out, task.name))
-    result = results[task.name] = score_task(task, records, o.samples or task.samples, o.show)
+    result = results[task.name] = score_task(task, records, o.show)
     if isinstance(policy, Server) and policy.refused:
         result["refused"] = list(policy.refused)  # keys of the request
     write_json(path, results)
-    table = results_table(results)
-    write_text(os.path.join(o.out, "results.md"), [table, "\n"])
     shown = [f"{name} {percent(*x)}" for name, x in result["metrics"].items()]
     ranks.say(f"{task.name}: {', '.join(shown)}, cut off {percent(result['cut off'])}, unanswered "
-              f"{result['unanswered']}\n{table}")
+              f"{result['unanswered']}\n{results_table(results)}")
 
 
 def run_retention(o: RetentionOptions, ranks: Ranks):

@@ -12,7 +12,7 @@ c = dL/d log pi that a sequence (sft, dft: a token) gets, and in nothing else:
     spot-bce, spot-bco   -beta (1 - sigma(r+ - delta))   beta sigma(r- - delta)
     dpo                  -beta (1 - sigma(r+ - r-))      -c+
     reward-sft           -beta (1 - sigma(r+))           0
-    sft, dft             -1, -pi(token)                  0
+    sft; dft             -1; -pi(token)                  0
 Rows of the shared trunk belong to both and get c+ + c-: 0 under spot-bce at r+ = r- = 0, always 0
 under dpo. A new objective is a function beside `dpo`, its name in OBJECTIVES (and the two tuples
 there), and a branch in row_coefficients: --loss then knows it.
@@ -209,7 +209,7 @@ def update_delta(delta, batch_mean, batch_pairs, seen_pairs, kind="ema") -> floa
     return (delta * seen_pairs + batch_mean * batch_pairs) / (seen_pairs + batch_pairs)
 
 
-COUNT_OF = {
+COUNT_OF = {  # what each sum is divided by; pairs are the examples with y-
     "loss": "examples", "reward_chosen": "examples", "reward_rejected": "pairs", "margin": "pairs",
     "accuracy": "pairs", "tether_chosen": "examples", "tether_rejected": "pairs",
     "trunk_coef": "trunk_rows"}
@@ -240,7 +240,7 @@ def diagnose(loss, r, delta, coefficients, lengths):
 
 
 def average(sums, objective: str) -> dict:
-    """A step's metrics from its global sums in the order of SUMS; None: there is nothing to count.
+    """A step's metrics from its global sums in the order of SUMS; None where the count is 0.
 
     loss is in nats per pair (sft, dft: per token of y+), margin r+ - r-, accuracy the share of
     pairs where that is above 0, tether_rejected sigma(r- - delta), trunk_coef the mean

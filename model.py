@@ -60,10 +60,11 @@ class Config:
 
 # Starts of keys that change no forward pass, or that read_config reads by itself.
 HARMLESS = ("_", "architectures", "initializer_range", "max_position_", "max_window_", "use_cache",
-            "rope_parameters", "rope_scaling", "sliding_window", "transformers", "unsloth_")
+            "rope_parameters", "rope_scaling", "sliding_window", "transformers", "unsloth_",
+            "id2label", "label2id", "return_dict")
 # What this file computes where a key could ask for something else.
 SUPPORTED = {"model_type": "qwen3", "hidden_act": "silu", "is_causal": True,
-             "rope_type": "default", "layer_types": ["full_attention"]}
+             "rope_type": "default", "type": "default", "layer_types": ["full_attention"]}
 
 
 def read_config(folder: str) -> Config:
@@ -76,8 +77,8 @@ def read_config(folder: str) -> Config:
     if os.path.exists(f"{folder}/adapter_config.json"):
         raise UserError(f"{folder} holds a LoRA adapter (adapter_config.json): merge it first")
     raw = {**SUPPORTED, "head_dim": 128, "tie_word_embeddings": False, **read_json(path)}
-    raw |= raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # transformers' order
-    raw["layer_types"] = sorted(set(raw["layer_types"]))
+    raw |= raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # as in transformers
+    raw["layer_types"] = sorted(set(raw["layer_types"] or ["full_attention"]))
     config, problems = Config(**{f.name: raw.pop(f.name, None) for f in fields(Config)}), []
     for f in fields(Config):
         value = getattr(config, f.name)
@@ -119,7 +120,7 @@ class Qwen3(nn.Module):
         return self.blocks(tokens, positions, lambda q, k, v, layer: fork_attention(q, k, v, forks))
 
     def blocks(self, tokens, positions, attend):
-        """The same with attend(q, k, v, layer) as the attention."""
+        """The same with attend(q, k, v, layer) as the attention; a cache needs the layer."""
         x = self.embed_tokens(tokens)
         cos, sin = rope_table(positions, self.config, x.dtype)
         for layer, block in enumerate(self.layers):
@@ -127,8 +128,7 @@ class Qwen3(nn.Module):
         return x
 
     def head_weight(self):
-        tied = self.config.tie_word_embeddings
-        return self.embed_tokens.weight if tied else self.lm_head.weight
+        return (self.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
 
 
 class Block(nn.Module):
@@ -299,7 +299,7 @@ def generate(model: Qwen3, prompts, seeds, sampling: Sampling, end=(), batch_siz
                 yield row.index, row.ids, True
                 continue
             row.ids.append(token)
-            if len(row.ids) == sampling.max_tokens:
+            if len(row.ids) >= sampling.max_tokens:
                 yield row.index, row.ids, False
             else:
                 unfinished.append(row)
@@ -491,6 +491,7 @@ def write_tensors(path: str, tensors: dict, **metadata: str):
     """A safetensors file, durable on return."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     save_file(tensors, path, metadata={"format": "pt", **metadata})
+    os.chmod(path, 0o644)  # safetensors lets only the owner read it
     with open(path, "rb") as f:
         os.fsync(f.fileno())
 
@@ -612,10 +613,14 @@ def start_program(parse, join):
 
 
 def run_and_exit(main):
-    """Run a program and end the process at once: gloo's threads sometimes abort a plain exit."""
-    code = main()
+    """Run a program and end the process at once: gloo's threads may abort a plain exit, those that
+    wait for a server would hold it up."""
+    try:
+        code = main()
+    except SystemExit as e:
+        code = e.code
     sys.stdout.flush()
-    os._exit(code)
+    os._exit(code or 0)
 
 
 def option(default, text, choices=None):

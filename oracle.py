@@ -24,9 +24,9 @@ import data
 import eval as evaluation
 import model as qwen
 from data import END, START, Drop, UserError
-from eval import (INSTRUCTION, LAST_LINE, Sampling, SamplingOptions, after_thinking, answers_match,
-                  claim_folder, extract_answer, gold_answer, identity, open_policy,
-                  question_messages, read_answers, read_items, request_for, sample)
+from eval import (INSTRUCTION, LAST_LINE, Sampling, SamplingOptions, after_thinking, claim_folder,
+                  extract_answer, gold_answer, identity, open_policy, question_messages,
+                  read_answers, read_items, request_for, sample, score_math)
 from model import Ranks, option
 
 REPAIR = f"""Below are a problem and a student's solution, which ends in a wrong answer.%s
@@ -138,7 +138,7 @@ def judge_answer(item: Item, record: dict) -> tuple:
     elif extracted is None:
         verdict = "wrong: no final answer"
     else:
-        verdict = "right" if answers_match(extracted, item.gold) else "wrong"
+        verdict = "right" if score_math(text, item.gold)["accuracy"] else "wrong"
     row = {"id": item.id, "question": item.question, "ground_truth": item.gold}
     rows = {"samples": {**row, "answer": text, "extracted_answer": extracted, "verdict": verdict,
                         "tokens": record["tokens"]}}
@@ -166,7 +166,7 @@ def rectify(items: list, out, oracle, encode, ranks: Ranks, prompt="correct", ma
     def call(request):
         try:
             text = data.check_text(oracle(asked[request.key]), "what the function returned")
-        except Exception as e:  # the user's code may raise anything
+        except (Exception, SystemExit) as e:  # the user's code may raise anything
             return {"error": f"{type(e).__name__}: {e}"}
         return {"text": text, "finish": "stop", "tokens": 0}
 
@@ -188,6 +188,7 @@ def oracle_messages(item: Item, prompt: str) -> list:
     turns = [f"{m['role']}: {m['content']}" for m in item.messages]
     question = "\n\n".join(turns) if len(turns) > 1 else item.messages[0]["content"]
     values = {"question": question, "answer": item.answer, "gold": item.gold}
+    # Not str.format: questions hold LaTeX's braces.
     filled = re.sub(r"\{(question|answer|gold)\}", lambda m: values[m[1]], PROMPTS[prompt])
     return [{"role": "user", "content": filled}]
 
@@ -216,7 +217,7 @@ def judge_correction(encode, prompt, by_function, max_change_ratio, item, record
     extracted = extract_answer(text)
     if extracted is None:
         return rejected("no final answer in the correction")
-    if not answers_match(extracted, item.gold):
+    if not score_math(text, item.gold)["accuracy"]:
         return rejected("the correction's answer is wrong")
     corrected = {"gemini_corrected_answer": text, "gemini_extracted_answer": extracted,
                  "is_correct": True}

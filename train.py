@@ -83,7 +83,7 @@ class Options:
     gpus: int = option(8, "with --plan: how many GPUs")
 
 
-# What may differ on --resume: none of it changes the curve beyond rounding.
+# What may differ on --resume (of files, the path): the curve changes by rounding alone.
 FREE = ("model", "pairs", "eval_pairs", "out", "tokens_per_pack", "checkpointing", "shard_size",
         "save_every", "save_dtype", "keep", "timeout", "resume", "plan", "gpus")
 
@@ -96,7 +96,9 @@ def parse_options(argv=None) -> Options:
     given, kept, problems = vars(parser.parse_args(argv)), {}, []
     config_path = f"{given.get('out', '')}/config.json"
     if given.get("resume") and os.path.exists(config_path):
-        kept = data.read_json(config_path).get("options", {})
+        kept = data.read_json(config_path).get("options")
+        if not kept:  # perhaps a checkpoint's
+            raise UserError(f"{config_path} belongs to no run: choose another --out")
     for name, value in given.items():
         if name not in FREE and kept.get(name, value) != value:
             problems.append(f"--{name} is {value!r}, the run in {given['out']} has {kept[name]!r}")
@@ -187,6 +189,8 @@ def plan_memory(policy, o: Options, tokens: int) -> dict:
 def plan(o: Options) -> str:
     """Memory of a step on each of --gpus GPUs, by part."""
     config, (forks, *_), log = read_inputs(o)
+    if o.gpus % (o.shard_size or o.gpus):
+        raise UserError(f"--shard_size {o.shard_size} does not divide --gpus {o.gpus}")
     with torch.device("meta"):
         policy = qwen.Qwen3(config)
     lengths, packs = [len(fork) for fork in forks], []
@@ -221,7 +225,7 @@ class Run:
     policy: torch.nn.Module
     optimizer: torch.optim.Optimizer
     batches: list  # indices of pairs, a batch an optimizer step
-    train_set: ForkSet  # batches of epoch 0: with the same packs step 0 is exact
+    train_set: ForkSet  # batches of epoch 0: step 0 has the same packs, and so is exact
     held_out: ForkSet  # perhaps of no pair
     watched: ForkSet  # of one pair, for the report; scored alone: bf16 depends on the pack
     step: int = 0  # how many are done
@@ -296,7 +300,7 @@ def train_step(run: Run, batch, lr: float) -> dict:
         row_logps.backward(coefficients / count)
         sums += pack_sums
     grad_norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), o.clip).full_tensor()
-    # Our only communication in a step, and its only wait for the GPU: the norm comes along.
+    # One reduce for all numbers, the step's only wait for the GPU; each rank adds its norm.
     stop = sums.new_full((1,), float(STOP.is_set()))
     everything = run.ranks.reduce(torch.cat([sums, stop, grad_norm.double().view(1)])).tolist()
     totals = dict(zip((*loss.SUMS, "stop", "grad_norm"), everything))
@@ -422,8 +426,8 @@ def describe_reference(run: Run) -> str:
         gaps = (nats[:, 0] - nats[:, 1]).tolist()
         worst = sorted(pairs, key=lambda i: gaps[i], reverse=True)[:10]
         worst = ", ".join(f"{forks[i].line} ({gaps[i]:+.1f})" for i in worst)
-        lines.append(f"-log pi_ref(y-): median {run.rejected_nats:.1f} nats; y+ is furthest above "
-                     f"its y- in lines {worst}")
+        lines.append(f"-log pi_ref(y-): median {run.rejected_nats:.1f} nats; y+ has most nats "
+                     f"beyond its y- in lines {worst}")
         if median > 5 * run.rejected_nats:
             lines.append("warning: y+ has more than 5 times the nats of y-: the Oracle rewrites")
     return "\n".join(lines)
@@ -488,7 +492,7 @@ def file_sha256(path) -> str:
 
 def whole_checkpoints(out) -> list:
     """Paths of a run's checkpoints, oldest first; only whole ones have this name."""
-    return sorted(glob.glob(f"{glob.escape(out)}/checkpoints/step_*"))
+    return sorted(glob.glob(f"{glob.escape(out)}/checkpoints/step_*[0-9]"))
 
 
 def load_checkpoint(run: Run, path: str):
@@ -561,7 +565,6 @@ def start_logs(run):
         for name, ids in zip(("prompt", "trunk", "rejected", "chosen"), parts):
             row[name] = [chat.tokenizer.decode([i], skip_special_tokens=False) for i in ids]
         data.write_rows(f"{o.out}/surgery.jsonl", [row])
-    # eval.jsonl counts the steps that are done, the others name the step that comes.
     for name, end in (("metrics", run.step), ("surgery", run.step), ("eval", run.step + 1)):
         path = f"{o.out}/{name}.jsonl"
         data.write_rows(path, [row for row in data.read_log(path) if row["step"] < end])
@@ -571,7 +574,7 @@ def train(o: Options, ranks: Ranks) -> int:
     """The whole run; returns the exit code: 0, or 143 where SIGTERM ended it early."""
     run = prepare(o, ranks)
     run.lock = ranks.main_only(lock_folder, o.out)
-    last = max([int(path[-6:]) for path in whole_checkpoints(o.out)], default=0)
+    last = max([int(p.rpartition("_")[2]) for p in whole_checkpoints(o.out)], default=0)
     # The same one on all ranks: a network disk may lag.
     last = int(ranks.reduce(torch.tensor(last), torch.distributed.ReduceOp.MAX))
     if last:
@@ -597,6 +600,7 @@ def train(o: Options, ranks: Ranks) -> int:
         bar.set_postfix(loss=metrics["loss"], tether_chosen=metrics["tether_chosen"], refresh=False)
         done = run.step == total
         if run.held_out.forks and (done or run.step % len(run.train_set.batches) == 0):
+            # Steps that are done; in the other logs "step" is the one that comes.
             held_out = {"step": run.step, **score_held_out(run)}
             ranks.main_only(data.append_row, f"{o.out}/eval.jsonl", held_out)
         if totals["stop"] or done or (o.save_every > 0 and run.step % o.save_every == 0):

@@ -127,7 +127,7 @@ def test_other_formats_are_named_with_a_command_that_converts_them(tmp_path, mon
     path = write(tmp_path / f"my pairs.{name}", "\n" + json.dumps([TRL, TRL], indent=2))
     if name == "parquet":
         Dataset.from_list([TRL, TRL]).to_parquet(path)
-    with pytest.raises(UserError, match=f"is {name}, JSON Lines expected") as e:
+    with pytest.raises(UserError, match="is no JSON Lines file") as e:
         tiny.read_pairs(path)
     subprocess.run(str(e.value).splitlines()[-1], shell=True, check=True)
     assert data.read_log(f"{path}.jsonl") == [TRL, TRL]

@@ -100,7 +100,7 @@ def test_attention_over_forks_equals_a_dense_mask(dtype, allowed):
 REFUSED = [
     {"model_type": "qwen3_moe"}, {"use_sliding_window": True}, {"is_causal": False},
     {"layer_types": ["full_attention", "sliding_attention"]},
-    {"rope_scaling": {"type": "yarn", "factor": 4}},
+    {"rope_scaling": {"type": "yarn", "factor": 4}}, {"rope_scaling": {"type": "dynamic"}},
     {"rope_scaling": {"rope_type": "default", "factor": 2}},
     {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "factor": 2}},
     {"rope_parameters": None}, {"quantization_config": {"bits": 4}}, {"num_experts": 8},

@@ -205,6 +205,10 @@ def test_a_refused_limit_in_body_fails_its_requests_and_no_more(body):
         code, err = elicit(server, "--body", json.dumps(body))
     assert code == 1 and "all 6 requests failed" in err and "is too large: 1000000" in err
     assert len(server.requests) == 6
+    with strict(openai) as server:  # which wants another name for what the user gave
+        code, err = elicit(server, "--body", '{"max_tokens": 9, "temperature": null, "top_p": null, '
+                           '"seed": null}', "--out", "other")
+    assert code == 1 and "all 6 requests failed" in err and "'max_tokens' is not supported" in err
 
 
 def test_a_server_that_repeats_itself_ends_no_request_in_a_loop():
@@ -229,9 +233,9 @@ def test_one_forbidden_question_ends_no_run():
     with strict(refuse) as server:
         code, err = score(server)
     assert code == 0, err
-    with open("scores/results.md", encoding="utf-8") as f:
-        assert "(5 unanswered)" in f.read()
-    assert read_json("scores/results.json")["sums"]["questions"] == 6
+    results = read_json("scores/results.json")
+    assert "(5 unanswered)" in evaluation.results_table(results)
+    assert results["sums"]["questions"] == 6
 
 
 @pytest.mark.parametrize("listing", [
@@ -292,8 +296,11 @@ def test_a_key_is_dropped_for_the_run_only_where_the_request_then_passes():
     def refuse(body):
         if "3 + 3" in body["messages"][-1]["content"]:
             return 400, {"error": {"message": f"Not allowed by our policy: {QUESTION}"}}
+    rows = data.read_log("q.jsonl")
+    data.write_rows("q.jsonl", [{**row, "question": row["question"] + " What temperature?"}
+                                for row in rows])
     with strict(refuse) as server:
-        code, err = elicit(server)
+        code, err = elicit(server, "--temperature", 0.7)  # given, and in the question
     assert code == 0 and "refuses" not in err, err
     assert "refused" not in read_json("errors/settings.json")
     assert read_json("errors/summary.json")["request failed"] == 1

@@ -237,6 +237,9 @@ def test_resume_refuses_options_that_change_the_curve(world, tmp_path):
     with pytest.raises(UserError, match="--beta is 0.5, the run in .* has 0.1"):
         train.parse_options(["--resume", "--out", str(tmp_path / "run"), "--beta", "0.5"])
     assert train.parse_options(["--resume", "--out", str(tmp_path / "run")]).batch_size == 8
+    for out in (world["model"], tmp_path / "run/model"):  # a checkpoint is no run to go on with
+        with pytest.raises(UserError, match="belongs to no run"):
+            train.parse_options(["--resume", "--out", str(out)])
 
 
 def test_more_ranks_than_gpus_names_both_ways_out(monkeypatch):
