@@ -456,12 +456,12 @@ REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in [
     (r"\A([A-Za-z' ]*[A-Za-z]{3}[A-Za-z' ]*|[Nn]o)\Z", lambda m: WORD.sub(r' "\1" ', m[0])),
     (r"(?<=[\d}])\s*([kcm]?m|ft|mi)\s*/\s*(s|h|hr|min)\b", r' "\1"/"\2"'),
     (r"\\mathbb\s*\{?\s*R\s*\}?|\ball real numbers\b", r"(-\\infty,\\infty)"),
-    (r'"?\b(?:and|or)\b"?|\\cup\b', ","),
+    (r'"?\b(?:and|or)\b"?|\\cup\b', ","), (r"[µμ]", r"\\mu "), (r'\\mu\s*(?=")', '"mu" '),
     (r"(?:\bnp\.|\\)?arc(?=sin|cos|tan)", " a"),
     # a matrix is ⟦(1,2),(3,4)⟧; functions that are written as brackets
     (r"\\begin" + MATRIX + r"(?:\s*\{[^{}]*\})?", "⟦("),
     (r"(?:\\\\\s*)?\\end" + MATRIX, ")⟧"), (r"\\\\", "),("),
-    (r"(?:\||\\[lr]vert\b)(.*?)(?:\||\\[lr]vert\b)", r" abs(\1)"),
+    (r"(?:\||\\[lr]?vert\b)(.*?)(?:\||\\[lr]?vert\b)", r" abs(\1)"),
     (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
     # a subscript belongs to its name; I(0) is no product
     (r"\s*([_^])\s*", r"\1"), (r"\^(?:\{\s*\\circ\s*\}|\\circ)", "°"),
@@ -479,7 +479,7 @@ SPELLINGS = {
     "≠": r"\ne \neq", "=": r"\in ∈ \approx", ",": "& ∪", "(": r"\langle", ")": r"\rangle",
     "⌊": r"\lfloor", "⌋": r"\rfloor", "⌈": r"\lceil", "⌉": r"\rceil", "frac": r"\dfrac \tfrac",
     "pi": "π", "sqrt": "√", "infty": "∞ infinity", "log": r"ln \ln",
-    '"emptyset': r"\emptyset \varnothing ∅",
+    '"emptyset': r"\emptyset \varnothing ∅", '"AA': r"\AA Å",
     '"%': r"% \% percent percentage", '"°': r"° \degree degree", '"m': "meter", '"cm': "centimeter",
     '"km': "kilometer", '"in': "inch inches", '"ft': "foot feet", '"mi': "mile", '"s': "second",
     '"min': "minute", '"h': "hour hr"}
