@@ -477,8 +477,8 @@ SPELLINGS = {
     "-": "− –", "*": r"\cdot \times × ·", "/": r"\div ÷ per", "^": "**", "±": r"\pm", "∓": r"\mp",
     "<": r"\lt", ">": r"\gt", "≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=",
     "≠": r"\ne \neq", "=": r"\in ∈ \approx", ",": "& ∪", "(": r"\langle", ")": r"\rangle",
-    "⌊": r"\lfloor", "⌋": r"\rfloor", "⌈": r"\lceil", "⌉": r"\rceil", "frac": r"\dfrac \tfrac",
-    "pi": "π", "sqrt": "√", "infty": "∞ infinity", "log": r"ln \ln",
+    "⌊": r"\lfloor", "⌋": r"\rfloor", "⌈": r"\lceil", "⌉": r"\rceil",
+    "pi": "π", "sqrt": "√", "infty": "∞ infinity", "log": r"ln \ln", "frac": r"\dfrac \tfrac \cfrac",
     '"emptyset': r"\emptyset \varnothing ∅", '"AA': r"\AA Å",
     '"%': r"% \% percent percentage", '"°': r"° \degree degree", '"m': "meter", '"cm': "centimeter",
     '"km': "kilometer", '"in': "inch inches", '"ft': "foot feet", '"mi': "mile", '"s': "second",
@@ -486,7 +486,7 @@ SPELLINGS = {
 SAME = {old: new for new, olds in SPELLINGS.items() for old in olds.split()}
 TOKEN = re.compile(r"""
     ( "[^"]*" | (?<![A-Za-z\d\\])[A-Za-z]{4,} | \\(?:log|ln)(?![A-Za-z])
-      | (?<![A-Za-z\\]) (?:sin|cos|tan|log|ln|exp|abs|pi|[cmk]m|kg|ft|in|mi|min|hr|mph)(?![A-Za-z]) )
+      | (?<![A-Za-z\\]) (?:sin|cos|tan|log|ln|exp|abs|pi|[cmk]m|kg|ft|in|mi|min|hr|mph)(?![A-Za-z]))
     | ( (?:\\[A-Za-z]+|[A-Za-z]) (?:_(?:\{[^{}]*\}|\\[A-Za-z]+|\w)|')* )                   # a name
     | \d+_(?:\d+|\{\d+\}) | (?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?
     | \\. | \*\* | [<>]= | !! | \S
@@ -1078,10 +1078,10 @@ line that gives the letter of your choice in exactly this form: "Answer": "C"
 {question}"""
 GPQA_KEYS = ["Question", "Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3))]
 CHOICES = [
-    r'(?i:"answer")\s*:\s*"\(?([A-D])\)?\.?"',  # as the prompt asks for
+    r"(?i:[\"'“”]answer[\"'“”])\s*:\s*[\"'“”]\(?([A-D])\)?\.?[\"'“”]",  # as the prompt asks for
     r"\\boxed\s*\{\s*(?:\\\w+\s*\{)?[\s($]*([A-D])\s*[}).:]",
     # "The answer is C"; not the article of "is A good one", a part of C-H, the first of two
-    r"(?i:\b(?:answer|option|choice)[*\"']*\s*(?:is|:))"
+    r"(?i:\b(?:answer|option|choice)[*\"']*\s*(?:is|would be|:))"
     r"(?:[\s:*_\"'($\[]|\\\(|\\text\w*\{|(?i:option|choice))*"
     r"([A-D])(?![\w'’–-]|[ \t]+(?!because\b)[a-z]|\)?\s*[,/(]\s*\(?[A-D]\b)"]
 

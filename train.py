@@ -567,7 +567,8 @@ def start_logs(run):
         data.write_rows(f"{o.out}/surgery.jsonl", [row])
     for name, end in (("metrics", run.step), ("surgery", run.step), ("eval", run.step + 1)):
         path = f"{o.out}/{name}.jsonl"
-        data.write_rows(path, [row for row in data.read_log(path) if row["step"] < end])
+        if os.path.exists(path):
+            data.write_rows(path, [row for row in data.read_log(path) if row["step"] < end])
 
 
 def train(o: Options, ranks: Ranks) -> int:

@@ -195,6 +195,7 @@ def test_gpqa_rows(tmp_path):
     ('"Answer": "$\\boxed{B}$"', "B"), ('"Answer": "C) 3 mol"', "C"), ("**Answer**: **(D)**", "D"),
     ("The correct answer is: B.", "B"), ("The answer is option **B**", "B"),
     ("The final answer is $\\boxed{\\text{(A)}}$.", "A"), ("The answer is\n\nC", "C"),
+    ("“Answer”: “C”", "C"), ("'answer': 'C'", "C"), ("The answer would be \\text{C}.", "C"),
     ("so\n**B.**\n", "B"), ("C", "C"), ("The answer is \\(C\\).", "C"),
     ('<think>"Answer": "C"</think>\n"Answer": "A"', "A"), ("", None),
     ("The answer is A good question", None), ("The answer is C-H", None), ("C\nis it", None),
