@@ -478,7 +478,7 @@ SPELLINGS = {
     "<": r"\lt", ">": r"\gt", "≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=",
     "≠": r"\ne \neq", "=": r"\in ∈ \approx", ",": "& ∪", "(": r"\langle", ")": r"\rangle",
     "⌊": r"\lfloor", "⌋": r"\rfloor", "⌈": r"\lceil", "⌉": r"\rceil",
-    "pi": "π", "sqrt": "√", "infty": "∞ infinity", "log": r"ln \ln", "frac": r"\dfrac \tfrac \cfrac",
+    "pi": "π", "sqrt": "√", "infty": "∞ infinity", "log": r"ln \ln", "frac": r"\dfrac \tfrac",
     '"emptyset': r"\emptyset \varnothing ∅", '"AA': r"\AA Å",
     '"%': r"% \% percent percentage", '"°': r"° \degree degree", '"m': "meter", '"cm': "centimeter",
     '"km': "kilometer", '"in': "inch inches", '"ft': "foot feet", '"mi': "mile", '"s': "second",
