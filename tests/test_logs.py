@@ -44,7 +44,7 @@ def test_the_reference_in_nats_by_hand(world, tmp_path):
     gaps = {i + 1: a - b for i, (a, b) in enumerate(zip(chosen, rejected))}
     worst = sorted(gaps, key=gaps.get, reverse=True)[:10]
     shown = ", ".join(f"{line} ({gaps[line]:+.1f})" for line in worst)
-    assert f"y+ is furthest above its y- in lines {shown}\n" in said
+    assert f"y+ has most nats beyond its y- in lines {shown}\n" in said
     assert "the tether will not hold" not in said and "rewrites" not in said
 
 
