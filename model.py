@@ -16,6 +16,7 @@ import os
 import shutil
 import sys
 import time
+import traceback
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 
@@ -60,8 +61,7 @@ class Config:
 
 # Starts of keys that change no forward pass, or that read_config reads by itself.
 HARMLESS = ("_", "architectures", "initializer_range", "max_position_", "max_window_", "use_cache",
-            "rope_parameters", "rope_scaling", "sliding_window", "transformers", "unsloth_",
-            "id2label", "label2id", "return_dict")
+            "rope_parameters", "rope_scaling", "sliding_window", "transformers", "unsloth_")
 # What this file computes where a key could ask for something else.
 SUPPORTED = {"model_type": "qwen3", "hidden_act": "silu", "is_causal": True,
              "rope_type": "default", "type": "default", "layer_types": ["full_attention"]}
@@ -498,9 +498,7 @@ def write_tensors(path: str, tensors: dict, **metadata: str):
 
 # --- processes: ranks, exit codes, options --------------------------------------------------------
 
-class PlainLines:
-    """stderr for tqdm where it is no terminal: each state of a bar becomes a line."""
-
+class PlainLines:  # stderr for tqdm where it is no terminal: each state of a bar becomes a line
     def write(self, text):
         if text.strip():
             print(text.strip(), file=sys.stderr)
@@ -613,12 +611,14 @@ def start_program(parse, join):
 
 
 def run_and_exit(main):
-    """Run a program and end the process at once: gloo's threads may abort a plain exit, those that
-    wait for a server would hold it up."""
+    """Run a program and end the process at once: threads, gloo's too, may hold up a plain exit."""
+    code = 1
     try:
         code = main()
     except SystemExit as e:
         code = e.code
+    except Exception:  # also gloo's and NCCL's, where another rank has died
+        traceback.print_exc()
     sys.stdout.flush()
     os._exit(code or 0)
 
