@@ -333,6 +333,7 @@ def test_sampled_texts_do_not_depend_on_ranks_or_batch(tmp_path):
 
 # --- killed and gone on ---------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_storm_with_kills(tmp_path):
     """20 % of all requests faulty: one outcome for each error, none asked in vain."""
     rng, lock, given = random.Random(0), threading.Lock(), write_errors(count=120)

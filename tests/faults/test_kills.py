@@ -145,7 +145,7 @@ def test_fifty_kills(wide, tmp_path):
     assert len(met) >= 35 and set(met) >= set(MOMENTS) - {"export"}
 
 
-@pytest.mark.parametrize("ranks", [1, 3, 4])
+@pytest.mark.parametrize("ranks", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4))])
 def test_a_checkpoint_of_two_ranks_goes_on_elsewhere(small, tmp_path, ranks):
     command, undisturbed = small
     run = launch.Started([*command, "--out", tmp_path / "run"], 2, {0: ("os.rename", 3, die)})
