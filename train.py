@@ -140,9 +140,10 @@ def build_policy(folder, config, o: Options, ranks: Ranks):
     for unit in units:
         fully_shard(unit, mesh=mesh, mp_policy=precision)
     fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
-    for unit in [*units, policy]:  # gradients are summed: train_step divides
-        unit.set_gradient_divide_factor(1.0)
-        unit.set_force_sum_reduction_for_comms(True)  # without it gloo dies on the factor
+    if ranks.world > 1:  # gradients are summed: train_step divides; for one rank this would copy
+        for unit in [*units, policy]:
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)  # without it gloo dies on the factor
     qwen.load_weights(policy, folder, ranks.device)
     return policy
 
