@@ -46,7 +46,8 @@ def run_ours(a, checkpointing):
     o = train.parse_options([
         "--model", a.model, "--pairs", a.pairs, "--out", out, "--dtype", a.dtype, "--lr", str(a.lr),
         "--warmup", "0", "--batch_size", str(a.batch_size), "--epochs", str(a.epochs),
-        "--checkpointing", checkpointing, "--max_change_ratio", "1", "--tokens_per_pack", "4096"])
+        "--checkpointing", checkpointing, "--max_change_ratio", "1", "--tokens_per_pack", "4096",
+        "--template", "hybrid"])
     train.train(o, train.open_ranks(600))
     rows = data.read_log(f"{out}/metrics.jsonl")
     spent += [row["tokens"] / row["tokens_per_s"] for row in rows]
@@ -120,7 +121,7 @@ def speed_table(a, forks):
 def main():
     a = common.options(__doc__, ("model", "pairs"), epochs=2, batch_size=8, lr=1e-5,
                        dtype="float32", repeats=3, losses=0)
-    chat = data.load_chat(a.model, 10**9)
+    chat = data.load_chat(a.model, 10**9, "hybrid")
     forks, _ = data.load_forks(a.pairs, chat, 8192, 1.0, True)
     if a.repeats:
         speed_table(a, forks)

@@ -64,7 +64,7 @@ def train_tokenizer(rng, vocab):
 
 def write_model(folder, layers, vocab, dtype):
     """Random weights as transformers starts them, for the tokenizer that lies in the folder."""
-    token = data.load_chat(folder, vocab).tokenizer.token_to_id
+    token = data.load_chat(folder, vocab, "hybrid").tokenizer.token_to_id
     torch.manual_seed(0)
     config = Qwen3Config(**asdict(common.config(layers=layers, vocab=vocab)), bos_token_id=None,
                          eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>"))
