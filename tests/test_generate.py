@@ -1,5 +1,6 @@
 """model.generate against transformers' generate and warpers, and itself in other batches."""
 
+import math
 import random
 from dataclasses import asdict
 from unittest import mock
@@ -105,6 +106,21 @@ def test_sampling_inverts_transformers_distribution_function(vocab, scale, setti
     assert (probs[ids] > 0).all() or not 0 < settings[2] <= 20
     for u, p in zip(uniforms, probs[ids]):  # the more probable tokens come first
         assert probs[probs > p].sum() - allowed <= u <= probs[probs >= p].sum() + allowed
+
+
+def test_the_largest_uniform_picks_the_last_token_that_stays():
+    """Its product with the sum of weights is rounded up to that sum in part of the rows."""
+    torch.manual_seed(0)
+    logits, top_p = torch.randn(500, 300), 0.8
+    ids = qwen.sample(logits, torch.full((500,), 1 - 2**-53, dtype=torch.float64), 0.7, top_p, 20)
+    for row, picked in zip((logits / 0.7).tolist(), ids.tolist()):
+        order = sorted(range(300), key=lambda i: -row[i])[:20]
+        weights, before = [math.exp(row[i]) for i in order], 0.0
+        for i, weight in zip(order, weights):
+            if before < top_p * sum(weights):
+                last = i
+            before += weight
+        assert picked == last
 
 
 @pytest.mark.parametrize("batch_size", [2, 6])

@@ -246,7 +246,9 @@ def test_export_in_shards_opens_everywhere(checkpoint, tmp_path):
     qwen.export(ours, str(tmp_path / "out"), str(tmp_path / "source"), ranks, torch.float32, 40_000)
     qwen.close_ranks()
     files = sorted(f for f in os.listdir(tmp_path / "out") if f.endswith(".safetensors"))
-    assert len(files) > 2 and all(os.path.getsize(tmp_path / "out" / f) < 42_000 for f in files)
+    stats = [os.stat(tmp_path / "out" / file) for file in files]
+    assert len(files) > 2 and all(stat.st_size < 42_000 for stat in stats)
+    assert {stat.st_mode & 0o777 for stat in stats} == {0o644}  # others may read them
     again = qwen.load_model(str(tmp_path / "out"))
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters()))
     hf = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)

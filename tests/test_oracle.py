@@ -179,6 +179,18 @@ def verdict_of(text, finish="stop", prompt="correct", answer="It is $\\boxed{5}$
     return verdict, files["pairs" if verdict == "pairs" else "rejected"]
 
 
+@pytest.mark.parametrize("text, gold, verdict", [
+    ("$x = \\boxed{1}$ or $x = \\boxed{2}$", "1, 2", "right"),
+    ("$\\boxed{1}$, no, $\\boxed{2}$", "2", "right"),
+    ("$\\boxed{1}$\n$\\boxed{2}$", "1, 2", "wrong"),
+    ("1, 2", "1, 2", "wrong: no final answer")])
+def test_elicit_takes_all_boxes_of_the_last_line(text, gold, verdict):
+    record = {"text": text, "finish": "stop", "tokens": 9}
+    found, files = oracle.judge_answer(oracle.Item("1", "q", gold), record)
+    assert found == verdict and files.keys() == {
+        "samples", "correct" if verdict == "right" else "errors"}
+
+
 def marked(text):
     return f"Thoughts {oracle.START}\n{text}\n{oracle.END}"
 
@@ -239,7 +251,7 @@ def test_401_stops_at_once():
         assert err.count("error:") == 1 and len(server.requests) < 60
         kept, before = rows("out/raw-0.jsonl"), set(server.asked)
         assert 30 <= len(kept) <= 40
-        with Misbehaving(good) as other:  # the first may still read requests of the dead process
+        with Misbehaving(good) as other:  # the first may still get requests that were under way
             code, err = rectify(other, "--target", 1)  # sorts what has arrived, asks nothing
             assert code == 0 and len(rows("out/pairs.jsonl")) == len(kept), err
             assert not other.requests
@@ -247,6 +259,23 @@ def test_401_stops_at_once():
         code, err = rectify(server)
         assert code == 0 and len(rows("out/pairs.jsonl")) == 200
         assert sum(server.asked[p] > 1 for p in before) == len(before) - len(kept)
+
+
+def test_an_error_waits_for_no_request_under_way(tmp_path):
+    write_errors(count=8)
+    waited = []
+
+    def behave(body, attempt):
+        if "What is 3 plus" in body["messages"][-1]["content"]:
+            return 401, {}, b"wrong key"
+        server.stop.wait(20)
+        waited.append(body)
+        return good(body, attempt)
+    with Misbehaving(behave) as server:
+        started = launch.Started([
+            "oracle.py", "rectify", "--errors", tmp_path / "errors.jsonl", "--tokenizer",
+            tmp_path / "policy", "--out", tmp_path / "out", "--server", server.url])
+        assert started.wait() == [1] and "HTTP 401" in started.said and not waited
 
 
 def test_target_stops_asking():
