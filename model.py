@@ -356,8 +356,7 @@ def sample(logits, uniforms, temperature, top_p, top_k):
     if top_p < 1:
         probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)
     cdf = probs.cumsum(-1)
-    picked = (cdf <= uniforms[:, None] * cdf[:, -1:]).sum(-1)
-    picked = picked.minimum((probs > 0).sum(-1) - 1)  # where u * total was rounded up to total
+    picked = (cdf <= uniforms[:, None] * cdf[:, -1:]).sum(-1)  # u < 1: u * total rounds below total
     return ids.gather(1, picked[:, None]).squeeze(1)
 
 

@@ -109,7 +109,7 @@ def test_sampling_inverts_transformers_distribution_function(vocab, scale, setti
 
 
 def test_the_largest_uniform_picks_the_last_token_that_stays():
-    """Its product with the sum of weights is rounded up to that sum in part of the rows."""
+    """Its product with the sum of weights is never rounded up to that sum."""
     torch.manual_seed(0)
     logits, top_p = torch.randn(500, 300), 0.8
     ids = qwen.sample(logits, torch.full((500,), 1 - 2**-53, dtype=torch.float64), 0.7, top_p, 20)
