@@ -204,8 +204,9 @@ def test_two_ranks_say_once_what_is_wrong_with_the_options(world, tmp_path):
 
 def test_resume_takes_moved_files(world, tmp_path, monkeypatch):
     held_out = tiny.write_pairs(tmp_path / "held_out.jsonl", 9, seed=7)
-    options = ("--epochs", "1", "--eval_pairs", held_out)
-    run_and_stop(monkeypatch, 0, world, tmp_path / "moved", *options)  # after 2 of 3 steps
+    options = ("--epochs", "2", "--eval_pairs", held_out)
+    run_and_stop(monkeypatch, 1, world, tmp_path / "moved", *options)  # after 3 of 6 steps
+    data.append_row(tmp_path / "moved" / "eval.jsonl", {"step": 6})  # as if killed, not stopped
     run_here(world, tmp_path / "whole", *options)
     here("--resume", "--out", tmp_path / "moved",
          "--model", shutil.copytree(world["model"], tmp_path / "model"),
