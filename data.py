@@ -99,7 +99,7 @@ def read_log(path: str) -> list:
 
 def read_rows(path: str, parse, skip_malformed: bool = False) -> tuple[list, Counter]:
     """(records, Counter of dropped rows by reason) of a JSONL file, .gz too. parse(row, line
-    number) returns a record, or raises Drop, or UserError: all of these become one error."""
+    number) returns a record, raises Drop or raises UserError: these become one UserError."""
     opener = gzip.open if path.endswith(".gz") else open
     try:
         with opener(path, "rb") as f:
@@ -122,7 +122,7 @@ def read_rows(path: str, parse, skip_malformed: bool = False) -> tuple[list, Cou
             problems.append(f"line {number}: {e}")
             dropped["malformed"] += 1
     if problems and not (skip_malformed and records):
-        raise UserError(f"{path}: {len(problems)} malformed rows (some commands have "
+        raise UserError(f"{path}: {len(problems)} malformed rows (train.py and elicit can "
                         f"--skip_malformed):{listed(problems)}")
     if not records and not dropped:
         raise UserError(f"{path}: the file is empty")
@@ -158,7 +158,8 @@ def parse_pair(row: dict, notes: Counter) -> tuple[list, str, str]:
     if prompt is None and isinstance(chosen, list):  # TRL's implicit prompt: whole conversations
         prompt = chosen[:-1]
     if prompt is None or chosen is None:
-        raise UserError(f"fields {OFFICIAL} or {TRL} expected, found {sorted(row)!r:.100}")
+        raise UserError(f"prompt and chosen, or question and {OFFICIAL[2]}, expected, found "
+                        f"{sorted(row)!r:.100}")
     messages = prompt_messages(prompt, "prompt")
     chosen = answer_text(chosen, chosen_key, messages, notes)
     rejected = answer_text(row.get(rejected_key, ""), rejected_key, messages, notes)
@@ -254,7 +255,7 @@ class Chat:
 
 def load_chat(folder: str, vocab_size: int, template: str = "") -> Chat:
     """A checkpoint's tokenizer, and its chat template or the one named. UserError if no Qwen3's."""
-    path = os.path.join(folder, "tokenizer.json")
+    path = f"{folder}/tokenizer.json"
     spec = read_json(path)
     parts = json.dumps([spec.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")])
     known = {"Sequence", "NFC", "Split", "Digits", "ByteLevel"}  # others could change text silently
@@ -279,12 +280,12 @@ def load_chat(folder: str, vocab_size: int, template: str = "") -> Chat:
 
 def known_template(folder: str) -> str:
     """The value of TEMPLATES for a checkpoint's template. UserError if unknown."""
-    path = os.path.join(folder, "chat_template.jinja")
+    path = f"{folder}/chat_template.jinja"
     if os.path.exists(path):
         with open(path, encoding="utf-8") as f:
             text = f.read()
     else:
-        text = str(read_json(os.path.join(folder, "tokenizer_config.json")).get("chat_template"))
+        text = str(read_json(f"{folder}/tokenizer_config.json").get("chat_template"))
     text = text.lstrip().removesuffix("\n").removesuffix("\n")  # Jinja drops one, trim_blocks one
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     if digest not in TEMPLATES:
@@ -374,7 +375,7 @@ class Pack:
     """Forks as one sequence, `trunk | rejected | chosen | trunk | ...`, and the rows to score."""
     tokens: torch.Tensor  # (T,) int64
     positions: torch.Tensor  # (T,) int64; both branches continue from the trunk
-    forks: list  # (start, trunk end, rejected end, chosen end); without y- (start, end, end, end)
+    spans: list  # (start, trunk end, rejected end, chosen end); without y- (start, end, end, end)
     rows: torch.Tensor  # (R,) int64: where in T the token is predicted from
     targets: torch.Tensor  # (R,) int64: its id
     lengths: torch.Tensor  # (F, 3) int64: rows of trunk, rejected, chosen

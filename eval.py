@@ -146,7 +146,7 @@ def ask(server: Server, request: Request, sampling: Sampling) -> dict:
     the server refuses and nobody gave is left out, for the whole run once an answer proves it."""
     values, refused = {**asdict(sampling), "seed": request.seed, **server.extras}, server.refused
     while True:
-        named = {refused.get(key, key): value for key, value in values.items()}  # None: not sent
+        named = {refused.get(key, key): value for key, value in values.items()}  # key None: drop
         body = {"model": server.model, "messages": request.messages, **named, **server.body}
         body = {key: value for key, value in body.items() if key and value is not None}
         try:
@@ -217,10 +217,10 @@ def read_completion(answer: dict) -> dict:
 # --- sampling: every answer kept as it comes ------------------------------------------------------
 
 def read_answers(folder: str, keys=None) -> dict:
-    """{key: record} of all ranks' raw answers; an answer goes before a failed request. Raises
+    """{key: record} of all ranks' raw answers; an answer beats a failed request. Raises
     UserError for answers to something that is not in `keys`."""
     answers = {}
-    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "raw-*.jsonl"))):
+    for path in sorted(glob.glob(f"{glob.escape(folder)}/raw-*.jsonl")):
         for record in data.read_log(path):
             if "text" not in answers.get(record["key"], {}):
                 answers[record["key"]] = record
@@ -232,15 +232,14 @@ def read_answers(folder: str, keys=None) -> dict:
 
 def sample(policy, requests: list, folder: str, sampling: Sampling, ranks: Ranks,
            title: str = "sampling"):
-    """Yield records: those of earlier starts from the log, failed ones too, then this rank's new.
+    """Yield the log's records, failed ones (asked again) too, then those that this rank gets.
 
     policy    a LocalModel, a Server, or a function from a Request to a record
     records   {"key", "text", "finish", "tokens"} or {"key", "error"}
-
     Each answer is added to folder/raw-RANK.jsonl as it comes; the same call asks what is missing or
     failed. Collective at its start. Consume it, or break off, inside `ranks.together()`: then
     `read_answers` has what all ranks got."""
-    path = os.path.join(folder, f"raw-{ranks.rank}.jsonl")
+    path = f"{folder}/raw-{ranks.rank}.jsonl"
     with ranks.together():
         os.makedirs(folder, exist_ok=True)
         with open(path, "a+b") as log:  # a last line that a kill has torn is cut off
@@ -358,9 +357,9 @@ def identity(policy, o: SamplingOptions) -> str:
 
 
 def claim_folder(out: str, settings: dict, ranks: Ranks, policy=None):
-    """Make `out`, or check that it was made with the same settings, and take over what a server
-    refused then; ends all ranks where they differ."""
-    path = os.path.join(out, "settings.json")
+    """Make `out`. One with the same settings is gone on with, and `policy` gets what its server
+    refused then; one with other settings ends all ranks."""
+    path = f"{out}/settings.json"
     with ranks.together():
         if not ranks.main:
             return
@@ -565,7 +564,7 @@ OPERATIONS = {
 FUNCTIONS = set("sin cos tan asin acos atan sinh cosh tanh sec csc cot log abs exp".split())
 KEYWORDS = {*FUNCTIONS, *OPERATIONS, *CONSTANTS, "sqrt", "infty"}
 BINDING = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 4, "!": 5}
-SIGN, ATOM = 3, 5  # how tightly a sign binds, -x^2 is -(x^2), and what an operand is
+SIGN, ATOM = 3, 5  # floors: of sign and ^, -x^2 is -(x^2), x^y^z x^(y^z); of an operand
 FACTOR_START = re.compile(r"""[^\W\d_]|["([{⌊⌈]""").match  # x of 2x; 2 3 is no product
 # Variables are (low to high) / denominator, of every size and sign; (-1)^n needs whole numbers.
 POINTS = [(1, 996, 997), (900, 1100, 997), (998, 9000, 997), (99_000, 990_000, 997),
@@ -590,8 +589,8 @@ def operate(op, *args):
 
 
 def expression(tokens, point, floor=0):
-    """A Pratt parser that computes at once: the value of the longest expression on the stack
-    `tokens` whose operators bind tighter than `floor`. Below it lies " "."""
+    """A Pratt parser that computes at once: pops the longest expression whose operators bind
+    tighter than `floor` off the stack `tokens`; at its bottom is " "."""
     if tokens[-1] in ("+", "-"):
         sign = Fraction(tokens.pop() + "1")
         value = operate("*", sign, expression(tokens, point, SIGN))
@@ -683,7 +682,7 @@ ROUNDED = re.compile(r"[+-]? ?[0.]*[1-9](\.?\d){5,}")  # six or more digits
 
 class Answer(NamedTuple):
     """An answer; x = 5 and 0 < x < 5 are 5 and (0, 5) with a name."""
-    kind: str  # "leaf"; "list", in any order; its brackets, in order; "relation"
+    kind: str  # "leaf", "relation", "list" (in any order), or a tuple's brackets
     items: list | tuple = ()  # of a list, tuple, interval or matrix
     text: str = ""  # of a leaf, without its unit; of a relation its sign: =, ≠, < or ≤
     unit: list | tuple = ()  # its values at all points, "m and "s being variables
@@ -810,9 +809,9 @@ def same_leaf(a, b):
         tolerance = Fraction(50001, 10**(places + 5))
     if a.text == b.text or equal_at_points(a.values, b.values, tolerance):
         return True
-    percent = compute(['"%'])
-    if (a.unit == percent) != (b.unit == percent):  # 28 % is 28, and 0.28
-        share, other = (a, b) if a.unit == percent else (b, a)
+    hundredth = compute(['"%'])
+    if (a.unit == hundredth) != (b.unit == hundredth):  # 28 % is 28, and 0.28
+        share, other = (a, b) if a.unit == hundredth else (b, a)
         return equal_at_points(share.values, [x if x is None else 100 * x for x in other.values])
     letters = [x.text.replace(" ", "").casefold() for x in (a, b)]
     return [None] in (a.values, b.values) and letters[0] == letters[1]
@@ -959,9 +958,8 @@ CHECKS = {
 
 
 def ifeval_verdicts(response: str, instruction_ids: list, kwargs: list) -> tuple[list, list]:
-    """Strict and loose verdict of each instruction. Loose: any of eight texts follows it: the whole
-    response, without its first line, its last, or both, and each also without `*`. An empty text
-    follows nothing. Raises UserError for an unknown instruction or wrong arguments."""
+    """Strict and loose verdict of each instruction. Loose: one of eight texts follows it: the
+    response, without its first line, its last, or both, each also without `*`. Raises UserError."""
     lines, strict, loose = response.split("\n"), [], []
     texts = [response, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
     texts += [text.replace("*", "") for text in texts]
@@ -1052,7 +1050,7 @@ Chosen Move: (row,column)"""
 def read_connect4(row, prompt):
     """A row of the official file; its labels, [my, the opponent's] winning moves, are taken."""
     answer = row.get("answer")
-    if not re.fullmatch(r"\[(\[(\[\d, \d\](, )?)*\](, )?){2}\]", str(answer)):
+    if not re.fullmatch(r"\[(\[(\[\d, \d\](, )?)*\](, )?){2}\]", json.dumps(answer)):
         raise UserError(f"'answer': two lists of [row, column] expected, found {answer!r:.99}")
     return user_turn(prompt, data.check_text(row.get("state"), "'state'")), answer
 
@@ -1164,7 +1162,7 @@ def load_task(spec: str, folder: str) -> Task:
     if not re.fullmatch(r"[\w-]+", name) or (name not in TASKS and not path):
         raise UserError(f"--tasks: {name!r}: {', '.join(TASKS)} or NAME=FILE.jsonl expected")
     task = TASKS.get(name) or replace(TASKS["gsm8k"], name=name)
-    rows, _ = read_items(path or os.path.join(folder, f"{name}.jsonl"),
+    rows, _ = read_items(path or f"{folder}/{name}.jsonl",
                          lambda row, key: (key, *task.read(row, task.prompt)))
     return replace(task, rows=rows)
 
@@ -1237,8 +1235,8 @@ def results_table(results: dict) -> str:
 def compare_runs(folders: list):
     """Print two evaluations' headline figures over the questions that both answered, and the mean
     of the differences, question by question: what makes a question hard for both cancels out."""
-    a, b = (read_json(os.path.join(folder, "results.json")) for folder in folders)
-    x, y = (read_json(os.path.join(folder, "settings.json")) for folder in folders)
+    a, b = (read_json(f"{folder}/results.json") for folder in folders)
+    x, y = (read_json(f"{folder}/settings.json") for folder in folders)
     notes = [f"\n{key} differs: {x.get(key)} and {y.get(key)}"
              for key in ("sampling", "seed", "refused") if x.get(key) != y.get(key)]
     print("| task | questions | A | B | B - A | 95 % |\n|---|---|---|---|---|---|")
@@ -1274,6 +1272,8 @@ def read_sequences(path: str, chat: data.Chat, max_length: int) -> tuple[list, C
         return ids[:max_length], first
 
     sequences, dropped = data.read_rows(path, parse)
+    if not sequences:
+        raise UserError(f"{path}: nothing to score: {dict(dropped)}")
     return sequences, counts + dropped
 
 
@@ -1310,7 +1310,7 @@ CHARTS = {  # title: LOG.FIGURE of the solid line, and of the dashed one
     "SPoT's tether: λ⁺, dashed λ⁻": ("metrics.tether_chosen", "metrics.tether_rejected"),
     "Rewards: r⁺, dashed r⁻": ("metrics.reward_chosen", "metrics.reward_rejected"),
     "Margin r⁺ − r⁻, dashed: held out": ("metrics.margin", "eval.margin"),
-    "Loss of a pair (sft, dft: of a token), dashed: held out": ("metrics.loss", "eval.loss")}
+    "Loss of an example (sft, dft: token), dashed: held out": ("metrics.loss", "eval.loss")}
 COLOURS = ("#1f88cf", "#d9661a", "#12936c", "#c0589a", "#94800f", "#7f78d8")  # on white and black
 MAX_SHOWN = 400  # tokens of each part of a pair
 PAGE = """<!DOCTYPE html>
@@ -1382,16 +1382,16 @@ def report(folders: list, out: str, note: str = ""):
     runs, names, tables, body = [], "", "", ""
     for folder in folders:
         name = html.escape(folder)
-        if os.path.exists(os.path.join(folder, "metrics.jsonl")):
-            run = {log: data.read_log(os.path.join(folder, f"{log}.jsonl"))
+        if os.path.exists(f"{folder}/metrics.jsonl"):
+            run = {log: data.read_log(f"{folder}/{log}.jsonl")
                    for log in ("metrics", "eval", "kl", "surgery")}
             run |= {"name": name, "colour": COLOURS[len(runs) % len(COLOURS)]}
             runs.append(run)
-            options = read_json(os.path.join(folder, "config.json"))["options"]
+            options = read_json(f"{folder}/config.json")["options"]
             shown = ", ".join(f"{key} {options.get(key)}" for key in ("loss", "lr", "beta"))
             names += f'<div style="color:{run["colour"]}">{name}: {html.escape(shown)}</div>'
         else:
-            table = results_table(read_json(os.path.join(folder, "results.json")))
+            table = results_table(read_json(f"{folder}/results.json"))
             tables += f"<h3>{name}</h3><pre>{html.escape(table)}</pre>"
     if runs:
         charts = "".join(line_chart(title, figures, runs) for title, figures in CHARTS.items())
@@ -1466,10 +1466,9 @@ def run_evaluation(o: EvalOptions, ranks: Ranks):
 
 def write_results(task, policy, o, ranks):
     """Score a task that was sampled; add it to the folder's results."""
-    path = os.path.join(o.out, "results.json")
+    path = f"{o.out}/results.json"
     results = read_json(path) if os.path.exists(path) else {}
-    records = read_answers(os.path.join(o.out, task.name))
-    result = results[task.name] = score_task(task, records, o.show)
+    result = results[task.name] = score_task(task, read_answers(f"{o.out}/{task.name}"), o.show)
     if isinstance(policy, Server) and policy.refused:
         result["refused"] = list(policy.refused)  # keys of the request
     write_json(path, results)
@@ -1518,8 +1517,9 @@ def parse_command(argv: list, commands: dict = COMMANDS, description: str = __do
     o = record(**given)
     problems = [f"--{name} is required" for name in required if not getattr(o, name)]
     for name, value in given.items():
-        if isinstance(value, int | float) and value < 0:
-            problems.append(f"--{name} is {value}, 0 or more expected")
+        zero = name in ("temperature", "top_k", "max_change_ratio") or not getattr(record, name)
+        if isinstance(value, int | float) and not (value > 0 or zero and value == 0):
+            problems.append(f"--{name} is {value}, {'0 or more' if zero else 'above 0'} expected")
     if isinstance(o, SamplingOptions):
         o.given = tuple(given)
         sources = [name for name in ("model", "server", "function") if hasattr(o, name)]

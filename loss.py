@@ -157,7 +157,7 @@ TOKEN_OBJECTIVES = ("sft", "dft")  # these divide by tokens of y+, the others by
 
 def row_coefficients(objective, row_logps, lengths, reference, beta, delta=0.0):
     """One coefficient a scored row, dL/d row_logps, L the sum of all losses. The backward pass then
-    is `row_logps.backward(coefficients / count)`: count pairs (or y+ tokens) of the global batch.
+    is `row_logps.backward(coefficients / count)`, count: examples (or y+ tokens) of all ranks.
 
     row_logps, lengths  as for sequence_logps; the graph, if any, is not touched
     reference (F, 2)    fp64: sequence_logps before training
@@ -242,7 +242,7 @@ def diagnose(loss, r, delta, coefficients, lengths):
 def average(sums, objective: str) -> dict:
     """A step's metrics from its global sums in the order of SUMS; None where the count is 0.
 
-    loss is in nats per pair (sft, dft: per token of y+), margin r+ - r-, accuracy the share of
+    loss is in nats per example (sft, dft: per y+ token), margin r+ - r-, accuracy the share of
     pairs where that is above 0, tether_rejected sigma(r- - delta), trunk_coef the mean
     |coefficient| of a trunk row before the division by the batch.
     """

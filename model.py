@@ -68,8 +68,8 @@ SUPPORTED = {"model_type": "qwen3", "hidden_act": "silu", "is_causal": True,
 
 
 def read_config(folder: str) -> Config:
-    """folder/config.json of transformers 4 or 5. Raises UserError that lists all wrong keys, also
-    the unknown: neither harmless, nor a text, a token id, empty or off."""
+    """folder/config.json of transformers 4 or 5. UserError lists all wrong keys. A key unknown
+    here passes if HARMLESS, a text, a token id, empty or off."""
     path = f"{folder}/config.json"
     if not os.path.isdir(folder):
         raise UserError(f"{folder} is no folder: a folder with config.json and weights expected; "
@@ -106,21 +106,21 @@ class Qwen3(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, tokens, positions, forks, rows, targets):
-        """tokens, positions (T,); forks: see fork_attention; rows (R,) indices into T; targets (R,)
+    def forward(self, tokens, positions, spans, rows, targets):
+        """tokens, positions (T,); spans: see fork_attention; rows (R,) indices into T; targets (R,)
         ids. Returns (R,) fp32: log p(targets[i] | all that token rows[i] sees)."""
         # Only scored rows reach the norm and the head. index_select: h[rows] is 5-7x slower on CPU.
-        hidden = self.norm(self.hidden_states(tokens, positions, forks).index_select(0, rows))
+        hidden = self.norm(self.hidden_states(tokens, positions, spans).index_select(0, rows))
         if self.config.tie_word_embeddings:
             return linear_logps(hidden, self.embed_tokens.weight, targets)
         return self.lm_head(hidden, targets)  # called: so FSDP gathers it
 
-    def hidden_states(self, tokens, positions, forks):
+    def hidden_states(self, tokens, positions, spans):
         """(T, D): the output of the last block, before the final norm."""
-        return self.blocks(tokens, positions, lambda q, k, v, layer: fork_attention(q, k, v, forks))
+        return self.blocks(tokens, positions, lambda q, k, v, layer: fork_attention(q, k, v, spans))
 
     def blocks(self, tokens, positions, attend):
-        """The same with attend(q, k, v, layer) as the attention; a cache needs the layer."""
+        """hidden_states with attend(q, k, v, layer) as attention; caches need the layer."""
         x = self.embed_tokens(tokens)
         cos, sin = rope_table(positions, self.config, x.dtype)
         for layer, block in enumerate(self.layers):
@@ -188,7 +188,7 @@ class MLP(nn.Module):
 
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
-        # As HF, rounded before the weight. With it inside F.rms_norm a quarter of bf16 differs.
+        # As HF: round, then weight. F.rms_norm with the weight differs in a quarter of bf16.
         return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
@@ -212,17 +212,17 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat([-right, left], -1) * sin
 
 
-def fork_attention(q, k, v, forks):
+def fork_attention(q, k, v, spans):
     """Softmax attention inside forks: q (H, T, d), k and v (K, T, d) to (H, T, d).
 
-    forks: (start, trunk_end, rejected_end, chosen_end) of each, one after the other in T. A trunk
+    spans: (start, trunk_end, rejected_end, chosen_end) of forks, one after the other in T. A trunk
     sees itself, a branch its trunk and itself, causally.
     """
     dtype = q.dtype
     if not q.is_cuda and dtype != torch.float64:
         q, k, v = q.float(), k.float(), v.float()  # the CPU's 16-bit backward takes twice as long
     sizes = []
-    for start, trunk_end, rejected_end, chosen_end in forks:
+    for start, trunk_end, rejected_end, chosen_end in spans:
         sizes += [trunk_end - start, rejected_end - trunk_end, chosen_end - rejected_end]
     # split: its backward is one cat; that of a slice would fill a whole (H, T, d) each time.
     queries, keys, values = (t[None].split(sizes, 2) for t in (q, k, v))
@@ -230,7 +230,7 @@ def fork_attention(q, k, v, forks):
     for i, size in enumerate(sizes):
         if size == 0:
             continue
-        key, value, part = keys[i], values[i], i % 3  # 0: trunk, 1: rejected, 2: chosen
+        key, value, part = keys[i], values[i], i % 3  # its trunk (part 0) is i - part
         if part > 0:
             key = torch.cat([keys[i - part], key], 2)
             value = torch.cat([values[i - part], value], 2)
@@ -537,7 +537,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def together(self):
-        """An error inside, on any rank, ends all ranks with one message and code 1."""
+        """A UserError or file error inside, on any rank, ends all: one message, code 1."""
         error = None
         try:
             yield

@@ -105,10 +105,10 @@ def sort_answers(asked, out, ranks, judge, *names):
         for name, row in rows.items():
             files[name].append(row)
     for name, rows in files.items():
-        data.write_rows(os.path.join(out, f"{name}.jsonl"), rows)
+        data.write_rows(f"{out}/{name}.jsonl", rows)
     summary = {"answers wanted": len(asked), "not asked": len(asked) - len(arrived), **counts}
     ranks.say("\n".join(f"{n:7}  {outcome}" for outcome, n in summary.items()) + f"\n{out}")
-    data.write_json(os.path.join(out, "summary.json"), summary)
+    data.write_json(f"{out}/summary.json", summary)
     errors = [record["error"] for _, record in arrived if "error" in record]
     if arrived and len(errors) == len(arrived):
         raise UserError(f"all {len(errors)} requests failed, the first with: {errors[0]:.200}; the "

@@ -105,6 +105,8 @@ def parse_options(argv=None) -> Options:
     o = Options(**{**kept, **given})
     if given.keys() <= {"out", "seed"}:  # the toy story
         o.out = o.out or "runs/toy"
+        if os.path.exists(config_path):
+            problems.append(f"{config_path} exists: add --resume, or choose another --out")
     else:
         required = ["model", "pairs"] if o.plan else ["model", "pairs", "out"]
         problems += [f"--{name} is required" for name in required if not getattr(o, name)]
@@ -135,12 +137,12 @@ def build_policy(folder, config, o: Options, ranks: Ranks):
     with torch.device("meta"):
         policy = qwen.Qwen3(config, checkpointing=o.checkpointing == "full")
     units = list(policy.layers)
-    if not config.tie_word_embeddings:  # else one buffer holds both big tables
+    if not config.tie_word_embeddings:  # two big tables: a buffer for each
         units += [policy.embed_tokens, policy.lm_head]
     for unit in units:
         fully_shard(unit, mesh=mesh, mp_policy=precision)
     fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
-    if ranks.world > 1:  # gradients are summed: train_step divides; for one rank this would copy
+    if ranks.world > 1:  # sum gradients, train_step divides; one rank would copy them
         for unit in [*units, policy]:
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)  # without it gloo dies on the factor
@@ -243,7 +245,7 @@ class Run:
             yield pack.to(ranks.device)
 
     def coefficients(self, pack, row_logps):
-        """Of the summed loss (R,), and sums in the order of loss.SUMS."""
+        """(R,) dL/d row_logps, L the summed loss; (len(SUMS),) sums."""
         return loss.row_coefficients(self.o.loss, row_logps, pack.lengths, pack.reference,
                                      self.o.beta, self.delta)
 
@@ -296,7 +298,7 @@ def train_step(run: Run, batch, lr: float) -> dict:
         count = sum(len(f.trunk) - f.prompt_length + len(f.chosen) for f in forks)
     sums = torch.zeros(len(loss.SUMS), dtype=torch.float64, device=run.ranks.device)
     for pack in run.packs(run.train_set, batch):
-        row_logps = run.policy(pack.tokens, pack.positions, pack.forks, pack.rows, pack.targets)
+        row_logps = run.policy(pack.tokens, pack.positions, pack.spans, pack.rows, pack.targets)
         coefficients, pack_sums = run.coefficients(pack, row_logps)
         row_logps.backward(coefficients / count)
         sums += pack_sums
@@ -321,7 +323,8 @@ def check_step(run, forks, totals: dict):
     if not math.isfinite(mean + totals["grad_norm"]):
         lines = ", ".join(str(fork.line) for fork in forks)
         raise UserError(f"step {run.step}: loss {mean}, gradient norm {totals['grad_norm']}: not "
-                        f"finite, weights left as they were. Lines {lines} of {run.o.pairs}")
+                        f"finite, weights left as they were. Is --lr too high? Lines {lines} of "
+                        f"{run.o.pairs}")
     if run.step == 0:
         run.ranks.say(f"step 0: sum of |reward| {totals['abs_reward']}, loss {mean:.9f}")
         if totals["abs_reward"] != 0:
@@ -353,7 +356,7 @@ def scored_packs(run: Run, fork_set: ForkSet, title=""):
     bar = run.ranks.progress(len(fork_set.batches) if title else 0, title, "batch")
     for batch in fork_set.batches:
         for p in run.packs(fork_set, batch):
-            yield p, run.policy(p.tokens, p.positions, p.forks, p.rows, p.targets)
+            yield p, run.policy(p.tokens, p.positions, p.spans, p.rows, p.targets)
         bar.update()
     bar.close()
     run.policy.reshard()  # else the root's weights stay gathered
@@ -392,7 +395,8 @@ def reference_pass(run: Run):
     with run.ranks.together(), safe_open(path, framework="pt") as f:
         for name, fork_set in sets.items():
             if f.metadata()[name] != digests[name]:
-                raise UserError(f"{path} belongs to other {name} than given, or another tokenizer")
+                raise UserError(f"{path} belongs to other {name} than given, or another tokenizer:"
+                                " choose another --out")
             fork_set.reference = f.get_tensor(name)
 
 
@@ -412,7 +416,7 @@ LEAST_BOUND = 20.0  # a bound on r+ of 13 did not keep the model near its base, 
 
 
 def describe_reference(run: Run) -> str:
-    """What is known before step 1, for the log. Sets run.rejected_nats."""
+    """What is known before step 0, for the log. Sets run.rejected_nats."""
     o, forks, nats = run.o, run.train_set.forks, -run.train_set.reference
     trained = [i for batch in run.train_set.batches for i in batch]
     pairs = [i for i in trained if len(forks[i].rejected)]
@@ -435,7 +439,7 @@ def describe_reference(run: Run) -> str:
 
 
 def watch_tether(run: Run, metrics: dict):
-    """Warn, once a run each, of what came before a model was harmed."""
+    """Warn of each sign that the model will be harmed, once a start."""
     step, total, nats, texts = metrics["step"], len(run.batches), run.rejected_nats, {}
     chosen, rejected = metrics["tether_chosen"], metrics["tether_rejected"] or 0.0
     lost = -(metrics["reward_rejected"] or 0.0) / run.o.beta
@@ -446,7 +450,7 @@ def watch_tether(run: Run, metrics: dict):
         texts["y+"] = (f"lambda+ is {chosen:.3f} already, lambda- is {rejected:.2f}: y+ is learned "
                        "and the error is not. Does the Oracle rewrite too much?")
     if step == total - 1 and chosen > LEARNED:
-        texts["end"] = f"lambda+ ends at {chosen:.2f}: the pairs still pull. Train longer"
+        texts["end"] = f"lambda+ ends at {chosen:.2f}: pairs still pull. Raise --beta or train on"
     for name in texts.keys() - run.warned:
         run.ranks.say(f"warning: step {step}: {texts[name]}")
         run.warned.add(name)
@@ -468,6 +472,7 @@ def save_checkpoint(run: Run):
     """checkpoints/step_N: a shard a rank and state.json, written beside, then renamed."""
     o, ranks, shards = run.o, run.ranks, run.o.shard_size or run.ranks.world
     beside, digests = f"{o.out}/checkpoints/new", torch.zeros(shards, 32, dtype=torch.int64)
+    ranks.main_only(shutil.rmtree, beside, True)  # of a kill
     with ranks.together():
         if ranks.rank < shards:  # the first replica writes
             shard = f"{beside}/shard_{ranks.rank}.safetensors"
@@ -612,10 +617,10 @@ def train(o: Options, ranks: Ranks) -> int:
             return 143  # 128 + SIGTERM
     bar.close()
     snapshot(run)
-    for folder in ("model.tmp", "model"):  # of a killed export, of an earlier end
-        ranks.main_only(shutil.rmtree, f"{o.out}/{folder}", True)
+    ranks.main_only(shutil.rmtree, f"{o.out}/model.tmp", True)  # of a killed export
     qwen.export(run.policy, f"{o.out}/model.tmp", o.model, ranks, getattr(torch, o.save_dtype))
-    ranks.main_only(os.rename, f"{o.out}/model.tmp", f"{o.out}/model")  # a whole one
+    ranks.main_only(shutil.rmtree, f"{o.out}/model", True)  # of an earlier end
+    ranks.main_only(os.rename, f"{o.out}/model.tmp", f"{o.out}/model")
     ranks.main_only(evaluation.report, [o.out], f"{o.out}/report.html")
     ranks.say(f"done: {o.out}/model; curves and one pair: {o.out}/report.html")
     return 0
@@ -769,9 +774,9 @@ def story(o: Options, ranks: Ranks) -> int:
                   save_every=8, keep=100, **TOY["surgery"])
         figures[name] = toy_figures(out, root, o.seed, ranks)
         log = data.read_log(f"{out}/metrics.jsonl")
-        last = log[-(len(log) // TOY["surgery"]["epochs"]):]  # epoch
+        last_epoch = log[-(len(log) // TOY["surgery"]["epochs"]):]
         for key in ("reward_chosen", "tether_chosen"):
-            figures[name][key] = sum(row[key] for row in last) / len(last)
+            figures[name][key] = sum(row[key] for row in last_epoch) / len(last_epoch)
     result = toy_result(figures)
     ranks.main_only(data.write_json, f"{root}/results.json", figures)
     ranks.main_only(evaluation.report, runs, f"{root}/report.html", TOY_STORY + result)
@@ -781,7 +786,7 @@ def story(o: Options, ranks: Ranks) -> int:
 
 def toy_train(ranks, out, **options):
     """`train`, unless that is done; a killed run goes on. Exits on SIGTERM."""
-    if not os.path.isdir(f"{out}/model"):  # in bf16 it would lose what steps of 1e-4 change
+    if not os.path.isdir(f"{out}/model"):
         code = train(Options(out=out, resume=True, dtype="float32", save_dtype="float32",
                              checkpointing="none", tokens_per_pack=4096, **options), ranks)
         if code:
@@ -795,11 +800,11 @@ def toy_pairs(root, seed, ranks) -> str:
     ranks.main_only(write_toy_checkpoint, birth, seed)
     ranks.main_only(data.write_rows, corpus, toy_corpus(**TOY["world"], seed=seed))
     toy_train(ranks, base, seed=seed, model=birth, loss="sft", pairs=corpus, **TOY["base"])
-    policy = evaluation.open_local_model(f"{base}/model", torch.float32, ranks.device, 64)
+    policy = qwen.open_local_model(f"{base}/model", torch.float32, ranks.device, 64)
     questions = toy_questions("Add", seed, TOY["questions"], TOY["world"]["chain"])
     items = [oracle.Item(str(i), q, evaluation.extract_answer(toy_answer(q)))
              for i, q in enumerate(questions)]
-    sampling = evaluation.Sampling(max_tokens=120)
+    sampling = qwen.Sampling(max_tokens=120)
     oracle.elicit(items, f"{root}/errors", policy, sampling, ranks, seed=seed)
     errors, _ = oracle.read_errors(f"{root}/errors/errors.jsonl")
     oracle.rectify(errors, f"{root}/pairs", toy_oracle, policy.chat.encode, ranks)
@@ -808,7 +813,7 @@ def toy_pairs(root, seed, ranks) -> str:
 
 def toy_figures(out, root, seed, ranks) -> dict:
     """The table's row of the model in OUT; KL of all its checkpoints goes to OUT/kl.jsonl."""
-    policy = evaluation.open_local_model(f"{out}/model", torch.float32, ranks.device, 64)
+    policy = qwen.open_local_model(f"{out}/model", torch.float32, ranks.device, 64)
     tests = [q for skill in TOY_SKILLS for manners in (False, True) for q in toy_questions(
              skill, f"test {seed}", TOY["test"], TOY["world"]["chain"], manners)]
     plain = [q for q in tests if q.startswith(("Subtract: ", "Largest: "))]
@@ -816,7 +821,7 @@ def toy_figures(out, root, seed, ranks) -> dict:
     for name, questions, temperature in (("tests", tests, 0), ("sampled", plain, 1)):
         requests = [evaluation.request_for(f"sampled {i}", [{"role": "user", "content": q}], seed)
                     for i, q in enumerate(questions)]
-        sampling = evaluation.Sampling(temperature, top_p=1, top_k=0, max_tokens=120)
+        sampling = qwen.Sampling(temperature, top_p=1, top_k=0, max_tokens=120)
         with ranks.together():
             list(evaluation.sample(policy, requests, f"{out}/{name}", sampling, ranks))
         answers = evaluation.read_answers(f"{out}/{name}")

@@ -80,7 +80,7 @@ def test_rows_of_both_kinds(tmp_path):
 BAD = [
     ("[1]", "a JSON object expected"), ("x", "not valid JSON"),
     ({**TRL, "prompt": 3}, "'prompt': a string"), ({**TRL, "chosen": ""}, "'chosen' is empty"),
-    ({"prompt": "q"}, "'rejected') expected, found ['prompt']"),
+    ({"prompt": "q"}, "gemini_corrected_answer, expected, found ['prompt']"),
     ({"chosen": "a", "rejected": "b"}, "expected, found ['chosen', 'rejected']"),
     ({"chosen": [TURNS[0]] + TURNS[2:3], "rejected": "b"}, "'prompt': a turn of role user"),
     ({"chosen": TURNS[1:3], "rejected": [TURNS[3], TURNS[2]]}, "'rejected': messages before"),

@@ -136,7 +136,7 @@ def test_step_that_is_not_finite_is_named_and_earlier_checkpoints_stay(world, tm
     said = run_here(world, out, "--lr", "1e8", "--save_every", "1", "--keep", "9", code=1)
     lines = ", ".join(str(i + 1) for i in train.epoch_batches(24, 8, 0, 0)[1])
     assert "error: step 1: loss " in said
-    assert f"not finite, weights left as they were. Lines {lines} of {world['pairs']}\n" in said
+    assert f"left as they were. Is --lr too high? Lines {lines} of {world['pairs']}\n" in said
     assert [m["step"] for m in metrics(out)] == [0] and not (out / "model").exists()
     assert sorted(os.listdir(out / "checkpoints")) == ["step_000001"]
     assert all(t.isfinite().all() for t in merged(out).values())

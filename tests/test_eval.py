@@ -255,3 +255,6 @@ def test_retention_refuses_another_tokenizer(talker, tmp_path):
     for model in (other, wider):
         code, err = run("retention", "--model", model, "--base", talker, "--texts", texts)
         assert code == 1 and "differ in tokenizer or number of tokens" in err
+    write_rows(texts, [{"prompt": "q", "chosen": "a", "is_correct": False}])
+    code, err = run("retention", "--model", talker, "--base", talker, "--texts", texts)
+    assert code == 1 and "nothing to score: {'is_correct is not true': 1}" in err

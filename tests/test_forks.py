@@ -58,7 +58,7 @@ def test_fork_equals_two_sequences(case, tied):
     worst_value = worst_gradient = 0.0
     for objective in objectives:
         model.zero_grad()
-        rows = model(pack.tokens, pack.positions, pack.forks, pack.rows, pack.targets)
+        rows = model(pack.tokens, pack.positions, pack.spans, pack.rows, pack.targets)
         coefficients, sums = loss.row_coefficients(objective, rows, pack.lengths, reference, 0.1,
                                                    0.2)
         rows.backward(coefficients)
@@ -104,10 +104,10 @@ def test_trunk_is_computed_once():
     assert pack.rows.tolist() == [1, 2, 3, 4, 5, 3, 7]
     assert pack.targets.tolist() == [3, 4, 6, 7, END, 5, END]
     assert pack.lengths.tolist() == [[2, 3, 2]]
-    assert (pack.forks, pack.pairs.tolist()) == ([(0, 4, 7, 9)], [1])
+    assert (pack.spans, pack.pairs.tolist()) == ([(0, 4, 7, 9)], [1])
     forks = [fork, data.make_fork([5, 6], [7, END], [])]
     pack = data.make_pack(forks, [1, 0])
-    assert pack.forks == [(0, 4, 4, 4), (4, 8, 11, 13)]  # without y-: one plain sequence
+    assert pack.spans == [(0, 4, 4, 4), (4, 8, 11, 13)]  # without y-: one plain sequence
     assert pack.positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 4, 5]
     dummy = data.make_pack(forks, [])
     assert (len(dummy.tokens), len(dummy.rows), len(dummy.lengths)) == (1, 0, 0)

@@ -54,7 +54,7 @@ def test_a_small_beta_is_warned_of_before_and_after(world, tmp_path):
     median = sorted(nats.tolist())[11]
     assert f"r+'s bound: {0.01 * median:.1f}\n" in said
     assert f"the tether will not hold. With --beta {40 / median:.2g} the bound is 40" in said
-    assert "warning: step 5: lambda+ ends at 0.50: the pairs still pull" in said
+    assert "warning: step 5: lambda+ ends at 0.50: pairs still pull" in said
     said = run_here(world, tmp_path / "sft", "--beta", "0.01", "--loss", "sft")
     assert "warning" not in said  # it has no tether
 

@@ -28,12 +28,17 @@ def test_ifeval_rows_without_instructions_are_refused(ids, arguments, tmp_path):
         evaluation.load_task(f"ifeval={path}", "")
 
 
-@pytest.mark.parametrize("name, value", [("temperature", "-0.5"), ("limit", "-1")])
+@pytest.mark.parametrize("name, value", [
+    ("temperature", "-0.5"), ("limit", "-1"), ("batch_size", "0"), ("workers", "0"),
+    ("tries", "0"), ("max_tokens", "0"), ("request_timeout", "nan")])
 def test_a_number_too_small_is_refused(name, value):
+    least = "0 or more" if value[0] == "-" else "above 0"
     for module, command in ((evaluation, "evaluate --out o --tasks t --server s"),
                             (oracle, "elicit --out o --questions q --server s")):
-        with pytest.raises(UserError, match=f"--{name} is {value}, 0 or more"):
-            evaluation.parse_command([*command.split(), f"--{name}", value], module.COMMANDS)
+        command = [*command.split(), "--limit", "0", "--temperature", "0", "--top_k", "0"]
+        evaluation.parse_command(command, module.COMMANDS)
+        with pytest.raises(UserError, match=f"--{name} is {value}, {least} expected"):
+            evaluation.parse_command([*command, f"--{name}", value], module.COMMANDS)
 
 
 CHANGES = {  # options that change what a local model answers: another value
@@ -141,6 +146,20 @@ def test_a_resumed_run_refuses_pairs_that_are_encoded_in_another_way(world, tmp_
 
 def test_what_a_killed_export_has_left_is_not_exported(world, tmp_path):
     (tmp_path / "out/model.tmp").mkdir(parents=True)
+    (tmp_path / "out/checkpoints/new").mkdir(parents=True)
+    (tmp_path / "out/checkpoints/new/shard_7.safetensors").write_bytes(b"half")
     (tmp_path / "out/model.tmp/model-00001-of-00002.safetensors").write_bytes(b"half")
     assert train_here(world, tmp_path / "out")[0] == 0
     assert len(list((tmp_path / "out/model").glob("*.safetensors"))) == 1
+    assert not list((tmp_path / "out").glob("checkpoints/*/shard_7*"))
+
+
+def test_an_export_that_fails_leaves_the_earlier_one(world, tmp_path, monkeypatch):
+    assert train_here(world, tmp_path / "out")[0] == 0
+    before = launch.files(tmp_path / "out/model")
+
+    def full(*_, **__):
+        raise OSError("No space left on device")
+    monkeypatch.setattr(train.qwen, "write_tensors", full)
+    assert train_here(world, tmp_path / "out", "--resume")[0] == 1
+    assert launch.files(tmp_path / "out/model") == before

@@ -206,8 +206,8 @@ def test_a_refused_limit_in_body_fails_its_requests_and_no_more(body):
     assert code == 1 and "all 6 requests failed" in err and "is too large: 1000000" in err
     assert len(server.requests) == 6
     with strict(openai) as server:  # which wants another name for what the user gave
-        code, err = elicit(server, "--body", '{"max_tokens": 9, "temperature": null, "top_p": null, '
-                           '"seed": null}', "--out", "other")
+        code, err = elicit(server, "--body", '{"max_tokens": 9, "temperature": null, '
+                           '"top_p": null, "seed": null}', "--out", "other")
     assert code == 1 and "all 6 requests failed" in err and "'max_tokens' is not supported" in err
 
 

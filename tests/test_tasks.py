@@ -144,7 +144,8 @@ def test_generated_states_meet_the_filter(tmp_path):
         assert row == connect4_row(board, player)
     task = load_task(f"connect4={write_rows(tmp_path / 'c.jsonl', rows)}", "")
     assert [answer for *_, answer in task.rows] == [row["answer"] for row in rows]
-    for bad in ({"answer": [[], []]}, {**rows[1], "answer": [["(2,0)"], []]}):
+    for bad in ({"answer": [[], []]}, {**rows[1], "answer": [["(2,0)"], []]},
+                {**rows[1], "answer": str(rows[1]["answer"])}):
         path = write_rows(tmp_path / "c.jsonl", [rows[0], bad, rows[2]])
         with pytest.raises(UserError, match="(?s)1 malformed.*line 2: '(answer|state)'"):
             load_task(f"connect4={path}", "")

@@ -196,7 +196,7 @@ def test_planned_memory_is_what_torchs_tracker_sees(gpus, checkpointing, tied, m
             for _ in range(2):  # in the second pass there are gradients from the start
                 tracker.reset_mod_stats()
                 p = data.make_pack(forks, [0, 1])
-                policy(p.tokens, p.positions, p.forks, p.rows, p.targets).sum().backward()
+                policy(p.tokens, p.positions, p.spans, p.rows, p.targets).sum().backward()
     dist.destroy_process_group()
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     parts = train.plan_memory(policy, o, len(p.tokens))
@@ -237,6 +237,8 @@ def test_resume_refuses_options_that_change_the_curve(world, tmp_path):
     with pytest.raises(UserError, match="--beta is 0.5, the run in .* has 0.1"):
         train.parse_options(["--resume", "--out", str(tmp_path / "run"), "--beta", "0.5"])
     assert train.parse_options(["--resume", "--out", str(tmp_path / "run")]).batch_size == 8
+    with pytest.raises(UserError, match="config.json exists: add --resume"):  # no toy beside it
+        train.parse_options(["--out", str(tmp_path / "run")])
     for out in (world["model"], tmp_path / "run/model"):  # a checkpoint is no run to go on with
         with pytest.raises(UserError, match="belongs to no run"):
             train.parse_options(["--resume", "--out", str(out)])

@@ -82,7 +82,7 @@ def count_flops(config, pack) -> float:
     width = config.hidden_size
     layer = width * (config.head_dim * 2 * (heads + groups) + 3 * config.intermediate_size)
     visible = 0  # pairs of a query and a key that it sees
-    for start, trunk_end, rejected_end, chosen_end in pack.forks:
+    for start, trunk_end, rejected_end, chosen_end in pack.spans:
         trunk = trunk_end - start
         for length in (trunk, rejected_end - trunk_end, chosen_end - rejected_end):
             visible += length * (length + 1) // 2

@@ -98,7 +98,7 @@ def model(sizes, report):
 
     def run(device, dtype):
         own, p = copy.deepcopy(reference).to(device, dtype), pack.to(torch.device(device))
-        rows = own(p.tokens, p.positions, p.forks, p.rows, p.targets)
+        rows = own(p.tokens, p.positions, p.spans, p.rows, p.targets)
         rows.backward(grad.to(rows))
         return rows, *(p.grad for p in own.parameters())
     wanted = run("cpu", FP64)

@@ -68,10 +68,10 @@ def unshared(fork):
 
 def step_seconds(model, pack, objective):
     with torch.no_grad():
-        scores = model(pack.tokens, pack.positions, pack.forks, pack.rows, pack.targets)
+        scores = model(pack.tokens, pack.positions, pack.spans, pack.rows, pack.targets)
         reference = loss.sequence_logps(scores, pack.lengths)
     start = time.perf_counter()
-    row_logps = model(pack.tokens, pack.positions, pack.forks, pack.rows, pack.targets)
+    row_logps = model(pack.tokens, pack.positions, pack.spans, pack.rows, pack.targets)
     coefficients, _ = loss.row_coefficients(objective, row_logps, pack.lengths, reference, 0.1)
     row_logps.backward(coefficients)
     spent = time.perf_counter() - start

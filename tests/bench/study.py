@@ -95,7 +95,7 @@ def score(policy, base, path, count=None):
     chat = data.load_chat(base, policy.config.vocab_size)
     forks = data.load_forks(path, chat, 8192, 1.0, True)[0][:count]
     pack = data.make_pack(forks, list(range(len(forks))))
-    return forks, pack, policy(pack.tokens, pack.positions, pack.forks, pack.rows, pack.targets)
+    return forks, pack, policy(pack.tokens, pack.positions, pack.spans, pack.rows, pack.targets)
 
 
 def change_ratio(fork):
