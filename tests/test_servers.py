@@ -179,9 +179,10 @@ def test_what_the_user_gave_is_never_dropped(refuse, given, command):
             data.write_rows("e.jsonl", [{"question": "1+1?", "ground_truth": "2",
                                          "original_answer": "We add 1 twice: 3"}])
             code, err = rectify(server, "e.jsonl", "errors", *given, "--workers", 1)
-        words = str(refuse(server.requests[-1][1])[1])
-        assert code == 1 and f"refuses {key}" in err and key in server.requests[-1][1]
-        assert "HTTP 4" in err and len(server.requests) < 10 and key in words
+        bodies = [body for _, body in server.requests]  # perhaps the next one is asked already
+        assert code == 1 and f"refuses {key}" in err and "HTTP 4" in err and len(bodies) < 10
+        assert all(key in body for body in bodies)
+        assert any(key in str(refuse(body)[1]) for body in bodies)
 
 
 def test_a_given_limit_is_sent_under_its_new_name():
