@@ -43,7 +43,7 @@ def parse_object(text: bytes) -> dict:
     """A JSON object; raises UserError."""
     try:
         row = json.loads(text.decode())
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"not valid JSON in UTF-8 ({e})") from None
     if not isinstance(row, dict):
         raise UserError(f"a JSON object expected, found {type(row).__name__}")

@@ -94,9 +94,8 @@ class RequestFailed(UserError):
 
 
 OPENER = urllib.request.OpenerDirector()  # follows no redirect: that would carry the key elsewhere
-OPENER.add_handler(urllib.request.ProxyHandler())
-OPENER.add_handler(urllib.request.HTTPHandler())
-OPENER.add_handler(urllib.request.HTTPSHandler())
+for _name in ("ProxyHandler", "HTTPHandler", "HTTPSHandler"):
+    OPENER.add_handler(getattr(urllib.request, _name)())
 
 
 def fetch_json(server: Server, path: str, body: dict | None = None) -> dict:
@@ -226,7 +225,7 @@ def read_answers(folder: str, keys=None) -> dict:
                 answers[record["key"]] = record
     if keys is not None and answers.keys() - keys:
         raise UserError(f"{folder} answers {min(answers.keys() - keys)!r}, which is not among the "
-                        "questions given now: choose another --out")
+                        "questions given now (--limit, --samples?): choose another --out")
     return answers
 
 
@@ -297,8 +296,8 @@ class SamplingOptions:
     out: str = option("", "folder to write; an unfinished one is completed (required)")
     model: str = option("", "ask this Qwen3 checkpoint (a folder), in this process")
     server: str = option("", "ask an OpenAI-compatible server, http://host/v1 (key OPENAI_API_KEY)")
-    server_model: str = option("", "model name at the server; empty: the only one it serves")
-    body: str = option("{}", "more keys of each request to the server, as JSON; null removes one")
+    server_model: str = option("", "model at the server; empty: its only one")
+    body: str = option("{}", "more keys of a request, as JSON; null removes one")
     workers: int = option(16, "requests to the server at a time")
     request_timeout: float = option(600.0, "seconds to wait for the server")
     tries: int = option(6, "attempts per request, with growing pauses")
@@ -307,11 +306,10 @@ class SamplingOptions:
     top_k: int = option(20, "keep that many likeliest tokens; 0: all")
     max_tokens: int = option(32768, "tokens of an answer; longer ones are cut off and counted")
     batch_size: int = option(32, "answers a local model writes at a time")
-    template: str = option("", "compute this chat template, whatever the checkpoint's file says",
-                           ("", "hybrid", "instruct"))
+    template: str = option("", "chat template, whatever the file says", ("", "hybrid", "instruct"))
     dtype: str = option("bfloat16", "of a local model", ("float32", "bfloat16"))
     seed: int = option(0, "of the samples")
-    timeout: int = option(86400, "seconds after which a stalled rank ends the run")
+    timeout: int = option(86400, "seconds until a stalled rank ends the run")
     given: tuple = ()  # names of the options that the user gave
 
     @property
@@ -393,7 +391,7 @@ STATED = re.compile(
     r"(?:[\s:,*`_]*\b(?:thus|hence|therefore|then|simply|just|exactly|equal to|equals|given by)"
     r"\b)*[\s:,*`_]*", re.I | re.M)
 FORMULA = re.compile(  # one that no other formula follows: $2$ or $3$, $x$ = 5
-    r"(?>\$([^$\n]+)\$|(?:\$\$|\\[(\[])(.+?)(?:\$\$|\\[)\]]))"
+    r"(?>\$((?:\\.|[^$\\\n])+)\$|(?:\$\$|\\[(\[])(.+?)(?:\$\$|\\[)\]]))"
     r"(?!\s*(?:=|(?:,|and\b|or\b|, and\b|, or\b)\s*[$\\]))", re.S)
 
 
@@ -411,7 +409,8 @@ def extract_answer(text: str) -> str | None:
             line = rest.split("\n")[0]
             if mark := re.search(r"[*`_]+\Z", stated[-1][0]):  # **18** apples
                 line = line.split(mark[0])[0]
-            answer = re.split(r"[.;]\s|,?\s(?:because|since)\b", line)[0].strip(".*`_ ")
+            answer = re.split(r"[.;]\s|,?\s(?:because|since)\b", line)[0]
+            answer = answer.strip("*`_ ").rstrip(".*`_ ")
     return (answer or "").strip() or None
 
 
@@ -467,17 +466,18 @@ REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in [
     (r"\^(\{[^{}]*\}|\w)_(\{[^{}]*\}|\w)", r"_\2^\1"),
     (r"(?<![A-Za-z\\_^])([A-Za-z])\((\d+)\)", r"\1_{\2}"), (r"\((\d+)\)_", r"\1_"),
     # numbers: 0.1\overline{6}   1\frac45   1 4/5   \frac12   pi/2 ≈ 1.57
-    (r"(\.\d*)\\overline\s*\{?(\d+)\}?", lambda m: m[1] + 40 * m[2]),
-    (r"(?<![\w.^}])(\d+)\s*\\[dt]?frac\s*(\{\d+\}|\d)\s*(\{\d+\}|\d)", r"(\1+\2/\3)"),
-    (r"(?<![\w.^])(\d+) +(\d+)/(\d+)(?![\d.])", r"(\1+\2/\3)"),
+    (r"(\d*)\.(\d*)\\overline\s*\{?(\d+)\}?", lambda m: f"(({m[1]}{m[2]}{m[3]}-0{m[1]}{m[2]})/"
+     f"{'9' * len(m[3])}{'0' * len(m[2])})"),
+    (r"(?<![\w.^}])(\d+)\s*\\[cdt]?frac\s*(\{\d+\}|\d)\s*(\{\d+\}|\d)", r"(\1+\2/\3)"),
+    (r"(?<![\w.^])(\d+) +(\d+)/(\d+)(?![\d.])", r"(\1+\2/\3)"), (r"(?<=\d)_\{?10\}?(?!\d)", ""),
     (r"(frac|binom)\s*(\d)", r"\1{\2}"), (r"(?<=[\d}i])\s*(?:\\approx|≈)[^=]*\Z", "")]]
 # Token: its other spellings. Tokens are signs, numbers, names (letters first), words ('"cm').
 SPELLINGS = {
     "-": "− –", "*": r"\cdot \times × ·", "/": r"\div ÷ per", "^": "**", "±": r"\pm", "∓": r"\mp",
     "<": r"\lt", ">": r"\gt", "≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=",
     "≠": r"\ne \neq", "=": r"\in ∈ \approx", ",": "& ∪", "(": r"\langle", ")": r"\rangle",
-    "⌊": r"\lfloor", "⌋": r"\rfloor", "⌈": r"\lceil", "⌉": r"\rceil",
-    "pi": "π", "sqrt": "√", "infty": "∞ infinity", "log": r"ln \ln", "frac": r"\dfrac \tfrac",
+    "pi": "π", "⌊": r"\lfloor", "⌋": r"\rfloor", "⌈": r"\lceil", "⌉": r"\rceil",
+    "sqrt": "√", "infty": "∞ infinity", "log": r"ln \ln", "frac": r"\dfrac \tfrac \cfrac",
     '"emptyset': r"\emptyset \varnothing ∅", '"AA': r"\AA Å",
     '"%': r"% \% percent percentage", '"°': r"° \degree degree", '"m': "meter", '"cm': "centimeter",
     '"km': "kilometer", '"in': "inch inches", '"ft': "foot feet", '"mi': "mile", '"s': "second",
@@ -485,9 +485,10 @@ SPELLINGS = {
 SAME = {old: new for new, olds in SPELLINGS.items() for old in olds.split()}
 TOKEN = re.compile(r"""
     ( "[^"]*" | (?<![A-Za-z\d\\])[A-Za-z]{4,} | \\(?:log|ln)(?![A-Za-z])
-      | (?<![A-Za-z\\]) (?:sin|cos|tan|log|ln|exp|abs|pi|[cmk]m|kg|ft|in|mi|min|hr|mph)(?![A-Za-z]))
-    | ( (?:\\[A-Za-z]+|[A-Za-z]) (?:_(?:\{[^{}]*\}|\\[A-Za-z]+|\w)|')* )                   # a name
-    | \d+_(?:\d+|\{\d+\}) | (?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?
+      | (?<![A-Za-z\\]) (?:sin|cos|tan|log|ln|exp|abs|pi|[cmk]m|kg|ft|in|mi|min|hr|mph
+        |per|day|lb|oz|sq)(?![A-Za-z]))
+    | ( (?:\\[A-Za-z]+|[A-Za-z]) (?:_(?:\{[^{}]*\}|\\[A-Za-z]+|\w)|')*               # a name
+      | \d+_(?:\d+|\{\d+\}) ) | (?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?
     | \\. | \*\* | [<>]= | !! | \S
     """, re.S | re.X)
 THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
@@ -511,7 +512,7 @@ def tokenize(text: str) -> list[str]:
             word = m[1].strip('"\\')
             key = word.lower() if word.lower() in SAME else word.lower().removesuffix("s")  # plural
             tokens.append(SAME.get(key, word if word in KEYWORDS else '"' + word))
-        elif m[2]:  # a name is the same with and without braces, a_{n}
+        elif m[2]:  # the same with and without braces, a_{n}, 12_{5}
             tokens.append(SAME.get(m[2], re.sub(r'[\s{}"\\]', "", m[2])))
         else:
             tokens.append(SAME.get(m[0], m[0]))
@@ -551,8 +552,8 @@ def factorial(n):
     return Fraction(math.factorial(int(n)))
 
 
-CONSTANTS = {"pi": math.pi, "e": math.e, "i": 1j, "thousand": Fraction(10**3),
-             "million": Fraction(10**6), "billion": Fraction(10**9)}
+CONSTANTS = {"pi": math.pi, "e": math.e, "i": 1j, **{name: Fraction(n) for name, n in (
+    ("dozen", 12), ("hundred", 100), ("thousand", 10**3), ("million", 10**6), ("billion", 10**9))}}
 OPERATIONS = {
     "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "^": power,
     "!": factorial, "frac": operator.truediv, "abs": abs, "exp": lambda x: power(math.e, x),
@@ -621,7 +622,7 @@ def atom(tokens, point):
         return operate(token, value) if token in OPERATIONS else value
     if token.lstrip(".")[:1].isdigit():
         digits, _, base = token.partition("_")
-        return Fraction(int(digits, int(base.strip("{}"))) if base else digits)
+        return Fraction(int(digits, int(base)) if base else digits)
     if token == "sqrt":
         degree = atom(tokens, point) if tokens[-1] == "[" else 2
         return operate("^", expression(tokens, point, ATOM), operate("/", Fraction(1), degree))
@@ -686,7 +687,7 @@ class Answer(NamedTuple):
     items: list | tuple = ()  # of a list, tuple, interval or matrix
     text: str = ""  # of a leaf, without its unit; of a relation its sign: =, ≠, < or ≤
     unit: list | tuple = ()  # its values at all points, "m and "s being variables
-    values: list | tuple = ()  # at all points; [None] of words; of a relation left minus right
+    values: list | tuple = ()  # at all points; [None] of words, 12_5; of a relation left - right
     name: str = ""
 
 
@@ -720,7 +721,7 @@ def parse_answer(tokens: list) -> Answer:
     if quantity := UNIT.fullmatch(text):
         text, unit = quantity[1], compute(quantity[2].split())
     words = all(t[0] == '"' and len(t) > 2 for t in text.split(" "))
-    values = [None] if words else compute(text.split(" "))
+    values = [None] if words or re.fullmatch(r"\d+_\d+", text) else compute(text.split(" "))
     return Answer("leaf", text=text.replace('"', ""), unit=unit, values=values)
 
 
@@ -1022,8 +1023,7 @@ def read_math(row, prompt):
 
 
 def score_math(text, gold):
-    """Whether a response is right, and which forms of an answer it lacks. Several answers may also
-    stand in several boxes of one line, the last that has a box."""
+    """Whether a response is right, by its last box or all of that line, and what form it lacks."""
     answer, lines = extract_answer(text) or "", after_thinking(text).split("\n")
     line = ([line for line in lines if BOX.search(line)] or [""])[-1]
     joined = ", ".join(last_boxed(part) for part in re.split(f"(?={BOX.pattern})", line)[1:])
@@ -1077,10 +1077,10 @@ line that gives the letter of your choice in exactly this form: "Answer": "C"
 GPQA_KEYS = ["Question", "Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3))]
 CHOICES = [
     r"(?i:[\"'“”]answer[\"'“”])\s*:\s*[\"'“”]\(?([A-D])\)?\.?[\"'“”]",  # as the prompt asks for
-    r"\\boxed\s*\{\s*(?:\\\w+\s*\{)?[\s($]*([A-D])\s*[}).:]",
+    r"\\boxed\s*\{\s*(?:\\\w+\s*\{)?[\s($]*(?i:option|choice)?\s*([A-D])\s*[}).:]",
     # "The answer is C"; not the article of "is A good one", a part of C-H, the first of two
-    r"(?i:\b(?:answer|option|choice)[*\"']*\s*(?:is|would be|:))"
-    r"(?:[\s:*_\"'($\[]|\\\(|\\text\w*\{|(?i:option|choice))*"
+    r"(?i:\b(?:answer|option|choice)[*\"']*\s*(?:is|(?:would|must|should) be|:))"
+    r"(?:[\s:*_\"'($\[]|\\\(|\\(?:text|math)\w*\{|(?i:option|choice))*"
     r"([A-D])(?![\w'’–-]|[ \t]+(?!because\b)[a-z]|\)?\s*[,/(]\s*\(?[A-D]\b)"]
 
 
@@ -1123,7 +1123,7 @@ class Task:
     rows: tuple = ()  # (id, messages, gold), from load_task
 
 
-# A new benchmark is one entry here, with its own prompt, reader and grader, as GPQA has them above.
+# A new benchmark is an entry here; GPQA above has a prompt, a reader and a grader of its own.
 TASKS = {task.name: task for task in (
     *(Task(name, INSTRUCTION, read_math, score_math, samples, "in-domain") for name, samples in (
         ("aime24", 16), ("aime25", 16), ("amc23", 16), ("math500", 5), ("minerva", 5),
@@ -1170,9 +1170,8 @@ def load_task(spec: str, folder: str) -> Task:
 # --- evaluation: statistics, scores, comparison, retention ----------------------------------------
 
 def clustered(scores: list, weights: list | None = None) -> tuple[float, float | None]:
-    """(mean, standard error) of scores, a list a question, whose samples depend on each other: the
-    error of n questions, with n / (n - 1) (Miller 2024, arXiv 2411.00640, eq. 4), None for one
-    question; with weights, one a question, that of a ratio."""
+    """(mean, standard error) of scores, a list a question: clustered by question, n / (n - 1)
+    (Miller 2024, arXiv 2411.00640, eq. 4), None for one; with weights, one a question, of a ratio"""
     n = len(scores)
     means = np.array([fmean(row) for row in scores])
     weights = np.ones(n) if weights is None else np.array(weights, dtype=float)
@@ -1212,7 +1211,7 @@ def score_task(task: Task, records: dict, show: int = 0) -> dict:
 
 
 def percent(mean, error=None):
-    """A share from 0 to 1, and its standard error if it has one, in %."""
+    """A share from 0 to 1, and its standard error, in %."""
     return f"{100 * mean:.1f}" if error is None else f"{100 * mean:.1f} ± {100 * error:.1f}"
 
 
@@ -1234,7 +1233,7 @@ def results_table(results: dict) -> str:
 
 def compare_runs(folders: list):
     """Print two evaluations' headline figures over the questions that both answered, and the mean
-    of the differences, question by question: what makes a question hard for both cancels out."""
+    of the differences, question by question."""
     a, b = (read_json(f"{folder}/results.json") for folder in folders)
     x, y = (read_json(f"{folder}/settings.json") for folder in folders)
     notes = [f"\n{key} differs: {x.get(key)} and {y.get(key)}"
@@ -1417,8 +1416,8 @@ class EvalOptions(SamplingOptions):
     tasks: str = option("", f"comma-separated: {', '.join(TASKS)}, or NAME=FILE.jsonl (required)")
     data: str = option("data/eval", "folder of NAME.jsonl files")
     samples: int = option(0, "answers per question; 0: the paper's number")
-    limit: int = option(0, "only the first that many questions of each task; 0: all")
-    show: int = option(0, "print the first answers to that many questions of each task, graded")
+    limit: int = option(0, "so many questions of each task, the first; 0: all")
+    show: int = option(0, "print answers to so many questions of each task, graded")
 
 
 @dataclass
@@ -1466,11 +1465,11 @@ def run_evaluation(o: EvalOptions, ranks: Ranks):
 
 def write_results(task, policy, o, ranks):
     """Score a task that was sampled; add it to the folder's results."""
-    path = f"{o.out}/results.json"
-    results = read_json(path) if os.path.exists(path) else {}
-    result = results[task.name] = score_task(task, read_answers(f"{o.out}/{task.name}"), o.show)
+    result = score_task(task, read_answers(f"{o.out}/{task.name}"), o.show)
     if isinstance(policy, Server) and policy.refused:
         result["refused"] = list(policy.refused)  # keys of the request
+    path = f"{o.out}/results.json"  # read only now: other processes add their tasks
+    results = {**(read_json(path) if os.path.exists(path) else {}), task.name: result}
     write_json(path, results)
     shown = [f"{name} {percent(*x)}" for name, x in result["metrics"].items()]
     ranks.say(f"{task.name}: {', '.join(shown)}, cut off {percent(result['cut off'])}, unanswered "

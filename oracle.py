@@ -1,7 +1,7 @@
 """Making the pairs: questions -> the policy's own wrong answers -> an Oracle's minimal corrections.
 
 Comes in:  questions with gold answers (JSONL), a policy, and an Oracle: a server, a model, a Python
-           function, or a person, who adds gemini_corrected_answer to the rows of errors.jsonl.
+           function, or a person, who adds gemini_corrected_answer to a copy of errors.jsonl.
 Goes out:  errors.jsonl (`elicit`), then pairs.jsonl (`rectify`) as train.py reads it.
 
     python oracle.py elicit --questions dapo-en.jsonl --model Qwen3-8B --out data/errors
@@ -207,7 +207,7 @@ def judge_correction(encode, prompt, by_function, max_change_ratio, item, record
         return rejected("cut off by the token limit")
     _, start, rest = after_thinking(record["text"]).rpartition(START)
     text, end, _ = rest.partition(END)
-    text = text.strip()
+    text = text.strip().removeprefix("**\n").removesuffix("\n**").strip()  # bold markers
     if prompt != "direct" and not by_function:
         if not start or not end:
             return rejected("no text between the markers")
@@ -238,8 +238,8 @@ class ElicitOptions(SamplingOptions):
     questions: str = option("", "JSONL: question|problem|prompt, and the gold answer (required)")
     samples: int = option(1, "answers per question")
     instruction: str = option(INSTRUCTION, "user turn around {question}; messages are sent as is")
-    limit: int = option(0, "only the first that many questions; 0: all")
-    skip_malformed: bool = option(False, "drop and count malformed rows instead of stopping")
+    limit: int = option(0, "so many questions, the first; 0: all")
+    skip_malformed: bool = option(False, "drop and count malformed rows")
 
 
 @dataclass

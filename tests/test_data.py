@@ -78,7 +78,7 @@ def test_rows_of_both_kinds(tmp_path):
 
 
 BAD = [
-    ("[1]", "a JSON object expected"), ("x", "not valid JSON"),
+    ('{"a": ' * 9999, "not valid JSON"), ("[1]", "a JSON object expected"), ("x", "not valid JSON"),
     ({**TRL, "prompt": 3}, "'prompt': a string"), ({**TRL, "chosen": ""}, "'chosen' is empty"),
     ({"prompt": "q"}, "gemini_corrected_answer, expected, found ['prompt']"),
     ({"chosen": "a", "rejected": "b"}, "expected, found ['chosen', 'rejected']"),

@@ -136,6 +136,20 @@ def test_scores_by_hand(tmp_path, ask):
     assert len(ask.requests) == 1 and results(out)["aime24"]["unanswered"] == 0
 
 
+def test_results_that_another_process_adds_are_kept(sets, tmp_path, ask, monkeypatch):
+    """While this one grades."""
+    out, score_task, own = tmp_path / "out", evaluation.score_task, f"own={sets}/own.jsonl"
+    assert ask(says("\\boxed{7}"), out, "--tasks", "aime24", "--samples", 1)[0] == 0
+    before = results(out)
+
+    def slowly(*args):
+        (out / "results.json").write_text(json.dumps({**before, "aime25": before["aime24"]}))
+        return score_task(*args)
+    monkeypatch.setattr(evaluation, "score_task", slowly)
+    assert ask(says("\\boxed{7}"), out, "--tasks", own, "--samples", 1)[0] == 0
+    assert list(results(out)) == ["aime24", "aime25", "own"]
+
+
 def test_two_evaluations_by_hand(sets, tmp_path, ask):
     """Other questions under the same ids, a task of one question, another seed."""
     a, b, c, d = ({"question": f"{i}?", "answer": i} for i in range(4))

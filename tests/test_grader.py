@@ -36,6 +36,19 @@ def test_a_missing_unit_is_forgiven_and_another_one_is_not(number):
             assert answers_match(a, b) == (unit == other), (a, b)
 
 
+def test_repeating_decimals_by_long_division():
+    for d in range(3, 60):
+        digits, rests, rest = "", [], 1
+        while rest and rest not in rests:
+            rests.append(rest)
+            digits, rest = digits + str(10 * rest // d), 10 * rest % d
+        if rest:
+            start = rests.index(rest)
+            decimal = rf"2.{digits[:start]}\overline{{{digits[start:]}}}"
+            assert answers_match(decimal, f"{2 * d + 1}/{d}"), decimal
+            assert not answers_match(decimal, f"{2 * d + 2}/{d}"), decimal
+
+
 # What a text commits itself to.
 EXTRACTED = [
     (r"so \boxed{\frac{1}{2}}.", r"\frac{1}{2}"), (r"\boxed{1} and \boxed{2}", "2"),
@@ -46,6 +59,8 @@ EXTRACTED = [
     ("a\n#### 1,234\nb", "1,234"), ("**Answer:** 12", "12"), ("There is none", None), ("", None),
     ("The final answer is: $7$. I hope it is correct.", "7"), ("answer: (B)", "(B)"),
     ("The answer is 3.5 meters. Done.", "3.5 meters"), ("My answer = 15", "15"),
+    ("The answer is .5", ".5"), ("The answer is **.5**.", ".5"), ("The answer is 5...", "5"),
+    (r"The answer is $\$18.90$.", r"\$18.90"),
     ("So the answer is simply $x+1$.", "x+1"), ("Answer: (C) 12", "(C) 12"),
     ("Hence the answer is exactly 0.5 because it is half.", "0.5"),
     ("The final answer is equal to 3/4.", "3/4"),

@@ -226,6 +226,8 @@ def test_a_fence_around_the_whole_correction_is_no_part_of_it():
                                (blocks, f"1 {blocks}", blocks)):
         verdict, pair = verdict_of(marked(text), answer=answer)
         assert verdict == "pairs" and pair["gemini_corrected_answer"] == kept
+    bold = f"**{oracle.START}**\n{right}\n**{oracle.END}**"
+    assert verdict_of(bold)[1]["gemini_corrected_answer"] == right
 
 
 def test_the_prompts_carry_what_they_should():
