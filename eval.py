@@ -303,7 +303,7 @@ class SamplingOptions:
     tries: int = option(6, "attempts per request, with growing pauses")
     temperature: float = option(0.7, "0: greedy (an Oracle's server gets these only if given)")
     top_p: float = option(0.8, "keep the likeliest tokens up to this share")
-    top_k: int = option(20, "keep that many likeliest tokens; 0: all")
+    top_k: int = option(20, "keep so many likeliest tokens; 0: all")
     max_tokens: int = option(32768, "tokens of an answer; longer ones are cut off and counted")
     batch_size: int = option(32, "answers a local model writes at a time")
     template: str = option("", "chat template, whatever the file says", ("", "hybrid", "instruct"))
