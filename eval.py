@@ -1171,7 +1171,7 @@ def load_task(spec: str, folder: str) -> Task:
 
 def clustered(scores: list, weights: list | None = None) -> tuple[float, float | None]:
     """(mean, standard error) of scores, a list a question: clustered by question, n / (n - 1)
-    (Miller 2024, arXiv 2411.00640, eq. 4), None for one; with weights, one a question, of a ratio"""
+    (Miller 2024, arXiv 2411.00640, eq. 4), None for one; with weights (n,), of a ratio."""
     n = len(scores)
     means = np.array([fmean(row) for row in scores])
     weights = np.ones(n) if weights is None else np.array(weights, dtype=float)
