@@ -94,8 +94,9 @@ class RequestFailed(UserError):
 
 
 OPENER = urllib.request.OpenerDirector()  # follows no redirect: that would carry the key elsewhere
-for _name in ("ProxyHandler", "HTTPHandler", "HTTPSHandler"):
-    OPENER.add_handler(getattr(urllib.request, _name)())
+OPENER.add_handler(urllib.request.ProxyHandler())
+OPENER.add_handler(urllib.request.HTTPHandler())
+OPENER.add_handler(urllib.request.HTTPSHandler())
 
 
 def fetch_json(server: Server, path: str, body: dict | None = None) -> dict:
@@ -303,7 +304,7 @@ class SamplingOptions:
     tries: int = option(6, "attempts per request, with growing pauses")
     temperature: float = option(0.7, "0: greedy (an Oracle's server gets these only if given)")
     top_p: float = option(0.8, "keep the likeliest tokens up to this share")
-    top_k: int = option(20, "keep so many likeliest tokens; 0: all")
+    top_k: int = option(20, "keep the N likeliest tokens; 0: all")
     max_tokens: int = option(32768, "tokens of an answer; longer ones are cut off and counted")
     batch_size: int = option(32, "answers a local model writes at a time")
     template: str = option("", "chat template, whatever the file says", ("", "hybrid", "instruct"))
@@ -1416,8 +1417,8 @@ class EvalOptions(SamplingOptions):
     tasks: str = option("", f"comma-separated: {', '.join(TASKS)}, or NAME=FILE.jsonl (required)")
     data: str = option("data/eval", "folder of NAME.jsonl files")
     samples: int = option(0, "answers per question; 0: the paper's number")
-    limit: int = option(0, "so many questions of each task, the first; 0: all")
-    show: int = option(0, "print answers to so many questions of each task, graded")
+    limit: int = option(0, "the first N questions of each task; 0: all")
+    show: int = option(0, "print graded answers to N questions of each task")
 
 
 @dataclass

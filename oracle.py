@@ -238,7 +238,7 @@ class ElicitOptions(SamplingOptions):
     questions: str = option("", "JSONL: question|problem|prompt, and the gold answer (required)")
     samples: int = option(1, "answers per question")
     instruction: str = option(INSTRUCTION, "user turn around {question}; messages are sent as is")
-    limit: int = option(0, "so many questions, the first; 0: all")
+    limit: int = option(0, "the first N questions; 0: all")
     skip_malformed: bool = option(False, "drop and count malformed rows")
 
 
